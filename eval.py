@@ -1,0 +1,1278 @@
+"""Evaluation by the papers' protocols: one function per task, any data set, any encoder.
+
+    python eval.py knn --student runs/demo/step_001000 --teacher vit-s=builtin:vit-s \
+        --train openmoji:train:1500 --test openmoji:test:600
+
+`extract` runs all models over a source once and gives a `FeatureSet` with a column per head:
+"teacher/vit-s", "student/vit-s", "student/trunk", and the controls "untrained/..." and "pixels".
+Every protocol scores every column, so teachers, students and controls never differ in code.
+
+Legend: N images, M tokens, (h, w) a grid of tokens, C feature width, K classes, texts or kept
+tokens, G settings of a probe, P figures of one image, R bootstrap draws.
+Sources: AMoE Sec. 6 (kNN, zero-shot, retrieval, segmentation), RADIOv2.5 Sec. 3 and 5.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import re
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from einops import rearrange, reduce, repeat
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from model import Features, Student, load_student, merge_tokens
+from packing import (
+    BadImage,
+    Sample,
+    Subset,
+    fit_size,
+    open_source,
+    patchify,
+    resize,
+    setup_distributed,
+    to_float,
+)
+from teachers import cache_home, load_teacher, parse_teacher
+
+VOID = 255  # mask value of a pixel without a label, the field's convention
+Rows = dict[str, dict[str, Any]]  # name -> {"value", "low", "high", "n", ...}
+
+# ------------------------------------------------------------------- encoders and feature sets
+
+
+class RawPixels:
+    """Control without weights: the picture at 16x16 as summary, its 8x8 patches as tokens."""
+
+    def encode(self, images: Sequence[Tensor]) -> list[Features]:
+        small = [resize(image, (16, 16)).flatten() - 0.5 for image in images]
+        return [Features({"": x}, {"": self.map(y)}) for x, y in zip(small, images, strict=True)]
+
+    def map(self, image: Tensor) -> Tensor:
+        height, width = fit_size(image.shape[1], image.shape[2], patch=8)
+        patches_PX = patchify(resize(image, (height, width)), 8)
+        return rearrange(patches_PX - 0.5, "(h w) x -> h w x", h=height // 8)
+
+
+@torch.no_grad()
+def encode(model: Any, samples: list[Sample]) -> list[Features]:
+    """Features of pictures by any encoder.
+
+    Args:
+        model: a teacher (has `targets`; live or looked up in a cache), or what has
+            `encode(images)` (a student, `RawPixels`), or a mapping of names to models, which
+            nests: {"teacher": {"vit": ...}, "student": ...} gives "teacher/vit", "student/trunk".
+    """
+    if isinstance(model, Mapping):
+        parts = {name: encode(part, samples) for name, part in model.items()}
+        return [_join({name: part[i] for name, part in parts.items()}) for i in range(len(samples))]
+    if not hasattr(model, "targets"):
+        return model.encode([to_float(sample.image) for sample in samples])
+    out = model.targets(samples)
+    none: list[dict] = [{}] * len(samples)
+    summaries = none if out.summary_BC is None else [{"": x_C} for x_C in out.summary_BC]
+    return [Features(x, {"": y}) for x, y in zip(summaries, out.patches, strict=True)]
+
+
+def _join(parts: dict[str, Features]) -> Features:
+    """One Features whose names carry the models' names in front."""
+    joined = Features({}, {})
+    for model, part in parts.items():
+        joined.summary |= {f"{model}/{name}".rstrip("/"): x for name, x in part.summary.items()}
+        joined.patches |= {f"{model}/{name}".rstrip("/"): x for name, x in part.patches.items()}
+    return joined
+
+
+@dataclass
+class FeatureSet:
+    """Features of N pictures and what is known of them."""
+
+    samples: list[Sample] = field(default_factory=list)  # without their pixels
+    summary: dict[str, Tensor] = field(default_factory=dict)  # column -> (N, C) float32
+    patches: dict[str, list[Tensor]] = field(default_factory=dict)  # column -> (h, w, C) float16
+    dense: list[int] = field(default_factory=list)  # the pictures whose maps `patches` holds
+    skipped: dict[str, str] = field(default_factory=dict)  # key -> why it could not be read
+
+    def known(self, what: str, side: str) -> list[Any]:
+        """A field of every sample; samples without it are an error that names them."""
+        values = [getattr(sample, what) for sample in self.samples]
+        bare = [s.key for s, value in zip(self.samples, values, strict=True) if value is None]
+        if bare or not values:
+            raise ValueError(f"{side}: {len(bare)} of {len(values)} have no {what}: {bare[:5]}")
+        return values
+
+
+def extract(
+    encoder: Any, source: Any, dense: int | None = None, size: Any = None, chunk: int = 32, title=""
+) -> FeatureSet:
+    """Run an encoder once over a source, the ranks sharing the work.
+
+    Args:
+        encoder: any form that `encode` takes.
+        dense: keep patch maps of only so many pictures, evenly spread (None: all, 0: none).
+        size: see `at_size`; None leaves the pictures as they are.
+        chunk: pictures encoded together; changes speed, not figures.
+        title: of the progress bar; none if empty.
+    """
+    n, (rank, world) = len(source), share()
+    keep = n if dense is None else min(dense, n)
+    is_kept = {i * n // keep for i in range(keep)}
+    mine, records, skipped = list(range(n))[rank::world], [], dict(source.skipped)
+    shown = None if title and not rank else True
+    for start in tqdm(range(0, len(mine), chunk), title, disable=shown):
+        found = []
+        for i in mine[start : start + chunk]:
+            try:
+                found.append((i, source.load(i)))
+            except BadImage as error:
+                skipped[source.key(i)] = str(error)
+        samples = [at_size(sample, size) for _, sample in found]
+        for (i, sample), out in zip(found, encode(encoder, samples), strict=True):
+            maps = {name: x.half().cpu() for name, x in out.patches.items() if i in is_kept}
+            summary = {name: x.float().cpu() for name, x in out.summary.items()}
+            records.append((i, replace(sample, image=sample.image[:0]), summary, maps))
+    return _gather(records, skipped, world)
+
+
+def share() -> tuple[int, int]:
+    """(rank, world); (0, 1) without a process group."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def _gather(records: list[Any], skipped: dict[str, str], world: int) -> FeatureSet:
+    """All ranks' pictures in the source's order: each is there once, whatever the world."""
+    if world > 1:
+        parts: list[Any] = [None] * world
+        dist.all_gather_object(parts, (records, skipped))
+        records = [record for part, _ in parts for record in part]
+        skipped = {key: why for _, part in parts for key, why in part.items()}
+    found = FeatureSet(skipped=skipped)
+    summaries: dict[str, list[Tensor]] = {}
+    for _, sample, summary, maps in sorted(records, key=lambda record: record[0]):
+        if maps:
+            found.dense.append(len(found.samples))
+        found.samples.append(sample)
+        for name, x_C in summary.items():
+            summaries.setdefault(name, []).append(x_C)
+        for name, map_hwC in maps.items():
+            found.patches.setdefault(name, []).append(map_hwC)
+    found.summary = {name: torch.stack(rows) for name, rows in summaries.items()}
+    return found
+
+
+def at_size(sample: Sample, size: Any) -> Sample:
+    """A sample whose picture has about size^2 pixels and its aspect, or is (height, width)."""
+    if size is None:
+        return sample
+    if isinstance(size, int):
+        height, width = sample.image.shape[:2]
+        scale = size / math.sqrt(height * width)
+        size = max(1, round(height * scale)), max(1, round(width * scale))
+    pixels = Image.fromarray(sample.image).resize(size[::-1], Image.Resampling.BICUBIC)
+    return replace(sample, image=np.array(pixels))
+
+
+def check_disjoint(train: FeatureSet, test: FeatureSet) -> None:
+    """Refuse a picture that is in both sets, by its content, naming it."""
+    seen = {sample.digest: sample.key for sample in train.samples}
+    shared = [f"{s.key} (= {seen[s.digest]})" for s in test.samples if s.digest in seen]
+    if shared:
+        names = ", ".join(shared[:10]) + (" ..." if len(shared) > 10 else "")
+        raise ValueError(f"{len(shared)} pictures are in both train and test, remove them: {names}")
+
+
+# ------------------------------------------------------------------- figures with their intervals
+
+
+def bootstrap(parts_NP: Tensor, statistic: Callable[[Tensor], Tensor], seed: int = 0) -> dict:
+    """A figure with its 95 % percentile interval over images, of 1,000 draws.
+
+    Args:
+        parts_NP: what each image adds (hits, intersections, squared errors, ...).
+        statistic: mean parts (..., P) -> figure (...,).
+    """
+    parts_NP, n = parts_NP.double(), len(parts_NP)
+    generator, values = torch.Generator().manual_seed(seed), []
+    for _ in range(10):  # in blocks of 100, so that 50,000 images fit in memory
+        times_RN = torch.zeros(100, n, dtype=torch.double)
+        picks_RN = torch.randint(n, (100, n), generator=generator)
+        times_RN.scatter_add_(1, picks_RN, torch.ones_like(times_RN))
+        values.append(statistic(times_RN @ parts_NP / n))
+    low, high = torch.cat(values).nanquantile(torch.tensor([0.025, 0.975]).double()).tolist()
+    return {"value": float(statistic(parts_NP.mean(0))), "low": low, "high": high, "n": n}
+
+
+def accuracy(hits_N: Tensor, targets_N: Tensor | None = None, names: Sequence[str] = ()) -> dict:
+    """Share of hits with its interval; with names, per class too."""
+    row = bootstrap(hits_N.double()[:, None], lambda means: means[..., 0])
+    if names and targets_N is not None:
+        per_class = {name: hits_N[targets_N == i].double() for i, name in enumerate(names)}
+        row["per_class"] = {name: float(hits.mean()) for name, hits in per_class.items()}
+    return row
+
+
+def class_ids(train: FeatureSet, test: FeatureSet) -> tuple[list[str], Tensor, Tensor]:
+    """The class names of the training set, and both sets' labels as indices into them."""
+    check_disjoint(train, test)
+    labels = train.known("label", "--train"), test.known("label", "--test")
+    index = {name: i for i, name in enumerate(sorted(set(labels[0])))}
+    if unseen := sorted(set(labels[1]) - set(index)):
+        raise ValueError(f"classes {unseen[:10]} of --test have no picture in --train")
+    train_N, test_N = (torch.tensor([index[label] for label in side]) for side in labels)
+    return list(index), train_N, test_N
+
+
+def split(n: int, fraction: float = 0.2, seed: int = 0) -> tuple[list[int], list[int]]:
+    """(fit, held): settings are chosen on a part of the training pictures, never on the test."""
+    if n < 2:
+        raise ValueError(f"{n} training pictures can't be split to choose a setting; 2 at least")
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
+    held = max(1, round(n * fraction))
+    return order[held:], order[:held]
+
+
+def head_groups(names: Iterable[str]) -> dict[str, list[str]]:
+    """Models with several heads -> their columns; the trunk is no head."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        model, _, head = name.partition("/")
+        if head not in ("", "trunk"):
+            groups.setdefault(model, []).append(name)
+    return {model: heads for model, heads in groups.items() if len(heads) > 1}
+
+
+def add_ensembles(chances: dict[str, Tensor], sharpness: float = 5.0) -> dict[str, Tensor]:
+    """Each model's heads (N, K) mixed per image by w = softmax(-5 entropy): the surer weighs more.
+
+    They must be calibrated: softmax of bare cosines has entropy log K whatever they say, and the
+    mixture is then a plain mean. AMoE Sec. 6.1.
+    """
+    mixed = {}
+    for model, heads in head_groups(chances).items():
+        stacked = torch.stack([chances[head] for head in heads])
+        weights = (-sharpness * torch.special.entr(stacked).sum(-1, keepdim=True)).softmax(0)
+        mixed[f"{model}/ensemble"] = (weights * stacked).sum(0)
+    return chances | mixed
+
+
+def calibrate(scores_NK: Tensor, targets_N: Tensor) -> float:
+    """The temperature of least cross-entropy, on training pictures."""
+    grid = torch.logspace(-3, 1, 81).tolist()
+    return min(grid, key=lambda t: float(F.cross_entropy(scores_NK / t, targets_N)))
+
+
+# ------------------------------------------------------------------- kNN and linear probe
+
+
+def knn_votes(
+    train_NC: Tensor, ids_N: Tensor, test_MC: Tensor, classes: int, k: int = 20, temperature=0.07
+) -> Tensor:
+    """Votes (M, classes): each of the k nearest by cosine adds exp(cosine / temperature).
+
+    AMoE Sec. 6.1, after Wu et al. 2018.
+    """
+    train_NC, votes = F.normalize(train_NC.float(), dim=1), []
+    for test_BC in F.normalize(test_MC.float(), dim=1).split(2**26 // len(train_NC) + 1):
+        cosine_BK, nearest_BK = (test_BC @ train_NC.T).topk(min(k, len(train_NC)), dim=1)
+        empty = torch.zeros(len(test_BC), classes)
+        votes.append(empty.scatter_add_(1, ids_N[nearest_BK], (cosine_BK / temperature).exp()))
+    return torch.cat(votes)
+
+
+def knn(train: FeatureSet, test: FeatureSet, k: int = 20, per_class: bool = False) -> Rows:
+    """kNN accuracy of every column, of each model's heads together, and of the largest class.
+
+    "concat" joins the heads at unit length; "ensemble" mixes their votes, each head's summing to
+    one (raw votes, as printed, let the head with the larger cosines decide).
+    """
+    names, train_N, test_N = class_ids(train, test)
+
+    def votes(*columns: str) -> Tensor:
+        joined = [torch.cat([F.normalize(s.summary[c]) for c in columns], 1) for s in (train, test)]
+        return F.normalize(knn_votes(joined[0], train_N, joined[1], len(names), k), p=1)
+
+    found = add_ensembles({column: votes(column) for column in test.summary})
+    found |= {f"{m}/concat": votes(*heads) for m, heads in head_groups(test.summary).items()}
+    found["majority class"] = train_N.bincount().expand(len(test_N), -1)
+    shown = names if per_class else ()
+    return {name: accuracy(v.argmax(1) == test_N, test_N, shown) for name, v in found.items()}
+
+
+@dataclass
+class Probe:
+    """BatchNorm and a linear layer (on maps: a 1x1 convolution), folded, for G settings at once."""
+
+    weight_GCK: Tensor
+    bias_GK: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(M, C) -> (G, M, K) logits."""
+        return torch.einsum("mc,gck->gmk", x.float(), self.weight_GCK) + self.bias_GK[:, None]
+
+
+def fit_probe(
+    x_MC: Tensor, y_M: Tensor, classes: int, rates: Sequence[float], l2: Sequence[float], seed=0
+) -> Probe:
+    """Logistic regression by Adam, ten epochs, all settings (rate, l2) in the same pass.
+
+    BatchNorm's statistics are those of the whole set, so batches change nothing in it.
+    """
+    mean_C, scale_C = x_MC.mean(0), x_MC.std(0).clamp_min(1e-6).reciprocal()
+    z_MC, generator = (x_MC - mean_C) * scale_C, torch.Generator().manual_seed(seed)
+    weight_CGK = torch.zeros(x_MC.shape[1], len(rates), classes, requires_grad=True)
+    bias_GK = torch.zeros(len(rates), classes, requires_grad=True)
+    # Adam's steps do not depend on the gradient's scale: a factor on a weight is its own rate.
+    rate_G1, l2_G1, adam = torch.tensor(rates)[:, None], torch.tensor(l2)[:, None], None
+    adam = torch.optim.Adam([weight_CGK, bias_GK], lr=1.0)
+    steps = max(300, 10 * len(x_MC) // 1024)
+    for step in range(steps):
+        adam.param_groups[0]["lr"] = 0.5 + 0.5 * math.cos(math.pi * step / steps)
+        rows = torch.randint(len(x_MC), (min(1024, len(x_MC)),), generator=generator)
+        scaled_CGK = weight_CGK * rate_G1
+        logits = rearrange(z_MC[rows] @ scaled_CGK.flatten(1), "m (g k) -> m k g", k=classes)
+        logits = logits + (bias_GK * rate_G1).T
+        targets = repeat(y_M[rows], "m -> m g", g=len(rates))
+        loss = F.cross_entropy(logits, targets, ignore_index=VOID) * len(rates)
+        loss = loss + (l2_G1 / 2 * scaled_CGK.square()).sum()
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+    weight_GCK = rearrange((weight_CGK * rate_G1).detach(), "c g k -> g c k") * scale_C[:, None]
+    bias_GK = (bias_GK * rate_G1).detach() - torch.einsum("c,gck->gk", mean_C, weight_GCK)
+    return Probe(weight_GCK, bias_GK)
+
+
+def linear(train: FeatureSet, test: FeatureSet, per_class: bool = False) -> Rows:
+    """Accuracy of a logistic probe on summaries, its L2 chosen on a split of the training set."""
+    names, train_N, test_N = class_ids(train, test)
+    if single := [name for name, n in zip(names, train_N.bincount(), strict=True) if n < 2]:
+        raise ValueError(f"classes {single[:10]} have one training picture; choosing L2 needs two")
+    fit, held = split(len(train_N))
+    penalties, rates, rows = (0.0, 1e-4, 1e-3, 1e-2), (1e-2,) * 4, {}
+    for column, x_NC in train.summary.items():
+        probe = fit_probe(x_NC[fit], train_N[fit], len(names), rates, penalties)
+        hits_G = (probe(x_NC[held]).argmax(-1) == train_N[held]).double().mean(1)
+        l2 = penalties[int(hits_G.argmax())]
+        final = fit_probe(x_NC, train_N, len(names), rates[:1], [l2])
+        hits_N = final(test.summary[column])[0].argmax(-1) == test_N
+        rows[column] = accuracy(hits_N, test_N, names if per_class else ()) | {"l2": l2}
+    return rows
+
+
+# ------------------------------------------------------------------- text: zero-shot and retrieval
+
+TextEncoder = Callable[[Sequence[str]], Tensor]  # n strings -> (n, D)
+
+
+def text_encoder(spec: str, captions: Sequence[str]) -> tuple[str, TextEncoder]:
+    """(name of the head that lives in the texts' space, encoder).
+
+    Args:
+        spec: NAME=PATH of a teacher with a text tower; [NAME=]FILE.npz with arrays `texts` and
+            `embeddings`; or "bow", a bag of words over the training captions.
+    """
+    name, _, path = spec.rpartition("=")
+    if spec == "bow":
+        return "", bag_of_words(captions)
+    if not path.endswith(".npz"):
+        teacher = load_teacher(parse_teacher(spec))
+        return name, lambda texts: _cached_text(teacher, list(texts))
+    with np.load(path) as file:
+        table = dict(zip(file["texts"].tolist(), torch.from_numpy(file["embeddings"]), strict=True))
+
+    def look_up(texts: Sequence[str]) -> Tensor:
+        if missing := [text for text in texts if text not in table]:
+            raise ValueError(f"{path} has no embedding of {len(missing)} texts: {missing[:3]}")
+        return torch.stack([table[text] for text in texts]).float()
+
+    return name, look_up
+
+
+def _cached_text(teacher: Any, texts: list[str]) -> Tensor:
+    """A tower's embeddings, kept on disk under the hash of its weights and the texts."""
+    key = hashlib.sha256(json.dumps([teacher.fingerprint, texts]).encode()).hexdigest()
+    path = cache_home() / "text" / f"{key}.npy"
+    if not path.exists():
+        rows = [teacher.text(texts[i : i + 256]).cpu() for i in range(0, len(texts), 256)]
+        save_array(path, torch.cat(rows).numpy())
+    return torch.from_numpy(np.load(path))
+
+
+def save_array(path: Path, array: np.ndarray) -> None:
+    """Write .npy whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    with part.open("wb") as file:
+        np.save(file, array)
+    os.replace(part, path)
+
+
+def bag_of_words(captions: Sequence[str]) -> TextEncoder:
+    """Words weighted by their rareness in the captions; an unknown word counts nothing."""
+    counts = Counter(word for caption in captions for word in words_of(caption))
+    place = {word: i for i, word in enumerate(sorted(counts))}
+
+    def embed(texts: Sequence[str]) -> Tensor:
+        rows = torch.zeros(len(texts), len(place))
+        for row, text in zip(rows, texts, strict=True):
+            for word in words_of(text) & place.keys():
+                row[place[word]] = math.log(1 + len(captions) / counts[word])
+        return F.normalize(rows)
+
+    return embed
+
+
+def words_of(text: str) -> set[str]:
+    return set(re.findall(r"\w+", text.lower()))
+
+
+def aligned(x_NC: Tensor, text_ND: Tensor) -> Callable[[Tensor], Tensor]:
+    """A ridge map from image features to text embeddings, for columns that never met the texts.
+
+    Fitted on training pairs, its penalty chosen on a split of them (ours, no paper's protocol).
+    """
+    mean_C, mean_D = x_NC.mean(0).double(), text_ND.mean(0).double()
+    x_NC, text_ND = x_NC.double() - mean_C, text_ND.double() - mean_D
+
+    def solve(rows: Any, penalty: float) -> Tensor:
+        gram = x_NC[rows].T @ x_NC[rows]
+        gram.diagonal().add_(penalty * gram.diagonal().mean() + 1e-12)
+        return torch.linalg.solve(gram, x_NC[rows].T @ text_ND[rows])
+
+    fit, held = split(len(x_NC))
+    penalties = (1e-2, 1e-1, 1.0, 1e1, 1e2)
+    error = [(x_NC[held] @ solve(fit, p) - text_ND[held]).square().sum() for p in penalties]
+    map_CD = solve(slice(None), penalties[int(torch.stack(error).argmin())])
+    return lambda y_NC: ((y_NC.double() - mean_C) @ map_CD + mean_D).float()
+
+
+def cosines(
+    train: FeatureSet, test: FeatureSet, texts: Sequence[Tensor], head: str, embed: TextEncoder
+) -> dict[str, list[Tensor]]:
+    """Per column, the cosines (N, K) of the training and the test images with their texts."""
+    found = {}
+    for column, x_NC in train.summary.items():
+        sides = [x_NC, test.summary[column]]
+        if not head or column.rpartition("/")[2] != head:
+            captions = [caption.splitlines()[0] for caption in train.known("caption", "--train")]
+            sides = list(map(aligned(x_NC, embed(captions)), sides))
+        both = zip(sides, texts, strict=True)
+        found[column] = [F.normalize(x_NC) @ F.normalize(text_KC).T for x_NC, text_KC in both]
+    return found
+
+
+def read_prompts(path: str) -> list[str]:
+    """Templates, a line each: `a photo of a {}.`, also quoted or with {c}, as the field's 80."""
+    lines = [re.sub(r"\{\w*\}", "{}", line) for line in Path(path).read_text().splitlines()]
+    lines = [line for line in lines if "{}" in line]
+    if not lines:
+        raise ValueError(f"{path}: no line has {{}} for the class name")
+    quoted = [re.search(r"(['\"])(.*\{\}.*)\1", line) for line in lines]
+    return [match[2] if match else line.strip() for match, line in zip(quoted, lines, strict=True)]
+
+
+def zero_shot(
+    train: FeatureSet, test: FeatureSet, text: str, prompts: str = "", per_class: bool = False
+) -> Rows:
+    """Accuracy of the nearest class text, its templates averaged at unit length. AMoE Sec. 6.1.
+
+    Args:
+        prompts: a file of templates; "captions" takes a class's training captions instead.
+    """
+    names, train_N, test_N = class_ids(train, test)
+    captions = [sample.caption or "" for sample in train.samples]
+    templates = ["a photo of a {}."] if prompts in ("", "captions") else read_prompts(prompts)
+    groups = [[template.format(name) for template in templates] for name in names]
+    if prompts == "captions":
+        groups = [[captions[i] for i in (train_N == k).nonzero()[:, 0]] for k in range(len(names))]
+    head, embed = text_encoder(text, captions)
+    class_KD = torch.stack([F.normalize(embed(group)).mean(0) for group in groups])
+    scores = cosines(train, test, (class_KD, class_KD), head, embed)
+    heat = {column: calibrate(train_NK, train_N) for column, (train_NK, _) in scores.items()}
+    chances = {c: (test_NK / heat[c]).softmax(1) for c, (_, test_NK) in scores.items()}
+    rows, shown = {}, names if per_class else ()
+    for column, chance in add_ensembles(chances).items():
+        rows[column] = accuracy(chance.argmax(1) == test_N, test_N, shown)
+        rows[column]["temperature"] = heat.get(column)
+    return rows
+
+
+def caption_pairs(found: FeatureSet, side: str) -> tuple[list[str], Tensor]:
+    """Distinct captions (a line each) and which image has which, (N, K) bool."""
+    owned = [caption.splitlines() for caption in found.known("caption", side)]
+    texts = sorted({line for lines in owned for line in lines})
+    place = {text: k for k, text in enumerate(texts)}
+    is_pair_NK = torch.zeros(len(owned), len(texts), dtype=torch.bool)
+    for row, lines in zip(is_pair_NK, owned, strict=True):
+        row[[place[line] for line in lines]] = True
+    return texts, is_pair_NK
+
+
+def recall_hits(scores_NK: Tensor, is_pair_NK: Tensor, k: int) -> Tensor:
+    """(N,) a pair is among the first k of its row; a tie counts against it."""
+    best_N1 = scores_NK.masked_fill(~is_pair_NK, -torch.inf).amax(1, keepdim=True)
+    return ((scores_NK >= best_N1) & ~is_pair_NK).sum(1) < k
+
+
+def retrieval(train: FeatureSet, test: FeatureSet, text: str) -> Rows:
+    """R@1, 5, 10 of captions by images and of images by captions, per column and ensemble.
+
+    An ensemble weighs its heads by their entropy over what is searched, in either direction.
+    """
+    check_disjoint(train, test)
+    if test.skipped:
+        raise ValueError(f"--test: captions without a readable picture: {list(test.skipped)[:5]}")
+    train_texts, is_train = caption_pairs(train, "--train")
+    texts, is_pair = caption_pairs(test, "--test")
+    head, embed = text_encoder(text, train_texts)
+    scores = cosines(train, test, (embed(train_texts), embed(texts)), head, embed)
+    rows: Rows = {}
+    for way in ("texts by images", "images by texts"):
+        chances = {}
+        for column, (train_NK, test_NK) in scores.items():
+            heat = calibrate(train_NK, is_train.int().argmax(1))
+            chances[column] = (test_NK / heat).softmax(1)
+        for column, chance in add_ensembles(chances).items():
+            for k in (1, 5, 10):
+                rows[f"{column} {way} R@{k}"] = accuracy(recall_hits(chance, is_pair, k))
+        scores = {column: [side.T for side in sides] for column, sides in scores.items()}
+        is_train, is_pair = is_train.T, is_pair.T
+    return rows
+
+
+# ------------------------------------------------------------------- fidelity to the teachers
+
+
+def resize_map(map_hwC: Tensor, h: int, w: int) -> Tensor:
+    """A map on another grid, by antialiased bilinear interpolation."""
+    if map_hwC.shape[:2] == (h, w):
+        return map_hwC.float()
+    image = rearrange(map_hwC.float(), "h w c -> 1 c h w")
+    image = F.interpolate(image, (h, w), mode="bilinear", align_corners=False, antialias=True)
+    return rearrange(image, "1 c h w -> h w c")
+
+
+def same_grid(*maps: Tensor) -> list[Tensor]:
+    """Maps on the grid (min h, min w), as the losses compare them."""
+    h, w = min(x.shape[0] for x in maps), min(x.shape[1] for x in maps)
+    return [resize_map(x, h, w) for x in maps]
+
+
+class Fidelity:
+    """How near features are to a teacher's, beside the constant that says the training mean.
+
+    value     1 - MSE / variance of the teacher's features, every channel scaled by its own
+              deviation in training: the variance explained, each channel counting the same
+    fidelity  Var(teacher) / MSE as they are, over all elements (RADIOv2.5's mode-switch script)
+    centred   cosine after the training mean is taken off both; a bare cosine is mostly that mean
+
+    Args:
+        teacher_train: the teacher's features of the training pictures, (M, C) each.
+    """
+
+    def __init__(self, teacher_train: Sequence[Tensor]):
+        count = sum(len(x_MC) for x_MC in teacher_train)
+        self.mean_C = torch.stack([x.double().sum(0) for x in teacher_train]).sum(0) / count
+        squares = [(x.double() - self.mean_C).square().sum(0) for x in teacher_train]
+        variance_C = torch.stack(squares).sum(0) / count
+        # A channel that never moved in training has no scale to be measured on.
+        self.inverse_C = variance_C.rsqrt().where(variance_C > 1e-8 * variance_C.mean(), 0.0)
+
+    def parts(self, student_MC: Tensor, teacher_MC: Tensor) -> Tensor:
+        """One image's means over its tokens, so that images weigh the same: 9, then C z-scores."""
+        s_MC, t_MC = student_MC.double(), teacher_MC.double()
+        z_MC, off_MC = (t_MC - self.mean_C) * self.inverse_C, s_MC - t_MC
+        figures = [
+            (off_MC * self.inverse_C).square(),
+            z_MC.square(),
+            off_MC.square(),
+            (t_MC - self.mean_C).square(),
+            t_MC.square(),
+            t_MC,
+            F.cosine_similarity(s_MC - self.mean_C, t_MC - self.mean_C),
+            F.cosine_similarity(s_MC, t_MC),
+            F.cosine_similarity(self.mean_C[None], t_MC),
+        ]
+        return torch.cat([torch.stack([x.mean() for x in figures]), z_MC.mean(0)])
+
+    def report(self, pairs: Iterable[Sequence[Tensor]]) -> dict[str, float]:
+        """Figures over held-out images, each (student (M, C), teacher (M, C)) on one grid."""
+        parts_NP = torch.stack([self.parts(student, teacher) for student, teacher in pairs])
+        row = bootstrap(parts_NP, lambda means: self.ratios(means)[..., 0])
+        keys = ("value_constant", "fidelity", "fidelity_constant")
+        row |= dict(zip(keys, self.ratios(parts_NP.mean(0))[1:].tolist(), strict=True))
+        keys = ("centred_cosine", "cosine", "cosine_constant")
+        return row | dict(zip(keys, parts_NP[:, 6:9].mean(0).tolist(), strict=True))
+
+    @staticmethod
+    def ratios(means: Tensor) -> Tensor:
+        """(..., P) -> (..., 4): explained and fidelity, each followed by the constant's."""
+        error, constant, raw, raw_constant, square, mean = means[..., :6].unbind(-1)
+        # Around the held-out pictures' own mean, so the constant scores a little below 0.
+        spread = constant - means[..., 9:].square().mean(-1)
+        variance = square - mean.square()
+        fidelities = [variance / mse.maximum(1e-12 * variance) for mse in (raw, raw_constant)]
+        return torch.stack([1 - error / spread, 1 - constant / spread, *fidelities], dim=-1)
+
+
+def fidelity(train: FeatureSet, test: FeatureSet) -> Rows:
+    """Every head against the teacher of its name ("student/vit-s" against "teacher/vit-s").
+
+    Returns:
+        a row for each head and part ("student/vit-s summary", "student/vit-s patches"), and the
+        mean of the variance explained over a model's parts ("student mean").
+    """
+    rows: Rows = {}
+    heads = {name: f"teacher/{name.partition('/')[2]}" for name in test.patches}
+    for name, teacher in heads.items():
+        if name == teacher or teacher not in test.patches:
+            continue
+        if name in test.summary and teacher in test.summary:
+            pairs = zip(test.summary[name].split(1), test.summary[teacher].split(1), strict=True)
+            rows[f"{name} summary"] = Fidelity([train.summary[teacher]]).report(pairs)
+        measure = Fidelity([x.flatten(0, 1) for x in train.patches[teacher]])
+        maps = zip(test.patches[name], test.patches[teacher], strict=True)
+        grids = ([x.flatten(0, 1) for x in same_grid(*pair)] for pair in maps)
+        rows[f"{name} patches"] = measure.report(grids)
+    if not rows:
+        raise ValueError(f"no head is named after a teacher among {sorted(heads)}")
+    for model in sorted({name.partition("/")[0] for name in rows}):
+        values = [row["value"] for name, row in rows.items() if name.startswith(f"{model}/")]
+        rows[f"{model} mean"] = {"value": sum(values) / len(values), "parts": len(values)}
+    return rows
+
+
+# ------------------------------------------------------------------- segmentation
+
+
+def overlap(prediction_GHW: Tensor, mask_HW: Tensor, classes: int) -> Tensor:
+    """(G, 3 * classes) pixels of an image: hit, labelled, predicted; only void ones left out."""
+    settings, is_known = len(prediction_GHW), mask_HW != VOID
+    cell = torch.arange(settings)[:, None] * classes + mask_HW[is_known].long()
+    cell = cell * classes + prediction_GHW[:, is_known]
+    counts = cell.flatten().bincount(minlength=settings * classes**2)
+    counts = rearrange(counts, "(g true said) -> g true said", g=settings, true=classes)
+    return torch.cat([counts.diagonal(dim1=1, dim2=2), counts.sum(2), counts.sum(1)], dim=1)
+
+
+def iou(sums: Tensor, classes: int) -> Tensor:
+    """(..., 3 * classes) -> (..., classes); nan for a class that no mask has."""
+    hit, true, said = rearrange(sums.double(), "... (p k) -> p ... k", p=3, k=classes)
+    return torch.where(true > 0, hit / (true + said - hit), torch.nan)
+
+
+def token_labels(maps: Sequence[Tensor], masks: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """All tokens (M, C) with the label of the pixel at each one's centre (nearest downsampling)."""
+    labels = [
+        F.interpolate(mask[None, None].float(), map_hwC.shape[:2], mode="nearest-exact").flatten()
+        for map_hwC, mask in zip(maps, masks, strict=True)
+    ]
+    return torch.cat([x.flatten(0, 1) for x in maps]).float(), torch.cat(labels).long()
+
+
+def overlaps(
+    probe: Probe, maps: Sequence[Tensor], masks: Sequence[Tensor], classes: int
+) -> Tensor:
+    """(N, G, 3 * classes): every setting's prediction, at the resolution of each mask."""
+    found = []
+    for map_hwC, mask in zip(maps, masks, strict=True):
+        logits = rearrange(probe(map_hwC.flatten(0, 1)), "g (h w) k -> g k h w", w=map_hwC.shape[1])
+        logits = F.interpolate(logits, mask.shape, mode="bilinear", align_corners=False)
+        logits = rearrange(logits, "g k h w -> g h w k").contiguous()  # argmax is 10x faster so
+        found.append(overlap(logits.argmax(-1), mask, classes))
+    return torch.stack(found)
+
+
+def choose_probe(
+    maps: Sequence[Tensor], masks: Sequence[Tensor], classes: int, score: Callable
+) -> tuple[Probe, dict[str, float]]:
+    """A probe of four fifths of the pictures; the fifth chooses its rate, and with two classes
+    its threshold (tokens are labelled at their centres, but pixels are scored)."""
+    rates = (4e-4, 1e-3, 4e-3, 2e-2)
+    fit, held = split(len(maps))
+    tokens_MC, labels_M = token_labels([maps[i] for i in fit], [masks[i] for i in fit])
+    probe = fit_probe(tokens_MC, labels_M, classes, rates, (0.0,) * len(rates))
+    held_maps, held_masks = [maps[i] for i in held], [masks[i] for i in held]
+
+    def best(probe: Probe) -> int:
+        return int(score(overlaps(probe, held_maps, held_masks, classes).sum(0)).argmax())
+
+    g = best(probe)
+    weight_CK, bias_GK = probe.weight_GCK[g], probe.bias_GK[g : g + 1]
+    if classes == 2:
+        odds_M = -probe(tokens_MC[:: len(tokens_MC) // 10_000 + 1])[g].diff(dim=-1)[:, 0]
+        shifts = odds_M.quantile(torch.linspace(0.02, 0.98, 25))
+        bias_GK = bias_GK + torch.stack([0 * shifts, shifts], dim=1)
+        shift = best(Probe(weight_CK.expand(25, -1, -1), bias_GK))
+        bias_GK = bias_GK[shift : shift + 1]
+    return Probe(weight_CK[None], bias_GK), {"learning_rate": rates[g]}
+
+
+def segmentation(
+    train: FeatureSet, test: FeatureSet, foreground: bool = False, per_class: bool = False
+) -> Rows:
+    """mIoU of a linear probe on frozen patches, over the classes present, at the masks' own size.
+
+    AMoE Sec. 6.1, but settings are chosen on the training pictures and all pixels count.
+
+    Args:
+        foreground: every class but 0 is one, and the figure is its IoU.
+    """
+    check_disjoint(train, test)
+    masks, test_masks = _masks(train, foreground, "--train"), _masks(test, foreground, "--test")
+    classes = 1 + max(int(m[m != VOID].max()) for m in masks + test_masks if (m != VOID).any())
+
+    def score(sums: Tensor) -> Tensor:
+        return iou(sums, classes)[..., 1] if foreground else iou(sums, classes).nanmean(-1)
+
+    rows: Rows = {}
+    for column, maps in train.patches.items():
+        probe, settings = choose_probe(maps, masks, classes, score)
+        sums_NP = overlaps(probe, test.patches[column], test_masks, classes)[:, 0]
+        rows[column] = bootstrap(sums_NP, score) | settings
+        if per_class:
+            rows[column]["per_class"] = iou(sums_NP.sum(0), classes).tolist()
+    return rows
+
+
+def _masks(found: FeatureSet, foreground: bool, side: str) -> list[Tensor]:
+    """The masks of the pictures whose patches are kept."""
+    masks = [torch.from_numpy(np.array(found.known("mask", side)[i])) for i in found.dense]
+    return [torch.where(m == VOID, VOID, (m > 0).byte()) if foreground else m for m in masks]
+
+
+# ------------------------------------------------------------------- PCA pictures
+
+
+def pca_sheet(
+    path: Any, pictures: Sequence[Sample], encoders: Any, sizes: Sequence[Any] = (None,), cell=160
+) -> None:
+    """Write a sheet: a row per picture, a column per map of features, in the colours of its PCA.
+
+    Colours mean the same in a whole column, and in a student's head the same as in the teacher of
+    its name: its maps are drawn in the teacher's axes, only scaled by themselves.
+
+    Args:
+        encoders: any form that `encode` takes; its columns' names become the titles.
+        sizes: input sizes, see `at_size`; each gives a column per map.
+        cell: width of a shown picture, px.
+    """
+    columns = {"picture": [Image.fromarray(sample.image) for sample in pictures]}
+    axes: dict[str, Tensor] = {}
+    for size in sizes:
+        features = encode(encoders, [at_size(sample, size) for sample in pictures])
+        for name in sorted(features[0].patches, key=lambda name: name.endswith("trunk")):
+            maps = [f.patches[name].float().cpu() for f in features]
+            head = name if name.endswith("trunk") else name.rpartition("/")[2]
+            axes_C4 = axes.setdefault(head, pca_axes(maps))
+            columns[f"{name} {size or ''}"] = pca_pictures(maps, axes_C4, 3 * cell)
+    _draw_sheet(columns, cell).save(path)
+
+
+def pca_axes(maps: Sequence[Tensor]) -> Tensor:
+    """(C, 4): the axis from ground to objects, then the three main axes among the objects.
+
+    The first axis of all tokens parts objects from ground where a network knows them; it points
+    away from the pictures' borders.
+    """
+    tokens_MC = torch.cat([x.flatten(0, 1) for x in maps])
+    is_edge_M = torch.cat([edge(*x.shape[:2]).flatten() for x in maps])
+    object_C = torch.linalg.svd(tokens_MC - tokens_MC.mean(0), full_matrices=False).Vh[0]
+    score_M = tokens_MC @ object_C
+    if score_M[is_edge_M].mean() > score_M.mean():
+        object_C, score_M = -object_C, -score_M
+    inside_MC = tokens_MC[score_M > otsu(score_M)]
+    colours_3C = torch.linalg.svd(inside_MC - inside_MC.mean(0), full_matrices=False).Vh[:3]
+    return torch.cat([object_C[None], colours_3C]).T
+
+
+def edge(h: int, w: int) -> Tensor:
+    """(h, w) bool: the outermost tokens of a map."""
+    rows, columns = torch.arange(h)[:, None], torch.arange(w)
+    return (rows == 0) | (rows == h - 1) | (columns == 0) | (columns == w - 1)
+
+
+def otsu(score_M: Tensor) -> float:
+    """The threshold that parts values into the two most distant groups."""
+    ordered, n = score_M.double().sort().values, torch.arange(1, len(score_M))
+    sums, rest = ordered.cumsum(0)[:-1], len(score_M) - n
+    between = n * rest * (sums / n - (ordered.sum() - sums) / rest).square()
+    return float(ordered[between.argmax()])
+
+
+def pca_pictures(maps: Sequence[Tensor], axes_C4: Tensor, width: int) -> list[Image.Image]:
+    """Colour pictures: objects in three axes, robustly scaled over the set, on a dark ground."""
+    scores_M4 = torch.cat([x.flatten(0, 1) for x in maps]) @ axes_C4
+    is_inside_M = scores_M4[:, 0] > otsu(scores_M4[:, 0])
+    low_4, high_4 = scores_M4[is_inside_M].quantile(torch.tensor([0.03, 0.97]), dim=0)
+    low_4[0], high_4[0] = scores_M4[~is_inside_M, 0].mean(), scores_M4[is_inside_M, 0].mean()
+    pictures = []
+    for map_hwC in maps:
+        scaled = rearrange((map_hwC @ axes_C4 - low_4) / (high_4 - low_4), "h w c -> 1 c h w")
+        height = round(width * map_hwC.shape[0] / map_hwC.shape[1])
+        smooth = F.interpolate(scaled, (height, width), mode="bicubic").clamp(0, 1)
+        alpha, rgb = smooth[0, :1], 0.1 + 0.88 * smooth[0, 1:]
+        alpha = alpha.square() * (3 - 2 * alpha)
+        ground = torch.tensor([0.07, 0.08, 0.13])[:, None, None]
+        pixels = rearrange(alpha * rgb + (1 - alpha) * ground, "c h w -> h w c") * 255
+        pictures.append(Image.fromarray(pixels.byte().numpy()))
+    return pictures
+
+
+def _draw_sheet(columns: dict[str, list[Image.Image]], cell: int) -> Image.Image:
+    """Columns under their titles; a row is as high as its picture, 1.25 cells at the most."""
+    gap, top, first = 8, 34, next(iter(columns.values()))
+    heights = [min(round(cell * image.height / image.width), cell * 5 // 4) for image in first]
+    size = (gap + len(columns) * (cell + gap), top + sum(heights) + gap * len(heights))
+    sheet, font = Image.new("RGB", size, "white"), ImageFont.load_default(size=15)
+    for c, (title, images) in enumerate(columns.items()):
+        x, y = gap + c * (cell + gap), top
+        middle = (x + cell // 2, top // 2)
+        ImageDraw.Draw(sheet).text(middle, title.strip(), "black", font, anchor="mm")
+        for height, picture, image in zip(heights, first, images, strict=True):
+            width = min(cell, round(height * picture.width / picture.height))
+            shown = image.resize((width, height), Image.Resampling.LANCZOS)
+            sheet.paste(shown, (x + (cell - width) // 2, y))
+            y += height + gap
+    return sheet
+
+
+# ------------------------------------------------------------------- resolution
+
+
+def resolution(models: Any, source: Any, sizes: Sequence[int], out: str = "") -> Rows:
+    """Mode-switch curve (RADIOv2.5 Sec. 3) and scale equivariance of the patches.
+
+    A jump of a head's cosine error or fidelity from one size to the next is a mode switch.
+
+    Args:
+        sizes: sides of squares whose area a picture gets, px.
+        out: PNG for the curves, not drawn if empty.
+    """
+    sets = {size: extract(models, source, size=size, title=f"{size} px") for size in sizes}
+    rows: Rows = {}
+    for column in sets[sizes[0]].patches:
+        maps_by_size = [found.patches[column] for found in sets.values()]
+        rows[f"{column} scale variance"] = scale_variance(maps_by_size)
+    for size, found in sets.items():
+        for name, row in fidelity(found, found).items():
+            if name.endswith(" patches"):
+                error = {"value": 1 - row["cosine"], "fidelity": row["fidelity"]}
+                rows[f"{name.removesuffix(' patches')} cosine error {size} px"] = error
+    if out:
+        plot_resolution(rows, out)
+    return rows
+
+
+def scale_variance(maps_by_size: Sequence[Sequence[Tensor]]) -> dict:
+    """The share of the features' variance that comes from the input's size alone (0: equivariant).
+
+    Each image's maps at all sizes go to the smallest of their grids; the variance over the sizes,
+    mean over positions, channels and images, is divided by the whole variance around the mean
+    feature (our reading of RADIOv2.5's scale equivariance, whose formula is not public).
+    """
+    parts = []
+    for maps in zip(*maps_by_size, strict=True):
+        stacked = torch.stack(same_grid(*maps)).double()
+        within, square = stacked.var(0, correction=0).mean(), stacked.square().mean()
+        parts.append(torch.cat([torch.stack([within, square]), stacked.mean((0, 1, 2))]))
+
+    def ratio(means: Tensor) -> Tensor:
+        return means[..., 0] / (means[..., 1] - means[..., 2:].square().mean(-1))
+
+    return bootstrap(torch.stack(parts), ratio)
+
+
+def plot_resolution(rows: Rows, out: str) -> None:
+    """Cosine error and fidelity against the input's size, a line per head."""
+    from matplotlib.figure import Figure
+
+    lines: dict[str, list[tuple[int, float, float]]] = {}
+    for name, row in rows.items():
+        if match := re.fullmatch(r"(.*) cosine error (\d+) px", name):
+            lines.setdefault(match[1], []).append((int(match[2]), row["value"], row["fidelity"]))
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    for place, axis in enumerate(figure.subplots(1, 2), 1):
+        for name, points in lines.items():
+            axis.plot([p[0] for p in points], [p[place] for p in points], marker="o", label=name)
+        axis.set(xlabel="input size, px", title=("", "cosine error", "fidelity")[place])
+    axis.legend()
+    figure.savefig(out, dpi=150)
+
+
+# ------------------------------------------------------------------- token merging
+
+
+def reduce_map(map_hwC: Tensor, way: str, side: int) -> tuple[Tensor, Tensor]:
+    """(K, C') tokens that stand for a map, K = h w / side^2, and (h w,) which stands for each."""
+    h, w, _ = map_hwC.shape
+    if way == "merge":
+        return merge_tokens(map_hwC.flatten(0, 1).float(), (h, w), h * w // side**2)
+    index_hw = torch.arange(h)[:, None] // side * (w // side) + torch.arange(w) // side
+    if way == "unshuffle":
+        cells = rearrange(map_hwC, "(h a) (w b) c -> (h w) (a b c)", a=side, b=side)
+    else:
+        cells = reduce(map_hwC.float(), "(h a) (w b) c -> (h w) c", "mean", a=side, b=side)
+    return cells.float(), index_hw.flatten()
+
+
+def merging(models: Any, train_source: Any, test_source: Any, size: int) -> Rows:
+    """What is left of a map when few tokens stand for it: RADIO 2.6 at equal counts.
+
+    Ways: "all" tokens, "merge" (ToMe), pixel "unshuffle" and "average", at 1/4 and 1/16 of them.
+    Figures: patch kNN and segmentation with each token copied back to its places, and reading.
+
+    Args:
+        size: side of the square that each picture becomes; its grids must be multiples of 4.
+    """
+    models = {name: models[name] for name in ("teacher", "student") if name in models}
+    train, test = (
+        extract(models, source, size=(size, size), title=f"{source.name} maps")
+        for source in (train_source, test_source)
+    )
+    check_disjoint(train, test)
+    asked, rows = questions(train, test), {}
+    for column in [c for c in train.patches if c.startswith("teacher/") or c.endswith("trunk")]:
+        h, w = grid = train.patches[column][0].shape[:2]
+        if h % 4 or w % 4:
+            raise ValueError(f"{column} has a grid of {h}x{w}, no multiple of 4; change --size")
+        for way, side in [("all", 1), *product(("merge", "unshuffle", "average"), (2, 4))]:
+            few = [reduce_map(x, way, side) for x in train.patches[column]]
+            few_test = [reduce_map(x, way, side) for x in test.patches[column]]
+            name = f"{column} {h * w // side**2} tokens, {way}"
+            full = replace(train, patches={name: [x[i].unflatten(0, grid) for x, i in few]})
+            back = [x[i].unflatten(0, grid) for x, i in few_test]
+            full_test = replace(test, patches={name: back})
+            rows[f"{name}: foreground IoU"] = segmentation(full, full_test, foreground=True)[name]
+            rows[f"{name}: patch kNN"] = patch_knn(full, full_test, name)
+            rows[f"{name}: reading"] = reading(few, few_test, grid, *asked)
+    return rows
+
+
+def patch_knn(train: FeatureSet, test: FeatureSet, column: str) -> dict:
+    """Accuracy of single tokens in telling the mask's classes, against 10,000 training tokens."""
+    bank_MC, bank_M = token_labels(train.patches[column], _masks(train, False, "--train"))
+    test_MC, test_M = token_labels(test.patches[column], _masks(test, False, "--test"))
+    picks = torch.randperm(len(bank_M), generator=torch.Generator().manual_seed(0))[:10_000]
+    hits_M = knn_votes(bank_MC[picks], bank_M[picks], test_MC, VOID + 1).argmax(1) == test_M
+    return accuracy(rearrange(hits_M.double(), "(n p) -> n p", n=len(test.dense)).mean(1))
+
+
+def questions(train: FeatureSet, test: FeatureSet) -> tuple[Tensor, Tensor]:
+    """(N, 4) answers to: what is it, its caption's last word, where (of 3x3), how large (of 4).
+
+    -1 where a picture has no such answer: a label or word that training lacks, an empty mask.
+    """
+    counts = Counter(_last_word(sample) for sample in train.samples)
+    words = sorted(word for word, count in counts.items() if word and count >= 5)
+    labels = sorted({str(sample.label) for sample in train.samples})
+
+    def answers(sample: Sample) -> list[int]:
+        names = (str(sample.label), labels), (_last_word(sample), words)
+        known = [among.index(name) if name in among else -1 for name, among in names]
+        rows, columns = np.nonzero(np.asarray(sample.mask))
+        if not len(rows):
+            return [*known, -1, -1]
+        height, width = np.shape(sample.mask)
+        place = 3 * (3 * rows.mean() // height) + 3 * columns.mean() // width
+        share = len(rows) / (height * width)
+        return [*known, int(place), sum(share > limit for limit in (0.1, 0.2, 0.4))]
+
+    sides = ([answers(sample) for sample in found.samples] for found in (train, test))
+    train_NQ, test_NQ = map(torch.tensor, sides)
+    return train_NQ, test_NQ
+
+
+def _last_word(sample: Sample) -> str:
+    """Of the first name in the caption: "grinning face, tractor" gives "face"."""
+    return (sample.caption or "").partition(",")[0].rpartition(" ")[2]
+
+
+class Reader(nn.Module):
+    """A language model's way to read tokens, at its smallest: every question attends once."""
+
+    def __init__(self, width: int, answers: Sequence[int], dim: int = 128):
+        super().__init__()
+        self.project = nn.Sequential(nn.Linear(width, dim), nn.LayerNorm(dim))
+        self.question_QD = nn.Parameter(torch.randn(len(answers), dim))
+        self.attention = nn.MultiheadAttention(dim, 4, batch_first=True)
+        self.answer = nn.ModuleList(nn.Linear(dim, count) for count in answers)
+
+    def forward(self, tokens_NKC: Tensor) -> list[Tensor]:
+        """Logits (N, answers) of each question."""
+        x_NKD = self.project(tokens_NKC)
+        question = repeat(self.question_QD, "q d -> n q d", n=len(x_NKD))
+        read = question + self.attention(question, x_NKD, x_NKD)[0]
+        return [layer(read[:, q]) for q, layer in enumerate(self.answer)]
+
+
+def reading(
+    train: Sequence, test: Sequence, grid: Any, train_NQ: Tensor, test_NQ: Tensor
+) -> dict:
+    """Share of questions that a trained `Reader` answers right on held-out pictures.
+
+    Args:
+        train, test: (tokens (K, C), index (h w,)) of each picture, see `reduce_map`. A token also
+            carries the mean row and column of its members, as a prompt's order would tell.
+    """
+    place_P2 = torch.cartesian_prod(*(torch.linspace(-1, 1, n) for n in grid))
+
+    def placed(tokens_KC: Tensor, index_P: Tensor) -> Tensor:
+        sums_K2 = torch.zeros(len(tokens_KC), 2).index_add_(0, index_P, place_P2)
+        return torch.cat([tokens_KC, sums_K2 / index_P.bincount()[:, None]], 1)
+
+    train_NKC, test_NKC = (torch.stack([placed(*one) for one in side]) for side in (train, test))
+    mean_C, scale_C = train_NKC.mean((0, 1)), train_NKC.std((0, 1)).clamp_min(1e-6)
+    reader = train_reader((train_NKC - mean_C) / scale_C, train_NQ)
+    with torch.no_grad():
+        logits = reader((test_NKC - mean_C) / scale_C)
+    is_asked_NQ = test_NQ >= 0
+    is_right_NQ = torch.stack([x.argmax(1) for x in logits], 1).eq(test_NQ) & is_asked_NQ
+    parts_NP = torch.stack([is_right_NQ.sum(1), is_asked_NQ.sum(1)], 1)
+    return bootstrap(parts_NP, lambda means: means[..., 0] / means[..., 1])
+
+
+def train_reader(tokens_NKC: Tensor, answers_NQ: Tensor, steps: int = 300) -> Reader:
+    """Fit a `Reader` by AdamW; unanswered questions (-1) teach nothing."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        reader = Reader(tokens_NKC.shape[-1], (answers_NQ.amax(0) + 1).clamp_min(1).tolist())
+    adam, generator = torch.optim.AdamW(reader.parameters(), 1e-3), torch.Generator().manual_seed(0)
+    for _ in range(steps):
+        rows = torch.randint(len(answers_NQ), (64,), generator=generator)
+        pairs = zip(reader(tokens_NKC[rows]), answers_NQ[rows].T, strict=True)
+        losses = [F.cross_entropy(x, y, ignore_index=-1, reduction="sum") for x, y in pairs]
+        adam.zero_grad()
+        (torch.stack(losses).sum() / len(rows)).backward()
+        adam.step()
+    return reader
+
+
+# ------------------------------------------------------------------- features on disk
+
+
+def write_features(
+    models: Any, source: Any, out: str, maps: bool, size: Any, shard: int = 1024
+) -> Rows:
+    """Write features of a source as .npy shards; run again, it goes on where it stopped.
+
+    COLUMN-00000.summary.npy is (n, C) float32; with maps, COLUMN-00000.patches.npy is (tokens, C)
+    float16, images end to end. 00000.json, written last, names the pictures and their grids.
+    """
+    folder, rows = Path(out), {}
+    state = [source.fingerprint(), *map(identity, models.values()), maps, size, shard]
+    mark = hashlib.sha256(repr(state).encode()).hexdigest()
+    for start in range(0, len(source), shard):
+        index = folder / f"{start // shard:05d}.json"
+        if index.exists():
+            if json.loads(index.read_text())["made_from"] != mark:
+                raise ValueError(f"{index} is of another source, model or size; change --out")
+            continue
+        part = Subset(source, range(start, min(start + shard, len(source))))
+        found = extract(models, part, None if maps else 0, size, title=index.stem)
+        if share()[0] == 0:
+            _write_shard(found, index, mark)
+        rows[index.name] = {"value": len(found.samples), "skipped": len(found.skipped)}
+    return rows
+
+
+def _write_shard(found: FeatureSet, index: Path, mark: str) -> None:
+    """One shard's arrays, then its index."""
+    arrays = {(column, "summary"): x_NC for column, x_NC in found.summary.items()}
+    for column, maps in found.patches.items():
+        arrays[column, "patches"] = torch.cat([x.flatten(0, 1) for x in maps])
+    for (column, kind), array in arrays.items():
+        name = f"{column.replace('/', '.')}-{index.stem}.{kind}.npy"
+        save_array(index.with_name(name), array.numpy())
+    grids = {column: [list(x.shape[:2]) for x in maps] for column, maps in found.patches.items()}
+    about = ("key", "digest", "label", "caption")
+    pictures = [{name: getattr(sample, name) for name in about} for sample in found.samples]
+    record = {"made_from": mark, "pictures": pictures, "grids": grids, "skipped": found.skipped}
+    part = index.with_suffix(".part")
+    part.write_text(json.dumps(record))
+    os.replace(part, index)
+
+
+def identity(model: Any) -> str:
+    """A hash of all weights of a model, or of a mapping of models."""
+    if isinstance(model, Mapping):
+        return " ".join(f"{name} {identity(part)}" for name, part in model.items())
+    if hasattr(model, "fingerprint"):
+        return model.fingerprint
+    total = hashlib.sha256()
+    for tensor in model.state_dict().values():
+        total.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return total.hexdigest()
+
+
+# ------------------------------------------------------------------- reports
+
+
+def final_report(
+    student: Any, untrained: Any, teachers: Any, train_source: Any, test_source: Any, dense=300
+) -> dict[str, Any]:
+    """What a training run shows: kNN, fidelity and foreground IoU on held-out pictures.
+
+    Args:
+        teachers: by the names of the student's heads, or a list of teachers so named; cached ones
+            must hold both sources.
+        dense: training pictures whose maps serve the foreground probe and patch statistics.
+    """
+    if not isinstance(teachers, Mapping):
+        teachers = {teacher.name: teacher for teacher in teachers}
+    models = {"teacher": teachers, "student": student, "untrained": untrained}
+    models["pixels"] = RawPixels()
+    train = extract(models, train_source, dense, title="evaluate: train")
+    test = extract(models, test_source, title="evaluate: held out")
+    foreground = partial(segmentation, foreground=True)
+    protocols = (("knn", knn), ("foreground", foreground), ("fidelity", fidelity))
+    report: dict[str, Any] = {"left out": {}}
+    for name, protocol in protocols:
+        try:
+            report[name] = protocol(train, test)
+        except ValueError as error:  # a user's pictures may have no labels or no masks
+            report["left out"][name] = str(error)
+    return report
+
+
+def format_table(report: Mapping[str, Rows]) -> str:
+    """The report of `final_report` as text for a terminal or a README."""
+    titles = {
+        "knn": "20-NN accuracy",
+        "foreground": "foreground IoU, linear probe",
+        "fidelity": "variance of the teacher explained",
+    }
+    keys = ("value_constant", "centred_cosine", "fidelity", "fidelity_constant")
+    tables = [
+        format_rows(title, report[name], keys if name == "fidelity" else ())
+        for name, title in titles.items()
+        if name in report
+    ]
+    return "\n\n".join([*tables, *(f"left out: {k}: {v}" for k, v in report["left out"].items())])
+
+
+def format_rows(title: str, rows: Rows, keys: Sequence[str] = ()) -> str:
+    """Rows as a table: name, value, interval, and what else `keys` asks for."""
+    width = max(map(len, [title, *rows])) + 2
+    lines = [f"{title:<{width}}   value   95 % interval" + "".join(f"{key:>19}" for key in keys)]
+    for name, row in rows.items():
+        span = f"{row['low']:.3f} to {row['high']:.3f}" if "low" in row else ""
+        more = "".join(f"{min(row[key], 1e6):19.3f}" for key in keys if key in row)
+        lines.append(f"{name:<{width}}{row['value']:8.3f}   {span:<15}{more}")
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------------- command line
+
+
+def run_pca(args: argparse.Namespace, models: Any, _: Any, test: Any) -> Rows:
+    pictures = [test.load(i) for i in range(min(args.count, len(test)))]
+    pca_sheet(args.out or "pca.png", pictures, models, args.sizes or [args.size])
+    return {args.out or "pca.png": {"value": len(pictures)}}
+
+
+def on_features(protocol: Callable[..., Rows], dense: int | None = 0) -> Callable[..., Rows]:
+    """A protocol on (args, train features, test features) as one on models and sources."""
+
+    def run(args: argparse.Namespace, models: Any, *sources: Any) -> Rows:
+        train, test = (extract(models, s, dense, args.size, title=s.name) for s in sources)
+        args.skipped = train.skipped | test.skipped
+        return protocol(args, train, test)
+
+    return run
+
+
+# name -> (the options that it needs, protocol on models, train source and test source)
+TASKS: dict[str, tuple[str, Callable[..., Rows]]] = {
+    "knn": ("train test", on_features(lambda a, x, y: knn(x, y, a.k, a.per_class))),
+    "linear": ("train test", on_features(lambda a, x, y: linear(x, y, a.per_class))),
+    "zero-shot": ("train test text", on_features(
+        lambda a, x, y: zero_shot(x, y, a.text, a.prompts, a.per_class))),
+    "retrieval": ("train test text", on_features(lambda a, x, y: retrieval(x, y, a.text))),
+    "segmentation": ("train test", on_features(
+        lambda a, x, y: segmentation(x, y, a.foreground, a.per_class), dense=None)),
+    "pca": ("test", run_pca),
+    "resolution": ("test sizes", lambda a, m, _, test: resolution(m, test, a.sizes, a.out)),
+    "merging": ("train test size", lambda a, m, x, y: merging(m, x, y, a.size)),
+    "features": ("test out", lambda a, m, _, test: write_features(m, test, a.out, a.maps, a.size)),
+}  # fmt: skip
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Score encoders; the last line is JSON.")
+    add = parser.add_argument
+    add("task", choices=TASKS)
+    add("--student", help="a checkpoint: ours, a released SigLino .pt or RADIO .pth.tar")
+    add("--teacher", action="append", default=[], help="NAME=PATH[@layer] or a built-in")
+    add("--train", help="SOURCE of the training pictures")
+    add("--test", help="SOURCE of the pictures to score, draw or encode")
+    add("--no-controls", action="store_true", help="leave out the untrained student and raw pixels")
+    add("--size", type=int, help="pictures get the area of a square of this side, px")
+    add("--sizes", type=int, nargs="+", default=[], help="several of them (pca, resolution)")
+    add("--k", type=int, default=20, help="neighbours")
+    add("--text", default="", help="[NAME=]FILE.npz, NAME=PATH of a two-tower teacher, or bow")
+    add("--prompts", default="", help="file of templates, or 'captions' of the training pictures")
+    add("--foreground", action="store_true", help="segmentation: every class but 0 is one")
+    add("--per-class", action="store_true", help="figures of each class too")
+    add("--maps", action="store_true", help="features: write the patch maps too")
+    add("--count", type=int, default=8, help="pca: pictures")
+    add("--out", default="", help="folder or picture to write")
+    add("--seed", type=int, default=0, help="of the untrained student and built-in drawings")
+    args = parser.parse_args(argv)
+    if missing := [name for name in TASKS[args.task][0].split() if not getattr(args, name)]:
+        parser.error(f"{args.task} needs {' and '.join(f'--{name}' for name in missing)}")
+    if not args.student and not args.teacher:
+        parser.error("nothing to score: pass --student CHECKPOINT, --teacher NAME=PATH or both")
+    return args
+
+
+def load_models(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    specs = [t if "=" in t else f"{t}=builtin:{t}" for t in args.teacher]
+    teachers = [load_teacher(parse_teacher(spec), device) for spec in specs]
+    models: dict[str, Any] = {"teacher": {t.name: t for t in teachers}} if teachers else {}
+    controls = not args.no_controls and args.task not in ("pca", "features")
+    if args.student:
+        models["student"] = load_student(args.student, device=str(device))
+        if controls:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(args.seed)
+                models["untrained"] = Student(models["student"].config).to(device)
+    return models | ({"pixels": RawPixels()} if controls else {})
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args, start = parse_args(argv), time.time()
+    group, args.skipped = setup_distributed(), {}
+    try:
+        sources = [spec and open_source(spec, args.seed) for spec in (args.train, args.test)]
+        rows = TASKS[args.task][1](args, load_models(args, group.device), *sources)
+    except (ValueError, OSError) as error:
+        sys.exit(f"eval.py {args.task}: {error}")
+    if group.rank == 0:
+        print(format_rows(args.task, rows))
+        counts = [source and len(source) for source in sources]
+        result = {"task": args.task, "train": counts[0], "test": counts[1],
+                  "seconds": round(time.time() - start, 1), "skipped": args.skipped, "rows": rows}  # fmt: skip
+        print(re.sub(r"\bNaN\b", "null", json.dumps(result)))
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1648 @@
+"""The student network in its two published forms, and the released weights of both.
+
+AMoE (arXiv 2512.20157): RMS norms, golden 2-D RoPE, attention sinks, a mixture of experts in every
+block. RADIOv2.5 (arXiv 2412.07679): a plain LayerNorm ViT with a cropped table of positions and one
+CLS token per teacher. `ModelConfig` is the table of their differences; `Student` runs either one on
+a packed batch: the tokens of all images in one row, each image attending only to itself.
+
+Legend (a suffix on a name gives its layout):
+    B images, N packed tokens (prefix and patches), M patches of the pack, P patches of an image,
+    X = 3*p*p numbers of a patch in (row, col, channel) order, D width, H heads, A width of a head,
+    J rotation frequencies of a head, E experts, K top-k, S = N*K token-expert pairs,
+    F hidden width of an expert, C teacher width, R registers, L layers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import EinopsError, rearrange, repeat
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+
+from packing import PackedBatch, _to_rgb, fit_size, resize, to_float
+
+HALF_RGB = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))  # mean, std
+CLIP_RGB = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+
+# ------------------------------------------------------------------------------------------------
+# Configuration: everything in which the two forms and their sizes differ
+
+
+@dataclass(frozen=True)
+class HeadSpec:
+    """What the student predicts for one teacher.
+
+    kind 'adapter' (AMoE 1.6): one MLP for all token types, Linear-LayerNorm-GELU-Linear.
+    kind 'v1' or 'v2' (RADIO 1.4): one MLP for the summary and another for the patches.
+    """
+
+    name: str
+    dim: int | None  # width of the teacher's patch features; None: no patch features
+    summary_dim: int | None  # width of the teacher's summary; None: no summary (SAM)
+    kind: str = "adapter"
+    registers: bool = False  # adapter: also predict the teacher's registers (DINOv3)
+    pool: bool = False  # adapter: the summary is SigLIP2's frozen attention pooling of all tokens
+    split: bool = False  # adapter: an own last Linear for the summary, so PHI-S folds into each
+    bias: bool = False  # adapter: bias of the last Linear (a folded PHI-S needs it for the mean)
+    pool_hidden: int = 4304  # width of the MLP in the pooling head
+    hidden: int | None = None  # hidden width (of the patch MLP); None: dim, AMoE's own shape
+    summary_hidden: int = 1024  # v1, v2: the same of the summary MLP
+    inner: int = 0  # v1, v2: hidden layers (v1) or residual blocks (v2) of the patch MLP
+    summary_inner: int = 0  # the same of the summary MLP
+    pre_norm: bool = False  # v2: LayerNorm and GELU before the first Linear
+    upsample: int = 1  # v1, v2: patch features on a grid finer by this factor
+    token: int = 0  # index of the CLS token that the summary is read from
+    in_trunk_summary: bool = True  # RADIO: that CLS token is part of the trunk's summary
+
+    def __post_init__(self):
+        if not self.name or "." in self.name or self.name == "trunk":
+            raise ValueError(f"head name {self.name!r} is empty, has a dot or is 'trunk'")
+        if self.kind not in ("adapter", "v1", "v2"):
+            raise ValueError(f"head {self.name}: kind {self.kind!r} is not adapter, v1 or v2")
+        if self.pool and (self.split or self.summary_dim != self.dim):
+            raise ValueError(
+                f"head {self.name}: pool=True reads the summary from the patch features, so "
+                f"split={self.split} and summary_dim={self.summary_dim} (dim={self.dim}) clash"
+            )
+        if self.kind == "adapter" and self.dim is None:
+            raise ValueError(f"head {self.name}: an adapter needs dim, got None")
+        if self.kind == "adapter" and not self.split and self.summary_dim not in (None, self.dim):
+            raise ValueError(
+                f"head {self.name}: summary_dim={self.summary_dim} differs from dim={self.dim}; "
+                "pass split=True"
+            )
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """One row of the table of sizes, and the choices that make a form."""
+
+    form: str  # 'amoe' or 'radio'
+    dim: int
+    n_layers: int
+    n_heads: int
+    head_dim: int
+    ffn_dim: int  # hidden width of the MLP, or of one expert
+    heads: tuple[HeadSpec, ...] = ()
+    patch: int = 16  # side in pixels
+    cls_tokens: int = 1  # RADIO: one per teacher
+    registers: int = 4
+    experts: int = 0  # 0: a dense MLP
+    top_k: int = 0  # experts per token
+    norm_weight: bool = True  # AMoE: False in the 30M and 70M sizes
+    gated_ffn: bool = True  # SiLU-gated; False: GELU MLP
+    final_norm: bool = True  # RADIO: dropped after training
+    layer_scale: bool = False  # RADIO: initialised to 1e-5 where present
+    patch_bias: bool = False  # RADIO: ViT-g only
+    position_grid: int = 0  # RADIO: side of the table of positions, in patches
+    feature_normalizer: bool = False  # RADIO: the '-norm' releases standardise patch features
+    rope_min: float = 1.0  # AMoE: smallest and largest angular frequency, AMoE 1.3
+    rope_max: float = 20.0
+    pixel_mean: tuple[float, ...] = HALF_RGB[0]
+    pixel_std: tuple[float, ...] = HALF_RGB[1]
+
+    def __post_init__(self):
+        if self.form not in ("amoe", "radio"):
+            raise ValueError(f"form {self.form!r} is neither 'amoe' nor 'radio'")
+        if self.form == "amoe" and self.head_dim % 4:
+            raise ValueError(f"head_dim={self.head_dim} is not a multiple of 4 (half is rotated)")
+        if bool(self.experts) != bool(self.top_k) or not 0 <= self.top_k <= self.experts:
+            raise ValueError(f"top_k={self.top_k} does not fit experts={self.experts}")
+        if self.form == "radio" and (self.experts or not self.position_grid):
+            raise ValueError(
+                f"form 'radio' has a position table and no experts, got "
+                f"position_grid={self.position_grid}, experts={self.experts}"
+            )
+        names = [head.name for head in self.heads]
+        if len(set(names)) < len(names):
+            raise ValueError(f"head names repeat: {names}")
+        if any(head.token >= self.cls_tokens for head in self.heads):
+            raise ValueError(f"a head reads a CLS token beyond cls_tokens={self.cls_tokens}")
+
+    @property
+    def prefix(self) -> int:
+        """Tokens before the patches of each image: CLS and registers."""
+        return self.cls_tokens + self.registers
+
+    @property
+    def summary_tokens(self) -> tuple[int, ...]:
+        """Indices of the CLS tokens that make the trunk's summary, RADIO 1.3."""
+        if self.form == "amoe" or self.cls_tokens == 1:
+            return (0,)
+        return tuple(dict.fromkeys(head.token for head in self.heads if head.in_trunk_summary))
+
+
+def with_heads(config: ModelConfig, heads: Sequence[HeadSpec]) -> ModelConfig:
+    """The same trunk with other teacher heads; RADIO with a CLS per teacher gets one for each."""
+    if config.cls_tokens > 1:
+        heads = [replace(head, token=i) for i, head in enumerate(heads)]
+        return replace(config, heads=tuple(heads), cls_tokens=max(1, len(heads)))
+    return replace(config, heads=tuple(heads))
+
+
+def _amoe(dim, n_layers, n_heads, head_dim, ffn_dim, **more) -> ModelConfig:
+    heads = (
+        HeadSpec("siglip2", 1152, 1152, pool=True),
+        HeadSpec("dinov3", 1024, 1024, registers=True),
+    )
+    return ModelConfig("amoe", dim, n_layers, n_heads, head_dim, ffn_dim, heads, **more)
+
+
+def _radio(dim, n_layers, n_heads, head_dim, ffn_dim, cls_tokens=4, **more) -> ModelConfig:
+    # Widths are the teachers'. Head MLPs 1024 wide and 4 registers: not stated, our choice.
+    widths: dict[str, tuple[int, int | None]] = {
+        "clip": (1280, 1024), "siglip": (1152, 1152), "dino_v2": (1536, 1536), "sam": (1280, None),
+    }  # fmt: skip
+    heads = tuple(
+        HeadSpec(name, patches, summary, kind="v2", hidden=1024, token=i if cls_tokens > 1 else 0,
+                 in_trunk_summary=summary is not None)
+        for i, (name, (patches, summary)) in enumerate(widths.items())
+    )  # fmt: skip
+    more = {"gated_ffn": False, "final_norm": False, "position_grid": 128} | more
+    more |= {"cls_tokens": cls_tokens, "pixel_mean": CLIP_RGB[0], "pixel_std": CLIP_RGB[1]}
+    return ModelConfig("radio", dim, n_layers, n_heads, head_dim, ffn_dim, heads, **more)
+
+
+def _demo(name: str, dim: int) -> HeadSpec:
+    return HeadSpec(name, dim, dim, split=True, bias=True)
+
+
+MODELS: dict[str, ModelConfig] = {
+    # form(dim, layers, heads, head width, MLP or expert width): AMoE 1.7
+    "amoe-0.3b": _amoe(768, 18, 8, 128, 384, experts=28, top_k=6),
+    "amoe-0.15b": _amoe(768, 18, 8, 128, 384, experts=28, top_k=2),
+    "dense-0.6b": _amoe(1280, 18, 16, 80, 5120),
+    "dense-70m": _amoe(512, 12, 8, 64, 2048, norm_weight=False),
+    "dense-30m": _amoe(384, 12, 6, 64, 1536, norm_weight=False),
+    # RADIOv2.5, RADIO 1.1; g is DINOv2's ViT-g: SwiGLU, LayerScale, patch 14, one CLS for all
+    "radio-b": _radio(768, 12, 12, 64, 3072),
+    "radio-l": _radio(1024, 24, 16, 64, 4096),
+    "radio-h": _radio(1280, 32, 16, 80, 5120),
+    "radio-g": _radio(1536, 40, 24, 64, 4096, patch=14, cls_tokens=1, gated_ffn=True,
+                      layer_scale=True, patch_bias=True),
+    # the demo student and the one of the unit tests; train.py sets their heads by the teachers
+    "nano": ModelConfig("amoe", 192, 6, 3, 64, 256, (_demo("vit-s", 384), _demo("mobilenet", 1280)),
+                        experts=8, top_k=2),
+    "test": ModelConfig("amoe", 48, 2, 2, 16, 32, (_demo("a", 24), _demo("b", 32)),
+                        experts=4, top_k=2),
+}  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------
+# Where the tokens of a pack are
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Token positions of one pack.
+
+    Inside the network the images are sorted by size, so that images of equal length lie side by
+    side and share one batched attention call. Outputs come back in the caller's order.
+    """
+
+    grids: list[tuple[int, int]]  # (rows, columns) in patches, caller's order
+    lengths: list[int]  # tokens of each image with its prefix, sorted
+    gather_N: Tensor  # sorted token -> row of cat([prefix of image 0, 1, ..; patches])
+    prefix_BR: Tensor  # rows of each image's prefix among the sorted tokens, caller's order
+    rank_B: Tensor  # place of each image of the caller's order among the sorted ones
+    patches_M: Tensor  # rows of the patches among the sorted tokens, caller's order
+    row_column_M2: Tensor  # each patch's integer place in its image, caller's order
+    grid_M2: Tensor  # (rows, columns) of the image that the patch belongs to
+
+    @classmethod
+    def of(cls, grids: list[tuple[int, int]], prefix: int, device: torch.device) -> Layout:
+        """Lay out images of these grids, each with `prefix` tokens before its patches."""
+        count = len(grids)
+        grid_B2 = torch.tensor(grids, dtype=torch.int64).reshape(count, 2)
+        patches_B = grid_B2.prod(1)
+        order_B = torch.argsort(patches_B, stable=True)
+        lengths = (patches_B[order_B] + prefix).tolist()
+        start_B = torch.empty(count, dtype=torch.int64)  # first sorted row of each image
+        start_B[order_B] = (patches_B[order_B] + prefix).cumsum(0) - patches_B[order_B] - prefix
+        image_M = torch.repeat_interleave(torch.arange(count), patches_B)
+        nth_M = torch.arange(len(image_M)) - (patches_B.cumsum(0) - patches_B)[image_M]
+        columns_M = grid_B2[image_M, 1]
+        prefix_BR = start_B[:, None] + torch.arange(prefix)
+        patches_M = start_B[image_M] + prefix + nth_M
+        gather_N = torch.empty(count * prefix + len(image_M), dtype=torch.int64)
+        gather_N[torch.cat([prefix_BR.flatten(), patches_M])] = torch.arange(len(gather_N))
+        row_column_M2 = torch.stack([nth_M // columns_M, nth_M % columns_M], dim=1)
+        tensors = (
+            gather_N,
+            prefix_BR,
+            order_B.argsort(),
+            patches_M,
+            row_column_M2,
+            grid_B2[image_M],
+        )
+        return cls(grids, lengths, *(tensor.to(device, non_blocking=True) for tensor in tensors))
+
+    def by_length(self, x: Tensor) -> list[Tensor]:
+        """Sorted tokens (N, ...) as one batch (b, n, ...) for each length that occurs.
+
+        One split: a slice for each would give its gradient as a full-size tensor of zeros.
+        """
+        counts = Counter(self.lengths)  # in sorted order
+        runs = x.split([length * count for length, count in counts.items()])
+        pairs = zip(runs, counts.values(), strict=True)
+        return [run.unflatten(0, (count, -1)) for run, count in pairs]
+
+    @cached_property
+    def ends_B(self) -> Tensor:
+        """Start of the first image and end of each, int32: what varlen kernels want."""
+        ends = torch.tensor([0, *self.lengths]).cumsum(0)
+        return ends.to(self.gather_N.device, torch.int32, non_blocking=True)
+
+    @cached_property
+    def block_mask(self) -> Any:
+        """flex_attention's mask: a token sees its own image."""
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        device, count = self.gather_N.device, len(self.gather_N)
+        image_N = torch.arange(len(self.lengths)).repeat_interleave(torch.tensor(self.lengths))
+        image_N = image_N.to(device)
+        same_image = lambda b, h, i, j: image_N[i] == image_N[j]  # noqa: ARG005, E731
+        return create_block_mask(same_image, None, None, count, count, device=device)
+
+
+# ------------------------------------------------------------------------------------------------
+# Attention: one function, several backends
+
+
+ATTENTION = ("auto", "flash", "explicit", "varlen", "flex")
+
+
+class CpuFlash:
+    """torch's CPU flash kernel on images of equal length."""
+
+    def forward(self, *qkv_BHNA: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*qkv_BHNA)
+
+    def backward(self, grad_BHNA: Tensor, *saved: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        return backward(grad_BHNA, *saved, 0.0, False)
+
+
+class CudaVarlen:
+    """torch's varlen kernel on the whole pack, seen as (1, H, N, A)."""
+
+    def __init__(self, layout: Layout):
+        import torch.nn.attention.varlen  # noqa: F401  (registers the kernels)
+
+        self.lengths = (layout.ends_B, layout.ends_B, max(layout.lengths), max(layout.lengths))
+
+    def forward(self, *qkv_BHNA: Tensor) -> tuple[Tensor, Tensor]:
+        qkv_NHA = [rearrange(x, "1 h n a -> n h a") for x in qkv_BHNA]
+        out_NHA, lse_HN, self.rng = torch.ops.torch_attn._varlen_attn(*qkv_NHA, *self.lengths)
+        return rearrange(out_NHA, "n h a -> 1 h n a"), lse_HN[None]
+
+    def backward(self, grad_BHNA: Tensor, *saved: Tensor) -> list[Tensor]:
+        *tensors, lse_BHN = (grad_BHNA, *saved)
+        tensors = [rearrange(x, "1 h n a -> n h a").contiguous() for x in tensors]
+        backward = torch.ops.torch_attn._varlen_attn_backward
+        grads = backward(*tensors, lse_BHN[0].contiguous(), *self.lengths, False, self.rng)
+        return [rearrange(x, "n h a -> 1 h n a") for x in grads]
+
+
+class SinkAttention(torch.autograd.Function):
+    """Softmax attention with one more logit s_h whose value is zero, by a flash kernel.
+
+    out' = out * sigmoid(lse - s) is that softmax, but autograd has no gradient through lse. The
+    kernel's backward, given out' and lse' = logaddexp(lse, s), yields the exact one, and
+    ds = -sum(exp(s - lse') * rowsum(grad * out')). AMoE 1.2.
+    """
+
+    @staticmethod
+    def forward(ctx, q_BHNA, k_BHNA, v_BHNA, sinks_H, kernel):
+        out_BHNA, lse_BHN = kernel.forward(q_BHNA, k_BHNA, v_BHNA)
+        if sinks_H is not None:
+            sinks_H1 = sinks_H.to(lse_BHN.dtype)[:, None]
+            out_BHNA = out_BHNA.mul_(torch.sigmoid(lse_BHN - sinks_H1)[..., None])
+            lse_BHN = torch.logaddexp(lse_BHN, sinks_H1)
+        ctx.save_for_backward(q_BHNA, k_BHNA, v_BHNA, out_BHNA, lse_BHN, sinks_H)
+        ctx.kernel = kernel
+        return out_BHNA
+
+    @staticmethod
+    def backward(ctx, grad_BHNA):
+        *saved, out_BHNA, lse_BHN, sinks_H = ctx.saved_tensors
+        grads = ctx.kernel.backward(grad_BHNA, *saved, out_BHNA, lse_BHN)
+        if sinks_H is None:
+            return *grads, None, None
+        weight_BHN = torch.exp(sinks_H.to(lse_BHN.dtype)[:, None] - lse_BHN)
+        rows_BHN = (grad_BHNA * out_BHNA).sum(-1, dtype=lse_BHN.dtype)
+        return *grads, -(weight_BHN * rows_BHN).sum((0, 2)).to(sinks_H.dtype), None
+
+
+def explicit_attention(
+    q_BHNA: Tensor, k_BHNA: Tensor, v_BHNA: Tensor, sinks_H: Tensor | None
+) -> Tensor:
+    """The definition: softmax in float32 over the logits and the sink."""
+    logits_BHNN = (q_BHNA @ k_BHNA.mT).float() / math.sqrt(q_BHNA.shape[-1])
+    if sinks_H is not None:
+        sinks_BHN1 = sinks_H.float()[:, None, None].expand(*logits_BHNN.shape[:3], 1)
+        logits_BHNN = torch.cat([logits_BHNN, sinks_BHN1], dim=-1)
+    count = k_BHNA.shape[2]
+    return logits_BHNN.softmax(-1)[..., :count].to(v_BHNA.dtype) @ v_BHNA
+
+
+@cache
+def _compiled_flex() -> Callable[..., Any]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=True)
+
+
+def flex_attention(qkv_BHNA: list[Tensor], layout: Layout, sinks_H: Tensor | None) -> Tensor:
+    """flex_attention over the whole pack; its backward does carry the gradient of lse. CUDA."""
+    out_BHNA, lse_BHN = _compiled_flex()(*qkv_BHNA, block_mask=layout.block_mask, return_lse=True)
+    if sinks_H is None:
+        return out_BHNA
+    return out_BHNA * torch.sigmoid(lse_BHN - sinks_H.float()[:, None])[..., None].to(
+        out_BHNA.dtype
+    )
+
+
+def attention(
+    q_NHA: Tensor,
+    k_NHA: Tensor,
+    v_NHA: Tensor,
+    layout: Layout,
+    sinks_H: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Attention of every token to the tokens of its own image; `out_NHA`.
+
+    Every backend has the exact gradient of the sinks. AMoE 1.2, RADIO 1.
+    """
+    if not layout.lengths:
+        return v_NHA
+    qkv_NHA = (q_NHA, k_NHA, v_NHA)
+    if backend == "auto":
+        backend = choose_attention(q_NHA)
+    if backend in ("varlen", "flex"):
+        qkv_BHNA = [rearrange(x, "n h a -> 1 h n a") for x in qkv_NHA]
+        if backend == "flex":
+            out_BHNA = flex_attention(qkv_BHNA, layout, sinks_H)
+        else:
+            out_BHNA = SinkAttention.apply(*qkv_BHNA, sinks_H, CudaVarlen(layout))
+        return rearrange(out_BHNA, "1 h n a -> n h a")
+    outputs = []
+    for qkv in zip(*(layout.by_length(x) for x in qkv_NHA), strict=True):
+        q, k, v = (rearrange(x, "b n h a -> b h n a") for x in qkv)
+        if backend == "explicit":
+            out_BHNA = explicit_attention(q, k, v, sinks_H)
+        else:
+            out_BHNA = SinkAttention.apply(q, k, v, sinks_H, CpuFlash())
+        outputs.append(rearrange(out_BHNA, "b h n a -> (b n) h a"))
+    return torch.cat(outputs)
+
+
+def choose_attention(q_NHA: Tensor) -> str:
+    """The fastest backend that is exact for this device and dtype (see the README's table)."""
+    is_half = q_NHA.dtype in (torch.bfloat16, torch.float16)
+    if q_NHA.device.type == "cuda":
+        return "varlen" if is_half else "flex"  # varlen has no float32 kernel
+    if q_NHA.device.type != "cpu" or (is_half and q_NHA.requires_grad):
+        return "explicit"  # the CPU flash backward gains nothing from bfloat16
+    return "flash"
+
+
+# ------------------------------------------------------------------------------------------------
+# Positions
+
+
+def golden_frequencies(n_heads: int, n_freqs: int, low: float, high: float) -> Tensor:
+    """Frequency vectors of golden-gate 2-D RoPE, `freqs_HJ2`: magnitude times (y, x) direction.
+
+    Directions fill the circle evenly over all heads: the plastic number g (g^3 = g + 1) gives a
+    low-discrepancy sequence. AMoE 1.3.
+    """
+    g = 1.324717957244746
+    magnitude_J = low * (high / low) ** torch.linspace(0, 1, n_freqs, dtype=torch.float64)
+    i = torch.arange(1, n_heads * n_freqs + 1, dtype=torch.float64)[:, None]
+    z = (i * torch.tensor([1 / g, 1 / g**2], dtype=torch.float64)).frac()
+    direction = F.normalize(torch.erfinv(2 * z - 1), dim=-1)
+    return (rearrange(direction, "(h j) c -> h j c", h=n_heads) * magnitude_J[:, None]).float()
+
+
+def golden_rotation(layout: Layout, freqs_HJ2: Tensor) -> tuple[Tensor, Tensor]:
+    """cos_NHJ and sin_NHJ of every token, float32 whatever the model's dtype.
+
+    Coordinates do not depend on the resolution: y spans [-sqrt(h/w), +sqrt(h/w)], x the inverse,
+    ends included. CLS and registers are not rotated. AMoE 1.3.
+    """
+    grid_M2 = layout.grid_M2.float()
+    half_M2 = torch.sqrt(grid_M2 / grid_M2.flip(1))
+    yx_M2 = half_M2 * (2 * layout.row_column_M2 / (grid_M2 - 1).clamp(min=1) - 1)
+    angles_MHJ = torch.einsum("mc,hjc->mhj", yx_M2, freqs_HJ2)
+    angles_NHJ = angles_MHJ.new_zeros(len(layout.gather_N), *angles_MHJ.shape[1:])
+    angles_NHJ = angles_NHJ.index_copy(0, layout.patches_M, angles_MHJ)
+    return angles_NHJ.cos(), angles_NHJ.sin()
+
+
+def rotate(x_NSHA: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate the second half of each head's channels; the first half is for time, 0 in a still.
+
+    Channel pairs are (j, J+j), not the release's (2j, 2j+1): whole slices move, not every second
+    number. Queries and keys are permuted alike at loading, so their products are the same.
+    """
+    cos_N1HJ, sin_N1HJ = (part[:, None] for part in rotation)
+    n_freqs = cos_N1HJ.shape[-1]
+    still, a, b = x_NSHA.split([2 * n_freqs, n_freqs, n_freqs], dim=-1)
+    turned = [a * cos_N1HJ - b * sin_N1HJ, a * sin_N1HJ + b * cos_N1HJ]
+    return torch.cat([still, *(part.to(x_NSHA.dtype) for part in turned)], dim=-1)
+
+
+# ------------------------------------------------------------------------------------------------
+# Layers
+
+
+class KeepsFloat32(nn.Module):
+    """A module with buffers that stay float32 through `.to(bfloat16)`: rounding them moves
+    rotation angles by up to 0.08 rad and changes which experts are selected."""
+
+    float32_buffers: tuple[str, ...] = ()
+
+    def _apply(self, fn, recurse=True):
+        before = {name: getattr(self, name) for name in self.float32_buffers}
+        super()._apply(fn, recurse)
+        for name, value in before.items():
+            moved = getattr(self, name)
+            if moved.dtype != torch.float32:
+                setattr(self, name, value.to(moved.device))
+        return self
+
+
+def make_norm(config: ModelConfig) -> nn.Module:
+    """The norm before attention and MLP: LayerNorm (RADIO) or RMSNorm with or without weight."""
+    if config.form == "radio":
+        return nn.LayerNorm(config.dim, eps=1e-6)
+    if config.norm_weight:
+        return nn.RMSNorm(config.dim, eps=1e-5)
+    return nn.RMSNorm(config.dim, elementwise_affine=False)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention. AMoE: QK-norm, rotation, sinks. RADIO: biases, none of these."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        inner = config.n_heads * config.head_dim  # may differ from dim: 1024 against 768 in AMoE
+        self.n_heads, self.head_dim, self.backend = config.n_heads, config.head_dim, "auto"
+        self.rotary = config.form == "amoe"
+        self.qkv = nn.Linear(config.dim, 3 * inner, bias=not self.rotary)
+        self.proj = nn.Linear(inner, config.dim, bias=not self.rotary)
+        self.sinks = nn.Parameter(torch.zeros(config.n_heads)) if self.rotary else None
+
+    def forward(self, x_ND: Tensor, layout: Layout, rotation) -> Tensor:
+        qkv_NSHA = rearrange(self.qkv(x_ND), "n (s h a) -> n s h a", s=3, h=self.n_heads)
+        q_NHA, k_NHA, v_NHA = qkv_NSHA.unbind(1)
+        if self.rotary:
+            qk_NSHA = F.rms_norm(qkv_NSHA[:, :2], (self.head_dim,))
+            q_NHA, k_NHA = rotate(qk_NSHA, rotation).unbind(1)
+        out_NHA = attention(q_NHA, k_NHA, v_NHA, layout, self.sinks, self.backend)
+        return self.proj(rearrange(out_NHA, "n h a -> n (h a)"))
+
+
+def gated(hidden: Tensor) -> Tensor:
+    """SiLU of the first half of the channels times the second half."""
+    gate, value = hidden.chunk(2, dim=-1)
+    return F.silu(gate) * value
+
+
+class Mlp(nn.Module):
+    """Dense MLP: SiLU-gated (AMoE dense sizes, and ViT-g with biases) or GELU (RADIO)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.gated, bias = config.gated_ffn, config.form == "radio"
+        self.w1 = nn.Linear(config.dim, config.ffn_dim * (2 if self.gated else 1), bias=bias)
+        self.w2 = nn.Linear(config.ffn_dim, config.dim, bias=bias)
+
+    def forward(self, x_ND: Tensor) -> tuple[Tensor, None]:
+        activation = gated if self.gated else F.gelu
+        return self.w2(activation(self.w1(x_ND))), None
+
+
+EXPERTS = ("auto", "grouped", "sorted", "dense")
+
+
+class MoE(KeepsFloat32):
+    """Token-choice mixture of gated SiLU experts, no token dropped, no shared expert. AMoE 1.4."""
+
+    float32_buffers = ("expert_bias",)
+    expert_bias: Tensor
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        E, D, hidden = config.experts, config.dim, config.ffn_dim
+        self.top_k, self.backend = config.top_k, "auto"
+        self.router = nn.Linear(D, E, bias=False)
+        self.register_buffer("expert_bias", torch.zeros(E))
+        self.w1_EGD = nn.Parameter(torch.empty(E, 2 * hidden, D))  # G = 2F: gate, then value
+        self.w2_EDF = nn.Parameter(torch.empty(E, D, hidden))
+
+    def route(self, x_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Gates and chosen experts of each token, and tokens per expert, in float32.
+
+        bfloat16 has 3 digits: near ties it would select other experts than the training did.
+        """
+        with torch.autocast(x_ND.device.type, enabled=False):
+            scores_NE = torch.sigmoid(F.linear(x_ND.float(), self.router.weight.float()))
+        # The bias balances the load: it selects, but the gate is the score alone.
+        chosen_NK = (scores_NE.detach() + self.expert_bias).topk(self.top_k, dim=-1).indices
+        ones_S = torch.ones_like(chosen_NK).flatten()
+        counts_E = torch.zeros_like(self.expert_bias, dtype=torch.int64)
+        counts_E = counts_E.scatter_add(0, chosen_NK.flatten(), ones_S)
+        return scores_NE.gather(1, chosen_NK), chosen_NK, counts_E
+
+    def forward(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the tokens' outputs and counts_E, the tokens that each expert got (int64)."""
+        gates_NK, chosen_NK, counts_E = self.route(x_ND)
+        if self.backend == "dense":
+            return self.run_dense(x_ND, gates_NK, chosen_NK), counts_E
+        order_S = chosen_NK.flatten().argsort(stable=True)  # pairs sorted by expert
+        token_S = order_S // self.top_k
+        gates_S1 = gates_NK.flatten()[order_S, None].to(x_ND.dtype)
+        y_SD = self.run_sorted(x_ND.index_select(0, token_S), gates_S1, counts_E)
+        return torch.zeros_like(x_ND).index_add(0, token_S, y_SD), counts_E
+
+    def run_sorted(self, x_SD: Tensor, gates_S1: Tensor, counts_E: Tensor) -> Tensor:
+        """Every expert on its own run of rows, weighed by the gates.
+
+        The gate belongs after the expert; w2 is linear, so before w2 is the same and narrower.
+        """
+        width = 16 // x_SD.element_size()  # grouped_mm wants rows of whole 16 bytes
+        aligned = not (self.w1_EGD.shape[2] % width or self.w2_EDF.shape[2] % width)
+        if self.backend == "grouped" or (self.backend == "auto" and aligned):
+            ends_E = counts_E.cumsum(0).to(torch.int32)
+            hidden_SF = gated(F.grouped_mm(x_SD, self.w1_EGD.mT, offs=ends_E))
+            return F.grouped_mm(hidden_SF * gates_S1, self.w2_EDF.mT, offs=ends_E)
+        # unbind once: w[e] in a loop would allocate a full-size gradient for every expert
+        w1s, w2s, counts = self.w1_EGD.unbind(0), self.w2_EDF.unbind(0), counts_E.tolist()
+        runs = zip(x_SD.split(counts), gates_S1.split(counts), w1s, w2s, strict=True)
+        return torch.cat([F.linear(gated(F.linear(x, w1)) * gate, w2) for x, gate, w1, w2 in runs])
+
+    def run_dense(self, x_ND: Tensor, gates_NK: Tensor, chosen_NK: Tensor) -> Tensor:
+        """All experts on all tokens: the definition, and the form that exports."""
+        gates_NE = gates_NK.new_zeros(len(x_ND), len(self.expert_bias))
+        gates_NE = gates_NE.scatter(1, chosen_NK, gates_NK).to(x_ND.dtype)
+        experts = zip(gates_NE.unbind(1), self.w1_EGD.unbind(0), self.w2_EDF.unbind(0), strict=True)
+        y = [
+            gate_N[:, None] * F.linear(gated(F.linear(x_ND, w1)), w2) for gate_N, w1, w2 in experts
+        ]
+        return torch.stack(y).sum(0)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block, the same for both forms."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.norm1, self.attn = make_norm(config), Attention(config)
+        self.norm2, self.ffn = make_norm(config), MoE(config) if config.experts else Mlp(config)
+        self.scale1 = self.scale2 = None
+        if config.layer_scale:
+            self.scale1 = nn.Parameter(torch.full((config.dim,), 1e-5))
+            self.scale2 = nn.Parameter(torch.full((config.dim,), 1e-5))
+
+    def forward(self, x_ND: Tensor, layout: Layout, rotation) -> tuple[Tensor, Tensor | None]:
+        """Returns the tokens and, for a MoE, the tokens that each expert got."""
+        y_ND = self.attn(self.norm1(x_ND), layout, rotation)
+        x_ND = x_ND + (y_ND if self.scale1 is None else y_ND * self.scale1)
+        y_ND, counts_E = self.ffn(self.norm2(x_ND))
+        return x_ND + (y_ND if self.scale2 is None else y_ND * self.scale2), counts_E
+
+
+class TeacherMlp(nn.Module):
+    """RADIO's head MLP: v1 plain with ReLU; v2 with blocks x + Linear(GELU(LN(x))). RADIO 1.4."""
+
+    def __init__(self, kind: str, width: int, hidden: Any, out: int, inner: int, pre_norm: bool):
+        super().__init__()
+        self.kind = kind
+        self.pre = nn.LayerNorm(width) if pre_norm else None
+        self.fc1 = nn.Linear(width, hidden)
+        self.inner: Any = nn.ModuleList(
+            nn.ModuleList([nn.LayerNorm(hidden), nn.Linear(hidden, hidden)]) for _ in range(inner)
+        )
+        self.norm, self.last = nn.LayerNorm(hidden), nn.Linear(hidden, out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "v1":
+            x = F.relu(self.norm(self.fc1(x)))
+            for norm, linear in self.inner:
+                x = F.relu(norm(linear(x)))
+            return self.last(x)
+        x = self.fc1(x if self.pre is None else F.gelu(self.pre(x)))
+        for norm, linear in self.inner:
+            x = x + linear(F.gelu(norm(x)))
+        return self.last(F.gelu(self.norm(x)))
+
+
+class RadioHead(nn.Module):
+    """One MLP on the teacher's own CLS token, another on the patches. RADIO 1.4."""
+
+    def __init__(self, spec: HeadSpec, width: int):
+        super().__init__()
+        self.spec = spec
+        if spec.summary_dim is not None:
+            self.summary = TeacherMlp(
+                spec.kind,
+                width,
+                spec.summary_hidden,
+                spec.summary_dim,
+                spec.summary_inner,
+                spec.pre_norm,
+            )
+        if spec.dim is not None:
+            out = spec.dim * spec.upsample**2
+            self.patches = TeacherMlp(spec.kind, width, spec.hidden, out, spec.inner, spec.pre_norm)
+
+    def output_layers(self) -> dict[str, Any]:
+        return {name: mlp.get_submodule("last") for name, mlp in self.named_children()}
+
+    def forward(self, prefix_BRD: Tensor, patches_MD: Tensor, layout: Layout):
+        has_summary, has_patches = self.spec.summary_dim is not None, self.spec.dim is not None
+        summary_BC = self.summary(prefix_BRD[:, self.spec.token]) if has_summary else None
+        patches_MC = self.patches(patches_MD) if has_patches else None
+        if patches_MC is not None and self.spec.upsample > 1:
+            patches_MC = depth_to_space(patches_MC, layout.grids, self.spec.upsample)
+        return summary_BC, patches_MC, None
+
+
+def depth_to_space(patches_MC: Tensor, grids: list[tuple[int, int]], factor: int) -> Tensor:
+    """Each patch's factor^2 groups of channels become that many finer patches. RADIO 1.4."""
+    pieces = patches_MC.split([h * w for h, w in grids])
+    pattern = "(h w) (u1 u2 c) -> (h u1 w u2) c"
+    return torch.cat([
+        rearrange(piece, pattern, h=h, w=w, u1=factor, u2=factor)
+        for piece, (h, w) in zip(pieces, grids, strict=True)
+    ])  # fmt: skip
+
+
+class AttentionPool(nn.Module):
+    """SigLIP2's pooling head: a learned probe attends to all tokens, then an MLP. AMoE 1.6."""
+
+    n_heads = 16
+
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        if dim % self.n_heads:
+            raise ValueError(f"pooling head: dim={dim} is not a multiple of {self.n_heads} heads")
+        self.probe_1C = nn.Parameter(torch.randn(1, dim) / math.sqrt(dim))
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.norm = nn.LayerNorm(dim, eps=1e-5)
+        self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
+
+    def forward(self, x_NC: Tensor, layout: Layout) -> Tensor:
+        """Pool the sorted tokens of each image; `pooled_BC` in the caller's order."""
+        w_q, w_k, w_v = self.qkv.weight.chunk(3)
+        b_q, b_k, b_v = self.qkv.bias.chunk(3)
+        split = "b n (h a) -> b h n a"
+        q_1H1A = rearrange(F.linear(self.probe_1C, w_q, b_q)[None], split, h=self.n_heads)
+        pooled = [x_NC.new_zeros(0, x_NC.shape[-1])]
+        for x_BNC in layout.by_length(x_NC) if layout.lengths else []:
+            k_BHNA = rearrange(F.linear(x_BNC, w_k, b_k), split, h=self.n_heads)
+            v_BHNA = rearrange(F.linear(x_BNC, w_v, b_v), split, h=self.n_heads)
+            y_BH1A = F.scaled_dot_product_attention(
+                q_1H1A.expand(len(x_BNC), -1, -1, -1), k_BHNA, v_BHNA
+            )
+            pooled.append(rearrange(y_BH1A, "b h 1 a -> b (h a)"))
+        x_BC = self.proj(torch.cat(pooled)[layout.rank_B])
+        return x_BC + self.fc2(F.gelu(self.fc1(self.norm(x_BC)), approximate="tanh"))
+
+
+class AdapterHead(nn.Module):
+    """AMoE's adapter: the same weights for CLS, registers and patches. AMoE 1.6."""
+
+    def __init__(self, spec: HeadSpec, width: int):
+        super().__init__()
+        self.spec = spec
+        dim: Any = spec.dim
+        hidden = spec.hidden or dim
+        self.fc1, self.norm = nn.Linear(width, hidden), nn.LayerNorm(hidden)
+        self.last = nn.Linear(hidden, dim, bias=spec.bias)
+        if spec.split and spec.summary_dim is not None:
+            self.last_summary = nn.Linear(hidden, spec.summary_dim, bias=spec.bias)
+        if spec.pool:  # the teacher's own weights: never trained
+            self.pool = AttentionPool(dim, spec.pool_hidden).requires_grad_(False)
+
+    def output_layers(self) -> dict[str, Any]:
+        layers = {"patches": self.last}
+        if self.spec.summary_dim is not None:
+            layers["summary"] = self.last_summary if self.spec.split else self.last
+        return layers
+
+    def hidden(self, x: Tensor) -> Tensor:
+        return F.gelu(self.norm(self.fc1(x)))
+
+    def forward(self, prefix_BRD: Tensor, patches_MD: Tensor, layout: Layout):
+        patches_MC = self.last(self.hidden(patches_MD))
+        if not (self.spec.registers or self.spec.pool):
+            prefix_BRD = prefix_BRD[:, :1]
+        hidden_BRC = self.hidden(prefix_BRD)
+        registers_BRC = self.last(hidden_BRC[:, 1:]) if self.spec.registers else None
+        if self.spec.summary_dim is None:
+            return None, patches_MC, registers_BRC
+        if self.spec.pool:
+            rows_NC = torch.cat([self.last(hidden_BRC).flatten(0, 1), patches_MC])
+            return self.pool(rows_NC[layout.gather_N], layout), patches_MC, registers_BRC
+        return self.output_layers()["summary"](hidden_BRC[:, 0]), patches_MC, registers_BRC
+
+
+class GoldenPositions(KeepsFloat32):
+    """AMoE: no position in the tokens, a rotation of queries and keys."""
+
+    float32_buffers = ("freqs_HJ2",)
+    freqs_HJ2: Tensor
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        freqs_HJ2 = golden_frequencies(
+            config.n_heads, config.head_dim // 4, config.rope_min, config.rope_max
+        )
+        self.register_buffer("freqs_HJ2", freqs_HJ2)
+
+    def forward(self, patches_MD: Tensor, layout: Layout, _: Any) -> tuple[Tensor, Any]:
+        return patches_MD, golden_rotation(layout, self.freqs_HJ2)
+
+
+class TablePositions(nn.Module):
+    """Cropped position embedding: one learned square table for every resolution. RADIO 1.2."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        grid = config.position_grid
+        self.table_GGD = nn.Parameter(torch.randn(grid, grid, config.dim) / math.sqrt(config.dim))
+
+    def forward(self, patches_MD: Tensor, layout: Layout, generator) -> tuple[Tensor, None]:
+        """With a generator: random windows and position dropout (training); without: inference."""
+        side, grid_M2 = self.table_GGD.shape[0], layout.grid_M2.float()
+        if generator is None:
+            # The table resized to the square of the longer side (pixel centres), top-left part.
+            yx_M2 = (layout.row_column_M2 + 0.5) * (side / grid_M2.amax(1, keepdim=True)) - 0.5
+            return patches_MD + self.sample(yx_M2.clamp(0, side - 1)).to(patches_MD.dtype), None
+        areas = torch.tensor([h * w for h, w in layout.grids])
+        windows_B5 = position_windows(len(layout.grids), generator)
+        size_M2, origin_M2, kept_M1 = (
+            windows_B5.repeat_interleave(areas, 0).to(patches_MD.device).split([2, 2, 1], dim=1)
+        )
+        unit_M2 = layout.row_column_M2 / (grid_M2 - 1).clamp(min=1)
+        positions_MD = self.sample((origin_M2 + unit_M2 * size_M2) * (side - 1)) * kept_M1
+        return patches_MD + positions_MD.to(patches_MD.dtype), None
+
+    def sample(self, yx_M2: Tensor) -> Tensor:
+        """Bilinear look-up of the table at fractional places, in float32."""
+        side = self.table_GGD.shape[0]
+        low_M2 = yx_M2.floor().long().clamp(0, side - 1)
+        high_M2, part_M2 = (low_M2 + 1).clamp(max=side - 1), yx_M2 - low_M2
+        (y0, x0), (y1, x1), (py, px) = (
+            low_M2.unbind(1),
+            high_M2.unbind(1),
+            part_M2[..., None].unbind(1),
+        )
+        table = self.table_GGD
+        top_MD = table[y0, x0].float() * (1 - px) + table[y0, x1].float() * px
+        return (
+            top_MD * (1 - py) + (table[y1, x0].float() * (1 - px) + table[y1, x1].float() * px) * py
+        )
+
+
+def position_windows(count: int, generator: torch.Generator) -> Tensor:
+    """Random windows of the table: (height, width, top, left, kept) of each image, in [0, 1]."""
+    u_B6 = torch.rand(count, 6, generator=generator)
+    scale_B = math.sqrt(0.1) + (1 - math.sqrt(0.1)) * u_B6[:, 0]
+    aspect_B = torch.exp((2 * u_B6[:, 1] - 1) * math.log(4 / 3))
+    size_B2 = torch.stack([scale_B / aspect_B, scale_B * aspect_B], dim=1).clamp(max=1)
+    kept_B1 = (u_B6[:, 4:5] >= 0.1).float()  # position dropout: 10 % of the images get none
+    return torch.cat([size_B2, u_B6[:, 2:4] * (1 - size_B2), kept_B1], dim=1)
+
+
+# ------------------------------------------------------------------------------------------------
+# The student
+
+
+@dataclass
+class StudentOutput:
+    """What the student says of a pack; images and patches in the order of the pack."""
+
+    trunk_summary_BD: Tensor  # CLS; RADIO: the CLS tokens of the teachers with a summary, joined
+    trunk_MD: Tensor
+    summary: dict[str, Tensor]  # name -> (B, C), heads with a summary
+    patches: dict[str, Tensor]  # name -> (M, C); (M*u*u, C) with HeadSpec.upsample = u
+    registers: dict[str, Tensor]  # name -> (B, R, C), heads with registers
+    counts_LE: Tensor | None  # int64, tokens routed to each expert of each layer; None: no experts
+
+
+@dataclass
+class Features:
+    """One image's features: `summary[name]` (C,), `patches[name]` (h, w, C), `tokens` (K, D)."""
+
+    summary: dict[str, Tensor]
+    patches: dict[str, Tensor]
+    tokens: Tensor | None = None
+
+
+class Student(nn.Module):
+    """The student of `config`; see `ModelConfig` for the choices and `MODELS` for the sizes."""
+
+    feature_mean_D: Tensor
+    feature_tx_DD: Tensor
+    encode_budget = 16384  # tokens of one inference pass: bounds the memory of `encode`
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.embed = nn.Linear(3 * config.patch**2, config.dim, bias=config.patch_bias)
+        self.prefix_RD = nn.Parameter(torch.empty(config.prefix, config.dim))
+        self.positions = (GoldenPositions if config.form == "amoe" else TablePositions)(config)
+        self.blocks: Any = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        norm = nn.RMSNorm(config.dim, eps=1e-5) if config.form == "amoe" else make_norm(config)
+        self.norm: Any = norm if config.final_norm else nn.Identity()
+        if config.feature_normalizer:
+            self.register_buffer("feature_mean_D", torch.zeros(config.dim))
+            self.register_buffer("feature_tx_DD", torch.eye(config.dim))
+        self.heads = nn.ModuleDict(
+            {
+                h.name: (AdapterHead if h.kind == "adapter" else RadioHead)(h, config.dim)
+                for h in config.heads
+            }
+        )
+        initialise(self)
+
+    def forward(
+        self, batch: PackedBatch, generator: torch.Generator | None = None
+    ) -> StudentOutput:
+        """Run a pack.
+
+        Args:
+            batch: images cut in patches of `config.patch` pixels, values in [0, 1].
+            generator: RADIO form, training: draws the random windows of the position table.
+                Without it positions follow the inference rule. Unused by the AMoE form.
+        """
+        if batch.patch != self.config.patch:
+            raise ValueError(
+                f"the pack's patch is {batch.patch} px, the student's {self.config.patch}"
+            )
+        layout = Layout.of(list(batch.grids), self.config.prefix, batch.patches_MX.device)
+        return self.run(batch.patches_MX, layout, generator)
+
+    def run(
+        self, patches_MX: Tensor, layout: Layout, generator: torch.Generator | None = None
+    ) -> StudentOutput:
+        """`forward` for a layout that is already there (an exported program has a fixed one)."""
+        x_MX = normalise_pixels(patches_MX, self.config).to(self.embed.weight.dtype)
+        patches_MD, rotation = self.positions(self.embed(x_MX), layout, generator)
+        prefix_ND = repeat(self.prefix_RD, "r d -> (b r) d", b=len(layout.grids))
+        x_ND = torch.cat([prefix_ND.to(patches_MD.dtype), patches_MD])
+        x_ND = x_ND.index_select(0, layout.gather_N)
+        counts = []
+        for block in self.blocks:
+            x_ND, counts_E = block(x_ND, layout, rotation)
+            counts.append(counts_E)
+        return self.read_out(
+            self.norm(x_ND), layout, torch.stack(counts) if self.config.experts else None
+        )
+
+    def read_out(self, x_ND: Tensor, layout: Layout, counts_LE: Tensor | None) -> StudentOutput:
+        """Split the tokens and apply every teacher head."""
+        prefix_BRD = rearrange(
+            x_ND.index_select(0, layout.prefix_BR.flatten()),
+            "(b r) d -> b r d",
+            r=self.config.prefix,
+        )
+        patches_MD = x_ND.index_select(0, layout.patches_M)
+        if self.config.feature_normalizer:
+            patches_MD = (patches_MD - self.feature_mean_D) @ self.feature_tx_DD.T
+        summary_BD = rearrange(prefix_BRD[:, list(self.config.summary_tokens)], "b r d -> b (r d)")
+        out = StudentOutput(summary_BD, patches_MD, {}, {}, {}, counts_LE)
+        for name, head in self.heads.items():
+            values = head(prefix_BRD, patches_MD, layout)
+            for part, value in zip((out.summary, out.patches, out.registers), values, strict=True):
+                if value is not None:
+                    part[name] = value.float()
+        return out
+
+    def output_layers(self, name: str) -> dict[str, nn.Linear]:
+        """The last Linear of a head for each token type; one module twice where they share it."""
+        head: Any = self.heads[name]
+        return head.output_layers()
+
+    @torch.no_grad()
+    def update_router(self, counts_LE: Tensor, rate: float) -> None:
+        """Shift each expert's selection bias against its load, once per optimizer step. AMoE 1.4.
+
+        Args:
+            counts_LE: tokens per layer and expert, summed over micro-batches and ranks.
+            rate: step of the bias; torchtitan's default is 1e-3.
+        """
+        for block, counts_E in zip(self.blocks, counts_LE.float(), strict=True):
+            step_E = rate * torch.sign(counts_E.mean() - counts_E)
+            block.ffn.expert_bias += (step_E - step_E.mean()).to(block.ffn.expert_bias.device)
+
+    @torch.no_grad()
+    def encode(
+        self, images: Sequence[Any], max_tokens: int | None = None, keep: int | None = None
+    ) -> list[Features]:
+        """Features of images of any mix of sizes, in float32.
+
+        Args:
+            images: PIL images, uint8 arrays (H, W, 3), float tensors (3, H, W) in [0, 1]. Each side
+                goes to the nearest multiple of the patch, at least one patch, by bicubic resize.
+            max_tokens: shrink larger images, keeping the aspect, to at most this many patches.
+            keep: also merge each image's patches to this many tokens (`Features.tokens`).
+
+        Raises:
+            ValueError: an image that is none of these, naming its index and what is wrong.
+        """
+        if isinstance(images, Image.Image | np.ndarray | Tensor):
+            raise ValueError(f"encode takes a list of images, got one {type(images).__name__}")
+        results: list[Features] = []
+        pack: list[Tensor] = []
+        tokens = 0
+        for index, image in enumerate(images):
+            ready = self.fit(read_image(image, f"image {index}"), max_tokens)
+            length = ready[0].numel() // self.config.patch**2 + self.config.prefix
+            if pack and tokens + length > self.encode_budget:
+                results += self.encode_pack(pack, keep)
+                pack, tokens = [], 0
+            pack.append(ready)
+            tokens += length
+        return results + self.encode_pack(pack, keep)
+
+    def fit(self, image: Tensor, max_tokens: int | None) -> Tensor:
+        """Resize to whole patches by the size rule of `encode`."""
+        patch, (height, width) = self.config.patch, image.shape[1:]
+        if max_tokens is not None and max_tokens < 1:
+            raise ValueError(f"max_tokens={max_tokens} leaves no patch")
+        max_area = None if max_tokens is None else max_tokens * patch**2
+        return resize(image, fit_size(height, width, patch, max_area=max_area))
+
+    def encode_pack(self, pack: list[Tensor], keep: int | None) -> list[Features]:
+        """Features of one pack of images whose sides are multiples of the patch."""
+        batch = PackedBatch.from_images(pack, self.config.patch)
+        out = self(batch.to(self.prefix_RD.device))
+        summary = {"trunk": out.trunk_summary_BD, **out.summary}
+        patches, factor = (
+            {"trunk": out.trunk_MD, **out.patches},
+            {h.name: h.upsample for h in self.config.heads},
+        )
+        results = [
+            Features({n: x[i].float() for n, x in summary.items()}, {}) for i in range(len(pack))
+        ]
+        for name, x_MC in patches.items():
+            u = factor.get(name, 1)
+            pieces = x_MC.float().split([h * w * u * u for h, w in batch.grids])
+            for result, (h, _), piece in zip(results, batch.grids, pieces, strict=True):
+                result.patches[name] = rearrange(piece, "(h w) c -> h w c", h=h * u)
+        if keep is not None:
+            for result, grid in zip(results, batch.grids, strict=True):
+                tokens_ND = rearrange(result.patches["trunk"], "h w d -> (h w) d")
+                result.tokens = merge_tokens(tokens_ND, grid, keep)[0]
+        return results
+
+    def use(self, attention: str = "auto", experts: str = "auto") -> Student:
+        """Choose backends by name (`ATTENTION`, `EXPERTS`); 'auto' goes by device, dtype, size."""
+        for name, known in ((attention, ATTENTION), (experts, EXPERTS)):
+            if name not in known:
+                raise ValueError(f"backend {name!r} is not one of {', '.join(known)}")
+        for block in self.blocks:
+            block.attn.backend = attention
+            if isinstance(block.ffn, MoE):
+                block.ffn.backend = experts
+        return self
+
+
+def read_image(image: Any, name: str) -> Tensor:
+    """An image of any kind that `encode` takes, as float32 (3, H, W) in [0, 1]."""
+    if isinstance(image, Image.Image):
+        image = _to_rgb(ImageOps.exif_transpose(image))
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+            raise ValueError(
+                f"{name}: array of shape {image.shape} and dtype {image.dtype}; an array is uint8 "
+                "(H, W, 3) and not empty (floats in [0, 1] go as a tensor (3, H, W))"
+            )
+        return to_float(image)
+    if not isinstance(image, Tensor):
+        raise ValueError(f"{name}: {type(image).__name__} is no PIL image, array or tensor")
+    if not image.is_floating_point() or image.ndim != 3 or image.shape[0] != 3 or not image.numel():
+        raise ValueError(
+            f"{name}: tensor of shape {tuple(image.shape)} and dtype {image.dtype}; a tensor is "
+            "float (3, H, W) in [0, 1] and not empty (bytes go as a uint8 array (H, W, 3))"
+        )
+    image = image.detach().float()
+    low, high = image.min().item(), image.max().item()
+    if not (low >= 0 and high <= 1):  # also false for NaN
+        raise ValueError(f"{name}: values from {low} to {high}, expected finite numbers in [0, 1]")
+    return image
+
+
+def siglino_size(height: int, width: int, min_pixels=128**2, max_pixels=256**2) -> tuple[int, int]:
+    """The AMoE release's own size rule, for comparisons with it; it also enlarges. AMoE 1.1."""
+    if max(height, width) > 200 * min(height, width):
+        raise ValueError(f"{height}x{width}: the release's rule stops at an aspect ratio of 200")
+    return fit_size(height, width, 16, min_pixels, max_pixels, upsample=True)
+
+
+# ------------------------------------------------------------------------------------------------
+# Token merging
+
+
+def merge_tokens(tokens_ND: Tensor, grid: tuple[int, int], keep: int) -> tuple[Tensor, Tensor]:
+    """Merge an image's tokens to exactly `keep`, the most alike first.
+
+    Each s x s cell of the grid keeps its middle token as a destination (the smallest s that leaves
+    at most `keep` of them), so every region stays represented. The other tokens join the most
+    similar destination by cosine, best matches first, until `keep` tokens are left.
+
+    Args:
+        tokens_ND: N = rows * columns tokens in raster order.
+        grid: (rows, columns).
+        keep: 1 to N.
+
+    Returns:
+        merged_KD, means of their members, in raster order of the kept tokens; index_N, the row of
+        merged_KD that holds each token.
+
+    Source: RADIO 2.6 (ToMe once, after the encoder).
+    """
+    (rows, columns), count = grid, len(tokens_ND)
+    if count != rows * columns or not 1 <= keep <= count:
+        raise ValueError(
+            f"keep={keep} of {count} tokens on a grid of {rows}x{columns} is impossible"
+        )
+    device = tokens_ND.device
+    is_kept_N = torch.zeros(count, dtype=torch.bool, device=device)
+    is_kept_N[cell_middles(rows, columns, keep).to(device)] = True
+    destinations, sources = is_kept_N.nonzero()[:, 0], (~is_kept_N).nonzero()[:, 0]
+    unit_ND = F.normalize(tokens_ND.float(), dim=-1)
+    score, best = (unit_ND[sources] @ unit_ND[destinations].T).max(dim=1)
+    merged = score.argsort(descending=True, stable=True)[: count - keep]
+    is_kept_N[sources] = True
+    is_kept_N[sources[merged]] = False
+    index_N = is_kept_N.cumsum(0) - 1
+    index_N[sources[merged]] = index_N[destinations[best[merged]]]
+    sums_KD = tokens_ND.new_zeros(keep, tokens_ND.shape[1], dtype=torch.float32)
+    sums_KD = sums_KD.index_add(0, index_N, tokens_ND.float())
+    members_K = torch.bincount(index_N, minlength=keep)
+    return (sums_KD / members_K[:, None]).to(tokens_ND.dtype), index_N
+
+
+def cell_middles(rows: int, columns: int, keep: int) -> Tensor:
+    """Raster indices of the middles of the smallest square cells that number at most `keep`."""
+    side = next(
+        s for s in range(1, max(rows, columns) + 1) if -(-rows // s) * -(-columns // s) <= keep
+    )
+    middles = [
+        [low + min(side, length - low) // 2 for low in range(0, length, side)]
+        for length in (rows, columns)
+    ]
+    return (torch.tensor(middles[0])[:, None] * columns + torch.tensor(middles[1])).flatten()
+
+
+def unmerge_tokens(merged_KD: Tensor, index_N: Tensor) -> Tensor:
+    """Give every token the value of the merged token it went into. RADIO 2.6."""
+    return merged_KD[index_N]
+
+
+def normalise_pixels(patches_MX: Tensor, config: ModelConfig) -> Tensor:
+    """(pixel - mean) / std per channel; channels are the innermost of a patch."""
+    pixels = patches_MX.shape[-1] // 3
+    mean_X, std_X = (
+        patches_MX.new_tensor(rgb).repeat(pixels) for rgb in (config.pixel_mean, config.pixel_std)
+    )
+    return (patches_MX - mean_X) / std_X
+
+
+@torch.no_grad()
+def initialise(student: Student) -> None:
+    """AMoE 1.5: every block starts as the identity. RADIO: trunc-normal 0.02, zero biases."""
+    config = student.config
+    nn.init.normal_(student.prefix_RD, std=0.02)
+    for module in student.modules():
+        if isinstance(module, nn.Linear):
+            std = 0.01 if config.form == "amoe" else 0.02
+            nn.init.trunc_normal_(module.weight, std=std)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    if config.form == "radio":
+        return
+    nn.init.trunc_normal_(student.embed.weight, std=0.02)
+    for depth, block in enumerate(student.blocks):
+        std = 0.02 / math.sqrt(2 * (depth + 1))
+        ffn = block.ffn
+        w1, w2 = (ffn.w1_EGD, ffn.w2_EDF) if config.experts else (ffn.w1.weight, ffn.w2.weight)
+        gate, value = w1.chunk(2, dim=-2)
+        nn.init.trunc_normal_(gate, std=0.02)
+        router = [ffn.router.weight] if config.experts else []
+        for weight in (block.attn.qkv.weight, block.attn.sinks, value, *router):
+            nn.init.trunc_normal_(weight, std=std)
+        nn.init.zeros_(w2)
+        nn.init.zeros_(block.attn.proj.weight)
+
+
+# ------------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+FORMAT = "amoe-from-scratch student"
+
+
+def save_student(student: Student, path: str | Path) -> None:
+    """Write weights and config as plain data, whole or not at all."""
+    content = {
+        "format": FORMAT,
+        "version": 1,
+        "config": dataclasses.asdict(student.config),
+        "state_dict": {name: value.detach().cpu() for name, value in student.state_dict().items()},
+    }
+    partial = Path(f"{path}.{os.getpid()}.tmp")
+    torch.save(content, partial)
+    partial.replace(path)
+
+
+def load_student(path: str | Path, top_k: int | None = None, device: str = "cpu") -> Student:
+    """Load our checkpoint, a released SigLino `.pt` or a released RADIO `.pth.tar`, in float32.
+
+    Args:
+        path: told apart by content; no code of the file is ever run.
+        top_k: experts per token. A SigLino file does not say; None: its config if there is one,
+            else 6. Overrides the config of our checkpoints. No meaning for a dense student.
+        device: where the student goes.
+
+    Raises:
+        ValueError: unreadable file, other content, missing or unexpected keys, wrong shapes.
+    """
+    content = read_checkpoint(path)
+    try:
+        if content.get("format") == FORMAT:
+            config, tensors, renames, make = read_ours(content)
+        elif isinstance(content.get("args"), argparse.Namespace):
+            config, tensors, renames, make = read_radio(content)
+        else:
+            config, tensors, renames, make = read_siglino(content)
+        if top_k is not None and config.experts:
+            config = replace(config, top_k=top_k)
+        return assemble(config, tensors, renames, make).to(device)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read tensors and plain data only; RADIO's argparse.Namespace is the one class allowed."""
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except (FileNotFoundError, IsADirectoryError):
+        raise
+    except Exception as error:  # a damaged file can fail anywhere inside the reader
+        code = re.search(r"GLOBAL ([\w.]+)", str(error))
+        reason = f"it holds {code[1]}, which may run code" if code else "truncated or no checkpoint"
+        raise ValueError(f"{path}: refused, {reason}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: holds a {type(content).__name__}, not a checkpoint")
+    return content
+
+
+Tensors = dict[str, Tensor]
+Renames = list[tuple[str, str]]  # regular expressions that turn our names into the file's
+Make = Callable[[str, list[Tensor], ModelConfig], Tensor]  # our tensor from the file's
+
+
+def assemble(config: ModelConfig, tensors: Tensors, renames: Renames, make: Make) -> Student:
+    """Build a student from a file's tensors, or name all that does not fit and build nothing."""
+    with torch.device("meta"):
+        student = Student(config)
+    wanted = {name: tuple(value.shape) for name, value in student.state_dict().items()}
+    sources = {}
+    for name in wanted:
+        theirs = name
+        for pattern, replacement in renames:
+            theirs = re.sub(pattern, replacement, theirs)
+        sources[name] = theirs.split()  # some of ours join several of theirs
+    used = {key for keys in sources.values() for key in keys}
+    missing, unexpected = used - tensors.keys(), tensors.keys() - used
+    problems = [f"missing key {key}" for key in sorted(missing)]
+    problems += [f"unexpected key {key}" for key in sorted(unexpected)]
+    state = {}
+    for name, keys in sources.items():
+        if missing.intersection(keys):
+            continue
+        found = ", ".join(f"{key} {tuple(tensors[key].shape)}" for key in keys)
+        try:
+            state[name] = make(name, [tensors[key].float() for key in keys], config).contiguous()
+        except (RuntimeError, EinopsError, IndexError) as error:
+            problems.append(f"wrong shape: {found} ({str(error).strip().splitlines()[-1]})")
+            continue
+        if state[name].shape != wanted[name]:
+            problems.append(f"wrong shape: {found} gives {name} which is {wanted[name]}")
+    if problems:
+        raise ValueError("; ".join(problems))
+    student.load_state_dict(state, assign=True)
+    return student
+
+
+def size(tensors: Tensors, pattern: str, axis: int) -> int:
+    """A size as most tensors of this name have it, so that one odd tensor is named, not obeyed."""
+    sizes = Counter(
+        value.shape[axis]
+        for key, value in tensors.items()
+        if re.fullmatch(pattern, key) and value.ndim > axis
+    )
+    if not sizes:
+        raise ValueError("missing key " + pattern.replace("\\d+", "0").replace("\\", ""))
+    return sizes.most_common(1)[0][0]
+
+
+def count_up(tensors: Tensors, pattern: str) -> int:
+    """One more than the largest number that the pattern finds in the keys."""
+    return 1 + max((int(m[1]) for key in tensors if (m := re.match(pattern, key))), default=-1)
+
+
+def read_ours(content: dict[str, Any]) -> tuple[ModelConfig, Tensors, Renames, Make]:
+    """A file of `save_student`."""
+    if content.get("version") != 1:
+        raise ValueError(f"format version {content.get('version')!r}, this code reads 1")
+    fields = dict(content["config"])
+    heads = tuple(HeadSpec(**head) for head in fields.pop("heads"))
+    return (
+        ModelConfig(heads=heads, **fields),
+        content["state_dict"],
+        [],
+        lambda _, parts, __: parts[0],
+    )
+
+
+SIGLINO_NAMES: Renames = [
+    (r"^embed\.", "img_projector."),
+    (r"^prefix_RD$", "cls_token storage_tokens"),
+    (r"^positions\.freqs_HJ2$", "freqs_cis_golden"),
+    (r"^blocks\.", "layers."),
+    (r"^(layers.*)\.norm1\.", r"\1.attention_norm."),
+    (r"^(layers.*)\.norm2\.", r"\1.ffn_norm."),
+    (r"^(layers.*)\.attn\.qkv\.weight", " ".join(rf"\1.attention.w{x}.weight" for x in "qkv")),
+    (r"\.attn\.proj\.", ".attention.wo."),
+    (r"\.attn\.sinks", ".attention.sinks"),
+    (r"^(layers.*)\.ffn\.w1_EGD", r"\1.moe.experts.w1 \1.moe.experts.w3"),
+    (r"\.ffn\.w2_EDF", ".moe.experts.w2"),
+    (r"\.ffn\.router\.", ".moe.router.gate."),
+    (r"\.ffn\.expert_bias", ".moe.expert_bias"),
+    (r"^(layers.*)\.ffn\.w1\.weight", r"\1.feed_forward.w1.weight \1.feed_forward.w3.weight"),
+    (r"\.ffn\.w2\.", ".feed_forward.w2."),
+    (r"^heads\.(.+)\.pool\.", r"\1_multihead_attention_pooling_head."),
+    (r"_head\.probe_1C", "_head.probe"),
+    (r"_head\.qkv\.", "_head.attention.in_proj_"),
+    (r"_head\.proj\.", "_head.attention.out_proj."),
+    (r"_head\.norm\.", "_head.layernorm."),
+    (r"_head\.fc", "_head.mlp.fc"),
+    (r"^heads\.(.+)\.(fc1|norm)\.", r"\1_adapter.\2."),
+    (r"^heads\.(.+)\.last\.", r"\1_adapter.fc2."),
+]
+
+
+def read_siglino(content: dict[str, Any]) -> tuple[ModelConfig, Tensors, Renames, Make]:
+    """A released AMoE / SigLino file: AMoE 1.1 to 1.7."""
+    layer = r"layers\.\d+\."
+    tensors = {
+        # the dense sizes' name for their MLP is not in the papers: any one with w1 will do
+        re.sub(rf"^({layer})(?!attention|moe)\w+\.(w[123]\.)", r"\1feed_forward.\2", key): value
+        for key, value in content.get("state_dict", content).items()
+        if isinstance(value, Tensor) and not key.startswith("layer_norm_dinov3.")  # never called
+    }
+    if not any(key.startswith(("img_projector.", "layers.", "cls_token")) for key in tensors):
+        raise ValueError("neither our checkpoint nor a SigLino or RADIO release")
+    is_moe = any(".moe." in key for key in tensors)
+    ffn = layer + (r"moe\.experts\.w[13]" if is_moe else r"feed_forward\.w[13]\.weight")
+    qkv, n_heads = (
+        layer + r"attention\.w[qkv]\.weight",
+        size(tensors, layer + r"attention\.sinks", 0),
+    )
+    names = [key.removesuffix("_adapter.fc1.weight") for key in tensors]
+    config = ModelConfig(
+        "amoe",
+        dim=size(tensors, qkv, 1),
+        n_layers=count_up(tensors, r"layers\.(\d+)\."),
+        n_heads=n_heads,
+        head_dim=size(tensors, qkv, 0) // n_heads,
+        ffn_dim=size(tensors, ffn, 1 if is_moe else 0),
+        heads=tuple(siglino_head(tensors, name) for name in names if name not in tensors),
+        patch=math.isqrt(size(tensors, r"img_projector\.weight", 1) // 3),
+        registers=size(tensors, "storage_tokens", 1),
+        experts=size(tensors, ffn, 0) if is_moe else 0,
+        top_k=content.get("config", {}).get("moe_args", {}).get("top_k", 6) if is_moe else 0,
+        norm_weight=any(key.endswith("ffn_norm.weight") for key in tensors),
+    )
+    return config, tensors, SIGLINO_NAMES, make_siglino
+
+
+def siglino_head(tensors: Tensors, name: str) -> HeadSpec:
+    """Sizes of one adapter of the release."""
+    dim, pool = size(tensors, rf"{name}_adapter\..*", 0), rf"{name}_multihead_.*\.mlp\.fc1\..*"
+    has_pool = any(key.startswith(f"{name}_multihead_") for key in tensors)
+    return HeadSpec(
+        name, dim, dim, registers=not has_pool, pool=has_pool,
+        bias=f"{name}_adapter.fc2.bias" in tensors,
+        pool_hidden=size(tensors, pool, 0) if has_pool else 0,
+    )  # fmt: skip
+
+
+def make_siglino(name: str, parts: list[Tensor], config: ModelConfig) -> Tensor:
+    """Our tensor from the release's."""
+    if name == "prefix_RD" or name.endswith("probe_1C"):
+        return torch.cat([part[0] for part in parts])
+    if name.endswith("qkv.weight") and len(parts) == 3:
+        q, k, v = parts
+        return torch.cat(
+            [pairs_to_halves(q, config.head_dim), pairs_to_halves(k, config.head_dim), v]
+        )
+    return torch.cat(parts, dim=-2) if len(parts) > 1 else parts[0]
+
+
+def pairs_to_halves(weight_ID: Tensor, head_dim: int) -> Tensor:
+    """Reorder the rotated half of each head from pairs (2j, 2j+1) to (j, J+j); see `rotate`."""
+    still, turned = rearrange(weight_ID, "(h a) d -> h a d", a=head_dim).chunk(2, dim=1)
+    turned = rearrange(turned, "h (j two) d -> h (two j) d", two=2)
+    return rearrange(torch.cat([still, turned], dim=1), "h a d -> (h a) d")
+
+
+RADIO_NAMES: Renames = [
+    (r"^embed\.", "base_model.patch_generator.embedder."),
+    (r"^prefix_RD$", "base_model.patch_generator.cls_token.token"),
+    (r"^positions\.table_GGD$", "base_model.patch_generator.pos_embed"),
+    (r"^feature_mean_D$", "_feature_normalizer.mean"),
+    (r"^feature_tx_DD$", "_feature_normalizer.tx"),
+    (r"^(norm|blocks)\.", r"base_model.\1."),
+    (r"\.scale([12])$", r".ls\1.gamma"),
+    (r"\.ffn\.w([12])\.", r".mlp.fc\1."),
+    (r"^heads\.(.+)\.summary\.", r"_heads.\1."),
+    (r"^heads\.(.+)\.patches\.", r"_feature_projections.\1."),
+]
+V2_NAMES: Renames = [
+    (r"\.inner\.(?P<i>\d+)\.0\.", r".blocks.\g<i>.0."),
+    (r"\.inner\.(?P<i>\d+)\.1\.", r".blocks.\g<i>.2."),
+    (r"\.norm\.", ".final.0."),
+    (r"\.last\.", ".final.2."),
+]
+V1_NAMES: Renames = [(r"\.last\.", ".fc2.")]
+RADIO_N_HEADS = {"tiny": 3, "small": 6, "base": 12, "large": 16, "huge": 16, "giant": 24,
+                 "so400m": 16, "bigg": 16, "dino_v2_g": 24}  # fmt: skip
+
+
+def read_radio(content: dict[str, Any]) -> tuple[ModelConfig, Tensors, Renames, Make]:
+    """A released RADIO file: RADIO 1 and 6."""
+    args = vars(content["args"])
+    teachers = [dict(teacher) for teacher in args.get("teachers") or []]
+    tensors = content.get("state_dict_ema") or content["state_dict"]
+    tensors = plain_radio_keys(fold_spectral(tensors), [teacher["name"] for teacher in teachers])
+    firsts = {teacher["name"]: teacher for teacher in reversed(teachers)}  # a name's first entry
+    names = list(dict.fromkeys(teacher["name"] for teacher in teachers))
+    per_teacher = bool(args.get("cls_token_per_teacher", True))
+    cls_tokens = max(1, len(names)) if per_teacher else 1
+    base, block = r"base_model\.", r"base_model\.blocks\.\d+\."
+    dim, n_heads = size(tensors, block + r"norm[12]\.\w+", 0), radio_n_heads(args)
+    hidden = size(tensors, block + r"mlp\.fc2\.weight", 1)
+    if dim % n_heads:
+        raise ValueError(
+            f"width {dim} is no multiple of the {n_heads} heads of {args.get('model')}"
+        )
+    rgb = [
+        tuple(tensors.pop(f"input_conditioner.norm_{part}", torch.tensor(known)).flatten().tolist())
+        for part, known in zip(("mean", "std"), CLIP_RGB, strict=True)
+    ]
+    config = ModelConfig(
+        "radio",
+        dim=dim,
+        n_layers=count_up(tensors, base + r"blocks\.(\d+)\."),
+        n_heads=n_heads,
+        head_dim=dim // n_heads,
+        ffn_dim=hidden,
+        heads=tuple(
+            radio_head(tensors, firsts[name], i if per_teacher else 0)
+            for i, name in enumerate(names)
+        ),
+        patch=math.isqrt(size(tensors, base + r"patch_generator\.embedder\.weight", 1) // 3),
+        cls_tokens=cls_tokens,
+        registers=size(tensors, base + r"patch_generator\.cls_token\.token", 0) - cls_tokens,
+        gated_ffn=size(tensors, block + r"mlp\.fc1\.\w+", 0) == 2 * hidden,
+        final_norm="base_model.norm.weight" in tensors,
+        layer_scale=any(".ls1." in key for key in tensors),
+        patch_bias="base_model.patch_generator.embedder.bias" in tensors,
+        position_grid=math.isqrt(size(tensors, base + r"patch_generator\.pos_embed", 1)),
+        feature_normalizer="_feature_normalizer.mean" in tensors,
+        pixel_mean=rgb[0],
+        pixel_std=rgb[1],
+    )
+    renames = list(RADIO_NAMES)
+    for head in config.heads:
+        for pattern, theirs in V1_NAMES if head.kind == "v1" else V2_NAMES:
+            renames.append(
+                (rf"^(?P<head>_\w+\.{re.escape(head.name)}){pattern}", r"\g<head>" + theirs)
+            )
+    return config, tensors, renames, make_radio
+
+
+def radio_n_heads(args: dict[str, Any]) -> int:
+    """Attention heads, the one size that RADIO's tensors do not show."""
+    stated = (args.get("model_kwargs") or {}).get("num_heads")
+    name = str(args.get("model")).lower()
+    known = next((n for arch, n in RADIO_N_HEADS.items() if arch in name), None)
+    if stated is None and known is None:
+        raise ValueError(f"args.model={name!r} is no known architecture and states no num_heads")
+    return int(stated or known or 0)
+
+
+def plain_radio_keys(tensors: Tensors, names: list[str]) -> Tensors:
+    """One spelling of the keys: teachers by name, LayerScale `gamma`, MLPs fc1 and fc2."""
+    plain = {}
+    for key, value in tensors.items():
+        key = key.removeprefix("module.").replace("base_model.inner.", "base_model.")
+        key = re.sub(r"\.pre\w*\.(0\.)?(weight|bias)$", r".pre.\2", key)
+        key = key.replace(".grandma", ".gamma").replace(".mlp.w12.", ".mlp.fc1.")
+        key = key.replace(".mlp.w3.", ".mlp.fc2.")
+        key = re.sub(r"\.inner\.(\d+)\.(weight|bias)$", _nested, key)
+        found = re.match(r"(_heads|_feature_projections)\.(\d+)\.(.*)", key)
+        if found and int(found[2]) < len(names):
+            name = names[int(found[2])]
+            if names.index(name) != int(found[2]):
+                continue  # a later entry of the same teacher, at another resolution
+            key = f"{found[1]}.{name}.{found[3]}"
+        if not key.startswith("_intermediate_feature_normalizer."):  # of outputs we do not offer
+            plain[key] = value
+    return plain
+
+
+def _nested(found: re.Match) -> str:
+    """v1's flat inner.3j (Linear), inner.3j+1 (LayerNorm) as ours: inner.j.1, inner.j.0."""
+    j, place = divmod(int(found[1]), 3)
+    return f".inner.{j}.{1 - place}.{found[2]}"
+
+
+def fold_spectral(tensors: Tensors) -> Tensors:
+    """Plain weights from spectrally reparametrised ones: W * s / sigma(W). RADIO 1.5."""
+    plain = {key: value for key, value in tensors.items() if ".parametrizations." not in key}
+    for key, weight in tensors.items():
+        if not key.endswith(".parametrizations.weight.original"):
+            continue
+        base = key.removesuffix("original")
+        parts = sorted(
+            k.removesuffix("scale") for k in tensors if k.startswith(base) and k.endswith("scale")
+        )
+        scale, u, v = (torch.cat([tensors[part + x].float().flatten() for part in parts])
+                       for x in ("scale", "_u", "_v"))  # fmt: skip
+        if any(int(tensors.get(part + "_sn_version", torch.tensor(1))) > 1 for part in parts):
+            scale = F.softplus(scale) + 0.05
+        count = len(scale)  # qkv: three matrices, each with its own norm
+        chunks = zip(
+            weight.float().chunk(count), scale, u.chunk(count), v.chunk(count), strict=True
+        )
+        plain[key.replace("parametrizations.weight.original", "weight")] = torch.cat(
+            [w * s / (u_part @ w @ v_part) for w, s, u_part, v_part in chunks]
+        )
+    return plain
+
+
+def radio_head(tensors: Tensors, teacher: dict[str, Any], token: int) -> HeadSpec:
+    """Sizes of one teacher's two MLPs."""
+    name = teacher["name"]
+    found: list[tuple[int | None, int, int]] = []
+    for part in ("_heads", "_feature_projections"):
+        mlp = re.escape(f"{part}.{name}.")
+        if any(re.match(mlp, key) for key in tensors):
+            out = size(tensors, mlp + r"(fc2|final\.2)\.\w+", 0)
+            hidden = size(tensors, mlp + r"(fc1|norm|final\.0)\.\w+", 0)
+            found.append((out, hidden, count_up(tensors, mlp + r"(?:blocks|inner)\.(\d+)\.")))
+        else:
+            found.append((None, 0, 0))
+    (summary_dim, summary_hidden, summary_inner), (dim, hidden, inner) = found
+    upsample = next((int(v) for k, v in teacher.items() if re.search("upsampl|upscal", k) and v), 1)
+    mine = [key for key in tensors if re.match(rf"_\w+\.{re.escape(name)}\.", key)]
+    return HeadSpec(
+        name, dim and dim // upsample**2, summary_dim, upsample=upsample,
+        kind="v1" if any(re.search(r"\.(fc2|norm)\.", key) for key in mine) else "v2",
+        hidden=hidden or None, inner=inner,
+        summary_hidden=summary_hidden, summary_inner=summary_inner,
+        pre_norm=any(".pre." in key for key in mine),
+        token=token if teacher.get("token_slot") is None else int(teacher["token_slot"]),
+        in_trunk_summary=bool(teacher.get("use_summary", True)),
+    )  # fmt: skip
+
+
+def make_radio(name: str, parts: list[Tensor], config: ModelConfig) -> Tensor:
+    """Our tensor from the release's, whose patches are (channel, row, column)."""
+    if name == "embed.weight":
+        return rearrange(parts[0], "d (c y x) -> d (y x c)", y=config.patch, x=config.patch)
+    if name == "positions.table_GGD":
+        return rearrange(parts[0], "1 (y x) d -> y x d", y=config.position_grid)
+    return parts[0].flatten() if name == "feature_mean_D" else parts[0]
+
+
+# ------------------------------------------------------------------------------------------------
+# Export, and the table of sizes
+
+
+class FixedGrid(nn.Module):
+    """A student for one image size, tensors in and out: what torch.export and ONNX can take.
+
+    Input: images_B3HW in [0, 1], B fixed. Output: a dict of `summary.<name>` (B, C) and
+    `patches.<name>` (B, h, w, C) with each head's name and `trunk`.
+    """
+
+    def __init__(self, student: Student, height: int, width: int, batch: int = 1):
+        super().__init__()
+        patch = student.config.patch
+        if height % patch or width % patch:
+            raise ValueError(f"{height}x{width} is not a multiple of the patch, {patch}")
+        # Explicit attention and the dense loop over experts: grouped_mm does not export on CPU.
+        self.student = copy.deepcopy(student).use(attention="explicit", experts="dense").eval()
+        grids = [(height // patch, width // patch)] * batch
+        self.layout = Layout.of(grids, student.config.prefix, student.prefix_RD.device)
+
+    def forward(self, images_B3HW: Tensor) -> dict[str, Tensor]:
+        p = self.student.config.patch
+        pattern = "b c (h y) (w x) -> (b h w) (y x c)"
+        out = self.student.run(rearrange(images_B3HW, pattern, y=p, x=p), self.layout)
+        results = {"summary.trunk": out.trunk_summary_BD}
+        results |= {f"summary.{name}": value for name, value in out.summary.items()}
+        factors = {head.name: head.upsample for head in self.student.config.heads}
+        for name, value in {"trunk": out.trunk_MD, **out.patches}.items():
+            h, w = (side * factors.get(name, 1) for side in self.layout.grids[0])
+            results[f"patches.{name}"] = rearrange(value, "(b h w) c -> b h w c", h=h, w=w)
+        return results
+
+
+@cache
+def count_parameters(config: ModelConfig) -> dict[str, int]:
+    """Parameters: total, trunk (without teacher heads), and both as active for one token."""
+    with torch.device("meta"):
+        student = Student(config)
+    counts = {name: p.numel() for name, p in student.named_parameters()}
+    total, trunk = (
+        sum(counts.values()),
+        sum(n for name, n in counts.items() if not name.startswith("heads.")),
+    )
+    experts = sum(n for name, n in counts.items() if name.endswith(("_EGD", "_EDF")))
+    idle = experts * (config.experts - config.top_k) // max(config.experts, 1)
+    frozen = sum(p.numel() for p in student.parameters() if not p.requires_grad)
+    block = sum(n for name, n in counts.items() if name.startswith("blocks.0."))
+    return {"total": total, "active": total - idle, "trunk": trunk, "active_trunk": trunk - idle,
+            "frozen": frozen, "block": block}  # fmt: skip
+
+
+def count_flops(config: ModelConfig, pixels: int) -> float:
+    """FLOPs of one square image's forward: two per weight and token, plus attention's products."""
+    patches = (pixels // config.patch) ** 2
+    tokens, counts = patches + config.prefix, count_parameters(config)
+    table = config.position_grid**2 * config.dim  # looked up, not multiplied
+    weights = counts["active_trunk"] - table - config.prefix * config.dim
+    heads = counts["active"] - counts["active_trunk"] - counts["frozen"]
+    products = 4 * tokens**2 * config.n_heads * config.head_dim * config.n_layers
+    return 2 * tokens * weights + 2 * patches * heads + products
+
+
+def training_bytes(config: ModelConfig, devices: int, sharded: bool) -> float:
+    """Weights, gradients and AdamW's two moments in float32 on each device, activations apart.
+
+    DDP holds all of it everywhere. FSDP2 holds a share, and one gathered block with its gradient.
+    """
+    counts = count_parameters(config)
+    state = 16 * (counts["total"] - counts["frozen"]) + 4 * counts["frozen"]
+    return state / devices + 8 * counts["block"] * (devices > 1) if sharded else state
+
+
+def main() -> None:
+    """Print the table of sizes."""
+    print(
+        "parameters in millions; GFLOPs of one image's forward; GB of weights, gradients and AdamW"
+    )
+    print(f"{'':<11}{'total':>9}{'active':>9}{'trunk':>9}{'active':>9}{'256 px':>9}{'512 px':>9}"
+          f"{'DDP 1/8/64':>12}{'FSDP2 1':>9}{'8':>7}{'64':>7}")  # fmt: skip
+    for name, config in MODELS.items():
+        counts = count_parameters(config)
+        millions = [counts[key] / 1e6 for key in ("total", "active", "trunk", "active_trunk")]
+        flops = [count_flops(config, pixels) / 1e9 for pixels in (256, 512)]
+        memory = [training_bytes(config, n, sharded=True) / 1e9 for n in (1, 8, 64)]
+        print(f"{name:<11}" + "".join(f"{x:9.2f}" for x in millions)
+              + "".join(f"{x:9.1f}" for x in flops)
+              + f"{training_bytes(config, 1, sharded=False) / 1e9:12.2f}{memory[0]:9.2f}"
+              + "".join(f"{x:7.2f}" for x in memory[1:]))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,263 @@
+"""Speed as ratios, each taken in one interleaved run: `python tests/bench.py [row ...]`.
+
+A row is a function of `ROWS` that yields `Row`s. To add one, write the function and list it.
+One thread, medians; a ratio above 1 means that ours is better, unless the row says otherwise.
+"""
+
+import ctypes
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from model import MODELS, Layout, MoE, Student, attention
+from packing import PackedBatch
+
+MIXED = [(8, 8), (24, 24), (12, 16), (16, 10), (20, 24), (9, 14), (24, 12), (10, 10)]  # 128..384 px
+TOKENS_4096 = [(8, 8), (32, 32), (28, 31), (24, 24), (20, 20), (16, 20), (16, 16), (12, 16),
+               (12, 12), (10, 10), (8, 8), (8, 8)]  # fmt: skip
+
+
+@dataclass
+class Row:
+    """One line of the table."""
+
+    number: int
+    what: str
+    ours: float
+    other: float
+    unit: str
+    ratio: float
+    floor: str
+    aim: str
+
+
+def interleaved(*ways: Callable[[], object], repeats: int = 7) -> list[float]:
+    """Median seconds of each way, run in turns so that the machine's mood hits all alike."""
+    times: list[list[float]] = [[] for _ in ways]
+    for turn in range(repeats + 1):
+        for way, record in zip(ways, times, strict=True):
+            start = time.perf_counter()
+            way()
+            if turn:  # the first turn warms up
+                record.append(time.perf_counter() - start)
+    return [statistics.median(record) for record in times]
+
+
+def peak_extra_memory(way: Callable[[], object]) -> float:
+    """Largest resident memory above the start while `way` runs, in MiB."""
+
+    def resident() -> float:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**20
+
+    way()
+    ctypes.CDLL(None).malloc_trim(0)  # give freed memory back, or it would be used unseen
+    before, peak, done = resident(), [0.0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.0005):
+            peak[0] = max(peak[0], resident())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    way()
+    done.set()
+    watcher.join()
+    return peak[0] - before
+
+
+def lively(student: Student) -> Student:
+    for parameter in student.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    return student
+
+
+def fused(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    return F.scaled_dot_product_attention(q, k, v, mask.expand(-1, -1, q.shape[2], -1))
+
+
+def explicit(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    return (q @ k.mT / q.shape[-1] ** 0.5 + mask).softmax(-1) @ v
+
+
+def padded_forward(
+    student: Student, images: list[torch.Tensor], attend: Callable[..., torch.Tensor]
+) -> list[torch.Tensor]:
+    """The same weights on a batch padded to the longest image, padding masked: trunk patches."""
+    config, count = student.config, len(images)
+    grids = [(x.shape[1] // config.patch, x.shape[2] // config.patch) for x in images]
+    layouts = [Layout.of([grid], config.prefix, torch.device("cpu")) for grid in grids]
+    longest = max(h * w for h, w in grids) + config.prefix
+    x_BND = torch.zeros(count, longest, config.dim)
+    is_real_BN = torch.zeros(count, longest, dtype=torch.bool)
+    cos = torch.ones(count, longest, config.n_heads, config.head_dim // 4)
+    sin = torch.zeros_like(cos)
+    for i, (image, layout) in enumerate(zip(images, layouts, strict=True)):
+        patches = PackedBatch.from_images([image], config.patch).patches_MX
+        length = len(patches) + config.prefix
+        x_BND[i, : config.prefix] = student.prefix_RD
+        x_BND[i, config.prefix : length] = student.embed((patches - 0.5) / 0.5)
+        cos[i, :length], sin[i, :length] = student.positions(x_BND, layout, None)[1]
+        is_real_BN[i, :length] = True
+    hidden = torch.zeros(count, 1, 1, longest).masked_fill(~is_real_BN[:, None, None], -torch.inf)
+    for block in student.blocks:
+        attn = block.attn
+        qkv = attn.qkv(block.norm1(x_BND)).unflatten(-1, (3, config.n_heads, config.head_dim))
+        qk = F.rms_norm(qkv[:, :, :2], (config.head_dim,))
+        quarter = config.head_dim // 4
+        still, a, b = qk.split([2 * quarter, quarter, quarter], dim=-1)
+        c, s = cos[:, :, None], sin[:, :, None]
+        qk = torch.cat([still, a * c - b * s, a * s + b * c], dim=-1)
+        q, k = qk.transpose(1, 3).unbind(2)
+        # the sink as one more key: logit s by the mask, value zero
+        sinks = attn.sinks[:, None, None].expand(count, -1, 1, 1)
+        mask = torch.cat([hidden.expand(-1, config.n_heads, -1, -1), sinks], -1)
+        k, v = (F.pad(x, (0, 0, 0, 1)) for x in (k, qkv[:, :, 2].transpose(1, 2)))
+        y = attend(q, k, v, mask)
+        y = y.transpose(1, 2).flatten(2)
+        x_BND = x_BND + attn.proj(y)
+        y = block.ffn(block.norm2(x_BND).flatten(0, 1))[0]
+        x_BND = x_BND + y.view_as(x_BND)
+    x_BND = student.norm(x_BND)
+    return [
+        x[config.prefix : config.prefix + h * w] for x, (h, w) in zip(x_BND, grids, strict=True)
+    ]
+
+
+def packed_forward() -> Iterator[Row]:
+    """Rows 1 and 2: 8 mixed images, packed against padded to the longest.
+
+    Padded with two attentions: SDPA with a mask, the best that padding can do, and the explicit
+    softmax, which is what a masked flex_attention comes to on a CPU.
+    """
+    torch.manual_seed(0)
+    for name, config in (
+        ("dense", replace(MODELS["dense-30m"], n_layers=4, heads=())),
+        ("MoE", replace(MODELS["amoe-0.3b"], n_layers=2, heads=())),
+    ):
+        student = lively(Student(config)).eval()
+        images = [torch.rand(3, 16 * h, 16 * w) for h, w in MIXED]
+        batch = PackedBatch.from_images(images, 16)
+        ways = [
+            lambda: student(batch).trunk_MD,  # noqa: B023
+            lambda: torch.cat(padded_forward(student, images, fused)),  # noqa: B023
+            lambda: torch.cat(padded_forward(student, images, explicit)),  # noqa: B023
+        ]
+        with torch.no_grad():
+            packed, *padded = (way() for way in ways)
+            error = max(((packed - x).abs().max() / x.abs().max()).item() for x in padded)
+            assert error < 1e-5, error
+            times = interleaved(*ways, repeats=3)
+            memory = [peak_extra_memory(way) for way in ways]
+        for i, attend in enumerate(("masked SDPA", "explicit softmax"), start=1):
+            what = f"{name}, {attend}"
+            title = f"packed / padded forward, {what} (error {error:.0e})"
+            ours, other = 1e3 * times[0], 1e3 * times[i]
+            yield Row(1, title, ours, other, "ms", other / ours, "3", "5")
+            title, more = f"peak extra memory, {what}", memory[i] / max(memory[0], 1e-9)
+            yield Row(2, title, memory[0], memory[i], "MiB", more, "1.5", "3")
+
+
+def packed_attention() -> Iterator[Row]:
+    """Row 3: attention of 4096 tokens in 12 images against a dense block mask."""
+    layout = Layout.of(TOKENS_4096, 5, torch.device("cpu"))
+    image_N = torch.arange(12).repeat_interleave(torch.tensor(layout.lengths))
+    mask_NN = image_N[:, None] == image_N
+    q, k, v = torch.randn(3, len(image_N), 6, 64).unbind(0)
+
+    def dense() -> torch.Tensor:
+        parts = (x.transpose(0, 1)[None] for x in (q, k, v))
+        return F.scaled_dot_product_attention(*parts, attn_mask=mask_NN)[0].transpose(0, 1)
+
+    with torch.no_grad():
+        assert torch.allclose(attention(q, k, v, layout), dense(), atol=1e-5)
+        times = interleaved(lambda: attention(q, k, v, layout), dense, repeats=5)
+    what = f"packed attention / block mask, {len(image_N)} tokens"
+    yield Row(3, what, *[1e3 * t for t in times], "ms", times[1] / times[0], "6", "8")
+
+
+def sink_attention() -> Iterator[Row]:
+    """Row 4: exact sinks against plain SDPA for each image."""
+    layout = Layout.of(TOKENS_4096, 5, torch.device("cpu"))
+    count, sinks = sum(layout.lengths), torch.full((6,), 3.0, requires_grad=True)
+    q, k, v = torch.randn(3, count, 6, 64, requires_grad=True).unbind(0)
+
+    def plain() -> torch.Tensor:
+        parts = [x.split(layout.lengths) for x in (q, k, v)]
+        outs = [
+            F.scaled_dot_product_attention(*(x.transpose(0, 1)[None] for x in image))
+            for image in zip(*parts, strict=True)
+        ]
+        return torch.cat([out[0].transpose(0, 1) for out in outs])
+
+    def ours() -> torch.Tensor:
+        return attention(q, k, v, layout, sinks)
+
+    grad = torch.randn(count, 6, 64)
+    with torch.no_grad():
+        forward = interleaved(ours, plain)
+    both = interleaved(
+        lambda: torch.autograd.grad(ours(), (q, k, v, sinks), grad),
+        lambda: torch.autograd.grad(plain(), (q, k, v), grad),
+    )
+    for part, times in (("forward", forward), ("forward + backward", both)):
+        what = f"sinks / SDPA per image, {part} (smaller is better)"
+        yield Row(4, what, *[1e3 * t for t in times], "ms", times[0] / times[1], "1.15", "1.03")
+
+
+def experts() -> Iterator[Row]:
+    """Row 5: MoE forward and backward against a dense layer of the same active parameters."""
+    for dim, floor, aim in ((768, "1.4", "1.15"), (384, "1.7", "1.3")):
+        config = replace(MODELS["amoe-0.3b"], dim=dim, ffn_dim=dim // 2, heads=(), n_layers=1)
+        moe = MoE(config)
+        for parameter in moe.parameters():
+            torch.nn.init.normal_(parameter, std=0.02)
+        hidden = config.top_k * config.ffn_dim
+        w1, w2 = (
+            torch.randn(2 * hidden, dim, requires_grad=True),
+            torch.randn(dim, hidden, requires_grad=True),
+        )
+        x, grad = torch.randn(1024, dim, requires_grad=True), torch.randn(1024, dim)
+
+        def dense() -> torch.Tensor:
+            gate, value = F.linear(x, w1).chunk(2, -1)  # noqa: B023
+            return F.linear(F.silu(gate) * value, w2)  # noqa: B023
+
+        times = interleaved(
+            lambda: torch.autograd.grad(moe(x)[0], (x, *moe.parameters()), grad),  # noqa: B023
+            lambda: torch.autograd.grad(dense(), (x, w1, w2), grad),  # noqa: B023
+            repeats=15,
+        )
+        what = f"28 experts top-6 / dense, dim {dim} (smaller is better)"
+        yield Row(5, what, *[1e3 * t for t in times], "ms", times[0] / times[1], floor, aim)
+
+
+ROWS: dict[str, Callable[[], Iterator[Row]]] = {
+    "packed": packed_forward,
+    "attention": packed_attention,
+    "sinks": sink_attention,
+    "experts": experts,
+}
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    print(f"{'#':>2} {'what':<66}{'ours':>10}{'other':>10}{'unit':>6}{'ratio':>8}  floor  aim")
+    for name in sys.argv[1:] or ROWS:
+        for row in ROWS[name]():
+            print(
+                f"{row.number:>2} {row.what:<66}{row.ours:10.2f}{row.other:10.2f}{row.unit:>6}"
+                f"{row.ratio:8.2f}  {row.floor:>5}{row.aim:>5}", flush=True,
+            )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

