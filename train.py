@@ -51,6 +51,7 @@ from teachers import (
     Teacher,
     TeacherOutput,
     cache_home,
+    fill_caches,
     load_teacher,
     parse_teacher,
 )
@@ -907,9 +908,8 @@ def load_teachers(cfg: TrainConfig, sources: list[Source], group: Group) -> list
         return teachers
     folder = cache_home() / "features" if cfg.cache == "auto" else Path(cfg.cache)
     cached = [CachedTeacher(teacher, folder) for teacher in teachers]
-    for teacher in cached:
-        for source in sources:
-            teacher.fill(source)
+    for source in sources:
+        fill_caches(cached, source)
     return cached
 
 
