@@ -874,6 +874,7 @@ def finish(run: Run) -> None:
     student = load_student(checkpoints(out)[-1] / "model.pt")
     torch.manual_seed(cfg.seed)
     untrained = Student(student.config)
+    run.trainer.normalizers.fold_into(untrained)  # so that it starts at each teacher's mean
     teachers = {t.name: t for t in run.trainer.teachers}
     report = final_report(student, untrained, teachers, run.train_sources[0], run.held_out)
     pictures = [run.held_out.load(i) for i in range(min(8, len(run.held_out)))]
