@@ -989,7 +989,7 @@ def questions(train: FeatureSet, test: FeatureSet) -> tuple[Tensor, Tensor]:
         rows, columns = np.nonzero(np.asarray(sample.mask))
         if not len(rows):
             return [*known, -1, -1]
-        height, width = np.shape(sample.mask)
+        height, width = np.asarray(sample.mask).shape
         place = 3 * (3 * rows.mean() // height) + 3 * columns.mean() // width
         share = len(rows) / (height * width)
         return [*known, int(place), sum(share > limit for limit in (0.1, 0.2, 0.4))]
@@ -1125,21 +1125,32 @@ def identity(model: Any) -> str:
 
 
 def final_report(
-    student: Any, untrained: Any, teachers: Any, train_source: Any, test_source: Any, dense=300
+    student: Any,
+    untrained: Any,
+    teachers: Any,
+    train_source: Any,
+    test_source: Any,
+    limit: int = 1500,
+    dense: int | None = 300,
+    size: int | None = None,
 ) -> dict[str, Any]:
     """What a training run shows: kNN, fidelity and foreground IoU on held-out pictures.
 
     Args:
         teachers: by the names of the student's heads, or a list of teachers so named; cached ones
             must hold both sources.
+        limit: pictures of each source that are used at most, evenly spread.
         dense: training pictures whose maps serve the foreground probe and patch statistics.
+        size: see `at_size`; what a cached teacher looks up does not change with it.
     """
     if not isinstance(teachers, Mapping):
         teachers = {teacher.name: teacher for teacher in teachers}
     models = {"teacher": teachers, "student": student, "untrained": untrained}
     models["pixels"] = RawPixels()
-    train = extract(models, train_source, dense, title="evaluate: train")
-    test = extract(models, test_source, title="evaluate: held out")
+    counts = [(source, min(limit, len(source))) for source in (train_source, test_source)]
+    some = [Subset(source, [i * len(source) // n for i in range(n)]) for source, n in counts]
+    train = extract(models, some[0], dense, size, title="evaluate: train")
+    test = extract(models, some[1], None, size, title="evaluate: held out")
     foreground = partial(segmentation, foreground=True)
     protocols = (("knn", knn), ("foreground", foreground), ("fidelity", fidelity))
     report: dict[str, Any] = {"left out": {}}
@@ -1267,8 +1278,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if group.rank == 0:
         print(format_rows(args.task, rows))
         counts = [source and len(source) for source in sources]
-        result = {"task": args.task, "train": counts[0], "test": counts[1],
-                  "seconds": round(time.time() - start, 1), "skipped": args.skipped, "rows": rows}  # fmt: skip
+        result = {"task": args.task, "n_train": counts[0], "n_test": counts[1], "rows": rows}
+        result |= {"skipped": args.skipped, "seconds": round(time.time() - start, 1)}
         print(re.sub(r"\bNaN\b", "null", json.dumps(result)))
     if dist.is_initialized():
         dist.destroy_process_group()

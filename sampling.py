@@ -233,6 +233,13 @@ def swap_centroids(rows: Rows, found: Step, generator: torch.Generator) -> Tenso
     first_S = first_S.to(home_C.device)
     loss_K[home_C[first_S]] = math.inf  # do not remove what is about to be split
     weak_S = loss_K.argsort(stable=True)[: len(first_S)]
+    # Of two neighbours that could each stand in for the other, only the weaker may go.
+    chunks = [torch.cdist(c_KD[w], c_KD).scatter_(1, w[:, None], math.inf) for w in weak_S.split(256)]
+    place_K = torch.full_like(loss_K, math.inf)
+    place_K[weak_S] = torch.arange(len(weak_S), dtype=loss_K.dtype, device=loss_K.device)
+    stand_in_S = torch.cat([chunk.argmin(1) for chunk in chunks])
+    weak_S = weak_S[place_K[stand_in_S] > place_K[weak_S]]
+    first_S = first_S[: len(weak_S)]
     is_better_S = gain_C[first_S] > loss_K[weak_S]
     c_KD[weak_S[is_better_S]] = drawn_CD[first_S[is_better_S]]
     return c_KD
@@ -262,7 +269,8 @@ def kmeans(
         c_KD = seed_centroids(rows, k, generator)
     swaps, last, i = (0 if is_large else SWAPS), math.inf, 0
     while True:
-        found = step(rows, c_KD, dtype, second=i < swaps)
+        is_swap = i < swaps and i % 2 == 1  # a Lloyd step between, or its gain would count as theirs
+        found = step(rows, c_KD, dtype, second=is_swap)
         if bar is not None:
             bar.set_postfix_str(f"{k} clusters, inertia {found.inertia:.6g}")
             bar.update()
@@ -270,8 +278,8 @@ def kmeans(
             return c_KD, found
         is_empty_K = found.count_K == 0
         c_KD, last = found.mean_KD, found.inertia
-        if i < swaps or is_empty_K.any():
-            found.loss_K = found.loss_K if i < swaps else torch.where(is_empty_K, 0.0, math.inf)
+        if is_swap or is_empty_K.any():
+            found.loss_K = found.loss_K if is_swap else torch.where(is_empty_K, 0.0, math.inf)
             c_KD = swap_centroids(rows, found, generator)
         i += 1
 

@@ -1,0 +1,631 @@
+"""eval.py against slow loops, scikit-learn and cases whose answer is known."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import eval as ev
+from losses import align
+from model import MODELS, Features, HeadSpec, Student, save_student, with_heads
+from packing import BadImage, Sample, to_float
+from teachers import TeacherOutput
+
+LABELS = ["cat", "dog", "owl"]
+NAMES = ["red cat", "blue dog", "green owl"]
+
+
+class Pictures:
+    """A source of small made-up pictures: a bright square, whose colour is its class, on noise."""
+
+    name, skipped = "pictures", {}
+
+    def __init__(self, count=24, seed=0, side=(48, 64), bad=(), **without):
+        self.count, self.seed, self.side, self.bad, self.without = count, seed, side, bad, without
+
+    def __len__(self):
+        return self.count
+
+    def key(self, i):
+        return f"{self.seed}-{i}"
+
+    def fingerprint(self):
+        return f"{self.count} {self.seed}"
+
+    def load(self, i):
+        if i in self.bad:
+            raise BadImage(f"{self.key(i)}: cut")
+        rng = np.random.default_rng([self.seed, i])
+        h, w = rng.integers(self.side[0], self.side[1] + 1, 2)
+        image, mask = rng.integers(0, 90, (h, w, 3), dtype=np.uint8), np.zeros((h, w), np.uint8)
+        y, x, k = rng.integers(0, h // 2), rng.integers(0, w // 2), i % 3
+        mask[y : y + h // 2, x : x + w // 2] = 1 + k
+        image[mask > 0, k] += 150
+        sample = Sample(self.key(i), f"d{self.seed}-{i}", image, LABELS[k], NAMES[k], mask)
+        return replace(sample, **self.without)
+
+
+class Network:
+    """A frozen random network on patches of 8 px: an encoder, and (`Teacher`) a teacher."""
+
+    def __init__(self, seed=0, dim=12):
+        self.weight = torch.randn(192, dim, generator=torch.Generator().manual_seed(seed)) / 8
+
+    def map(self, image):
+        h, w = (max(1, round(side / 8)) for side in image.shape[1:])
+        patches = ev.patchify(ev.resize(image, (8 * h, 8 * w)), 8)
+        return torch.tanh(patches @ self.weight).unflatten(0, (h, w))
+
+
+class Teacher(Network):
+    def targets(self, samples):
+        maps = [self.map(to_float(sample.image)) for sample in samples]
+        return TeacherOutput(torch.stack([x.mean((0, 1)) for x in maps]), maps)
+
+
+class Heads(dict):
+    """A student by hand: name -> the network that the head is."""
+
+    def encode(self, images):
+        found = []
+        for image in images:
+            maps = {name: network.map(image) for name, network in self.items()}
+            found.append(Features({name: x.mean((0, 1)) for name, x in maps.items()}, maps))
+        return found
+
+
+def models(size=12):
+    """Two teachers; a student whose head "a" is teacher a, whose head "b" is something else."""
+    teachers = {"a": Teacher(0, size), "b": Teacher(1, size)}
+    student = Heads(a=Network(0, size), b=Network(7, size), trunk=Network(0, size))
+    return {"teacher": teachers, "student": student, "pixels": ev.RawPixels()}
+
+
+@pytest.fixture(scope="module")
+def sets():
+    return ev.extract(models(), Pictures(60)), ev.extract(models(), Pictures(30, seed=1))
+
+
+# ------------------------------------------------------------------- features
+
+
+def test_chunks_change_nothing():
+    whole = ev.extract(models(), Pictures(9))
+    parts = ev.extract(models(), Pictures(9), chunk=2)
+    assert [s.key for s in whole.samples] == [s.key for s in parts.samples]
+    for name in ("teacher/a", "student/b", "pixels"):
+        assert torch.equal(whole.summary[name], parts.summary[name])
+        both = zip(whole.patches[name], parts.patches[name], strict=True)
+        assert all(torch.equal(x, y) for x, y in both)
+
+
+def test_packing_changes_nothing():
+    student = Student(MODELS["test"])
+    one, many = (ev.extract(student, Pictures(6), chunk=chunk) for chunk in (1, 6))
+    for name, x in one.summary.items():
+        torch.testing.assert_close(x, many.summary[name], atol=1e-5, rtol=1e-4)
+
+
+def test_bad_pictures_are_named_and_dense_is_spread():
+    found = ev.extract(models(), Pictures(10, bad=(3,)), dense=5)
+    assert found.skipped == {"0-3": "0-3: cut"} and len(found.samples) == 9
+    assert [found.samples[i].key for i in found.dense] == ["0-0", "0-2", "0-4", "0-6", "0-8"]
+    assert len(found.patches["pixels"]) == 5 and found.summary["pixels"].shape == (9, 768)
+    assert ev.extract(models(), Pictures(3), dense=0).patches == {}
+
+
+def test_at_size():
+    sample = Pictures(1, side=(40, 80)).load(0)
+    h, w = sample.image.shape[:2]
+    height, width = ev.at_size(sample, 100).image.shape[:2]
+    assert abs(height * width - 1e4) < 150 and abs(height / width - h / w) < 0.03
+    assert ev.at_size(sample, (32, 48)).image.shape == (32, 48, 3)
+    assert ev.at_size(sample, None) is sample
+
+
+def test_a_picture_in_both_sets_is_refused(sets):
+    for protocol in (ev.knn, ev.linear, ev.segmentation):
+        with pytest.raises(ValueError, match=r"0-0 \(= 0-0\)"):
+            protocol(sets[0], sets[0])
+    with pytest.raises(ValueError, match="both train and test"):
+        ev.retrieval(sets[0], sets[0], "bow")
+
+
+# ------------------------------------------------------------------- figures
+
+
+def test_bootstrap_covers():
+    generator, covered = torch.Generator().manual_seed(0), 0
+    for seed in range(200):
+        hits = torch.rand(80, generator=generator) < 0.7
+        row = ev.bootstrap(hits.double()[:, None], lambda means: means[..., 0], seed)
+        covered += row["low"] <= 0.7 <= row["high"]
+    assert 180 <= covered <= 199
+    assert row["value"] == pytest.approx(float(hits.double().mean())) and row["n"] == 80
+
+
+def test_per_class_figures(sets):
+    row = ev.knn(*sets, per_class=True)["teacher/a"]
+    assert list(row["per_class"]) == LABELS
+    assert np.mean(list(row["per_class"].values())) == pytest.approx(row["value"])
+
+
+def test_knn_votes_equal_a_loop_and_sklearn():
+    generator = torch.Generator().manual_seed(0)
+    train, test = (torch.randn(n, 8, generator=generator) for n in (50, 20))
+    ids = torch.randint(4, (50,), generator=generator)
+    votes = ev.knn_votes(train, ids, test, 4, k=7)
+    for row, x in zip(votes, test, strict=True):
+        cosines = [float(F.cosine_similarity(x, y, dim=0)) for y in train]
+        want = [0.0] * 4
+        for i in sorted(range(50), key=lambda i: -cosines[i])[:7]:
+            want[int(ids[i])] += np.exp(cosines[i] / 0.07)
+        np.testing.assert_allclose(row, want, rtol=1e-4)
+    neighbors = pytest.importorskip("sklearn.neighbors")
+    reference = neighbors.KNeighborsClassifier(
+        7, metric="cosine", weights=lambda distance: np.exp((1 - distance) / 0.07)
+    ).fit(train.numpy(), ids.numpy())
+    assert (reference.predict(test.numpy()) == votes.argmax(1).numpy()).all()
+
+
+def test_majority_class():
+    train, test = ev.FeatureSet(), ev.FeatureSet()
+    empty = np.zeros((0, 0, 3), np.uint8)
+    for found, labels in ((train, "aab"), (test, "abbb")):
+        found.samples = [Sample(f"{id(found)}{i}", f"{id(found)}{i}", empty, x) for i, x in enumerate(labels)]
+        found.summary = {"m": torch.eye(len(labels), 4)}
+    assert ev.knn(train, test)["majority class"]["value"] == 0.25
+
+
+def test_ensemble_weighs_the_sure_head_only_when_calibrated():
+    sure, unsure = torch.tensor([[0.9, 0.0, 0.1]]), torch.tensor([[0.1, 0.2, 0.15]])
+    raw = ev.add_ensembles({"s/a": sure.softmax(1), "s/b": unsure.softmax(1)})["s/ensemble"]
+    torch.testing.assert_close(raw, (sure.softmax(1) + unsure.softmax(1)) / 2, atol=0.05, rtol=0)
+    hot = {"s/a": (sure / 0.05).softmax(1), "s/b": unsure.softmax(1)}
+    torch.testing.assert_close(ev.add_ensembles(hot)["s/ensemble"], hot["s/a"], atol=0.02, rtol=0)
+    assert "s/ensemble" not in ev.add_ensembles({"s/a": sure, "s/trunk": sure, "t": sure})
+
+
+def test_calibration_finds_the_temperature():
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(4000, 5, generator=generator)
+    targets = (scores / 0.3).softmax(1).multinomial(1, generator=generator)[:, 0]
+    assert ev.calibrate(scores, targets) == pytest.approx(0.3, rel=0.15)
+
+
+def test_linear_probe_is_near_sklearn():
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(400, 6, generator=generator)
+    y = (x @ torch.randn(6, 3, generator=generator) + torch.randn(400, 3, generator=generator)).argmax(1)
+    scaled = (x - x.mean(0)) / x.std(0)
+    ours = ev.fit_probe(x, y, 3, [1e-2], [1e-2])(x)[0].softmax(1)
+    reference = linear_model.LogisticRegression(C=1 / (400 * 1e-2)).fit(scaled.numpy(), y.numpy())
+    np.testing.assert_allclose(ours, reference.predict_proba(scaled.numpy()), atol=0.02)
+
+
+# ------------------------------------------------------------------- text
+
+
+def test_recall_equals_a_loop_and_a_tie_does_not_help():
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(12, 9, generator=generator)
+    is_pair = torch.rand(12, 9, generator=generator) < 0.2
+    is_pair[:, 0] |= ~is_pair.any(1)
+    for k in (1, 5):
+        hits = ev.recall_hits(scores, is_pair, k)
+        for row, pairs, hit in zip(scores, is_pair, hits, strict=True):
+            first = sorted(range(9), key=lambda i: -float(row[i]))[:k]
+            assert bool(hit) == any(bool(pairs[i]) for i in first)
+    collapsed = ev.recall_hits(torch.zeros(4, 4), torch.eye(4).bool(), 1)
+    assert not collapsed.any()
+
+
+def test_ridge_map_recovers_a_linear_one():
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(300, 10, generator=generator), torch.randn(10, 4, generator=generator)
+    found = ev.aligned(x, x @ y + 1)(x)
+    assert F.cosine_similarity(found - 1, x @ y).min() > 0.99
+
+
+def test_prompt_files(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("a photo of a {}.\n    lambda c: f'a bad photo of a {c}.',\n\n'a {} in a cage',\n")
+    assert ev.read_prompts(path) == ["a photo of a {}.", "a bad photo of a {}.", "a {} in a cage"]
+    path.write_text("nothing\n")
+    with pytest.raises(ValueError, match="for the class name"):
+        ev.read_prompts(path)
+
+
+def test_bag_of_words_weighs_rare_words():
+    embed = ev.bag_of_words(["red cat", "red dog", "red owl"])
+    cat, red, nothing = embed(["CAT!", "red", "zebra"])
+    assert nothing.sum() == 0 and cat @ red == 0
+    both = embed(["red cat"])[0]
+    assert both @ cat > both @ red
+
+
+def test_text_files_and_the_tower_cache(tmp_path, monkeypatch):
+    np.savez(tmp_path / "t.npz", texts=np.array(["x", "y"]), embeddings=np.eye(2))
+    name, embed = ev.text_encoder(f"a={tmp_path / 't.npz'}", [])
+    assert name == "a" and embed(["y", "x"]).tolist() == [[0, 1], [1, 0]]
+    with pytest.raises(ValueError, match=r"no embedding of 1 texts: \['z'\]"):
+        embed(["x", "z"])
+
+    class Tower:
+        fingerprint, calls = "f", 0
+
+        def text(self, texts):
+            Tower.calls += 1
+            return torch.tensor([[float(len(text))] for text in texts])
+
+    monkeypatch.setattr(ev, "cache_home", lambda: tmp_path)
+    monkeypatch.setattr(ev, "load_teacher", lambda spec: Tower())
+    embed = ev.text_encoder("clip=folder", [])[1]
+    assert embed(["ab", "c"]).tolist() == embed(["ab", "c"]).tolist() == [[2], [1]]
+    assert Tower.calls == 1
+
+
+def test_zero_shot_and_retrieval_find_what_is_there(sets):
+    zero = ev.zero_shot(*sets, "bow", prompts="captions")
+    assert zero["teacher/a"]["value"] > 0.9 and "student/ensemble" in zero
+    found = ev.retrieval(*sets, "bow")
+    assert found["teacher/a texts by images R@1"]["value"] > 0.9
+    assert found["teacher/a images by texts R@1"]["n"] == 3  # three captions
+    assert found["student/ensemble images by texts R@10"]["value"] == 1
+
+
+def test_a_tower_meets_its_own_head_without_a_map(sets, tmp_path):
+    train, test = sets
+    texts = sorted({*NAMES, *(f"a photo of a {name}." for name in LABELS)})
+    order = [NAMES[LABELS.index(next(x for x in LABELS if x in text))] for text in texts]
+    means = {name: train.summary["teacher/a"][i::3].mean(0) for i, name in enumerate(NAMES)}
+    rows = np.stack([means[name].numpy() for name in order])
+    np.savez(tmp_path / "t.npz", texts=np.array(texts), embeddings=rows)
+    spec = f"a={tmp_path / 't.npz'}"
+    want = F.normalize(test.summary["teacher/a"]) @ F.normalize(torch.stack([means[n] for n in NAMES])).T
+    hits = want.argmax(1) == torch.arange(30) % 3
+    assert ev.zero_shot(train, test, spec)["student/a"]["value"] == pytest.approx(hits.double().mean())
+
+
+# ------------------------------------------------------------------- fidelity
+
+
+def test_fidelity_equals_loops():
+    generator = torch.Generator().manual_seed(0)
+    train, teacher = (3 * torch.randn(n, 5, generator=generator) + 2 for n in (40, 12))
+    student = teacher + torch.randn(12, 5, generator=generator)
+    row = ev.Fidelity([train]).report(zip(student.split(1), teacher.split(1), strict=True))
+    mean, deviation = train.mean(0), train.std(0, correction=0)
+    z, s = (teacher - mean) / deviation, (student - mean) / deviation
+    explained = 1 - (z - s).square().mean() / z.var(0, correction=0).mean()
+    assert row["value"] == pytest.approx(float(explained), rel=1e-5)
+    constant = 1 - z.square().mean() / z.var(0, correction=0).mean()
+    assert row["value_constant"] == pytest.approx(float(constant), rel=1e-4)
+    fidelity = teacher.var(correction=0) / (teacher - student).square().mean()
+    assert row["fidelity"] == pytest.approx(float(fidelity), rel=1e-5)
+    centred = F.cosine_similarity(student - mean, teacher - mean).mean()
+    assert row["centred_cosine"] == pytest.approx(float(centred), rel=1e-5)
+    assert row["low"] < row["value"] < row["high"]
+
+
+def test_the_training_mean_scores_as_the_constant():
+    generator = torch.Generator().manual_seed(0)
+    train, teacher = (torch.randn(n, 5, generator=generator) + 9 for n in (40, 12))
+    pairs = [(train.mean(0, keepdim=True), x) for x in teacher.split(1)]
+    row = ev.Fidelity([train]).report(pairs)
+    assert row["value"] == pytest.approx(row["value_constant"], abs=1e-5) and row["value"] < 0
+    assert row["fidelity"] == pytest.approx(row["fidelity_constant"], rel=1e-4)
+    assert row["cosine"] > 0.9 and abs(row["centred_cosine"]) < 1e-3  # the trap
+
+
+def test_a_dead_channel_is_left_out():
+    train = torch.cat([torch.randn(20, 3), torch.zeros(20, 1)], 1)
+    teacher = torch.cat([torch.randn(6, 3), torch.ones(6, 1)], 1)
+    row = ev.Fidelity([train]).report([(x, x) for x in teacher.split(1)])
+    assert row["value"] == 1 and np.isfinite(row["value_constant"])
+
+
+def test_grids_are_compared_as_the_losses_do():
+    student, teacher = torch.randn(7, 4, 3), torch.randn(5, 6, 3)
+    for ours, theirs in zip(ev.same_grid(student, teacher), align(student, teacher), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+
+
+# ------------------------------------------------------------------- segmentation
+
+
+def test_miou_equals_sklearn_and_void_is_left_out():
+    metrics = pytest.importorskip("sklearn.metrics")
+    rng = np.random.default_rng(0)
+    masks = [rng.integers(0, 4, (9, 7)).astype(np.uint8) for _ in range(5)]
+    said = [rng.integers(0, 6, (9, 7)) for _ in range(5)]  # class 4 and 5 are in no mask
+    masks[0][0] = ev.VOID
+    counts = [
+        ev.overlap(torch.from_numpy(s)[None], torch.from_numpy(m), 6)[0]
+        for s, m in zip(said, masks, strict=True)
+    ]
+    ours = ev.iou(torch.stack(counts).sum(0), 6)
+    true, guess = (np.concatenate([x.ravel() for x in y]) for y in (masks, said))
+    known = true != ev.VOID
+    want = metrics.jaccard_score(true[known], guess[known], labels=[0, 1, 2, 3], average=None)
+    np.testing.assert_allclose(ours[:4], want)
+    assert ours[4:].isnan().all()
+
+
+def test_overlap_keeps_settings_apart():
+    mask, said = torch.tensor([[0, 1], [1, 1]]), torch.tensor([[[0, 1], [1, 0]], [[1, 1], [1, 1]]])
+    want = [[1, 2, 1, 3, 2, 2], [0, 3, 1, 3, 0, 4]]  # hit, labelled, predicted, each of two classes
+    assert ev.overlap(said, mask, 2).tolist() == want
+
+
+def test_segmentation_finds_the_squares(sets):
+    rows = ev.segmentation(*sets, per_class=True)
+    assert rows["teacher/a"]["value"] > 0.6 and len(rows["pixels"]["per_class"]) == 4
+    assert ev.segmentation(*sets, foreground=True)["teacher/a"]["value"] > 0.7
+
+
+# ------------------------------------------------------------------- a head that is the teacher
+
+
+def test_a_head_that_is_the_teacher_scores_as_the_teacher(sets):
+    tasks = {
+        "knn": ev.knn(*sets),
+        "linear": ev.linear(*sets),
+        "segmentation": ev.segmentation(*sets),
+        "zero-shot": ev.zero_shot(*sets, "bow", "captions"),
+        "retrieval": {
+            name: {key.removeprefix(name): row for key, row in ev.retrieval(*sets, "bow").items()
+                   if key.startswith(f"{name} ")}
+            for name in ("student/a", "teacher/a")
+        },
+    }  # fmt: skip
+    for task, rows in tasks.items():
+        assert rows["student/a"] == rows["teacher/a"], task
+    rows = ev.fidelity(*sets)
+    assert rows["student/a patches"]["value"] == rows["student/a summary"]["value"] == 1
+    assert rows["student/b patches"]["value"] < 0.9
+    assert rows["student mean"]["parts"] == 4
+
+
+def test_resolution_curve_of_a_head_that_is_the_teacher(tmp_path):
+    out = tmp_path / "curve.png"
+    rows = ev.resolution(models(), Pictures(6), [48, 64], str(out))
+    for size in (48, 64):
+        assert rows[f"student/a cosine error {size} px"]["value"] == pytest.approx(0, abs=1e-6)
+        assert rows[f"student/b cosine error {size} px"]["value"] > 0.1
+    assert rows["student/a scale variance"] == rows["teacher/a scale variance"]
+    pytest.importorskip("matplotlib")
+    assert Image.open(out).width > 500
+
+
+def test_scale_variance_knows_its_ends():
+    generator = torch.Generator().manual_seed(0)
+    maps = [torch.randn(4, 4, 6, generator=generator) for _ in range(30)]
+    assert ev.scale_variance([maps, maps])["value"] == 0
+    others = [torch.randn(4, 4, 6, generator=generator) for _ in range(30)]
+    assert ev.scale_variance([maps, others])["value"] == pytest.approx(0.5, abs=0.05)  # of 2 sizes
+
+
+# ------------------------------------------------------------------- merging
+
+
+@pytest.mark.parametrize("way", ["merge", "unshuffle", "average"])
+def test_ways_keep_equal_counts(way):
+    map_hwC = torch.randn(8, 4, 3)
+    for side in (2, 4):
+        tokens, index = ev.reduce_map(map_hwC, way, side)
+        assert len(tokens) == 32 // side**2 and index.shape == (32,)
+        assert set(index.tolist()) == set(range(len(tokens)))
+
+
+def test_unshuffle_loses_nothing_and_average_is_the_mean():
+    map_hwC = torch.randn(4, 4, 3)
+    tokens, index = ev.reduce_map(map_hwC, "unshuffle", 2)
+    assert sorted(tokens.flatten().tolist()) == sorted(map_hwC.flatten().tolist())
+    average, same_index = ev.reduce_map(map_hwC, "average", 2)
+    assert torch.equal(index, same_index) and index.view(4, 4)[0].tolist() == [0, 0, 1, 1]
+    torch.testing.assert_close(average[1], map_hwC[:2, 2:].mean((0, 1)))
+    assert torch.equal(ev.reduce_map(map_hwC, "all", 1)[0], map_hwC.flatten(0, 1))
+
+
+def test_questions(sets):
+    train, test = ev.questions(*sets)
+    assert train.shape == (60, 4)
+    assert (test[:, 0] == torch.arange(30) % 3).all() and (test[:, 1] == test[:, 0]).all()
+    mask = np.zeros((30, 30), np.uint8)
+    mask[22:28, 1:5] = 1
+    found = ev.FeatureSet([replace(sets[1].samples[0], mask=mask, label="emu", caption="an emu")])
+    assert ev.questions(sets[0], found)[1].tolist() == [[-1, -1, 6, 0]]
+
+
+def test_merging_ranks_a_reader_above_guessing():
+    parts = {"student": Heads(trunk=Network(0))}
+    rows = ev.merging(parts, Pictures(36), Pictures(18, seed=1), 32)
+    assert len(rows) == 7 * 3
+    assert rows["student/trunk 16 tokens, all: reading"]["value"] > 0.6
+    assert rows["student/trunk 4 tokens, merge: patch kNN"]["value"] > 0.5
+    with pytest.raises(ValueError, match="5x5, no multiple of 4"):
+        ev.merging(parts, Pictures(4), Pictures(4, seed=1), 40)
+
+
+# ------------------------------------------------------------------- features on disk
+
+
+def test_features_resume_and_refuse_another_source(tmp_path):
+    parts = {"teacher": {"a": Teacher(0)}, "pixels": ev.RawPixels()}
+    for part in (*parts["teacher"].values(), parts["pixels"]):
+        part.fingerprint = "fixed"
+    source, out = Pictures(7, bad=(2,)), str(tmp_path)
+    rows = ev.write_features(parts, source, out, True, None, shard=3)
+    assert [row["value"] for row in rows.values()] == [2, 3, 1]
+    (tmp_path / "00001.json").unlink()
+    assert list(ev.write_features(parts, source, out, True, None, shard=3)) == ["00001.json"]
+    whole = ev.extract(parts, source)
+    read = [np.load(tmp_path / f"teacher.a-0000{i}.summary.npy") for i in range(3)]
+    np.testing.assert_array_equal(np.concatenate(read), whole.summary["teacher/a"])
+    index = json.loads((tmp_path / "00001.json").read_text())
+    tokens = np.load(tmp_path / "teacher.a-00001.patches.npy")
+    assert len(tokens) == sum(h * w for h, w in index["grids"]["teacher/a"])
+    assert [p["key"] for p in index["pictures"]] == ["0-3", "0-4", "0-5"]
+    with pytest.raises(ValueError, match="change --out"):
+        ev.write_features(parts, Pictures(7, seed=3), out, True, None, shard=3)
+
+
+def test_identity_sees_every_weight():
+    student = Student(MODELS["test"])
+    before = ev.identity({"student": student})
+    with torch.no_grad():
+        next(student.heads.parameters()).view(-1)[0] += 1
+    assert ev.identity({"student": student}) != before
+
+
+# ------------------------------------------------------------------- pictures and report
+
+
+def test_pca_sheet_shows_objects_on_a_dark_ground(tmp_path):
+    pictures = [Pictures(4, side=(64, 96)).load(i) for i in range(4)]
+    ev.pca_sheet(tmp_path / "pca.png", pictures, models(), cell=80)
+    sheet = Image.open(tmp_path / "pca.png")
+    assert sheet.width == 8 + 7 * 88  # picture, two teachers, two heads, pixels, trunk
+    maps = [torch.zeros(8, 8, 6) for _ in range(3)]
+    generator = torch.Generator().manual_seed(0)
+    for x in maps:
+        x[2:6, 2:6] = 3 + torch.randn(4, 4, 6, generator=generator)
+    drawn = np.asarray(ev.pca_pictures(maps, ev.pca_axes(maps), 80)[0])
+    assert drawn[5:15, 5:15].max() < 60 and drawn[30:50, 30:50].mean() > 90
+
+
+def test_pca_draws_a_student_in_its_teachers_axes():
+    pictures = [Pictures(4).load(i) for i in range(4)]
+    found = ev.encode({"teacher": {"a": Teacher(0)}}, pictures)
+    maps = [features.patches["teacher/a"] for features in found]
+    axes = ev.pca_axes(maps)
+    once, twice = ev.pca_pictures(maps, axes, 40), ev.pca_pictures([2 * x + 1 for x in maps], axes, 40)
+    for one, two in zip(once, twice, strict=True):  # scaled by itself: a shrunken student shows
+        assert np.abs(np.asarray(one, int) - np.asarray(two, int)).max() <= 1
+
+
+def test_final_report_has_every_row():
+    parts = models()
+    report = ev.final_report(
+        parts["student"], Heads(a=Network(3), b=Network(4)), parts["teacher"], Pictures(60), Pictures(24, seed=1)
+    )
+    rows = {"teacher/a", "student/a", "student/concat", "untrained/b", "pixels", "majority class"}
+    assert rows <= report["knn"].keys() and report["left out"] == {}
+    assert report["fidelity"]["student/a patches"]["value"] == 1
+    assert report["fidelity"]["untrained mean"]["value"] < 0.5
+    assert report["foreground"]["student/a"] == report["foreground"]["teacher/a"]
+    table = ev.format_table(report)
+    assert "majority class" in table and "student mean" in table
+    json.dumps(report)
+
+
+def test_final_report_of_pictures_without_labels_or_masks():
+    parts, bare = models(), {"label": None, "mask": None}
+    report = ev.final_report(
+        parts["student"], parts["student"], parts["teacher"], Pictures(12, **bare), Pictures(8, seed=1, **bare)
+    )
+    assert set(report["left out"]) == {"knn", "foreground"} and "fidelity" in report
+    assert "have no label" in ev.format_table(report)
+
+
+# ------------------------------------------------------------------- errors
+
+
+def test_what_is_missing_is_named(sets):
+    def found(count=6, **changes):
+        return ev.extract(models(), Pictures(count, seed=5, **changes))
+
+    for protocol, changes, match in (
+        (ev.knn, {"label": None}, "--test: 6 of 6 have no label"),
+        (ev.knn, {"label": "emu"}, r"classes \['emu'\] of --test have no picture"),
+        (ev.segmentation, {"mask": None}, "have no mask"),
+        (lambda x, y: ev.retrieval(x, y, "bow"), {"caption": None}, "have no caption"),
+        (lambda x, y: ev.retrieval(x, y, "bow"), {"bad": (2,)}, "without a readable picture"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            protocol(sets[0], found(**changes))
+    with pytest.raises(ValueError, match=r"\['cat', 'dog', 'owl'\] have one training picture"):
+        ev.linear(found(3), sets[1])
+    with pytest.raises(ValueError, match="no head is named after a teacher"):
+        ev.fidelity(*[ev.extract({"pixels": ev.RawPixels()}, Pictures(3, seed=s)) for s in (0, 1)])
+
+
+# ------------------------------------------------------------------- the command
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """Two folders of classes and a student checkpoint."""
+    root = tmp_path_factory.mktemp("eval")
+    for side, count, seed in (("train", 12, 0), ("test", 6, 1)):
+        for i in range(count):
+            sample = Pictures(count, seed=seed).load(i)
+            (root / side / sample.label).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(sample.image).save(root / side / sample.label / f"{side}{i}.png")
+    heads = [HeadSpec("tiny-dense", 24, 24, split=True, bias=True)]
+    save_student(Student(with_heads(MODELS["test"], heads)), root / "student.pt")
+    return root
+
+
+def command(root, task, *more):
+    flags = ["--student", str(root / "student.pt"), "--teacher", "tiny-dense"]
+    flags += ["--train", str(root / "train"), "--test", str(root / "test"), *more]
+    return [task, *flags]
+
+
+def test_command_prints_json_last(workplace, capsys):
+    ev.main(command(workplace, "knn", "--k", "3"))
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["task"] == "knn" and (result["n_train"], result["n_test"]) == (12, 6)
+    columns = {"teacher/tiny-dense", "student/tiny-dense", "student/trunk", "untrained/trunk", "pixels"}
+    assert columns <= result["rows"].keys() and result["rows"]["pixels"]["n"] == 6
+    ev.main(command(workplace, "pca", "--out", str(workplace / "x.png"), "--sizes", "32", "48"))
+    assert (workplace / "x.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("task", "more", "message"),
+    [
+        ("segmentation", (), "have no mask"),
+        ("knn", ("--test", "nowhere"), "nowhere"),
+        ("knn", ("--teacher", "x=builtin:none"), "builtin:none"),
+    ],
+)
+def test_command_fails_in_one_line(workplace, task, more, message):
+    with pytest.raises(SystemExit, match=message) as exit_:
+        ev.main(command(workplace, task, *more))
+    assert "\n" not in str(exit_.value) and str(exit_.value).startswith(f"eval.py {task}: ")
+
+
+def test_command_names_what_it_needs(capsys):
+    for flags, message in (
+        (["knn", "--student", "x", "--train", "y"], "knn needs --test"),
+        (["zero-shot", "--student", "x", "--train", "y", "--test", "z"], "zero-shot needs --text"),
+        (["knn", "--train", "y", "--test", "z"], "nothing to score"),
+        (["sing"], "invalid choice"),
+    ):
+        with pytest.raises(SystemExit):
+            ev.main(flags)
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_ranks_count_every_picture_once(workplace):
+    script = str(Path(ev.__file__).resolve())
+    lines = []
+    for launcher in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]):
+        run = subprocess.run(
+            [sys.executable, *launcher, script, *command(workplace, "knn", "--no-controls")],
+            capture_output=True, text=True, check=True, timeout=300,
+        )  # fmt: skip
+        lines.append(json.loads(run.stdout.splitlines()[-1]))
+    assert lines[0]["rows"] == lines[1]["rows"] and lines[1]["rows"]["student/trunk"]["n"] == 6
