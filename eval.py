@@ -364,7 +364,7 @@ def linear(train: FeatureSet, test: FeatureSet, per_class: bool = False) -> Rows
     if single := [name for name, n in zip(names, train_N.bincount(), strict=True) if n < 2]:
         raise ValueError(f"classes {single[:10]} have one training picture; choosing L2 needs two")
     fit, held = split(len(train_N))
-    penalties, rates, rows = (0.0, 1e-4, 1e-3, 1e-2), (1e-2,) * 4, {}
+    penalties, rates, rows = (0.0, 1e-4, 1e-3, 1e-2), (5e-2,) * 4, {}
     for column, x_NC in train.summary.items():
         probe = fit_probe(x_NC[fit], train_N[fit], len(names), rates, penalties)
         hits_G = (probe(x_NC[held]).argmax(-1) == train_N[held]).double().mean(1)
@@ -593,6 +593,7 @@ class Fidelity:
         variance_C = torch.stack(squares).sum(0) / count
         # A channel that never moved in training has no scale to be measured on.
         self.inverse_C = variance_C.rsqrt().where(variance_C > 1e-8 * variance_C.mean(), 0.0)
+        self.tiny = 1e-3 * float(variance_C.sum().sqrt())  # a constant has no direction
 
     def parts(self, student_MC: Tensor, teacher_MC: Tensor) -> Tensor:
         """One image's means over its tokens, so that images weigh the same: 9, then C z-scores."""
@@ -605,7 +606,7 @@ class Fidelity:
             (t_MC - self.mean_C).square(),
             t_MC.square(),
             t_MC,
-            F.cosine_similarity(s_MC - self.mean_C, t_MC - self.mean_C),
+            F.cosine_similarity(s_MC - self.mean_C, t_MC - self.mean_C, eps=self.tiny),
             F.cosine_similarity(s_MC, t_MC),
             F.cosine_similarity(self.mean_C[None], t_MC),
         ]

