@@ -340,10 +340,12 @@ def fit_probe(
     # Adam's steps do not depend on the gradient's scale: a factor on a weight is its own rate.
     rate_G1, l2_G1, adam = torch.tensor(rates)[:, None], torch.tensor(l2)[:, None], None
     adam = torch.optim.Adam([weight_CGK, bias_GK], lr=1.0)
-    steps = max(300, 10 * len(x_MC) // 1024)
+    steps = max(200, 10 * len(x_MC) // 1024)
     for step in range(steps):
         adam.param_groups[0]["lr"] = 0.5 + 0.5 * math.cos(math.pi * step / steps)
-        rows = torch.randint(len(x_MC), (min(1024, len(x_MC)),), generator=generator)
+        rows: Any = slice(None)  # all of a small set
+        if len(x_MC) > 1024:
+            rows = torch.randint(len(x_MC), (1024,), generator=generator)
         scaled_CGK = weight_CGK * rate_G1
         logits = rearrange(z_MC[rows] @ scaled_CGK.flatten(1), "m (g k) -> m k g", k=classes)
         logits = logits + (bias_GK * rate_G1).T

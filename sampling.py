@@ -252,7 +252,8 @@ def swap_centroids(rows: Rows, found: Step, generator: torch.Generator) -> Tenso
     place_K[weak_S] = torch.arange(len(weak_S), dtype=loss_K.dtype, device=loss_K.device)
     weak_S = weak_S[place_K[stand_in_S] > place_K[weak_S]]
     first_S = first_S[: len(weak_S)]
-    is_better_S = gain_C[first_S] > loss_K[weak_S]
+    # Half, as the stand-in moves half the way towards what it takes over (clusters of one size).
+    is_better_S = gain_C[first_S] > loss_K[weak_S] / 2
     c_KD[weak_S[is_better_S]] = drawn_CD[first_S[is_better_S]]
     return c_KD
 
@@ -975,7 +976,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add[sample]("--multiplier", type=int, default=1, help="copies of a picture at most")
     add[sample]("--dedup", type=float, help="drop near-duplicates above this cosine, e.g. 0.95")
     add[sample]("--exclude", type=Path, help="text file of keys or digests never to draw")
-    add[sample]("--cap", type=parse_cap, action="append", default=[], help="SOURCE=COUNT")
+    add[sample]("--cap", type=parse_cap, nargs="+", default=[], help="SOURCE=COUNT")
     for f in (cluster, sample):
         add[f]("--seed", type=int, default=0, help="decides every random choice")
     add[plan]("--rows", type=float, required=True, help="pictures of the pool")

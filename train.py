@@ -105,10 +105,11 @@ class TrainConfig:
     )
     model: str = option("nano", "student, a key of model.MODELS")
     out: str = option("", "run folder (default runs/<preset>)", control=True)
+    head_hidden: int = option(0, "hidden width of the adapters; 0: the teacher's (AMoE Sec. 1.6)")
     steps: int = option(1000, "optimizer steps")
     seed: int = option(0, "seed of weights, order and augmentation")
     resume: str = option("auto", "auto, none, or a checkpoint folder", control=True)
-    save_every: int = option(200, "steps between checkpoints", control=True)
+    save_every: int = option(150, "steps between checkpoints", control=True)
     keep: int = option(3, "newest checkpoints that are kept", control=True)
     log_every: int = option(10, "steps between lines of metrics.jsonl", control=True)
     workers: int = option(0, "loader processes per rank; 0 loads in the main one", control=True)
@@ -176,14 +177,25 @@ def _plain(value):
     return [_plain(item) for item in value] if isinstance(value, tuple) else value
 
 
+def _native(until: float, max_side: int, budget: int) -> Stage:
+    return Stage(until, (Stream("native", max_side=max_side, budget=budget),))
+
+
 PRESETS: dict[str, TrainConfig] = {
-    "demo": TrainConfig(),
+    # Low resolution first, as both papers: a picture of 64^2 px costs a fifth of one of 224^2.
+    # The budgets are those of the 16 pictures that a pack may hold.
+    "demo": TrainConfig(
+        steps=900,
+        stages=(_native(0.5, 64, 336), _native(0.85, 96, 656), _native(1.0, 224, 1200)),
+        head_hidden=384,
+        lr=2e-3,
+    ),
     "debug": TrainConfig(
         preset="debug",
         model="test",
         data=("openmoji:train:96",),
         teachers=("dense=builtin:tiny-dense", "semantic=builtin:tiny-semantic"),
-        stages=(Stage(1.0, (Stream("native", max_side=96, budget=256, packs=2),)),),
+        stages=(_native(1.0, 96, 256),),
         steps=40,
         warmup=5,
         stats_steps=4,
@@ -554,7 +566,15 @@ class Trainer:
 def student_config(cfg: TrainConfig, teachers: list[Teacher]):
     """The model's sizes with one head per teacher, each token type with its own foldable output."""
     heads = tuple(
-        HeadSpec(t.name, t.dim, t.summary_dim, registers=t.registers > 0, split=True, bias=True)
+        HeadSpec(
+            t.name,
+            t.dim,
+            t.summary_dim,
+            registers=t.registers > 0,
+            split=True,
+            bias=True,
+            hidden=cfg.head_hidden,
+        )
         for t in teachers
     )
     return dataclasses.replace(MODELS[cfg.model], heads=heads)
