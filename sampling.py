@@ -947,6 +947,10 @@ def parse_keep(text: str) -> list[int] | None:
     return [int(m) for m in most.split(",")] * int(times)
 
 
+def parse_count(text: str) -> int:
+    return int(float(text))  # 1e9 is a count
+
+
 def parse_cap(text: str) -> tuple[str, int]:
     name, _, count = text.rpartition("=")
     return name, int(count)
@@ -970,7 +974,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         add[f]("--clusters", type=int, nargs="+", required=True, help="per level, finest first")
         add[f]("--keep", type=parse_keep, nargs="+",
                help="per level, inputs per cluster in each round: default, none, 20,10,5 or 3x10")
-        add[f]("--fit-rows", type=lambda text: int(float(text)), help="fit the finest level on so many")
+        add[f]("--fit-rows", type=parse_count, help="fit the finest level on so many rows")
         add[f]("--splits", type=int, default=1, help="parts per cluster of a first pass")
         add[f]("--iterations", type=int, default=50, help="Lloyd steps at most")
     add[cluster]("--tolerance", type=float, default=5e-4, help="least gain of a step")

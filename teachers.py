@@ -494,7 +494,7 @@ def load_backbone(spec: TeacherSpec) -> Backbone:
     path = Path(spec.path)
     if path.is_file():
         return load_vit_s(spec) if path.suffix == ".onnx" else load_torch(spec.path)
-    is_hub_id = not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", spec.path)
+    is_hub_id = not path.exists() and re.fullmatch(r"\w[\w.-]*/[\w.-]+", spec.path)
     if is_hub_id or (path / "config.json").is_file():
         return load_transformers(spec)
     raise TeacherError(f"teacher {spec.name}: {path} is no file nor a folder with a config.json")

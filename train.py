@@ -185,7 +185,7 @@ PRESETS: dict[str, TrainConfig] = {
     # Low resolution first, as both papers: a picture of 64^2 px costs a fifth of one of 224^2.
     # The budgets are those of the 16 pictures that a pack may hold.
     "demo": TrainConfig(
-        steps=1000,
+        steps=1100,
         stages=(_native(0.5, 64, 336), _native(0.85, 96, 656), _native(1.0, 224, 1200)),
         head_hidden=384,
         lr=2e-3,
@@ -270,19 +270,22 @@ class Normalizers:
         for norm in self.parts.values():
             norm.synchronize()
 
-    def __call__(self, name: str, target: TeacherOutput) -> TeacherOutput:
-        """Raw teacher features -> the space of the loss, grids unchanged."""
+    def __call__(self, name: str, target: TeacherOutput, grids: list) -> TeacherOutput:
+        """Raw teacher features -> the space of the loss.
+
+        A map that is larger than the student's grid is resized first, as the loss would do after:
+        both are linear, and this way there are fewer tokens to rotate.
+        """
         summary = target.summary_BC
         if summary is not None:
             summary = self.parts[name, "summary"].normalize(summary)
-        patches = target.patches
+        maps = zip(target.patches, grids, strict=True)
+        shapes = [(min(p.shape[0], h), min(p.shape[1], w)) for p, (h, w) in maps]
+        patches = [losses.shrink(p, s) for p, s in zip(target.patches, shapes, strict=True)]
         if patches:
-            grids = [p.shape[:2] for p in patches]
-            flat = self.parts[name, "patches"].normalize(
-                torch.cat([p.flatten(0, 1) for p in patches])
-            )
-            split = flat.split([h * w for h, w in grids])
-            patches = [f.unflatten(0, grid) for f, grid in zip(split, grids, strict=True)]
+            rows_MC = torch.cat([p.flatten(0, 1) for p in patches])
+            rows = self.parts[name, "patches"].normalize(rows_MC).split([h * w for h, w in shapes])
+            patches = [r.unflatten(0, shape) for r, shape in zip(rows, shapes, strict=True)]
         return TeacherOutput(summary, patches, target.registers_BRC)
 
     def state_dict(self) -> dict:
@@ -408,10 +411,9 @@ class Trainer:
         )  # fmt: skip
 
     def targets(self, batch: PackedBatch) -> dict[str, TeacherOutput]:
-        return {
-            t.name: self.normalizers(t.name, t.targets(batch.samples).to(self.group.device))
-            for t in self.teachers
-        }
+        """What the teachers say of a batch's pictures, in the space of the loss."""
+        raw = {t.name: t.targets(batch.samples).to(self.group.device) for t in self.teachers}
+        return {name: self.normalizers(name, target, batch.grids) for name, target in raw.items()}
 
     def token_count(self, batch: PackedBatch) -> int:
         return sum(batch.lengths) + self.student.config.prefix * len(batch)
@@ -924,7 +926,9 @@ def finish(run: Run) -> None:
     untrained = Student(student.config)
     run.trainer.normalizers.fold_into(untrained)  # so that it starts at each teacher's mean
     teachers = {t.name: t for t in run.trainer.teachers}
-    report = final_report(student, untrained, teachers, run.train_sources[0], run.held_out)
+    report = final_report(
+        student, untrained, teachers, run.train_sources[0], run.held_out, limit=1000
+    )
     pictures = [run.held_out.load(i) for i in range(min(8, len(run.held_out)))]
     pca_sheet(out / "pca.png", pictures, {"teacher": teachers, "student": student})
     summary = {"steps": cfg.steps, "minutes": run.record["seconds"] / 60, "report": report,

@@ -1,0 +1,621 @@
+"""k-means against a plain Lloyd, quotas against brute force, balance on blobs, and the commands."""
+
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import sampling
+from packing import Group, open_source, write_index
+from sampling import (
+    Rows,
+    balanced_sample,
+    capped_sample,
+    cost,
+    fill,
+    hierarchical_kmeans,
+    kmeans,
+    near_duplicates,
+    quota,
+    rank_in_cluster,
+    step,
+)
+
+ROOT = Path(__file__).parent.parent
+GB = 1e9
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def zipf_blobs(rows, blobs, dim, exponent, seed, sigma=0.6):
+    """Gaussian blobs with centres N(0, 1) whose sizes fall as rank^-exponent; rows and labels."""
+    generator = seeded(seed)
+    share = 1 / torch.arange(1, blobs + 1, dtype=torch.float64) ** exponent
+    sizes = (share / share.sum() * rows).round().long().clamp(min=1)
+    sizes[0] += rows - sizes.sum()
+    labels = torch.arange(blobs).repeat_interleave(sizes)
+    centres = torch.randn(blobs, dim, generator=generator)
+    return centres[labels] + sigma * torch.randn(rows, dim, generator=generator), labels.numpy()
+
+
+def entropy(labels, blobs):
+    """Entropy of the labels over its largest value: 1 is perfectly balanced."""
+    p = np.bincount(labels, minlength=blobs) / len(labels)
+    return float(-(p[p > 0] * np.log(p[p > 0])).sum() / math.log(blobs))
+
+
+def share(x):
+    return Rows.share(x, sampling.SOLO)
+
+
+# ------------------------------------------------------------------------------- k-means
+
+
+@pytest.mark.parametrize("block", [(1024, 8192), (7, 3)])
+def test_step_is_a_slow_loop(monkeypatch, block):
+    monkeypatch.setitem(sampling.BLOCK, "cpu", block)
+    x_ND, c_KD = torch.randn(50, 5, generator=seeded()), torch.randn(10, 5, generator=seeded(1))
+    found = step(share(x_ND), c_KD, second=True)
+    squares = torch.cdist(x_ND.double(), c_KD.double()).square()
+    nearest_N2, order_N2 = squares.topk(2, largest=False)
+    assert found.cluster_N.tolist() == order_N2[:, 0].tolist()
+    torch.testing.assert_close(found.distance_N.double(), nearest_N2[:, 0], atol=1e-5, rtol=1e-5)
+    assert found.inertia == pytest.approx(float(nearest_N2[:, 0].sum()), rel=1e-6)
+    for k in range(10):
+        own = order_N2[:, 0] == k
+        mean = x_ND[own].mean(0) if own.any() else c_KD[k]
+        torch.testing.assert_close(found.mean_KD[k], mean, atol=1e-6, rtol=1e-6)
+        without = torch.cat([squares[:, :k], squares[:, k + 1 :]], 1).min(1).values.sum()
+        assert float(found.loss_K[k]) == pytest.approx(float(without) - found.inertia, abs=1e-4)
+
+
+def test_gains_are_the_fall_of_the_inertia():
+    x_ND, c_KD = torch.randn(60, 4, generator=seeded()), torch.randn(3, 4, generator=seeded(1))
+    found, new_CD = step(share(x_ND), c_KD), torch.randn(5, 4, generator=seeded(2))
+    gain_C = sampling.gains(share(x_ND), found.distance_N, new_CD)
+    for gain, new in zip(gain_C, new_CD, strict=True):
+        after = step(share(x_ND), torch.cat([c_KD, new[None]])).inertia
+        assert float(gain) == pytest.approx(found.inertia - after, abs=1e-4)
+
+
+def test_kmeans_finds_separate_blobs_and_has_no_empty_cluster():
+    x_ND, labels = zipf_blobs(2000, 40, 16, 1.0, 0, sigma=0.1)
+    c_KD, found = kmeans(share(x_ND), 40, seeded())
+    pairs = set(zip(labels.tolist(), found.cluster_N.tolist(), strict=True))
+    assert len(pairs) == 40  # one cluster a blob
+    assert found.inertia < 1.001 * 2000 * 16 * 0.01
+    assert (found.count_K > 0).all()
+    assert (step(share(x_ND), c_KD).cluster_N == found.cluster_N).all()
+
+
+@pytest.mark.slow
+def test_kmeans_is_no_worse_than_sklearn():
+    cluster = pytest.importorskip("sklearn.cluster")
+    x_ND, _ = zipf_blobs(3000, 100, 16, 1.0, 0)
+    other = cluster.KMeans(60, init="k-means++", n_init=1, max_iter=50, random_state=0).fit(x_ND)
+    assert kmeans(share(x_ND), 60, seeded())[1].inertia < 1.01 * other.inertia_
+
+
+def test_an_empty_cluster_is_refilled():
+    x_ND = torch.cat([torch.zeros(50, 2), torch.full((50, 2), 9.0)])
+    x_ND += torch.randn(100, 2, generator=seeded()) / 10
+    found = step(share(x_ND), torch.tensor([[0.0, 0.0], [99.0, 99.0]]), second=True)
+    c_KD = sampling.swap_centroids(share(x_ND), found, 1, seeded())
+    assert step(share(x_ND), c_KD).count_K.tolist() in ([50, 50], [50.0, 50.0])
+
+
+def test_large_pools_start_from_a_part(monkeypatch):
+    x_ND, _ = zipf_blobs(4000, 10, 8, 1.0, 0)
+    whole = kmeans(share(x_ND), 10, seeded())[1].inertia
+    monkeypatch.setattr(sampling, "SEED_ROWS", 5)
+    assert kmeans(share(x_ND), 10, seeded())[1].inertia < 1.05 * whole
+
+
+def test_bfloat16_scores_end_in_float32():
+    x_ND, _ = zipf_blobs(1000, 20, 16, 0.5, 0)
+    tree = hierarchical_kmeans(x_ND, [20], keep=[[]], dtype=torch.bfloat16)
+    exact = hierarchical_kmeans(x_ND, [20], keep=[[]])
+    assert tree[0].inertia < 1.05 * exact[0].inertia
+    squares = torch.cdist(x_ND, torch.from_numpy(tree[0].centroids)).square()
+    assert (squares.argmin(1).numpy() == tree[0].assignment).all()
+
+
+def test_random_numbers_belong_to_the_row():
+    ids = torch.arange(100_000)
+    u = sampling.uniform(ids, seeded())
+    assert u.min() > 0 and u.max() < 1
+    assert abs(u.mean() - 0.5) < 0.005 and abs(u.var() - 1 / 12) < 0.002
+    assert torch.equal(u[500:600], sampling.uniform(ids[500:600], seeded()))
+    assert abs(torch.corrcoef(torch.stack([u[1:], u[:-1]]))[0, 1]) < 0.02
+
+
+def test_draw_follows_the_weights():
+    weights = torch.tensor([0.0, 1.0, 2.0, 7.0])
+    rows, generator = share(torch.zeros(4, 1)), seeded()
+    drawn = [int(sampling.draw(rows, weights, 1, generator)[0]) for _ in range(3000)]
+    shares = np.bincount(drawn, minlength=4) / 3000
+    assert np.abs(shares - weights.numpy() / 10).max() < 0.03
+    assert sorted(sampling.draw(rows, weights, 4, generator).tolist()) == [0, 1, 2, 3]
+
+
+# ------------------------------------------------------------------------------- the hierarchy
+
+
+def test_levels_are_plain_arrays_of_the_asked_sizes():
+    x_ND, _ = zipf_blobs(1000, 20, 8, 1.0, 0)
+    tree = hierarchical_kmeans(x_ND.numpy(), clusters=[60, 20, 5], seed=3)
+    inputs = [1000, 60, 20]
+    for level, n, k in zip(tree, inputs, [60, 20, 5], strict=True):
+        assert level.centroids.shape == (k, 8) and level.centroids.dtype == np.float32
+        assert level.assignment.shape == level.distance.shape == (n,)
+        assert level.assignment.min() >= 0 and level.assignment.max() < k
+    again = hierarchical_kmeans(x_ND, clusters=[60, 20, 5], seed=3)
+    other = hierarchical_kmeans(x_ND, clusters=[60, 20, 5], seed=4)
+    assert all((a.centroids == b.centroids).all() for a, b in zip(tree, again, strict=True))
+    assert (tree[0].centroids != other[0].centroids).any()
+    upper = {tuple(row) for row in tree[1].centroids.tolist()}
+    assert {tuple(row) for row in tree[2].centroids.tolist()} <= upper  # keep=1: inputs themselves
+
+
+def test_resampling_spreads_the_clusters():
+    x_ND, labels = zipf_blobs(4000, 50, 16, 1.5, 0)
+    plain = hierarchical_kmeans(x_ND, [80], keep=[[]])[0]
+    even = hierarchical_kmeans(x_ND, [80], keep=[[12, 6]])[0]
+
+    def blobs_of_centroids(level):
+        return labels[torch.cdist(torch.from_numpy(level.centroids), x_ND).argmin(1).numpy()]
+
+    assert entropy(blobs_of_centroids(even), 50) > entropy(blobs_of_centroids(plain), 50)
+
+
+def test_fit_on_a_sample_then_assign_all():
+    x_ND, _ = zipf_blobs(4000, 20, 8, 0.5, 0)
+    tree = hierarchical_kmeans(x_ND, [20], keep=[[]], fit_rows=1000)
+    assert len(tree[0].assignment) == 4000
+    assert tree[0].inertia < 1.15 * hierarchical_kmeans(x_ND, [20], keep=[[]])[0].inertia
+
+
+def test_splitting_makes_all_clusters():
+    x_ND, _ = zipf_blobs(3000, 60, 8, 1.0, 0)
+    split = hierarchical_kmeans(x_ND, [100], keep=[[]], splits=10)[0]
+    whole = hierarchical_kmeans(x_ND, [100], keep=[[]])[0]
+    assert len(np.unique(split.centroids, axis=0)) == 100
+    assert split.inertia < 1.5 * whole.inertia
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_row_that_is_not_finite_is_named(bad):
+    x_ND = torch.randn(3000, 4)
+    x_ND[2345, 1] = bad
+    with pytest.raises(ValueError, match="row 2345 is not finite"):
+        hierarchical_kmeans(x_ND, [10])
+
+
+def test_more_clusters_than_inputs_are_refused_with_both_numbers():
+    with pytest.raises(ValueError, match="20 clusters of 10 inputs"):
+        hierarchical_kmeans(torch.randn(10, 4), [20])
+    with pytest.raises(ValueError, match="6 clusters of 5 inputs"):
+        hierarchical_kmeans(torch.randn(10, 4), [5, 6])
+    with pytest.raises(ValueError, match="must be >= 1"):
+        hierarchical_kmeans(torch.randn(10, 4), [5, 0])
+
+
+@pytest.mark.parametrize("rows", [torch.ones(60, 4), torch.eye(4).repeat(15, 1)])
+def test_duplicates_give_a_valid_sample(rows):
+    tree = hierarchical_kmeans(rows, [20, 8, 3])
+    for strategy in ("random", "closest"):
+        ids = balanced_sample(tree, 30, strategy=strategy)
+        assert len(ids) == len(np.unique(ids)) == 30
+
+
+def test_as_many_clusters_as_rows():
+    x_ND = torch.randn(40, 4, generator=seeded())
+    tree = hierarchical_kmeans(x_ND, [40, 40])
+    assert tree[0].inertia < 1e-4 and len(np.unique(tree[0].assignment)) == 40
+    assert sorted(balanced_sample(tree, 7)) == sorted(set(balanced_sample(tree, 7)))
+
+
+# ------------------------------------------------------------------------------- quotas
+
+
+def brute_force_quota(sizes, target):
+    """One at a time to the clusters that have least and are not full; levels only."""
+    given = [0] * len(sizes)
+    while sum(given) < target:
+        open_ = [i for i, size in enumerate(sizes) if given[i] < size]
+        if not open_:
+            break
+        given[min(open_, key=lambda i: given[i])] += 1
+    return sorted(given)
+
+
+def check_quota(sizes, target, given):
+    assert sum(given) == min(target, sum(sizes))
+    assert all(0 <= g <= size for g, size in zip(given, sizes, strict=True))
+    unfilled = [g for g, size in zip(given, sizes, strict=True) if g < size]
+    if unfilled:
+        assert max(unfilled) - min(unfilled) <= 1  # x or x + 1 ..
+        assert max(given) <= max(unfilled) + (max(unfilled) == min(unfilled))
+
+
+def test_quota_against_brute_force():
+    rng = np.random.default_rng(0)
+    for case in range(300):
+        sizes = rng.integers(0, 12, rng.integers(1, 9)).tolist()
+        target = int(rng.integers(0, sum(sizes) + 5))
+        given = quota(sizes, target, seeded(case))
+        check_quota(sizes, target, given)
+        assert sorted(given) == brute_force_quota(sizes, target)
+
+
+def test_ten_thousand_quotas_at_once():
+    """`fill` serves all parents of a level in one call: 10,000 random cases against brute force."""
+    rng = np.random.default_rng(1)
+    counts = rng.integers(1, 8, 10_000)
+    parent_J = rng.permutation(np.repeat(np.arange(10_000), counts))
+    capacity_J = rng.integers(0, 15, len(parent_J)) ** rng.integers(1, 3, len(parent_J))
+    totals = np.bincount(parent_J, capacity_J, 10_000).astype(np.int64)
+    target_P = (rng.random(10_000) * (totals + 1)).astype(np.int64)
+    given_J = fill(capacity_J, parent_J, target_P, seeded())
+    level_P = np.zeros(10_000, np.int64)  # brute force: raise every parent's level while it fits
+    for x in range(1, 15**2 + 1):
+        fits_P = np.bincount(parent_J, np.minimum(capacity_J, x), 10_000) <= target_P
+        level_P = np.where(fits_P, x, level_P)
+    floor_J = np.minimum(capacity_J, level_P[parent_J])
+    assert (np.bincount(parent_J, given_J, 10_000) == np.minimum(target_P, totals)).all()
+    assert set((given_J - floor_J).tolist()) <= {0, 1}
+    assert (given_J <= capacity_J).all() and (given_J >= 0).all()
+
+
+def test_the_rest_of_a_quota_is_random_and_seeded():
+    draws = [tuple(quota([5] * 10, 3, seeded(seed))) for seed in range(200)]
+    assert quota([5] * 10, 3, seeded(7)) == list(draws[7])
+    shares = np.sum(draws, 0) / 200
+    assert len(set(draws)) > 50 and np.abs(shares - 0.3).max() < 0.15
+
+
+def test_quota_edges():
+    assert quota([], 5, seeded()) == []
+    assert quota([0, 0], 5, seeded()) == [0, 0]
+    assert quota([3, 4], 0, seeded()) == [0, 0]
+    assert quota([3, 4], 100, seeded()) == [3, 4]
+    assert quota([10**12, 10**12], 10**12 + 1, seeded())[0] in (5 * 10**11, 5 * 10**11 + 1)
+    with pytest.raises(ValueError, match="target=-1"):
+        quota([3], -1, seeded())
+
+
+def test_weighted_shares_follow_the_weights():
+    given = fill(np.array([1000, 1000, 5]), np.zeros(3, int), np.array([305]), seeded(),
+                 np.array([1.0, 2.0, 9.0]))  # fmt: skip
+    assert given.sum() == 305 and given[2] == 5
+    assert abs(given[1] - 200) <= 1
+
+
+# ------------------------------------------------------------------------------- the sample
+
+
+@pytest.fixture(scope="module")
+def tree():
+    return hierarchical_kmeans(zipf_blobs(1500, 20, 8, 1.0, 0)[0], [60, 20, 5])
+
+
+def test_sample_is_distinct_seeded_and_in_order(tree):
+    ids = balanced_sample(tree, 200, seed=1)
+    assert ids.dtype == np.int64 and len(ids) == 200 and (np.diff(ids) > 0).all()
+    assert (ids == balanced_sample(tree, 200, seed=1)).all()
+    assert (ids != balanced_sample(tree, 200, seed=2)).any()
+
+
+def test_every_level_gets_its_quota(tree):
+    path = tree[0].assignment
+    ids = balanced_sample(tree, 200)
+    for level in tree[1:]:
+        path = level.assignment[path]
+    sizes, drawn = np.bincount(path), np.bincount(path[ids], minlength=5)
+    check_quota(sizes.tolist(), 200, drawn.tolist())
+
+
+def test_closest_takes_the_rows_nearest_to_the_centroid(tree):
+    is_drawn = np.zeros(1500, bool)
+    is_drawn[balanced_sample(tree, 200, strategy="closest")] = True
+    for k in range(60):
+        own = tree[0].assignment == k
+        if (own & is_drawn).any() and (own & ~is_drawn).any():
+            assert tree[0].distance[own & is_drawn].max() <= tree[0].distance[own & ~is_drawn].min()
+
+
+def test_target_above_the_pool_and_multiplier(tree):
+    assert (balanced_sample(tree, 10**6) == np.arange(1500)).all()
+    assert len(balanced_sample(tree, 0)) == 0
+    copies = np.bincount(balanced_sample(tree, 2500, multiplier=3), minlength=1500)
+    assert copies.sum() == 2500 and copies.max() <= 3
+    assert (balanced_sample(tree, 10**6, multiplier=2) == np.repeat(np.arange(1500), 2)).all()
+    with pytest.raises(ValueError, match="target=-1"):
+        balanced_sample(tree, -1)
+
+
+def test_ineligible_rows_are_never_drawn(tree):
+    eligible = np.random.default_rng(0).random(1500) < 0.3
+    assert eligible[balanced_sample(tree, 200, eligible_N=eligible)].all()
+    assert (balanced_sample(tree, 1500, eligible_N=eligible) == np.flatnonzero(eligible)).all()
+
+
+def test_caps_hold_and_the_target_is_still_met(tree):
+    source = np.array(["big", "small"])[(np.arange(1500) % 3 == 0).astype(int)]
+    ids = capped_sample(tree, 300, source, {"big": 40}, np.ones(1500, bool))
+    assert len(ids) == 300 and (source[ids] == "big").sum() == 40
+
+
+def test_rank_in_cluster():
+    cluster, key = np.array([2, 0, 2, 2, 0]), np.array([0.5, 3.0, 0.1, 0.9, 1.0])
+    assert rank_in_cluster(cluster, key).tolist() == [1, 1, 0, 2, 0]
+
+
+def test_near_duplicates_keep_the_first_of_each_cluster():
+    x_ND = torch.randn(3000, 8, generator=seeded())
+    x_ND[100:200] = x_ND[:100] * 3 + 1e-3  # cosine ~ 1, another length
+    leaf = np.arange(3000) % 2
+    leaf[:200] = 1
+    found = near_duplicates(x_ND, leaf, 0.999)
+    assert found[100:200].all() and not found[:100].any() and found[200:].sum() == 0
+    assert not near_duplicates(x_ND, np.arange(3000) % 1500, 0.999).any()  # never across clusters
+
+
+@pytest.mark.parametrize("weighting", ["equal", "volume"])
+def test_balance_on_long_tailed_blobs(weighting):
+    x_ND, labels = zipf_blobs(4000, 50, 32, 1.0, 0)
+    tree = hierarchical_kmeans(x_ND, [150, 80, 50])
+    ids = balanced_sample(tree, 400, weighting=weighting)
+    flat = balanced_sample(tree[:1], 400)
+    assert entropy(labels[ids], 50) > 0.97
+    assert entropy(labels[ids], 50) > entropy(labels[flat], 50) > entropy(labels, 50)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_acceptance_balance(seed):
+    """20,000 points of 200 blobs, 10 % sample; random reaches 0.776 and 0.495."""
+    x_ND, labels = zipf_blobs(20_000, 200, 32, 1.0, seed)
+    tree = hierarchical_kmeans(x_ND, [500, 300, 200], seed)
+    assert entropy(labels[balanced_sample(tree, 2000, seed)], 200) >= 0.995
+    x_ND, labels = zipf_blobs(20_000, 200, 32, 1.5, seed)
+    tree = hierarchical_kmeans(x_ND, [500, 100, 20], seed)
+    assert entropy(labels[balanced_sample(tree, 2000, seed)], 200) >= 0.855
+    assert entropy(labels[balanced_sample(tree, 2000, seed, weighting="volume")], 200) >= 0.94
+
+
+# ------------------------------------------------------------------------------- processes
+
+
+def two_processes(rank, port, x_ND, queue):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    group = Group(rank, 2, torch.device("cpu"))
+    tree = hierarchical_kmeans(x_ND, [60, 20], group=group, fit_rows=1500)
+    split = hierarchical_kmeans(x_ND, [60], keep=[[]], splits=6, group=group)
+    if rank == 0:
+        queue.put([(level.centroids, level.assignment) for level in (*tree, *split)])
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one():
+    x_ND, _ = zipf_blobs(2001, 30, 8, 1.0, 0)
+    context = torch.multiprocessing.get_context("spawn")
+    queue = context.SimpleQueue()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    workers = [context.Process(target=two_processes, args=(r, port, x_ND, queue)) for r in (0, 1)]
+    for worker in workers:
+        worker.start()
+    both = queue.get()
+    for worker in workers:
+        worker.join()
+    one = hierarchical_kmeans(x_ND, [60, 20], fit_rows=1500)
+    one += hierarchical_kmeans(x_ND, [60], keep=[[]], splits=6)
+    for level, (centroids, assignment) in zip(one, both, strict=True):
+        np.testing.assert_allclose(centroids, level.centroids, atol=1e-4)
+        assert (assignment == level.assignment).mean() > 0.999
+
+
+# ------------------------------------------------------------------------------- the commands
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """30 small pictures in 3 folders, one of them not a picture."""
+    rng = np.random.default_rng(0)
+    for i in range(30):
+        colour = np.array([(220, 30, 30), (30, 220, 30), (30, 30, 220)][i % 3])
+        pixels = (colour + rng.integers(-25, 25, (48, 64, 3))).astype(np.uint8)
+        path = tmp_path / "pictures" / f"class{i % 3}" / f"{i:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path)
+    data = (tmp_path / "pictures/class1/01.png").read_bytes()
+    (tmp_path / "pictures/class1/01.png").write_bytes(data[: len(data) // 2])  # a good header
+    return tmp_path / "pictures"
+
+
+def embed(source, out):
+    """The command line of a quick embedding in parts of 8."""
+    return ("embed", source, "--teacher", "t=builtin:tiny-semantic", "--out", out, "--part-rows", 8)
+
+
+@pytest.fixture
+def pool(pictures, tmp_path, capsys):
+    run(*embed(pictures, tmp_path / "pool"))
+    assert "01.png" in capsys.readouterr().out  # skipped, and named
+    return tmp_path / "pool"
+
+
+def run(*args):
+    sampling.main([str(arg) for arg in args])
+
+
+def test_from_a_folder_to_an_index(pool, pictures, tmp_path, capsys):
+    run("cluster", pool, "--clusters", 9, 3, "--out", tmp_path / "tree")
+    out = tmp_path / "sample.jsonl"
+    run("sample", pool, tmp_path / "tree", "--target", 12, "--out", out, "--dedup", 0.99999)
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert report["pool"] == 29 and report["drawn"] == 12
+    assert [level["clusters"] for level in report["levels"]] == [9, 3]
+    source = open_source(str(out))
+    assert len(source) == 12 and not source.skipped
+    originals = {s.digest for s in map(open_source(str(pictures)).load, [0, 5, 20])}
+    assert source.load(0).image.shape == (48, 64, 3) and len(originals) == 3
+    assert {source.label(i) for i in range(12)} == {"class0", "class1", "class2"}
+    assert Image.open(out.with_suffix(".report.png")).size[0] == 640
+
+
+def test_copies_exclusions_caps_and_a_large_target(pool, tmp_path, capsys):
+    run("cluster", pool, "--clusters", 9, 3, "--out", tmp_path / "tree")
+    table = sampling.Pool(pool)
+    banned = [r["key"] for r in table.records(np.array([0, 9, 28]))]
+    (tmp_path / "banned.txt").write_text("\n".join(banned))
+    out = tmp_path / "sample.jsonl"
+    run("sample", pool, tmp_path / "tree", "--target", 999, "--multiplier", 2, "--out", out,
+        "--exclude", tmp_path / "banned.txt", "--cap", "pictures=20")  # fmt: skip
+    assert "warning: --target 999" in capsys.readouterr().out
+    source = open_source(str(out))
+    keys = [source.key(i) for i in range(len(source))]
+    assert len(keys) == len(set(keys)) and not set(keys) & set(banned)
+    assert any(key.endswith("#2") for key in keys)
+
+
+def test_embed_resumes_and_notices_damage(pool, pictures, monkeypatch):
+    before = {p.name: p.stat().st_mtime_ns for p in pool.glob("part-*.npy")}
+    part = pool / "part-00002.npy"
+    part.write_bytes(part.read_bytes()[:-40])
+    with pytest.raises(SystemExit, match=r"part-00002\.npy: missing, cut or changed"):
+        run("cluster", pool, "--clusters", 4, "--out", pool.parent / "tree")
+    run(*embed(pictures, pool))
+    after = {p.name: p.stat().st_mtime_ns for p in pool.glob("part-*.npy")}
+    assert {name for name in before if before[name] != after[name]} == {"part-00002.npy"}
+    monkeypatch.setattr(sampling, "embed_part", lambda *_: pytest.fail("nothing is left to do"))
+    run(*embed(pictures, pool))
+
+
+def test_cluster_resumes_after_a_level_and_refuses_other_settings(pool, tmp_path, monkeypatch):
+    run("cluster", pool, "--clusters", 9, 3, "--out", tmp_path / "whole")
+    levels, real = [], sampling.cluster_level
+
+    def interrupted(rows, k, *args, **kwargs):
+        levels.append(k)
+        if k == 3 and levels.count(3) == 1:
+            raise OSError("interrupted")
+        return real(rows, k, *args, **kwargs)
+
+    monkeypatch.setattr(sampling, "cluster_level", interrupted)
+    with pytest.raises(SystemExit, match="interrupted"):
+        run("cluster", pool, "--clusters", 9, 3, "--out", tmp_path / "tree")
+    run("cluster", pool, "--clusters", 9, 3, "--out", tmp_path / "tree")
+    assert levels == [9, 3, 3]
+    for name in ("level1_centroids.npy", "level2_centroids.npy", "tree.json"):
+        assert (tmp_path / "tree" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    with pytest.raises(SystemExit, match="other settings"):
+        run("cluster", pool, "--clusters", 8, 3, "--out", tmp_path / "tree")
+
+
+def test_a_changed_tree_is_refused(pool, tmp_path):
+    run("cluster", pool, "--clusters", 9, 3, "--out", tmp_path / "tree")
+    path = tmp_path / "tree/level1_assignment.npy"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x01")
+    with pytest.raises(SystemExit, match=r"level1_assignment\.npy: missing, cut or changed"):
+        run("sample", pool, tmp_path / "tree", "--target", 5, "--out", tmp_path / "s.jsonl")
+
+
+def test_assign_new_pictures_to_a_tree(pool, pictures, tmp_path):
+    run("cluster", pool, "--clusters", 9, 3, "--out", tmp_path / "tree")
+    with pytest.raises(SystemExit, match=r"no pool\.json"):
+        run("assign", tmp_path, tmp_path / "tree", "--out", tmp_path / "no")
+    new = tmp_path / "new"
+    run(*embed(pictures / "class0", new))
+    with pytest.raises(SystemExit, match="another pool"):
+        run("sample", new, tmp_path / "tree", "--target", 4, "--out", tmp_path / "s.jsonl")
+    run("assign", new, tmp_path / "tree", "--out", tmp_path / "tree2")
+    run("sample", new, tmp_path / "tree2", "--target", 4, "--out", tmp_path / "s.jsonl")
+    assert len(open_source(str(tmp_path / "s.jsonl"))) == 4
+    old, _ = sampling.load_tree(tmp_path / "tree")
+    again, _ = sampling.load_tree(tmp_path / "tree2")
+    rows = sampling.Pool(pool)
+    names = [r["key"].split("/")[-1] for r in rows.records(np.arange(len(rows)))]
+    news = [r["key"] for r in sampling.Pool(new).records(np.arange(10))]
+    for name, leaf in zip(news, again[0].assignment, strict=True):
+        assert leaf == old[0].assignment[names.index(name)]
+
+
+def test_nan_rows_of_a_pool_are_named(tmp_path):
+    folder = tmp_path / "pool"
+    folder.mkdir()
+    table = np.ones((4, 3), np.float16)
+    table[2, 1] = np.nan
+    sha256 = sampling.write_array(folder / "part-00000.npy", table)
+    lines = [{"source": "s", "key": f"picture{i}", "height": 1, "width": 1} for i in range(4)]
+    write_index(folder / "part-00000.jsonl", lines)
+    part = {"name": "part-00000", "sha256": sha256}
+    sampling.write_json(folder / "pool.json", {"dim": 3, "parts": [part], "fingerprints": {}})
+    with pytest.raises(SystemExit, match="picture2 is not finite"):
+        run("cluster", folder, "--clusters", 2, "--out", tmp_path / "tree")
+
+
+def test_nothing_is_pickled(pool, tmp_path):
+    run("cluster", pool, "--clusters", 4, "--out", tmp_path / "tree")
+    for path in [*pool.glob("*.npy"), *(tmp_path / "tree").glob("*.npy")]:
+        np.load(path, allow_pickle=False)
+
+
+# ------------------------------------------------------------------------------- the cost model
+
+
+def test_cost_by_hand():
+    row = cost(1000, 10, [50], 4, [[]], iterations=7, tflops=1e-6, network=1.0, disk=1.0)[0]
+    lloyd, last, seeds = 7 * 1000 * 50, 1000 * 50, 1000 * 50 * (sampling.CANDIDATES + 1)
+    assert row["flops"] == 2 * 10 * (lloyd + last + seeds)
+    assert row["all_reduce_gb"] == pytest.approx(7 * 50 * 10 * 8 * 2 * 3 / 4 / GB)
+    assert row["read_gb"] == pytest.approx(8 * 1000 * 10 * 2 / 4 / GB)
+    assert row["hours"] * 3600 == pytest.approx(row["flops"] / 4e6, rel=1e-3)
+
+
+def test_plan_prints_the_published_setting(capsys):
+    run("plan", "--rows", "2.3e9", "--dim", 768, "--clusters", 20000000, 500000, 50000, 20000,
+        "--gpus", 96, "--fit-rows", "1e9", "--keep", "none", "10x10", "5x10", "3x10")  # fmt: skip
+    out = capsys.readouterr().out
+    assert "A calculation" in out and out.count("\n|") == 6 and "total" in out
+    split = cost(2.3e9, 768, [20_000_000], 96, [[]], 1e9, splits=200)[0]
+    assert split["flops"] < 0.2 * cost(2.3e9, 768, [20_000_000], 96, [[]], 1e9)[0]["flops"]
+
+
+def test_keep_is_read():
+    texts = ("default", "none", "20,10,5", "3x4", "7")
+    assert [sampling.parse_keep(t) for t in texts] == [None, [], [20, 10, 5], [3, 3, 3, 3], [7]]
+
+
+@pytest.mark.slow
+def test_two_processes_embed_cluster_and_assign(pictures, tmp_path):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    commands = [
+        embed(pictures, "pool"),
+        ("cluster", "pool", "--clusters", 9, 3, "--out", "tree"),
+        ("assign", "pool", "tree", "--out", "again"),
+    ]
+    for command in commands:
+        line = [*launch, str(ROOT / "sampling.py"), *map(str, command)]
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        subprocess.run(line, cwd=tmp_path, check=True, timeout=200, env=env)
+    tree, again = (sampling.load_tree(tmp_path / name)[0] for name in ("tree", "again"))
+    assert (tree[0].assignment == again[0].assignment).all()
+    out = tmp_path / "s.jsonl"
+    run("sample", tmp_path / "pool", tmp_path / "again", "--target", 9, "--out", out)
+    assert len(open_source(str(out))) == 9
