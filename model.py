@@ -34,7 +34,7 @@ from einops import EinopsError, rearrange, repeat
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
-from packing import PackedBatch, _to_rgb, fit_size, resize, to_float
+from packing import PackedBatch, fit_size, resize, to_float, to_rgb
 
 HALF_RGB = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))  # mean, std
 CLIP_RGB = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
@@ -1032,7 +1032,7 @@ class Student(nn.Module):
 def read_image(image: Any, name: str) -> Tensor:
     """An image of any kind that `encode` takes, as float32 (3, H, W) in [0, 1]."""
     if isinstance(image, Image.Image):
-        image = _to_rgb(ImageOps.exif_transpose(image))
+        image = to_rgb(ImageOps.exif_transpose(image))
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
             raise ValueError(

