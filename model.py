@@ -21,9 +21,9 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +39,8 @@ from packing import PackedBatch, fit_size, resize, to_float, to_rgb
 HALF_RGB = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))  # mean, std
 CLIP_RGB = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 
-# ------------------------------------------------------------------------------------------------
-# Configuration: everything in which the two forms and their sizes differ
+
+# ---- Configuration: everything in which the two forms and their sizes differ
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class HeadSpec:
     split: bool = False  # adapter: an own last Linear for the summary, so PHI-S folds into each
     bias: bool = False  # adapter: bias of the last Linear (a folded PHI-S needs it for the mean)
     pool_hidden: int = 4304  # width of the MLP in the pooling head
-    hidden: int | None = None  # hidden width (of the patch MLP); None: dim, AMoE's own shape
+    hidden: int = 0  # hidden width (of the patch MLP); adapter: 0 is dim, AMoE's own shape
     summary_hidden: int = 1024  # v1, v2: the same of the summary MLP
     inner: int = 0  # v1, v2: hidden layers (v1) or residual blocks (v2) of the patch MLP
     summary_inner: int = 0  # the same of the summary MLP
@@ -74,17 +74,13 @@ class HeadSpec:
             raise ValueError(f"head name {self.name!r} is empty, has a dot or is 'trunk'")
         if self.kind not in ("adapter", "v1", "v2"):
             raise ValueError(f"head {self.name}: kind {self.kind!r} is not adapter, v1 or v2")
-        if self.pool and (self.split or self.summary_dim != self.dim):
+        one_width = self.split or self.summary_dim in (self.dim, None)
+        pool_fits = not self.pool or (self.summary_dim == self.dim and not self.split)
+        if self.kind == "adapter" and not (self.dim and one_width and pool_fits):
             raise ValueError(
-                f"head {self.name}: pool=True reads the summary from the patch features, so "
-                f"split={self.split} and summary_dim={self.summary_dim} (dim={self.dim}) clash"
-            )
-        if self.kind == "adapter" and self.dim is None:
-            raise ValueError(f"head {self.name}: an adapter needs dim, got None")
-        if self.kind == "adapter" and not self.split and self.summary_dim not in (None, self.dim):
-            raise ValueError(
-                f"head {self.name}: summary_dim={self.summary_dim} differs from dim={self.dim}; "
-                "pass split=True"
+                f"head {self.name}: summary_dim={self.summary_dim}, dim={self.dim}, split="
+                f"{self.split}, pool={self.pool}: an adapter needs dim, split=True for another "
+                "summary_dim, and the same dim without split for pool"
             )
 
 
@@ -155,27 +151,25 @@ def with_heads(config: ModelConfig, heads: Sequence[HeadSpec]) -> ModelConfig:
     return replace(config, heads=tuple(heads))
 
 
-def _amoe(dim, n_layers, n_heads, head_dim, ffn_dim, **more) -> ModelConfig:
-    heads = (
-        HeadSpec("siglip2", 1152, 1152, pool=True),
-        HeadSpec("dinov3", 1024, 1024, registers=True),
-    )
-    return ModelConfig("amoe", dim, n_layers, n_heads, head_dim, ffn_dim, heads, **more)
+def _amoe(*sizes, **more):
+    siglip2 = HeadSpec("siglip2", 1152, 1152, pool=True)
+    dinov3 = HeadSpec("dinov3", 1024, 1024, registers=True)
+    return ModelConfig("amoe", *sizes, (siglip2, dinov3), **more)
 
 
-def _radio(dim, n_layers, n_heads, head_dim, ffn_dim, cls_tokens=4, **more) -> ModelConfig:
+def _radio(*sizes, **more):
     # Widths are the teachers'. Head MLPs 1024 wide and 4 registers: not stated, our choice.
-    widths: dict[str, tuple[int, int | None]] = {
-        "clip": (1280, 1024), "siglip": (1152, 1152), "dino_v2": (1536, 1536), "sam": (1280, None),
-    }  # fmt: skip
-    heads = tuple(
-        HeadSpec(name, patches, summary, kind="v2", hidden=1024, token=i if cls_tokens > 1 else 0,
-                 in_trunk_summary=summary is not None)
-        for i, (name, (patches, summary)) in enumerate(widths.items())
-    )  # fmt: skip
-    more = {"gated_ffn": False, "final_norm": False, "position_grid": 128} | more
-    more |= {"cls_tokens": cls_tokens, "pixel_mean": CLIP_RGB[0], "pixel_std": CLIP_RGB[1]}
-    return ModelConfig("radio", dim, n_layers, n_heads, head_dim, ffn_dim, heads, **more)
+    heads = (
+        HeadSpec("clip", 1280, 1024, "v2", hidden=1024, token=0),
+        HeadSpec("siglip", 1152, 1152, "v2", hidden=1024, token=1),
+        HeadSpec("dino_v2", 1536, 1536, "v2", hidden=1024, token=2),
+        HeadSpec("sam", 1280, None, "v2", hidden=1024, token=3, in_trunk_summary=False),
+    )
+    if more.get("cls_tokens") == 1:
+        heads = tuple(replace(head, token=0) for head in heads)
+    form = {"cls_tokens": 4, "gated_ffn": False, "final_norm": False, "position_grid": 128,
+            "pixel_mean": CLIP_RGB[0], "pixel_std": CLIP_RGB[1]}  # fmt: skip
+    return ModelConfig("radio", *sizes, heads, **form | more)
 
 
 def _demo(name: str, dim: int) -> HeadSpec:
@@ -203,8 +197,7 @@ MODELS: dict[str, ModelConfig] = {
 }  # fmt: skip
 
 
-# ------------------------------------------------------------------------------------------------
-# Where the tokens of a pack are
+# ---- Where the tokens of a pack are
 
 
 @dataclass(frozen=True)
@@ -242,14 +235,8 @@ class Layout:
         gather_N = torch.empty(count * prefix + len(image_M), dtype=torch.int64)
         gather_N[torch.cat([prefix_BR.flatten(), patches_M])] = torch.arange(len(gather_N))
         row_column_M2 = torch.stack([nth_M // columns_M, nth_M % columns_M], dim=1)
-        tensors = (
-            gather_N,
-            prefix_BR,
-            order_B.argsort(),
-            patches_M,
-            row_column_M2,
-            grid_B2[image_M],
-        )
+        tensors = (gather_N, prefix_BR, order_B.argsort(), patches_M, row_column_M2,
+                   grid_B2[image_M])  # fmt: skip
         return cls(grids, lengths, *(tensor.to(device, non_blocking=True) for tensor in tensors))
 
     def by_length(self, x: Tensor) -> list[Tensor]:
@@ -280,46 +267,38 @@ class Layout:
         return create_block_mask(same_image, None, None, count, count, device=device)
 
 
-# ------------------------------------------------------------------------------------------------
-# Attention: one function, several backends
+# ---- Attention: one function, several backends
 
 
 ATTENTION = ("auto", "flash", "explicit", "varlen", "flex")
 
 
-class CpuFlash:
-    """torch's CPU flash kernel on images of equal length."""
-
-    def forward(self, *qkv_BHNA: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*qkv_BHNA)
-
-    def backward(self, grad_BHNA: Tensor, *saved: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-        return backward(grad_BHNA, *saved, 0.0, False)
+def cpu_flash(*qkv_BHNA: Tensor):
+    """torch's CPU flash kernel on images of equal length: output, log-sum-exp, its backward."""
+    out_BHNA, lse_BHN = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*qkv_BHNA)
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    return out_BHNA, lse_BHN, lambda *saved: backward(*saved, 0.0, False)
 
 
-class CudaVarlen:
-    """torch's varlen kernel on the whole pack, seen as (1, H, N, A)."""
+def cuda_varlen(layout: Layout, *qkv_1HNA: Tensor):
+    """torch's varlen kernel on the whole pack: the same three."""
+    import torch.nn.attention.varlen  # registers the kernels
 
-    def __init__(self, layout: Layout):
-        import torch.nn.attention.varlen  # noqa: F401  (registers the kernels)
+    ops, longest = torch.ops.torch_attn, max(layout.lengths)
+    lengths = (layout.ends_B, layout.ends_B, longest, longest)
+    qkv_NHA = [rearrange(x, "1 h n a -> n h a") for x in qkv_1HNA]
+    out_NHA, lse_HN, rng = ops._varlen_attn(*qkv_NHA, *lengths)
 
-        self.lengths = (layout.ends_B, layout.ends_B, max(layout.lengths), max(layout.lengths))
-
-    def forward(self, *qkv_BHNA: Tensor) -> tuple[Tensor, Tensor]:
-        qkv_NHA = [rearrange(x, "1 h n a -> n h a") for x in qkv_BHNA]
-        out_NHA, lse_HN, self.rng = torch.ops.torch_attn._varlen_attn(*qkv_NHA, *self.lengths)
-        return rearrange(out_NHA, "n h a -> 1 h n a"), lse_HN[None]
-
-    def backward(self, grad_BHNA: Tensor, *saved: Tensor) -> list[Tensor]:
-        *tensors, lse_BHN = (grad_BHNA, *saved)
+    def backward(*saved_1HNA: Tensor) -> list[Tensor]:
+        *tensors, lse_1HN = saved_1HNA
         tensors = [rearrange(x, "1 h n a -> n h a").contiguous() for x in tensors]
-        backward = torch.ops.torch_attn._varlen_attn_backward
-        grads = backward(*tensors, lse_BHN[0].contiguous(), *self.lengths, False, self.rng)
+        grads = ops._varlen_attn_backward(*tensors, lse_1HN[0].contiguous(), *lengths, False, rng)
         return [rearrange(x, "n h a -> 1 h n a") for x in grads]
 
+    return rearrange(out_NHA, "n h a -> 1 h n a"), lse_HN[None], backward
 
-class SinkAttention(torch.autograd.Function):
+
+class FlashSinkAttention(torch.autograd.Function):
     """Softmax attention with one more logit s_h whose value is zero, by a flash kernel.
 
     out' = out * sigmoid(lse - s) is that softmax, but autograd has no gradient through lse. The
@@ -329,19 +308,18 @@ class SinkAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q_BHNA, k_BHNA, v_BHNA, sinks_H, kernel):
-        out_BHNA, lse_BHN = kernel.forward(q_BHNA, k_BHNA, v_BHNA)
+        out_BHNA, lse_BHN, ctx.kernel_backward = kernel(q_BHNA, k_BHNA, v_BHNA)
         if sinks_H is not None:
             sinks_H1 = sinks_H.to(lse_BHN.dtype)[:, None]
             out_BHNA = out_BHNA.mul_(torch.sigmoid(lse_BHN - sinks_H1)[..., None])
             lse_BHN = torch.logaddexp(lse_BHN, sinks_H1)
         ctx.save_for_backward(q_BHNA, k_BHNA, v_BHNA, out_BHNA, lse_BHN, sinks_H)
-        ctx.kernel = kernel
         return out_BHNA
 
     @staticmethod
     def backward(ctx, grad_BHNA):
         *saved, out_BHNA, lse_BHN, sinks_H = ctx.saved_tensors
-        grads = ctx.kernel.backward(grad_BHNA, *saved, out_BHNA, lse_BHN)
+        grads = ctx.kernel_backward(grad_BHNA, *saved, out_BHNA, lse_BHN)
         if sinks_H is None:
             return *grads, None, None
         weight_BHN = torch.exp(sinks_H.to(lse_BHN.dtype)[:, None] - lse_BHN)
@@ -349,72 +327,33 @@ class SinkAttention(torch.autograd.Function):
         return *grads, -(weight_BHN * rows_BHN).sum((0, 2)).to(sinks_H.dtype), None
 
 
-def explicit_attention(
-    q_BHNA: Tensor, k_BHNA: Tensor, v_BHNA: Tensor, sinks_H: Tensor | None
-) -> Tensor:
+def explicit_attention(q_BHNA, k_BHNA, v_BHNA, sinks_H: Tensor | None) -> Tensor:
     """The definition: softmax in float32 over the logits and the sink."""
     logits_BHNN = (q_BHNA @ k_BHNA.mT).float() / math.sqrt(q_BHNA.shape[-1])
     if sinks_H is not None:
         sinks_BHN1 = sinks_H.float()[:, None, None].expand(*logits_BHNN.shape[:3], 1)
         logits_BHNN = torch.cat([logits_BHNN, sinks_BHN1], dim=-1)
-    count = k_BHNA.shape[2]
-    return logits_BHNN.softmax(-1)[..., :count].to(v_BHNA.dtype) @ v_BHNA
+    return logits_BHNN.softmax(-1)[..., : k_BHNA.shape[2]].to(v_BHNA.dtype) @ v_BHNA
 
 
 @cache
-def _compiled_flex() -> Callable[..., Any]:
+def _compiled_flex() -> Any:
     from torch.nn.attention.flex_attention import flex_attention
 
     return torch.compile(flex_attention, dynamic=True)
 
 
-def flex_attention(qkv_BHNA: list[Tensor], layout: Layout, sinks_H: Tensor | None) -> Tensor:
+def flex_attention(qkv_1HNA: list[Tensor], sinks_H: Tensor | None, layout: Layout) -> Tensor:
     """flex_attention over the whole pack; its backward does carry the gradient of lse. CUDA."""
-    out_BHNA, lse_BHN = _compiled_flex()(*qkv_BHNA, block_mask=layout.block_mask, return_lse=True)
+    out_1HNA, lse_1HN = _compiled_flex()(*qkv_1HNA, block_mask=layout.block_mask, return_lse=True)
     if sinks_H is None:
-        return out_BHNA
-    return out_BHNA * torch.sigmoid(lse_BHN - sinks_H.float()[:, None])[..., None].to(
-        out_BHNA.dtype
-    )
-
-
-def attention(
-    q_NHA: Tensor,
-    k_NHA: Tensor,
-    v_NHA: Tensor,
-    layout: Layout,
-    sinks_H: Tensor | None = None,
-    backend: str = "auto",
-) -> Tensor:
-    """Attention of every token to the tokens of its own image; `out_NHA`.
-
-    Every backend has the exact gradient of the sinks. AMoE 1.2, RADIO 1.
-    """
-    if not layout.lengths:
-        return v_NHA
-    qkv_NHA = (q_NHA, k_NHA, v_NHA)
-    if backend == "auto":
-        backend = choose_attention(q_NHA)
-    if backend in ("varlen", "flex"):
-        qkv_BHNA = [rearrange(x, "n h a -> 1 h n a") for x in qkv_NHA]
-        if backend == "flex":
-            out_BHNA = flex_attention(qkv_BHNA, layout, sinks_H)
-        else:
-            out_BHNA = SinkAttention.apply(*qkv_BHNA, sinks_H, CudaVarlen(layout))
-        return rearrange(out_BHNA, "1 h n a -> n h a")
-    outputs = []
-    for qkv in zip(*(layout.by_length(x) for x in qkv_NHA), strict=True):
-        q, k, v = (rearrange(x, "b n h a -> b h n a") for x in qkv)
-        if backend == "explicit":
-            out_BHNA = explicit_attention(q, k, v, sinks_H)
-        else:
-            out_BHNA = SinkAttention.apply(q, k, v, sinks_H, CpuFlash())
-        outputs.append(rearrange(out_BHNA, "b h n a -> (b n) h a"))
-    return torch.cat(outputs)
+        return out_1HNA
+    gate_1HN = torch.sigmoid(lse_1HN - sinks_H.float()[:, None])
+    return out_1HNA * gate_1HN[..., None].to(out_1HNA.dtype)
 
 
 def choose_attention(q_NHA: Tensor) -> str:
-    """The fastest backend that is exact for this device and dtype (see the README's table)."""
+    """The fastest backend that is exact for this device and dtype."""
     is_half = q_NHA.dtype in (torch.bfloat16, torch.float16)
     if q_NHA.device.type == "cuda":
         return "varlen" if is_half else "flex"  # varlen has no float32 kernel
@@ -423,8 +362,37 @@ def choose_attention(q_NHA: Tensor) -> str:
     return "flash"
 
 
-# ------------------------------------------------------------------------------------------------
-# Positions
+def attention(
+    q_NHA: Tensor, k_NHA: Tensor, v_NHA: Tensor, layout: Layout,
+    sinks_H: Tensor | None = None, backend: str = "auto",
+) -> Tensor:  # fmt: skip
+    """Attention of every token to the tokens of its own image; `out_NHA`.
+
+    Every backend has the exact gradient of the sinks. AMoE 1.2, RADIO 1.
+    """
+    if not layout.lengths:
+        return v_NHA
+    backend = choose_attention(q_NHA) if backend == "auto" else backend
+    qkv, outputs = (q_NHA, k_NHA, v_NHA), []
+    if backend in ("varlen", "flex"):  # these know where images end: the pack is one sequence
+        runs = [tuple(x_NHA[None] for x_NHA in qkv)]
+    else:
+        runs = list(zip(*(layout.by_length(x_NHA) for x_NHA in qkv), strict=True))
+    for run in runs:
+        qkv_BHNA = [rearrange(x_BNHA, "b n h a -> b h n a") for x_BNHA in run]
+        if backend == "explicit":
+            q_BHNA, k_BHNA, v_BHNA = qkv_BHNA
+            out_BHNA = explicit_attention(q_BHNA, k_BHNA, v_BHNA, sinks_H)
+        elif backend == "flex":
+            out_BHNA = flex_attention(qkv_BHNA, sinks_H, layout)
+        else:
+            kernel = partial(cuda_varlen, layout) if backend == "varlen" else cpu_flash
+            out_BHNA = FlashSinkAttention.apply(*qkv_BHNA, sinks_H, kernel)
+        outputs.append(rearrange(out_BHNA, "b h n a -> (b n) h a"))
+    return torch.cat(outputs)
+
+
+# ---- Positions
 
 
 def golden_frequencies(n_heads: int, n_freqs: int, low: float, high: float) -> Tensor:
@@ -441,21 +409,6 @@ def golden_frequencies(n_heads: int, n_freqs: int, low: float, high: float) -> T
     return (rearrange(direction, "(h j) c -> h j c", h=n_heads) * magnitude_J[:, None]).float()
 
 
-def golden_rotation(layout: Layout, freqs_HJ2: Tensor) -> tuple[Tensor, Tensor]:
-    """cos_NHJ and sin_NHJ of every token, float32 whatever the model's dtype.
-
-    Coordinates do not depend on the resolution: y spans [-sqrt(h/w), +sqrt(h/w)], x the inverse,
-    ends included. CLS and registers are not rotated. AMoE 1.3.
-    """
-    grid_M2 = layout.grid_M2.float()
-    half_M2 = torch.sqrt(grid_M2 / grid_M2.flip(1))
-    yx_M2 = half_M2 * (2 * layout.row_column_M2 / (grid_M2 - 1).clamp(min=1) - 1)
-    angles_MHJ = torch.einsum("mc,hjc->mhj", yx_M2, freqs_HJ2)
-    angles_NHJ = angles_MHJ.new_zeros(len(layout.gather_N), *angles_MHJ.shape[1:])
-    angles_NHJ = angles_NHJ.index_copy(0, layout.patches_M, angles_MHJ)
-    return angles_NHJ.cos(), angles_NHJ.sin()
-
-
 def rotate(x_NSHA: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
     """Rotate the second half of each head's channels; the first half is for time, 0 in a still.
 
@@ -467,10 +420,6 @@ def rotate(x_NSHA: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
     still, a, b = x_NSHA.split([2 * n_freqs, n_freqs, n_freqs], dim=-1)
     turned = [a * cos_N1HJ - b * sin_N1HJ, a * sin_N1HJ + b * cos_N1HJ]
     return torch.cat([still, *(part.to(x_NSHA.dtype) for part in turned)], dim=-1)
-
-
-# ------------------------------------------------------------------------------------------------
-# Layers
 
 
 class KeepsFloat32(nn.Module):
@@ -487,6 +436,79 @@ class KeepsFloat32(nn.Module):
             if moved.dtype != torch.float32:
                 setattr(self, name, value.to(moved.device))
         return self
+
+
+class GoldenPositions(KeepsFloat32):
+    """AMoE: no position in the tokens, a rotation of queries and keys. AMoE 1.3."""
+
+    float32_buffers = ("freqs_HJ2",)
+    freqs_HJ2: Tensor
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        n_freqs, low, high = config.head_dim // 4, config.rope_min, config.rope_max
+        freqs_HJ2 = golden_frequencies(config.n_heads, n_freqs, low, high)
+        self.register_buffer("freqs_HJ2", freqs_HJ2)
+
+    def forward(self, patches_MD: Tensor, layout: Layout, _: Any):
+        """The patches as they are; cos_NHJ, sin_NHJ of every token, in float32 whatever the dtype.
+
+        Coordinates do not depend on the resolution: y spans [-sqrt(h/w), +sqrt(h/w)], x the
+        inverse, ends included. CLS and registers are not rotated.
+        """
+        grid_M2 = layout.grid_M2.float()
+        half_M2 = torch.sqrt(grid_M2 / grid_M2.flip(1))
+        yx_M2 = half_M2 * (2 * layout.row_column_M2 / (grid_M2 - 1).clamp(min=1) - 1)
+        angles_MHJ = torch.einsum("mc,hjc->mhj", yx_M2, self.freqs_HJ2)
+        angles_NHJ = angles_MHJ.new_zeros(len(layout.gather_N), *angles_MHJ.shape[1:])
+        angles_NHJ = angles_NHJ.index_copy(0, layout.patches_M, angles_MHJ)
+        return patches_MD, (angles_NHJ.cos(), angles_NHJ.sin())
+
+
+class TablePositions(nn.Module):
+    """Cropped position embedding: one learned square table for every resolution. RADIO 1.2."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        side = config.position_grid
+        self.table_GGD = nn.Parameter(torch.randn(side, side, config.dim) / math.sqrt(config.dim))
+
+    def forward(self, patches_MD: Tensor, layout: Layout, generator) -> tuple[Tensor, None]:
+        """With a generator: random windows and position dropout (training); without: inference."""
+        side, grid_M2 = len(self.table_GGD), layout.grid_M2.float()
+        if generator is None:
+            # The table resized to the square of the longer side (pixel centres), top-left part.
+            yx_M2 = (layout.row_column_M2 + 0.5) * (side / grid_M2.amax(1, keepdim=True)) - 0.5
+            return patches_MD + self.sample(yx_M2.clamp(0, side - 1)).to(patches_MD.dtype), None
+        areas = torch.tensor([h * w for h, w in layout.grids])
+        windows_M5 = position_windows(len(areas), generator).repeat_interleave(areas, 0)
+        size_M2, origin_M2, kept_M1 = windows_M5.to(patches_MD.device).split([2, 2, 1], dim=1)
+        unit_M2 = layout.row_column_M2 / (grid_M2 - 1).clamp(min=1)
+        positions_MD = self.sample((origin_M2 + unit_M2 * size_M2) * (side - 1)) * kept_M1
+        return patches_MD + positions_MD.to(patches_MD.dtype), None
+
+    def sample(self, yx_M2: Tensor) -> Tensor:
+        """Bilinear look-up of the table at fractional places, in float32."""
+        low_M2 = yx_M2.long()
+        (y0, x0), (y1, x1) = low_M2.T, (low_M2 + 1).clamp(max=len(self.table_GGD) - 1).T
+        down_M1, right_M1 = (yx_M2 - low_M2).split(1, dim=1)
+        table = self.table_GGD
+        top_MD = torch.lerp(table[y0, x0].float(), table[y0, x1].float(), right_M1)
+        bottom_MD = torch.lerp(table[y1, x0].float(), table[y1, x1].float(), right_M1)
+        return torch.lerp(top_MD, bottom_MD, down_M1)
+
+
+def position_windows(count: int, generator: torch.Generator) -> Tensor:
+    """Random windows of the table: (height, width, top, left, kept) of each image, in [0, 1]."""
+    u_B6 = torch.rand(count, 6, generator=generator)
+    scale_B = math.sqrt(0.1) + (1 - math.sqrt(0.1)) * u_B6[:, 0]
+    aspect_B = torch.exp((2 * u_B6[:, 1] - 1) * math.log(4 / 3))
+    size_B2 = torch.stack([scale_B / aspect_B, scale_B * aspect_B], dim=1).clamp(max=1)
+    kept_B1 = (u_B6[:, 4:5] >= 0.1).float()  # position dropout: 10 % of the images get none
+    return torch.cat([size_B2, u_B6[:, 2:4] * (1 - size_B2), kept_B1], dim=1)
+
+
+# ---- Layers
 
 
 def make_norm(config: ModelConfig) -> nn.Module:
@@ -567,9 +589,8 @@ class MoE(KeepsFloat32):
             scores_NE = torch.sigmoid(F.linear(x_ND.float(), self.router.weight.float()))
         # The bias balances the load: it selects, but the gate is the score alone.
         chosen_NK = (scores_NE.detach() + self.expert_bias).topk(self.top_k, dim=-1).indices
-        ones_S = torch.ones_like(chosen_NK).flatten()
-        counts_E = torch.zeros_like(self.expert_bias, dtype=torch.int64)
-        counts_E = counts_E.scatter_add(0, chosen_NK.flatten(), ones_S)
+        chosen_S, counts_E = chosen_NK.flatten(), chosen_NK.new_zeros(len(self.expert_bias))
+        counts_E = counts_E.scatter_add(0, chosen_S, torch.ones_like(chosen_S))
         return scores_NE.gather(1, chosen_NK), chosen_NK, counts_E
 
     def forward(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:
@@ -603,11 +624,9 @@ class MoE(KeepsFloat32):
         """All experts on all tokens: the definition, and the form that exports."""
         gates_NE = gates_NK.new_zeros(len(x_ND), len(self.expert_bias))
         gates_NE = gates_NE.scatter(1, chosen_NK, gates_NK).to(x_ND.dtype)
-        experts = zip(gates_NE.unbind(1), self.w1_EGD.unbind(0), self.w2_EDF.unbind(0), strict=True)
-        y = [
-            gate_N[:, None] * F.linear(gated(F.linear(x_ND, w1)), w2) for gate_N, w1, w2 in experts
-        ]
-        return torch.stack(y).sum(0)
+        experts = zip(self.w1_EGD.unbind(0), self.w2_EDF.unbind(0), strict=True)
+        y_END = torch.stack([F.linear(gated(F.linear(x_ND, w1)), w2) for w1, w2 in experts])
+        return (gates_NE.T[..., None] * y_END).sum(0)
 
 
 class Block(nn.Module):
@@ -630,13 +649,16 @@ class Block(nn.Module):
         return x_ND + (y_ND if self.scale2 is None else y_ND * self.scale2), counts_E
 
 
+# ---- Teacher heads: each returns (summary_BC, patches_MC, registers_BRC), None where it has none
+
+
 class TeacherMlp(nn.Module):
     """RADIO's head MLP: v1 plain with ReLU; v2 with blocks x + Linear(GELU(LN(x))). RADIO 1.4."""
 
-    def __init__(self, kind: str, width: int, hidden: Any, out: int, inner: int, pre_norm: bool):
+    def __init__(self, spec: HeadSpec, width: int, hidden: int, inner: int, out: int):
         super().__init__()
-        self.kind = kind
-        self.pre = nn.LayerNorm(width) if pre_norm else None
+        self.kind = spec.kind
+        self.pre = nn.LayerNorm(width) if spec.pre_norm else None
         self.fc1 = nn.Linear(width, hidden)
         self.inner: Any = nn.ModuleList(
             nn.ModuleList([nn.LayerNorm(hidden), nn.Linear(hidden, hidden)]) for _ in range(inner)
@@ -661,39 +683,28 @@ class RadioHead(nn.Module):
     def __init__(self, spec: HeadSpec, width: int):
         super().__init__()
         self.spec = spec
+        self.summary: Any = None
+        self.patches: Any = None
         if spec.summary_dim is not None:
-            self.summary = TeacherMlp(
-                spec.kind,
-                width,
-                spec.summary_hidden,
-                spec.summary_dim,
-                spec.summary_inner,
-                spec.pre_norm,
-            )
+            sizes = (spec.summary_hidden, spec.summary_inner, spec.summary_dim)
+            self.summary = TeacherMlp(spec, width, *sizes)
         if spec.dim is not None:
-            out = spec.dim * spec.upsample**2
-            self.patches = TeacherMlp(spec.kind, width, spec.hidden, out, spec.inner, spec.pre_norm)
+            sizes = (spec.hidden, spec.inner, spec.dim * spec.upsample**2)
+            self.patches = TeacherMlp(spec, width, *sizes)
 
     def output_layers(self) -> dict[str, Any]:
         return {name: mlp.get_submodule("last") for name, mlp in self.named_children()}
 
     def forward(self, prefix_BRD: Tensor, patches_MD: Tensor, layout: Layout):
-        has_summary, has_patches = self.spec.summary_dim is not None, self.spec.dim is not None
-        summary_BC = self.summary(prefix_BRD[:, self.spec.token]) if has_summary else None
-        patches_MC = self.patches(patches_MD) if has_patches else None
-        if patches_MC is not None and self.spec.upsample > 1:
-            patches_MC = depth_to_space(patches_MC, layout.grids, self.spec.upsample)
+        summary_BC = self.summary and self.summary(prefix_BRD[:, self.spec.token])
+        patches_MC, u = self.patches and self.patches(patches_MD), self.spec.upsample
+        if self.patches and u > 1:  # u * u groups of channels become as many finer patches
+            maps, pattern = [], "(h w) (u1 u2 c) -> (h u1 w u2) c"
+            pieces = patches_MC.split([h * w for h, w in layout.grids])
+            for piece, (h, w) in zip(pieces, layout.grids, strict=True):
+                maps.append(rearrange(piece, pattern, h=h, w=w, u1=u, u2=u))
+            patches_MC = torch.cat(maps)
         return summary_BC, patches_MC, None
-
-
-def depth_to_space(patches_MC: Tensor, grids: list[tuple[int, int]], factor: int) -> Tensor:
-    """Each patch's factor^2 groups of channels become that many finer patches. RADIO 1.4."""
-    pieces = patches_MC.split([h * w for h, w in grids])
-    pattern = "(h w) (u1 u2 c) -> (h u1 w u2) c"
-    return torch.cat([
-        rearrange(piece, pattern, h=h, w=w, u1=factor, u2=factor)
-        for piece, (h, w) in zip(pieces, grids, strict=True)
-    ])  # fmt: skip
 
 
 class AttentionPool(nn.Module):
@@ -712,17 +723,15 @@ class AttentionPool(nn.Module):
 
     def forward(self, x_NC: Tensor, layout: Layout) -> Tensor:
         """Pool the sorted tokens of each image; `pooled_BC` in the caller's order."""
-        w_q, w_k, w_v = self.qkv.weight.chunk(3)
-        b_q, b_k, b_v = self.qkv.bias.chunk(3)
-        split = "b n (h a) -> b h n a"
-        q_1H1A = rearrange(F.linear(self.probe_1C, w_q, b_q)[None], split, h=self.n_heads)
-        pooled = [x_NC.new_zeros(0, x_NC.shape[-1])]
-        for x_BNC in layout.by_length(x_NC) if layout.lengths else []:
-            k_BHNA = rearrange(F.linear(x_BNC, w_k, b_k), split, h=self.n_heads)
-            v_BHNA = rearrange(F.linear(x_BNC, w_v, b_v), split, h=self.n_heads)
-            y_BH1A = F.scaled_dot_product_attention(
-                q_1H1A.expand(len(x_BNC), -1, -1, -1), k_BHNA, v_BHNA
-            )
+        dim, weight, bias = x_NC.shape[-1], self.qkv.weight, self.qkv.bias
+        q_1C = F.linear(self.probe_1C, weight[:dim], bias[:dim])
+        q_1H1A = rearrange(q_1C, "1 (h a) -> 1 h 1 a", h=self.n_heads)
+        pooled = [x_NC.new_zeros(0, dim)]
+        for x_BNC in layout.by_length(x_NC):
+            kv_BNI = F.linear(x_BNC, weight[dim:], bias[dim:])
+            k, v = rearrange(kv_BNI, "b n (s h a) -> s b h n a", s=2, h=self.n_heads)
+            q = q_1H1A.expand(len(x_BNC), -1, -1, -1)
+            y_BH1A = F.scaled_dot_product_attention(q, k, v)
             pooled.append(rearrange(y_BH1A, "b h 1 a -> b (h a)"))
         x_BC = self.proj(torch.cat(pooled)[layout.rank_B])
         return x_BC + self.fc2(F.gelu(self.fc1(self.norm(x_BC)), approximate="tanh"))
@@ -766,76 +775,7 @@ class AdapterHead(nn.Module):
         return self.output_layers()["summary"](hidden_BRC[:, 0]), patches_MC, registers_BRC
 
 
-class GoldenPositions(KeepsFloat32):
-    """AMoE: no position in the tokens, a rotation of queries and keys."""
-
-    float32_buffers = ("freqs_HJ2",)
-    freqs_HJ2: Tensor
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        freqs_HJ2 = golden_frequencies(
-            config.n_heads, config.head_dim // 4, config.rope_min, config.rope_max
-        )
-        self.register_buffer("freqs_HJ2", freqs_HJ2)
-
-    def forward(self, patches_MD: Tensor, layout: Layout, _: Any) -> tuple[Tensor, Any]:
-        return patches_MD, golden_rotation(layout, self.freqs_HJ2)
-
-
-class TablePositions(nn.Module):
-    """Cropped position embedding: one learned square table for every resolution. RADIO 1.2."""
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        grid = config.position_grid
-        self.table_GGD = nn.Parameter(torch.randn(grid, grid, config.dim) / math.sqrt(config.dim))
-
-    def forward(self, patches_MD: Tensor, layout: Layout, generator) -> tuple[Tensor, None]:
-        """With a generator: random windows and position dropout (training); without: inference."""
-        side, grid_M2 = self.table_GGD.shape[0], layout.grid_M2.float()
-        if generator is None:
-            # The table resized to the square of the longer side (pixel centres), top-left part.
-            yx_M2 = (layout.row_column_M2 + 0.5) * (side / grid_M2.amax(1, keepdim=True)) - 0.5
-            return patches_MD + self.sample(yx_M2.clamp(0, side - 1)).to(patches_MD.dtype), None
-        areas = torch.tensor([h * w for h, w in layout.grids])
-        windows_B5 = position_windows(len(layout.grids), generator)
-        size_M2, origin_M2, kept_M1 = (
-            windows_B5.repeat_interleave(areas, 0).to(patches_MD.device).split([2, 2, 1], dim=1)
-        )
-        unit_M2 = layout.row_column_M2 / (grid_M2 - 1).clamp(min=1)
-        positions_MD = self.sample((origin_M2 + unit_M2 * size_M2) * (side - 1)) * kept_M1
-        return patches_MD + positions_MD.to(patches_MD.dtype), None
-
-    def sample(self, yx_M2: Tensor) -> Tensor:
-        """Bilinear look-up of the table at fractional places, in float32."""
-        side = self.table_GGD.shape[0]
-        low_M2 = yx_M2.floor().long().clamp(0, side - 1)
-        high_M2, part_M2 = (low_M2 + 1).clamp(max=side - 1), yx_M2 - low_M2
-        (y0, x0), (y1, x1), (py, px) = (
-            low_M2.unbind(1),
-            high_M2.unbind(1),
-            part_M2[..., None].unbind(1),
-        )
-        table = self.table_GGD
-        top_MD = table[y0, x0].float() * (1 - px) + table[y0, x1].float() * px
-        return (
-            top_MD * (1 - py) + (table[y1, x0].float() * (1 - px) + table[y1, x1].float() * px) * py
-        )
-
-
-def position_windows(count: int, generator: torch.Generator) -> Tensor:
-    """Random windows of the table: (height, width, top, left, kept) of each image, in [0, 1]."""
-    u_B6 = torch.rand(count, 6, generator=generator)
-    scale_B = math.sqrt(0.1) + (1 - math.sqrt(0.1)) * u_B6[:, 0]
-    aspect_B = torch.exp((2 * u_B6[:, 1] - 1) * math.log(4 / 3))
-    size_B2 = torch.stack([scale_B / aspect_B, scale_B * aspect_B], dim=1).clamp(max=1)
-    kept_B1 = (u_B6[:, 4:5] >= 0.1).float()  # position dropout: 10 % of the images get none
-    return torch.cat([size_B2, u_B6[:, 2:4] * (1 - size_B2), kept_B1], dim=1)
-
-
-# ------------------------------------------------------------------------------------------------
-# The student
+# ---- The student
 
 
 @dataclass
@@ -878,12 +818,10 @@ class Student(nn.Module):
         if config.feature_normalizer:
             self.register_buffer("feature_mean_D", torch.zeros(config.dim))
             self.register_buffer("feature_tx_DD", torch.eye(config.dim))
-        self.heads = nn.ModuleDict(
-            {
-                h.name: (AdapterHead if h.kind == "adapter" else RadioHead)(h, config.dim)
-                for h in config.heads
-            }
-        )
+        self.heads: Any = nn.ModuleDict()
+        for spec in config.heads:
+            make = AdapterHead if spec.kind == "adapter" else RadioHead
+            self.heads[spec.name] = make(spec, config.dim)
         initialise(self)
 
     def forward(
@@ -897,9 +835,7 @@ class Student(nn.Module):
                 Without it positions follow the inference rule. Unused by the AMoE form.
         """
         if batch.patch != self.config.patch:
-            raise ValueError(
-                f"the pack's patch is {batch.patch} px, the student's {self.config.patch}"
-            )
+            raise ValueError(f"the pack's patch is {batch.patch} px, ours {self.config.patch}")
         layout = Layout.of(list(batch.grids), self.config.prefix, batch.patches_MX.device)
         return self.run(batch.patches_MX, layout, generator)
 
@@ -916,17 +852,13 @@ class Student(nn.Module):
         for block in self.blocks:
             x_ND, counts_E = block(x_ND, layout, rotation)
             counts.append(counts_E)
-        return self.read_out(
-            self.norm(x_ND), layout, torch.stack(counts) if self.config.experts else None
-        )
+        counts_LE = torch.stack(counts) if self.config.experts else None
+        return self.read_out(self.norm(x_ND), layout, counts_LE)
 
     def read_out(self, x_ND: Tensor, layout: Layout, counts_LE: Tensor | None) -> StudentOutput:
         """Split the tokens and apply every teacher head."""
-        prefix_BRD = rearrange(
-            x_ND.index_select(0, layout.prefix_BR.flatten()),
-            "(b r) d -> b r d",
-            r=self.config.prefix,
-        )
+        prefix_MD = x_ND.index_select(0, layout.prefix_BR.flatten())
+        prefix_BRD = rearrange(prefix_MD, "(b r) d -> b r d", r=self.config.prefix)
         patches_MD = x_ND.index_select(0, layout.patches_M)
         if self.config.feature_normalizer:
             patches_MD = (patches_MD - self.feature_mean_D) @ self.feature_tx_DD.T
@@ -941,8 +873,7 @@ class Student(nn.Module):
 
     def output_layers(self, name: str) -> dict[str, nn.Linear]:
         """The last Linear of a head for each token type; one module twice where they share it."""
-        head: Any = self.heads[name]
-        return head.output_layers()
+        return self.heads[name].output_layers()
 
     @torch.no_grad()
     def update_router(self, counts_LE: Tensor, rate: float) -> None:
@@ -973,48 +904,44 @@ class Student(nn.Module):
         """
         if isinstance(images, Image.Image | np.ndarray | Tensor):
             raise ValueError(f"encode takes a list of images, got one {type(images).__name__}")
+        if max_tokens is not None and max_tokens < 1:
+            raise ValueError(f"max_tokens={max_tokens} leaves no patch")
+        patch, tokens = self.config.patch, 0
         results: list[Features] = []
         pack: list[Tensor] = []
-        tokens = 0
         for index, image in enumerate(images):
-            ready = self.fit(read_image(image, f"image {index}"), max_tokens)
-            length = ready[0].numel() // self.config.patch**2 + self.config.prefix
+            pixels = read_image(image, f"image {index}")
+            max_area = max_tokens and max_tokens * patch**2
+            height, width = fit_size(pixels.shape[1], pixels.shape[2], patch, max_area=max_area)
+            length = height * width // patch**2 + self.config.prefix
             if pack and tokens + length > self.encode_budget:
                 results += self.encode_pack(pack, keep)
                 pack, tokens = [], 0
-            pack.append(ready)
+            pack.append(resize(pixels, (height, width)))
             tokens += length
         return results + self.encode_pack(pack, keep)
-
-    def fit(self, image: Tensor, max_tokens: int | None) -> Tensor:
-        """Resize to whole patches by the size rule of `encode`."""
-        patch, (height, width) = self.config.patch, image.shape[1:]
-        if max_tokens is not None and max_tokens < 1:
-            raise ValueError(f"max_tokens={max_tokens} leaves no patch")
-        max_area = None if max_tokens is None else max_tokens * patch**2
-        return resize(image, fit_size(height, width, patch, max_area=max_area))
 
     def encode_pack(self, pack: list[Tensor], keep: int | None) -> list[Features]:
         """Features of one pack of images whose sides are multiples of the patch."""
         batch = PackedBatch.from_images(pack, self.config.patch)
-        out = self(batch.to(self.prefix_RD.device))
-        summary = {"trunk": out.trunk_summary_BD, **out.summary}
-        patches, factor = (
-            {"trunk": out.trunk_MD, **out.patches},
-            {h.name: h.upsample for h in self.config.heads},
-        )
-        results = [
-            Features({n: x[i].float() for n, x in summary.items()}, {}) for i in range(len(pack))
-        ]
-        for name, x_MC in patches.items():
-            u = factor.get(name, 1)
-            pieces = x_MC.float().split([h * w * u * u for h, w in batch.grids])
-            for result, (h, _), piece in zip(results, batch.grids, pieces, strict=True):
+        results = self.unpack(self(batch.to(self.prefix_RD.device)), batch.grids)
+        for result, grid in zip(results, batch.grids, strict=True):
+            if keep is not None:
+                result.tokens, _ = merge_tokens(result.patches["trunk"].flatten(0, 1), grid, keep)
+        return results
+
+    def unpack(self, out: StudentOutput, grids: Sequence[tuple[int, int]]) -> list[Features]:
+        """Each image's own features, patches as maps."""
+        results = [Features({}, {}) for _ in grids]
+        for name, x_BC in {"trunk": out.trunk_summary_BD, **out.summary}.items():
+            for result, x_C in zip(results, x_BC.float(), strict=True):
+                result.summary[name] = x_C
+        factors = {head.name: head.upsample for head in self.config.heads}
+        for name, x_MC in {"trunk": out.trunk_MD, **out.patches}.items():
+            u = factors.get(name, 1)
+            pieces = x_MC.float().split([h * w * u * u for h, w in grids])
+            for result, (h, _), piece in zip(results, grids, pieces, strict=True):
                 result.patches[name] = rearrange(piece, "(h w) c -> h w c", h=h * u)
-        if keep is not None:
-            for result, grid in zip(results, batch.grids, strict=True):
-                tokens_ND = rearrange(result.patches["trunk"], "h w d -> (h w) d")
-                result.tokens = merge_tokens(tokens_ND, grid, keep)[0]
         return results
 
     def use(self, attention: str = "auto", experts: str = "auto") -> Student:
@@ -1033,21 +960,18 @@ def read_image(image: Any, name: str) -> Tensor:
     """An image of any kind that `encode` takes, as float32 (3, H, W) in [0, 1]."""
     if isinstance(image, Image.Image):
         image = to_rgb(ImageOps.exif_transpose(image))
-    if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
-            raise ValueError(
-                f"{name}: array of shape {image.shape} and dtype {image.dtype}; an array is uint8 "
-                "(H, W, 3) and not empty (floats in [0, 1] go as a tensor (3, H, W))"
-            )
-        return to_float(image)
-    if not isinstance(image, Tensor):
-        raise ValueError(f"{name}: {type(image).__name__} is no PIL image, array or tensor")
-    if not image.is_floating_point() or image.ndim != 3 or image.shape[0] != 3 or not image.numel():
+    is_bytes = isinstance(image, np.ndarray) and image.dtype == np.uint8
+    is_float = isinstance(image, Tensor) and image.is_floating_point()
+    shape = tuple(getattr(image, "shape", ()))
+    channels = shape[2 if is_bytes else 0] if len(shape) == 3 else None
+    if not (is_bytes or is_float) or channels != 3 or 0 in shape:
         raise ValueError(
-            f"{name}: tensor of shape {tuple(image.shape)} and dtype {image.dtype}; a tensor is "
-            "float (3, H, W) in [0, 1] and not empty (bytes go as a uint8 array (H, W, 3))"
+            f"{name}: {type(image).__name__} {getattr(image, 'dtype', '')} {shape} is no PIL "
+            "image, uint8 array (H, W, 3) or float tensor (3, H, W) in [0, 1], or is empty"
         )
-    image = image.detach().float()
+    if is_bytes:
+        return to_float(image)
+    image = image.float()
     low, high = image.min().item(), image.max().item()
     if not (low >= 0 and high <= 1):  # also false for NaN
         raise ValueError(f"{name}: values from {low} to {high}, expected finite numbers in [0, 1]")
@@ -1059,67 +983,6 @@ def siglino_size(height: int, width: int, min_pixels=128**2, max_pixels=256**2) 
     if max(height, width) > 200 * min(height, width):
         raise ValueError(f"{height}x{width}: the release's rule stops at an aspect ratio of 200")
     return fit_size(height, width, 16, min_pixels, max_pixels, upsample=True)
-
-
-# ------------------------------------------------------------------------------------------------
-# Token merging
-
-
-def merge_tokens(tokens_ND: Tensor, grid: tuple[int, int], keep: int) -> tuple[Tensor, Tensor]:
-    """Merge an image's tokens to exactly `keep`, the most alike first.
-
-    Each s x s cell of the grid keeps its middle token as a destination (the smallest s that leaves
-    at most `keep` of them), so every region stays represented. The other tokens join the most
-    similar destination by cosine, best matches first, until `keep` tokens are left.
-
-    Args:
-        tokens_ND: N = rows * columns tokens in raster order.
-        grid: (rows, columns).
-        keep: 1 to N.
-
-    Returns:
-        merged_KD, means of their members, in raster order of the kept tokens; index_N, the row of
-        merged_KD that holds each token.
-
-    Source: RADIO 2.6 (ToMe once, after the encoder).
-    """
-    (rows, columns), count = grid, len(tokens_ND)
-    if count != rows * columns or not 1 <= keep <= count:
-        raise ValueError(
-            f"keep={keep} of {count} tokens on a grid of {rows}x{columns} is impossible"
-        )
-    device = tokens_ND.device
-    is_kept_N = torch.zeros(count, dtype=torch.bool, device=device)
-    is_kept_N[cell_middles(rows, columns, keep).to(device)] = True
-    destinations, sources = is_kept_N.nonzero()[:, 0], (~is_kept_N).nonzero()[:, 0]
-    unit_ND = F.normalize(tokens_ND.float(), dim=-1)
-    score, best = (unit_ND[sources] @ unit_ND[destinations].T).max(dim=1)
-    merged = score.argsort(descending=True, stable=True)[: count - keep]
-    is_kept_N[sources] = True
-    is_kept_N[sources[merged]] = False
-    index_N = is_kept_N.cumsum(0) - 1
-    index_N[sources[merged]] = index_N[destinations[best[merged]]]
-    sums_KD = tokens_ND.new_zeros(keep, tokens_ND.shape[1], dtype=torch.float32)
-    sums_KD = sums_KD.index_add(0, index_N, tokens_ND.float())
-    members_K = torch.bincount(index_N, minlength=keep)
-    return (sums_KD / members_K[:, None]).to(tokens_ND.dtype), index_N
-
-
-def cell_middles(rows: int, columns: int, keep: int) -> Tensor:
-    """Raster indices of the middles of the smallest square cells that number at most `keep`."""
-    side = next(
-        s for s in range(1, max(rows, columns) + 1) if -(-rows // s) * -(-columns // s) <= keep
-    )
-    middles = [
-        [low + min(side, length - low) // 2 for low in range(0, length, side)]
-        for length in (rows, columns)
-    ]
-    return (torch.tensor(middles[0])[:, None] * columns + torch.tensor(middles[1])).flatten()
-
-
-def unmerge_tokens(merged_KD: Tensor, index_N: Tensor) -> Tensor:
-    """Give every token the value of the merged token it went into. RADIO 2.6."""
-    return merged_KD[index_N]
 
 
 def normalise_pixels(patches_MX: Tensor, config: ModelConfig) -> Tensor:
@@ -1158,8 +1021,64 @@ def initialise(student: Student) -> None:
         nn.init.zeros_(block.attn.proj.weight)
 
 
-# ------------------------------------------------------------------------------------------------
-# Checkpoints
+# ---- Token merging
+
+
+def merge_tokens(tokens_ND: Tensor, grid: tuple[int, int], keep: int) -> tuple[Tensor, Tensor]:
+    """Merge an image's tokens to exactly `keep`, the most alike first.
+
+    Each s x s cell of the grid keeps its middle token as a destination (the smallest s that leaves
+    at most `keep` of them), so every region stays represented. The other tokens join the most
+    similar destination by cosine, best matches first, until `keep` tokens are left.
+
+    Args:
+        tokens_ND: N = rows * columns tokens in raster order.
+        grid: (rows, columns).
+        keep: 1 to N.
+
+    Returns:
+        merged_KD, means of their members, in raster order of the kept tokens; index_N, the row of
+        merged_KD that holds each token.
+
+    Source: RADIO 2.6 (ToMe once, after the encoder).
+    """
+    (rows, columns), count = grid, len(tokens_ND)
+    if count != rows * columns or not 1 <= keep <= count:
+        raise ValueError(f"keep={keep} of {count} tokens on a {rows}x{columns} grid is impossible")
+    device = tokens_ND.device
+    is_kept_N = torch.zeros(count, dtype=torch.bool, device=device)
+    is_kept_N[cell_middles(rows, columns, keep).to(device)] = True
+    destinations, sources = is_kept_N.nonzero()[:, 0], (~is_kept_N).nonzero()[:, 0]
+    unit_ND = F.normalize(tokens_ND.float(), dim=-1)
+    score, best = (unit_ND[sources] @ unit_ND[destinations].T).max(dim=1)
+    merged = score.argsort(descending=True, stable=True)[: count - keep]
+    is_kept_N[sources] = True
+    is_kept_N[sources[merged]] = False
+    index_N = is_kept_N.cumsum(0) - 1
+    index_N[sources[merged]] = index_N[destinations[best[merged]]]
+    sums_KD = tokens_ND.new_zeros(keep, tokens_ND.shape[1], dtype=torch.float32)
+    sums_KD = sums_KD.index_add(0, index_N, tokens_ND.float())
+    members_K = torch.bincount(index_N, minlength=keep)
+    return (sums_KD / members_K[:, None]).to(tokens_ND.dtype), index_N
+
+
+def cell_middles(rows: int, columns: int, keep: int) -> Tensor:
+    """Raster indices of the middles of the smallest square cells that number at most `keep`."""
+    sides = range(1, max(rows, columns) + 1)
+    side = next(s for s in sides if math.ceil(rows / s) * math.ceil(columns / s) <= keep)
+    y, x = (
+        torch.tensor([low + min(side, length - low) // 2 for low in range(0, length, side)])
+        for length in (rows, columns)
+    )
+    return (y[:, None] * columns + x).flatten()
+
+
+def unmerge_tokens(merged_KD: Tensor, index_N: Tensor) -> Tensor:
+    """Give every token the value of the merged token it went into. RADIO 2.6."""
+    return merged_KD[index_N]
+
+
+# ---- Checkpoints
 
 
 FORMAT = "amoe-from-scratch student"
@@ -1193,15 +1112,15 @@ def load_student(path: str | Path, top_k: int | None = None, device: str = "cpu"
     content = read_checkpoint(path)
     try:
         if content.get("format") == FORMAT:
-            config, tensors, renames, make = read_ours(content)
+            config, file, convert = read_ours(content)
         elif isinstance(content.get("args"), argparse.Namespace):
-            config, tensors, renames, make = read_radio(content)
+            config, file, convert = read_radio(content)
         else:
-            config, tensors, renames, make = read_siglino(content)
+            config, file, convert = read_siglino(content)
         if top_k is not None and config.experts:
             config = replace(config, top_k=top_k)
-        return assemble(config, tensors, renames, make).to(device)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        return file.assemble(config, convert).to(device)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
         raise ValueError(f"{path}: {error}") from error
 
 
@@ -1222,339 +1141,304 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 Tensors = dict[str, Tensor]
-Renames = list[tuple[str, str]]  # regular expressions that turn our names into the file's
-Make = Callable[[str, list[Tensor], ModelConfig], Tensor]  # our tensor from the file's
+Rows = list[tuple[str, str]]
+Convert = Callable[[str, Tensor, ModelConfig], Tensor]
 
 
-def assemble(config: ModelConfig, tensors: Tensors, renames: Renames, make: Make) -> Student:
-    """Build a student from a file's tensors, or name all that does not fit and build nothing."""
-    with torch.device("meta"):
-        student = Student(config)
-    wanted = {name: tuple(value.shape) for name, value in student.state_dict().items()}
-    sources = {}
-    for name in wanted:
-        theirs = name
-        for pattern, replacement in renames:
-            theirs = re.sub(pattern, replacement, theirs)
-        sources[name] = theirs.split()  # some of ours join several of theirs
-    used = {key for keys in sources.values() for key in keys}
-    missing, unexpected = used - tensors.keys(), tensors.keys() - used
-    problems = [f"missing key {key}" for key in sorted(missing)]
-    problems += [f"unexpected key {key}" for key in sorted(unexpected)]
-    state = {}
-    for name, keys in sources.items():
-        if missing.intersection(keys):
-            continue
-        found = ", ".join(f"{key} {tuple(tensors[key].shape)}" for key in keys)
-        try:
-            state[name] = make(name, [tensors[key].float() for key in keys], config).contiguous()
-        except (RuntimeError, EinopsError, IndexError) as error:
-            problems.append(f"wrong shape: {found} ({str(error).strip().splitlines()[-1]})")
-            continue
-        if state[name].shape != wanted[name]:
-            problems.append(f"wrong shape: {found} gives {name} which is {wanted[name]}")
-    if problems:
-        raise ValueError("; ".join(problems))
-    student.load_state_dict(state, assign=True)
-    return student
+class Weights:
+    """A file's tensors, and a table with rows (our name, the file's name) to find ours in them.
+
+    `*` stands for one part of a name, and a name without a row is the same on both sides. Where
+    ours has several rows, it is the file's tensors joined along axis -2, in this order.
+    """
+
+    def __init__(self, tensors: Tensors, rows: Rows):
+        self.tensors, self.rows = tensors, rows
+        self.ours = {name: x for key, x in tensors.items() for name in self.translate(key, 1, 0)}
+
+    def translate(self, name: str, source: int, target: int) -> list[str]:
+        """A name of column `source` of the table in column `target`."""
+        found = []
+        for row in self.rows:
+            if match := re.fullmatch(re.escape(row[source]).replace(r"\*", "([^.]+)"), name):
+                found.append(row[target].replace("*", "{}").format(*match.groups()))
+        return found or [name]
+
+    def find(self, pattern: str) -> dict[str, Tensor]:
+        """The tensors of ours whose names fit a pattern with `*`."""
+        regex = re.escape(pattern).replace(r"\*", "[^.]+")
+        return {name: x for name, x in self.ours.items() if re.fullmatch(regex, name)}
+
+    def size(self, pattern: str, axis: int) -> int:
+        """A size as most tensors that fit have it: one odd tensor is to be named, not obeyed."""
+        sizes = [x.shape[axis] for x in self.find(pattern).values() if -x.ndim <= axis < x.ndim]
+        if not sizes:
+            example = self.translate(pattern.replace("*", "0"), 0, 1)
+            raise ValueError(f"missing key {' and '.join(example)}")
+        return Counter(sizes).most_common(1)[0][0]
+
+    def count(self, pattern: str) -> int:
+        """One more than the largest number that stands right after the pattern."""
+        numbers = (re.match(re.escape(pattern) + r"(\d+)\.", name) for name in self.ours)
+        return 1 + max((int(found[1]) for found in numbers if found), default=-1)
+
+    def assemble(self, config: ModelConfig, convert: Convert) -> Student:
+        """Build the student, or name all that does not fit and build nothing."""
+        with torch.device("meta"):
+            student = Student(config)
+        state, problems, unexpected = {}, [], set(self.tensors)
+        for name, wanted in student.state_dict().items():
+            keys = self.translate(name, 0, 1)
+            unexpected -= set(keys)
+            if missing := [key for key in keys if key not in self.tensors]:
+                problems += [f"missing key {key}" for key in missing]
+                continue
+            parts = [self.tensors[key].float() for key in keys]
+            try:
+                joined = torch.cat(parts, dim=-2) if len(parts) > 1 else parts[0]
+                state[name] = convert(name, joined, config).contiguous()
+                fits = state[name].shape == wanted.shape
+            except (RuntimeError, EinopsError, IndexError):
+                fits = False
+            if not fits:
+                found = ", ".join(f"{key} {tuple(self.tensors[key].shape)}" for key in keys)
+                problems.append(f"wrong shape: {found} for {name} {tuple(wanted.shape)}")
+        problems += [f"unexpected key {key}" for key in sorted(unexpected)]
+        if problems:
+            raise ValueError("; ".join(problems))
+        student.load_state_dict(state, assign=True)
+        return student
 
 
-def size(tensors: Tensors, pattern: str, axis: int) -> int:
-    """A size as most tensors of this name have it, so that one odd tensor is named, not obeyed."""
-    sizes = Counter(
-        value.shape[axis]
-        for key, value in tensors.items()
-        if re.fullmatch(pattern, key) and value.ndim > axis
-    )
-    if not sizes:
-        raise ValueError("missing key " + pattern.replace("\\d+", "0").replace("\\", ""))
-    return sizes.most_common(1)[0][0]
-
-
-def count_up(tensors: Tensors, pattern: str) -> int:
-    """One more than the largest number that the pattern finds in the keys."""
-    return 1 + max((int(m[1]) for key in tensors if (m := re.match(pattern, key))), default=-1)
-
-
-def read_ours(content: dict[str, Any]) -> tuple[ModelConfig, Tensors, Renames, Make]:
+def read_ours(content: dict[str, Any]) -> tuple[ModelConfig, Weights, Convert]:
     """A file of `save_student`."""
     if content.get("version") != 1:
         raise ValueError(f"format version {content.get('version')!r}, this code reads 1")
-    fields = dict(content["config"])
-    heads = tuple(HeadSpec(**head) for head in fields.pop("heads"))
-    return (
-        ModelConfig(heads=heads, **fields),
-        content["state_dict"],
-        [],
-        lambda _, parts, __: parts[0],
-    )
+    heads = tuple(HeadSpec(**head) for head in content["config"]["heads"])
+    config = ModelConfig(**content["config"] | {"heads": heads})
+    return config, Weights(content["state_dict"], []), lambda _, x, __: x
 
 
-SIGLINO_NAMES: Renames = [
-    (r"^embed\.", "img_projector."),
-    (r"^prefix_RD$", "cls_token storage_tokens"),
-    (r"^positions\.freqs_HJ2$", "freqs_cis_golden"),
-    (r"^blocks\.", "layers."),
-    (r"^(layers.*)\.norm1\.", r"\1.attention_norm."),
-    (r"^(layers.*)\.norm2\.", r"\1.ffn_norm."),
-    (r"^(layers.*)\.attn\.qkv\.weight", " ".join(rf"\1.attention.w{x}.weight" for x in "qkv")),
-    (r"\.attn\.proj\.", ".attention.wo."),
-    (r"\.attn\.sinks", ".attention.sinks"),
-    (r"^(layers.*)\.ffn\.w1_EGD", r"\1.moe.experts.w1 \1.moe.experts.w3"),
-    (r"\.ffn\.w2_EDF", ".moe.experts.w2"),
-    (r"\.ffn\.router\.", ".moe.router.gate."),
-    (r"\.ffn\.expert_bias", ".moe.expert_bias"),
-    (r"^(layers.*)\.ffn\.w1\.weight", r"\1.feed_forward.w1.weight \1.feed_forward.w3.weight"),
-    (r"\.ffn\.w2\.", ".feed_forward.w2."),
-    (r"^heads\.(.+)\.pool\.", r"\1_multihead_attention_pooling_head."),
-    (r"_head\.probe_1C", "_head.probe"),
-    (r"_head\.qkv\.", "_head.attention.in_proj_"),
-    (r"_head\.proj\.", "_head.attention.out_proj."),
-    (r"_head\.norm\.", "_head.layernorm."),
-    (r"_head\.fc", "_head.mlp.fc"),
-    (r"^heads\.(.+)\.(fc1|norm)\.", r"\1_adapter.\2."),
-    (r"^heads\.(.+)\.last\.", r"\1_adapter.fc2."),
+SIGLINO_ROWS: Rows = [
+    ("embed.weight", "img_projector.weight"),
+    ("prefix_RD", "cls_token"),
+    ("prefix_RD", "storage_tokens"),
+    ("positions.freqs_HJ2", "freqs_cis_golden"),
+    ("blocks.*.norm1.weight", "layers.*.attention_norm.weight"),
+    ("blocks.*.norm2.weight", "layers.*.ffn_norm.weight"),
+    ("blocks.*.attn.qkv.weight", "layers.*.attention.wq.weight"),
+    ("blocks.*.attn.qkv.weight", "layers.*.attention.wk.weight"),
+    ("blocks.*.attn.qkv.weight", "layers.*.attention.wv.weight"),
+    ("blocks.*.attn.proj.weight", "layers.*.attention.wo.weight"),
+    ("blocks.*.attn.sinks", "layers.*.attention.sinks"),
+    ("blocks.*.ffn.router.weight", "layers.*.moe.router.gate.weight"),
+    ("blocks.*.ffn.expert_bias", "layers.*.moe.expert_bias"),
+    ("blocks.*.ffn.w1_EGD", "layers.*.moe.experts.w1"),
+    ("blocks.*.ffn.w1_EGD", "layers.*.moe.experts.w3"),
+    ("blocks.*.ffn.w2_EDF", "layers.*.moe.experts.w2"),
+    ("blocks.*.ffn.w1.weight", "layers.*.feed_forward.w1.weight"),
+    ("blocks.*.ffn.w1.weight", "layers.*.feed_forward.w3.weight"),
+    ("blocks.*.ffn.w2.weight", "layers.*.feed_forward.w2.weight"),
+    ("heads.*.fc1.*", "*_adapter.fc1.*"),
+    ("heads.*.norm.*", "*_adapter.norm.*"),
+    ("heads.*.last.*", "*_adapter.fc2.*"),
+    ("heads.*.pool.probe_1C", "*_multihead_attention_pooling_head.probe"),
+    ("heads.*.pool.qkv.*", "*_multihead_attention_pooling_head.attention.in_proj_*"),
+    ("heads.*.pool.proj.*", "*_multihead_attention_pooling_head.attention.out_proj.*"),
+    ("heads.*.pool.norm.*", "*_multihead_attention_pooling_head.layernorm.*"),
+    ("heads.*.pool.fc1.*", "*_multihead_attention_pooling_head.mlp.fc1.*"),
+    ("heads.*.pool.fc2.*", "*_multihead_attention_pooling_head.mlp.fc2.*"),
 ]
 
 
-def read_siglino(content: dict[str, Any]) -> tuple[ModelConfig, Tensors, Renames, Make]:
+def read_siglino(content: dict[str, Any]) -> tuple[ModelConfig, Weights, Convert]:
     """A released AMoE / SigLino file: AMoE 1.1 to 1.7."""
-    layer = r"layers\.\d+\."
+    # The dense sizes' name for their MLP is not in the papers: any one with w1 to w3 will do.
+    mlp = re.compile(r"^(layers\.\d+\.)(?!attention|moe)\w+(\.w[123]\.)")
     tensors = {
-        # the dense sizes' name for their MLP is not in the papers: any one with w1 will do
-        re.sub(rf"^({layer})(?!attention|moe)\w+\.(w[123]\.)", r"\1feed_forward.\2", key): value
+        mlp.sub(r"\1feed_forward\2", key): value
         for key, value in content.get("state_dict", content).items()
         if isinstance(value, Tensor) and not key.startswith("layer_norm_dinov3.")  # never called
     }
     if not any(key.startswith(("img_projector.", "layers.", "cls_token")) for key in tensors):
         raise ValueError("neither our checkpoint nor a SigLino or RADIO release")
-    is_moe = any(".moe." in key for key in tensors)
-    ffn = layer + (r"moe\.experts\.w[13]" if is_moe else r"feed_forward\.w[13]\.weight")
-    qkv, n_heads = (
-        layer + r"attention\.w[qkv]\.weight",
-        size(tensors, layer + r"attention\.sinks", 0),
-    )
-    names = [key.removesuffix("_adapter.fc1.weight") for key in tensors]
+    file = Weights(tensors, SIGLINO_ROWS)
+    heads = []
+    for name in dict.fromkeys(key.split(".")[1] for key in file.ours if key.startswith("heads.")):
+        dim, pool = file.size(f"heads.{name}.norm.*", 0), f"heads.{name}.pool."
+        if any(key.startswith(pool) for key in file.ours):
+            hidden = file.size(pool + "fc1.*", 0)
+            heads.append(HeadSpec(name, dim, dim, pool=True, pool_hidden=hidden))
+        else:
+            heads.append(HeadSpec(name, dim, dim, registers=True))
+    is_moe, n_heads = any(".moe." in key for key in tensors), file.size("blocks.*.attn.sinks", 0)
     config = ModelConfig(
         "amoe",
-        dim=size(tensors, qkv, 1),
-        n_layers=count_up(tensors, r"layers\.(\d+)\."),
+        dim=file.size("blocks.*.attn.proj.weight", 0),
+        n_layers=file.count("blocks."),
         n_heads=n_heads,
-        head_dim=size(tensors, qkv, 0) // n_heads,
-        ffn_dim=size(tensors, ffn, 1 if is_moe else 0),
-        heads=tuple(siglino_head(tensors, name) for name in names if name not in tensors),
-        patch=math.isqrt(size(tensors, r"img_projector\.weight", 1) // 3),
-        registers=size(tensors, "storage_tokens", 1),
-        experts=size(tensors, ffn, 0) if is_moe else 0,
+        head_dim=file.size("blocks.*.attn.proj.weight", 1) // n_heads,
+        ffn_dim=file.size("blocks.*.ffn.w2_EDF" if is_moe else "blocks.*.ffn.w2.weight", -1),
+        heads=tuple(heads),
+        patch=math.isqrt(file.size("embed.weight", 1) // 3),
+        registers=tensors["storage_tokens"].shape[1] if "storage_tokens" in tensors else 0,
+        experts=file.size("blocks.*.ffn.expert_bias", 0) if is_moe else 0,
         top_k=content.get("config", {}).get("moe_args", {}).get("top_k", 6) if is_moe else 0,
-        norm_weight=any(key.endswith("ffn_norm.weight") for key in tensors),
+        norm_weight=bool(file.find("blocks.*.norm2.weight")),
     )
-    return config, tensors, SIGLINO_NAMES, make_siglino
+    return config, file, from_siglino
 
 
-def siglino_head(tensors: Tensors, name: str) -> HeadSpec:
-    """Sizes of one adapter of the release."""
-    dim, pool = size(tensors, rf"{name}_adapter\..*", 0), rf"{name}_multihead_.*\.mlp\.fc1\..*"
-    has_pool = any(key.startswith(f"{name}_multihead_") for key in tensors)
-    return HeadSpec(
-        name, dim, dim, registers=not has_pool, pool=has_pool,
-        bias=f"{name}_adapter.fc2.bias" in tensors,
-        pool_hidden=size(tensors, pool, 0) if has_pool else 0,
-    )  # fmt: skip
-
-
-def make_siglino(name: str, parts: list[Tensor], config: ModelConfig) -> Tensor:
+def from_siglino(name: str, x: Tensor, config: ModelConfig) -> Tensor:
     """Our tensor from the release's."""
     if name == "prefix_RD" or name.endswith("probe_1C"):
-        return torch.cat([part[0] for part in parts])
-    if name.endswith("qkv.weight") and len(parts) == 3:
-        q, k, v = parts
-        return torch.cat(
-            [pairs_to_halves(q, config.head_dim), pairs_to_halves(k, config.head_dim), v]
-        )
-    return torch.cat(parts, dim=-2) if len(parts) > 1 else parts[0]
+        return x[0]
+    if not name.endswith("attn.qkv.weight"):
+        return x
+    # The rotated half of each head from pairs (2j, 2j+1) to (j, J+j); see `rotate`.
+    q_k_v = rearrange(x, "(s h a) d -> s h a d", s=3, a=config.head_dim)
+    still, turned = q_k_v[:2].chunk(2, dim=2)
+    turned = rearrange(turned, "s h (j two) d -> s h (two j) d", two=2)
+    joined = torch.cat([torch.cat([still, turned], dim=2), q_k_v[2:]])
+    return rearrange(joined, "s h a d -> (s h a) d")
 
 
-def pairs_to_halves(weight_ID: Tensor, head_dim: int) -> Tensor:
-    """Reorder the rotated half of each head from pairs (2j, 2j+1) to (j, J+j); see `rotate`."""
-    still, turned = rearrange(weight_ID, "(h a) d -> h a d", a=head_dim).chunk(2, dim=1)
-    turned = rearrange(turned, "h (j two) d -> h (two j) d", two=2)
-    return rearrange(torch.cat([still, turned], dim=1), "h a d -> (h a) d")
-
-
-RADIO_NAMES: Renames = [
-    (r"^embed\.", "base_model.patch_generator.embedder."),
-    (r"^prefix_RD$", "base_model.patch_generator.cls_token.token"),
-    (r"^positions\.table_GGD$", "base_model.patch_generator.pos_embed"),
-    (r"^feature_mean_D$", "_feature_normalizer.mean"),
-    (r"^feature_tx_DD$", "_feature_normalizer.tx"),
-    (r"^(norm|blocks)\.", r"base_model.\1."),
-    (r"\.scale([12])$", r".ls\1.gamma"),
-    (r"\.ffn\.w([12])\.", r".mlp.fc\1."),
-    (r"^heads\.(.+)\.summary\.", r"_heads.\1."),
-    (r"^heads\.(.+)\.patches\.", r"_feature_projections.\1."),
+RADIO_ROWS: Rows = [
+    ("embed.*", "base_model.patch_generator.embedder.*"),
+    ("prefix_RD", "base_model.patch_generator.cls_token.token"),
+    ("positions.table_GGD", "base_model.patch_generator.pos_embed"),
+    ("feature_mean_D", "_feature_normalizer.mean"),
+    ("feature_tx_DD", "_feature_normalizer.tx"),
+    ("norm.*", "base_model.norm.*"),
+    ("blocks.*.norm1.*", "base_model.blocks.*.norm1.*"),
+    ("blocks.*.norm2.*", "base_model.blocks.*.norm2.*"),
+    ("blocks.*.attn.*.*", "base_model.blocks.*.attn.*.*"),
+    ("blocks.*.ffn.w1.*", "base_model.blocks.*.mlp.fc1.*"),
+    ("blocks.*.ffn.w2.*", "base_model.blocks.*.mlp.fc2.*"),
+    ("blocks.*.scale1", "base_model.blocks.*.ls1.grandma"),
+    ("blocks.*.scale2", "base_model.blocks.*.ls2.grandma"),
 ]
-V2_NAMES: Renames = [
-    (r"\.inner\.(?P<i>\d+)\.0\.", r".blocks.\g<i>.0."),
-    (r"\.inner\.(?P<i>\d+)\.1\.", r".blocks.\g<i>.2."),
-    (r"\.norm\.", ".final.0."),
-    (r"\.last\.", ".final.2."),
-]
-V1_NAMES: Renames = [(r"\.last\.", ".fc2.")]
+RADIO_HEAD_ROWS: dict[str, Rows] = {  # after heads.NAME.summary or .patches
+    "v1": [("norm.*", "norm.*"), ("last.*", "fc2.*")]
+    + [(f"inner.{i}.1.*", f"inner.{3 * i}.*") for i in range(9)]  # Linear, LayerNorm, ReLU, ...
+    + [(f"inner.{i}.0.*", f"inner.{3 * i + 1}.*") for i in range(9)],
+    "v2": [("norm.*", "final.0.*"), ("last.*", "final.2.*"),
+           ("inner.*.0.*", "blocks.*.0.*"), ("inner.*.1.*", "blocks.*.2.*")],
+}  # fmt: skip
 RADIO_N_HEADS = {"tiny": 3, "small": 6, "base": 12, "large": 16, "huge": 16, "giant": 24,
-                 "so400m": 16, "bigg": 16, "dino_v2_g": 24}  # fmt: skip
+                 "so400m": 16, "bigg": 16}  # fmt: skip
 
 
-def read_radio(content: dict[str, Any]) -> tuple[ModelConfig, Tensors, Renames, Make]:
-    """A released RADIO file: RADIO 1 and 6."""
+def read_radio(content: dict[str, Any]) -> tuple[ModelConfig, Weights, Convert]:
+    """A released RADIO file of a timm ViT: RADIO 1 and 6."""
     args = vars(content["args"])
-    teachers = [dict(teacher) for teacher in args.get("teachers") or []]
-    tensors = content.get("state_dict_ema") or content["state_dict"]
-    tensors = plain_radio_keys(fold_spectral(tensors), [teacher["name"] for teacher in teachers])
-    firsts = {teacher["name"]: teacher for teacher in reversed(teachers)}  # a name's first entry
-    names = list(dict.fromkeys(teacher["name"] for teacher in teachers))
-    per_teacher = bool(args.get("cls_token_per_teacher", True))
-    cls_tokens = max(1, len(names)) if per_teacher else 1
-    base, block = r"base_model\.", r"base_model\.blocks\.\d+\."
-    dim, n_heads = size(tensors, block + r"norm[12]\.\w+", 0), radio_n_heads(args)
-    hidden = size(tensors, block + r"mlp\.fc2\.weight", 1)
-    if dim % n_heads:
-        raise ValueError(
-            f"width {dim} is no multiple of the {n_heads} heads of {args.get('model')}"
-        )
-    rgb = [
+    model, stated = str(args.get("model")), (args.get("model_kwargs") or {}).get("num_heads")
+    tensors = {
+        key.replace(".gamma", ".grandma"): value  # the release renamed it halfway
+        for key, value in fold_spectral(content.get("state_dict_ema") or content["state_dict"])
+        if not key.startswith("_intermediate_feature_normalizer.")  # of outputs we do not offer
+    }
+    trunk = [key for key in tensors if key.startswith("base_model.")]
+    if not any(key.startswith("base_model.blocks.") for key in trunk):
+        raise ValueError(f"the backbone {model} is no timm ViT, its keys are {trunk[:9]}")
+    mean, std = (
         tuple(tensors.pop(f"input_conditioner.norm_{part}", torch.tensor(known)).flatten().tolist())
         for part, known in zip(("mean", "std"), CLIP_RGB, strict=True)
-    ]
+    )
+    per_teacher = args.get("cls_token_per_teacher", True)
+    teachers: dict[str, dict[str, Any]] = {}
+    rows = list(RADIO_ROWS)
+    for i, entry in enumerate(args.get("teachers") or []):
+        name, by_index = entry["name"], (f"_heads.{i}.", f"_feature_projections.{i}.")
+        if name in teachers:  # once more, at another size: the first counts
+            tensors = {key: x for key, x in tensors.items() if not key.startswith(by_index)}
+            continue
+        slot = i if any(key.startswith(by_index) for key in tensors) else name
+        kind = "v1" if any(f"s.{slot}.fc2." in key for key in tensors) else "v2"
+        token = entry.get("token_slot")
+        if token is None:
+            token = len(teachers) if per_teacher else 0
+        teachers[name] = {**entry, "kind": kind, "token": int(token)}
+        for ours, theirs in [("fc1.*", "fc1.*"), *RADIO_HEAD_ROWS[kind]]:
+            rows.append((f"heads.{name}.summary.{ours}", f"_heads.{slot}.{theirs}"))
+            rows.append((f"heads.{name}.patches.{ours}", f"_feature_projections.{slot}.{theirs}"))
+    file, cls_tokens = Weights(tensors, rows), max(1, len(teachers)) if per_teacher else 1
+    dim = file.size("blocks.*.norm1.*", 0)
+    known = next((n for arch, n in RADIO_N_HEADS.items() if arch in model.lower()), None)
+    n_heads = stated or known  # the one size that the tensors do not show
+    if not n_heads or dim % n_heads:
+        raise ValueError(f"args.model={model!r} of width {dim} has num_heads={n_heads}")
     config = ModelConfig(
         "radio",
         dim=dim,
-        n_layers=count_up(tensors, base + r"blocks\.(\d+)\."),
+        n_layers=file.count("blocks."),
         n_heads=n_heads,
         head_dim=dim // n_heads,
-        ffn_dim=hidden,
-        heads=tuple(
-            radio_head(tensors, firsts[name], i if per_teacher else 0)
-            for i, name in enumerate(names)
-        ),
-        patch=math.isqrt(size(tensors, base + r"patch_generator\.embedder\.weight", 1) // 3),
+        ffn_dim=file.size("blocks.*.ffn.w2.weight", 1),
+        heads=tuple(radio_head(file, teacher) for teacher in teachers.values()),
+        patch=math.isqrt(file.size("embed.weight", 1) // 3),
         cls_tokens=cls_tokens,
-        registers=size(tensors, base + r"patch_generator\.cls_token\.token", 0) - cls_tokens,
-        gated_ffn=size(tensors, block + r"mlp\.fc1\.\w+", 0) == 2 * hidden,
-        final_norm="base_model.norm.weight" in tensors,
-        layer_scale=any(".ls1." in key for key in tensors),
-        patch_bias="base_model.patch_generator.embedder.bias" in tensors,
-        position_grid=math.isqrt(size(tensors, base + r"patch_generator\.pos_embed", 1)),
-        feature_normalizer="_feature_normalizer.mean" in tensors,
-        pixel_mean=rgb[0],
-        pixel_std=rgb[1],
+        registers=file.size("prefix_RD", 0) - cls_tokens,
+        gated_ffn=False,
+        final_norm="norm.weight" in file.ours,
+        layer_scale=bool(file.find("blocks.*.scale1")),
+        position_grid=math.isqrt(file.size("positions.table_GGD", 1)),
+        feature_normalizer="feature_mean_D" in file.ours,
+        pixel_mean=mean,
+        pixel_std=std,
     )
-    renames = list(RADIO_NAMES)
-    for head in config.heads:
-        for pattern, theirs in V1_NAMES if head.kind == "v1" else V2_NAMES:
-            renames.append(
-                (rf"^(?P<head>_\w+\.{re.escape(head.name)}){pattern}", r"\g<head>" + theirs)
-            )
-    return config, tensors, renames, make_radio
+    return config, file, from_radio
 
 
-def radio_n_heads(args: dict[str, Any]) -> int:
-    """Attention heads, the one size that RADIO's tensors do not show."""
-    stated = (args.get("model_kwargs") or {}).get("num_heads")
-    name = str(args.get("model")).lower()
-    known = next((n for arch, n in RADIO_N_HEADS.items() if arch in name), None)
-    if stated is None and known is None:
-        raise ValueError(f"args.model={name!r} is no known architecture and states no num_heads")
-    return int(stated or known or 0)
-
-
-def plain_radio_keys(tensors: Tensors, names: list[str]) -> Tensors:
-    """One spelling of the keys: teachers by name, LayerScale `gamma`, MLPs fc1 and fc2."""
-    plain = {}
-    for key, value in tensors.items():
-        key = key.removeprefix("module.").replace("base_model.inner.", "base_model.")
-        key = re.sub(r"\.pre\w*\.(0\.)?(weight|bias)$", r".pre.\2", key)
-        key = key.replace(".grandma", ".gamma").replace(".mlp.w12.", ".mlp.fc1.")
-        key = key.replace(".mlp.w3.", ".mlp.fc2.")
-        key = re.sub(r"\.inner\.(\d+)\.(weight|bias)$", _nested, key)
-        found = re.match(r"(_heads|_feature_projections)\.(\d+)\.(.*)", key)
-        if found and int(found[2]) < len(names):
-            name = names[int(found[2])]
-            if names.index(name) != int(found[2]):
-                continue  # a later entry of the same teacher, at another resolution
-            key = f"{found[1]}.{name}.{found[3]}"
-        if not key.startswith("_intermediate_feature_normalizer."):  # of outputs we do not offer
-            plain[key] = value
-    return plain
-
-
-def _nested(found: re.Match) -> str:
-    """v1's flat inner.3j (Linear), inner.3j+1 (LayerNorm) as ours: inner.j.1, inner.j.0."""
-    j, place = divmod(int(found[1]), 3)
-    return f".inner.{j}.{1 - place}.{found[2]}"
-
-
-def fold_spectral(tensors: Tensors) -> Tensors:
-    """Plain weights from spectrally reparametrised ones: W * s / sigma(W). RADIO 1.5."""
-    plain = {key: value for key, value in tensors.items() if ".parametrizations." not in key}
-    for key, weight in tensors.items():
-        if not key.endswith(".parametrizations.weight.original"):
-            continue
-        base = key.removesuffix("original")
-        parts = sorted(
-            k.removesuffix("scale") for k in tensors if k.startswith(base) and k.endswith("scale")
-        )
-        scale, u, v = (torch.cat([tensors[part + x].float().flatten() for part in parts])
-                       for x in ("scale", "_u", "_v"))  # fmt: skip
-        if any(int(tensors.get(part + "_sn_version", torch.tensor(1))) > 1 for part in parts):
-            scale = F.softplus(scale) + 0.05
-        count = len(scale)  # qkv: three matrices, each with its own norm
-        chunks = zip(
-            weight.float().chunk(count), scale, u.chunk(count), v.chunk(count), strict=True
-        )
-        plain[key.replace("parametrizations.weight.original", "weight")] = torch.cat(
-            [w * s / (u_part @ w @ v_part) for w, s, u_part, v_part in chunks]
-        )
-    return plain
-
-
-def radio_head(tensors: Tensors, teacher: dict[str, Any], token: int) -> HeadSpec:
+def radio_head(file: Weights, teacher: dict[str, Any]) -> HeadSpec:
     """Sizes of one teacher's two MLPs."""
-    name = teacher["name"]
-    found: list[tuple[int | None, int, int]] = []
-    for part in ("_heads", "_feature_projections"):
-        mlp = re.escape(f"{part}.{name}.")
-        if any(re.match(mlp, key) for key in tensors):
-            out = size(tensors, mlp + r"(fc2|final\.2)\.\w+", 0)
-            hidden = size(tensors, mlp + r"(fc1|norm|final\.0)\.\w+", 0)
-            found.append((out, hidden, count_up(tensors, mlp + r"(?:blocks|inner)\.(\d+)\.")))
+    sizes: list[tuple[Any, int, int]] = []
+    for part in ("summary", "patches"):
+        mlp = f"heads.{teacher['name']}.{part}."
+        if any(name.startswith(mlp) for name in file.ours):
+            out, width = file.size(mlp + "last.*", 0), file.size(mlp + "norm.*", 0)
+            sizes.append((out, width, file.count(mlp + "inner.")))
         else:
-            found.append((None, 0, 0))
-    (summary_dim, summary_hidden, summary_inner), (dim, hidden, inner) = found
-    upsample = next((int(v) for k, v in teacher.items() if re.search("upsampl|upscal", k) and v), 1)
-    mine = [key for key in tensors if re.match(rf"_\w+\.{re.escape(name)}\.", key)]
+            sizes.append((None, 0, 0))
+    (summary_dim, summary_hidden, summary_inner), (dim, hidden, inner) = sizes
+    upsample = next((int(v) for k, v in teacher.items() if "upsample" in k and v), 1)
     return HeadSpec(
-        name, dim and dim // upsample**2, summary_dim, upsample=upsample,
-        kind="v1" if any(re.search(r"\.(fc2|norm)\.", key) for key in mine) else "v2",
-        hidden=hidden or None, inner=inner,
+        teacher["name"], dim and dim // upsample**2, summary_dim, teacher["kind"],
+        upsample=upsample, hidden=hidden, inner=inner,
         summary_hidden=summary_hidden, summary_inner=summary_inner,
-        pre_norm=any(".pre." in key for key in mine),
-        token=token if teacher.get("token_slot") is None else int(teacher["token_slot"]),
-        in_trunk_summary=bool(teacher.get("use_summary", True)),
+        token=teacher["token"], in_trunk_summary=bool(teacher.get("use_summary", True)),
     )  # fmt: skip
 
 
-def make_radio(name: str, parts: list[Tensor], config: ModelConfig) -> Tensor:
+def fold_spectral(tensors: Tensors) -> Iterator[tuple[str, Tensor]]:
+    """Keys and weights, the spectrally reparametrised ones as plain W * s / sigma(W). RADIO 1.5."""
+    for key, weight in tensors.items():
+        base, parametrised, rest = key.partition(".parametrizations.weight.")
+        if not parametrised:
+            yield key, weight
+        if rest != "original":
+            continue
+        scales = sorted(k for k in tensors if k.startswith(base + ".para") and k.endswith("scale"))
+        chunks = []  # qkv: three matrices, each with its own norm
+        for scale_key, w in zip(scales, weight.float().chunk(len(scales)), strict=True):
+            part = scale_key.removesuffix("scale")
+            scale, u, v = (tensors[part + x].float().flatten() for x in ("scale", "_u", "_v"))
+            if tensors.get(part + "_sn_version", torch.tensor(1)) > 1:
+                scale = F.softplus(scale) + 0.05
+            chunks.append(w * scale / (u @ w @ v))
+        yield base + ".weight", torch.cat(chunks)
+
+
+def from_radio(name: str, x: Tensor, config: ModelConfig) -> Tensor:
     """Our tensor from the release's, whose patches are (channel, row, column)."""
     if name == "embed.weight":
-        return rearrange(parts[0], "d (c y x) -> d (y x c)", y=config.patch, x=config.patch)
+        return rearrange(x, "d (c y x) -> d (y x c)", y=config.patch, x=config.patch)
     if name == "positions.table_GGD":
-        return rearrange(parts[0], "1 (y x) d -> y x d", y=config.position_grid)
-    return parts[0].flatten() if name == "feature_mean_D" else parts[0]
+        return rearrange(x, "1 (y x) d -> y x d", y=config.position_grid)
+    return x.flatten() if name == "feature_mean_D" else x
 
 
-# ------------------------------------------------------------------------------------------------
-# Export, and the table of sizes
+# ---- Export, and the table of sizes
 
 
 class FixedGrid(nn.Module):
@@ -1578,12 +1462,10 @@ class FixedGrid(nn.Module):
         p = self.student.config.patch
         pattern = "b c (h y) (w x) -> (b h w) (y x c)"
         out = self.student.run(rearrange(images_B3HW, pattern, y=p, x=p), self.layout)
-        results = {"summary.trunk": out.trunk_summary_BD}
-        results |= {f"summary.{name}": value for name, value in out.summary.items()}
-        factors = {head.name: head.upsample for head in self.student.config.heads}
-        for name, value in {"trunk": out.trunk_MD, **out.patches}.items():
-            h, w = (side * factors.get(name, 1) for side in self.layout.grids[0])
-            results[f"patches.{name}"] = rearrange(value, "(b h w) c -> b h w c", h=h, w=w)
+        each, results = self.student.unpack(out, self.layout.grids), {}
+        for part in ("summary", "patches"):
+            for name in getattr(each[0], part):
+                results[f"{part}.{name}"] = torch.stack([getattr(f, part)[name] for f in each])
         return results
 
 
@@ -1591,29 +1473,27 @@ class FixedGrid(nn.Module):
 def count_parameters(config: ModelConfig) -> dict[str, int]:
     """Parameters: total, trunk (without teacher heads), and both as active for one token."""
     with torch.device("meta"):
-        student = Student(config)
-    counts = {name: p.numel() for name, p in student.named_parameters()}
-    total, trunk = (
-        sum(counts.values()),
-        sum(n for name, n in counts.items() if not name.startswith("heads.")),
-    )
-    experts = sum(n for name, n in counts.items() if name.endswith(("_EGD", "_EDF")))
+        named = dict(Student(config).named_parameters())
+
+    def count(is_in: Callable[[str], bool]) -> int:
+        return sum(p.numel() for name, p in named.items() if is_in(name))
+
+    total, trunk = count(lambda _: True), count(lambda name: not name.startswith("heads."))
+    experts = count(lambda name: name.endswith(("_EGD", "_EDF")))
     idle = experts * (config.experts - config.top_k) // max(config.experts, 1)
-    frozen = sum(p.numel() for p in student.parameters() if not p.requires_grad)
-    block = sum(n for name, n in counts.items() if name.startswith("blocks.0."))
     return {"total": total, "active": total - idle, "trunk": trunk, "active_trunk": trunk - idle,
-            "frozen": frozen, "block": block}  # fmt: skip
+            "frozen": count(lambda name: not named[name].requires_grad),
+            "block": count(lambda name: name.startswith("blocks.0."))}  # fmt: skip
 
 
 def count_flops(config: ModelConfig, pixels: int) -> float:
     """FLOPs of one square image's forward: two per weight and token, plus attention's products."""
     patches = (pixels // config.patch) ** 2
     tokens, counts = patches + config.prefix, count_parameters(config)
-    table = config.position_grid**2 * config.dim  # looked up, not multiplied
-    weights = counts["active_trunk"] - table - config.prefix * config.dim
+    looked_up = (config.position_grid**2 + config.prefix) * config.dim  # not multiplied
     heads = counts["active"] - counts["active_trunk"] - counts["frozen"]
     products = 4 * tokens**2 * config.n_heads * config.head_dim * config.n_layers
-    return 2 * tokens * weights + 2 * patches * heads + products
+    return 2 * tokens * (counts["active_trunk"] - looked_up) + 2 * patches * heads + products
 
 
 def training_bytes(config: ModelConfig, devices: int, sharded: bool) -> float:
@@ -1628,20 +1508,18 @@ def training_bytes(config: ModelConfig, devices: int, sharded: bool) -> float:
 
 def main() -> None:
     """Print the table of sizes."""
-    print(
-        "parameters in millions; GFLOPs of one image's forward; GB of weights, gradients and AdamW"
-    )
-    print(f"{'':<11}{'total':>9}{'active':>9}{'trunk':>9}{'active':>9}{'256 px':>9}{'512 px':>9}"
-          f"{'DDP 1/8/64':>12}{'FSDP2 1':>9}{'8':>7}{'64':>7}")  # fmt: skip
+    print("parameters in millions, 'a': active for one token; GFLOPs of one image's forward")
+    print("GB per device of weights, gradients and AdamW: DDP, and FSDP2 on 1, 8 and 64 devices")
+    titles = ("total", "total a", "trunk", "trunk a", "256 px", "512 px",
+              "DDP", "FSDP2 1", "FSDP2 8", "FSDP2 64")  # fmt: skip
+    print(" " * 11 + "".join(f"{title:>9}" for title in titles))
     for name, config in MODELS.items():
         counts = count_parameters(config)
-        millions = [counts[key] / 1e6 for key in ("total", "active", "trunk", "active_trunk")]
-        flops = [count_flops(config, pixels) / 1e9 for pixels in (256, 512)]
-        memory = [training_bytes(config, n, sharded=True) / 1e9 for n in (1, 8, 64)]
-        print(f"{name:<11}" + "".join(f"{x:9.2f}" for x in millions)
-              + "".join(f"{x:9.1f}" for x in flops)
-              + f"{training_bytes(config, 1, sharded=False) / 1e9:12.2f}{memory[0]:9.2f}"
-              + "".join(f"{x:7.2f}" for x in memory[1:]))  # fmt: skip
+        row = [counts[key] / 1e6 for key in ("total", "active", "trunk", "active_trunk")]
+        row += [count_flops(config, pixels) / 1e9 for pixels in (256, 512)]
+        row += [training_bytes(config, 1, sharded=False) / 1e9]  # the same on 1, 8 and 64 devices
+        row += [training_bytes(config, devices, sharded=True) / 1e9 for devices in (1, 8, 64)]
+        print(f"{name:<11}" + "".join(f"{x:9.2f}" for x in row))
 
 
 if __name__ == "__main__":

@@ -225,6 +225,50 @@ def test_radio_variants(tmp_path):
     close(found.patches["trunk"], (plain.patches["trunk"] - mean) @ tx.T)
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("base_model.blocks", "base_model.inner.blocks", r"no timm ViT.*base_model\.inner\.blocks"),
+        ("mlp.fc1", "mlp.w12", r"missing key base_model\.blocks\.0\.mlp\.fc1.*mlp\.w12"),
+        ("_heads.sam.fc1", "_heads.sam.fc9", r"missing key _heads\.sam\.fc1"),
+    ],
+)
+def test_unknown_radio_keys_are_named(tmp_path, old, new, message):
+    """ViT-g's key names are not in the papers: refused, not guessed."""
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        content = torch.load(RADIO, weights_only=True)
+    state = {key.replace(old, new): value for key, value in content["state_dict"].items()}
+    torch.save({**content, "state_dict": dict(sorted(state.items()))}, tmp_path / "r.pth.tar")
+    with pytest.raises(ValueError, match=message):
+        load_student(tmp_path / "r.pth.tar")
+
+
+def test_radio_teacher_entries(tmp_path):
+    """A teacher's second entry is passed over; a stated slot says which CLS token is read."""
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        content = torch.load(RADIO, weights_only=True)
+    plain = load_student(RADIO).encode(images([(2, 3)]))[0]
+    clip, dino, sam = content["args"].teachers
+    content["args"].teachers = [
+        clip,
+        dict(clip),
+        {**dino, "token_slot": 1},
+        {**sam, "token_slot": None},
+    ]
+    order, state = ("clip", "again", "dino_v2", "sam"), {}
+    for key, value in content["state_dict"].items():
+        part, name, *rest = key.split(".")
+        by_index = part in ("_heads", "_feature_projections")
+        state[".".join([part, str(order.index(name)) if by_index else name, *rest])] = value
+    again = {
+        key.replace(".0.", ".1.", 1): x for key, x in state.items() if key.startswith("_heads.0.")
+    }
+    torch.save({**content, "state_dict": state | again}, tmp_path / "r.pth.tar")
+    found = load_student(tmp_path / "r.pth.tar").encode(images([(2, 3)]))[0]
+    for name in plain.summary:
+        close(found.summary[name], plain.summary[name])
+
+
 def test_radio_v1_head(tmp_path):
     with torch.serialization.safe_globals([argparse.Namespace]):
         content = torch.load(RADIO, weights_only=True)
