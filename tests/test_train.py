@@ -124,6 +124,7 @@ def test_a_folder_without_pictures_is_refused(content, tmp_path):
 # ------------------------------------------------------------------------------ a run
 
 
+@pytest.mark.slow
 @pytest.mark.full_report
 def test_a_run_leaves_what_the_readme_says(tmp_path, capsys):
     run(tmp_path)
