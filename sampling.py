@@ -280,7 +280,8 @@ def kmeans(
     else:
         c_KD = seed_centroids(rows, k, generator)
     swaps, most, last = (0 if is_large else SWAPS), max(1, k // 10), math.inf
-    best, i = None, 0
+    best: Any = None
+    i = 0
     while True:
         is_swap = i < swaps and i % 2 == 1  # what Lloyd's step gains after a swap is no swap's gain
         found = step(rows, c_KD, dtype, second=is_swap)

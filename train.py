@@ -787,6 +787,11 @@ def open_sources(cfg: TrainConfig) -> tuple[list[Source], Source]:
             rest = open_source(f"openmoji:test:{max(16, round(cfg.held_out * len(source)))}")
         else:
             source, rest = hold_out(source, cfg.held_out)
+        if not len(source) or not len(rest):
+            raise ValueError(
+                f"held_out={cfg.held_out} leaves {len(source)} pictures of {spec} to train on and "
+                f"{len(rest)} for the report; change --held-out or give more pictures"
+            )
         train.append(source)
         held_out.append(rest)
     return train, held_out[0]

@@ -45,7 +45,7 @@ def long_tailed(labels: np.ndarray, exponent: float, rng: np.random.Generator) -
 
 
 def knn_hits(train_NC: Tensor, train_N: np.ndarray, test_NC: Tensor, test_N: np.ndarray, k: int):
-    """Which test pictures the vote of the k nearest gets right, weights exp(cos / 0.07), AMoE 6.1."""
+    """Which test pictures the k nearest vote right, weight exp(cos / 0.07), AMoE 6.1."""
     cosine = F.normalize(test_NC, dim=1) @ F.normalize(train_NC, dim=1).T
     near, where = cosine.topk(min(k, len(train_N)), dim=1)
     votes = torch.zeros(len(test_N), int(max(train_N.max(), test_N.max())) + 1)

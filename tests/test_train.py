@@ -121,6 +121,12 @@ def test_a_folder_without_pictures_is_refused(content, tmp_path):
         train.main([*QUICK, "--out", str(tmp_path / "out"), "--data", str(folder)])
 
 
+def test_a_report_without_pictures_is_refused(tmp_path):
+    make_pictures(tmp_path / "pictures", good=4, bad=0)
+    with pytest.raises(SystemExit, match="held_out"):
+        run(tmp_path / "out", "--data", str(tmp_path / "pictures"), "--held-out", "0.0001")
+
+
 # ------------------------------------------------------------------------------ a run
 
 
