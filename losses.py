@@ -569,6 +569,14 @@ class PhiS(Normalizer):
     def fit(self, seen: Moments) -> Affine:
         covariance_CC = seen.scatter_CC / seen.total  # of the data seen: no n - 1
         eigenvalues_C, eigenvectors_CC = torch.linalg.eigh(covariance_CC)
+        is_null_C = eigenvalues_C < 1e-10 * eigenvalues_C[-1]
+        if is_null_C.any():
+            # Among directions without data eigh chooses by rounding, which differs from one process
+            # to two. Their span is well defined: its basis is that of fixed vectors laid into it.
+            null_CK = eigenvectors_CC[:, is_null_C]
+            fixed_CK = torch.randn(null_CK.shape, generator=torch.Generator().manual_seed(0))
+            laid_CK = null_CK @ (null_CK.T @ fixed_CK.to(null_CK))
+            eigenvectors_CC[:, is_null_C] = torch.linalg.qr(laid_CK).Q
         phi = eigenvalues_C.clamp(min=0).mean().sqrt()
         # Signs are free: each eigenvector, a row of U^T in ascending order, and each row of H gets
         # a positive diagonal entry, so that a refit rarely flips one.

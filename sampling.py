@@ -79,9 +79,8 @@ class Rows:
 
     def fetch(self, ids_B: Tensor) -> Tensor:
         """Rows of the table as float32 (B, D) on this process's device."""
-        where: Any = ids_B
-        if len(ids_B) and int(ids_B[-1] - ids_B[0]) == len(ids_B) - 1:
-            where = slice(int(ids_B[0]), int(ids_B[-1]) + 1)  # a view, or one read of a file
+        is_run = len(ids_B) and (ids_B.diff() == 1).all()  # then a view, or one read of a file
+        where = slice(int(ids_B[0]), int(ids_B[-1]) + 1) if is_run else ids_B
         return self.table[where].to(self.group.device, torch.float32)
 
     def chunks(self) -> Iterator[tuple[slice, Tensor]]:
@@ -220,7 +219,7 @@ def seed_centroids(rows: Rows, k: int, generator: torch.Generator) -> Tensor:
         room = k - len(c_KD)
         if not room:
             return c_KD
-        size = 1 if len(c_KD) < EXACT else min(room, max(1, len(c_KD) // 10))
+        size = 1 if len(c_KD) < EXACT else min(room, max(1, len(c_KD) // 5))
         tries = min(CANDIDATES, rows.total // size)
         drawn_CD = rows.fetch(draw(rows, distance_N, size * tries, generator))
         gain_TC = rearrange(gains(rows, distance_N, drawn_CD), "(t c) -> t c", t=tries)

@@ -625,6 +625,16 @@ def test_normalize_keeps_float32_even_under_autocast_and_for_half_inputs():
     torch.testing.assert_close(norm.normalize(maps).view(60, WIDTH), norm.normalize(rows_NC[:60]))
 
 
+def test_directions_without_data_do_not_turn_with_rounding():
+    x_NC = torch.randn(20, 48, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    whole, halves = losses.PhiS(48), losses.PhiS(48)
+    whole.update(x_NC)
+    for part in x_NC.flip(0).split(7):
+        halves.update(part)
+    new_NC = torch.randn(5, 48, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    torch.testing.assert_close(whole.normalize(new_NC), halves.normalize(new_NC), rtol=0, atol=1e-6)
+
+
 def test_usable_after_any_update_and_fitted_to_all_seen():
     a_NC, b_NC = anisotropic(50, WIDTH), anisotropic(50, WIDTH, seed=1, offset=-9)
     norm = fitted(losses.PhiS, a_NC)

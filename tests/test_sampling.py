@@ -139,6 +139,12 @@ def test_random_numbers_belong_to_the_row():
     assert abs(torch.corrcoef(torch.stack([u[1:], u[:-1]]))[0, 1]) < 0.02
 
 
+def test_rows_come_in_the_order_that_is_asked_for():
+    x_ND = torch.arange(20.0)[:, None]
+    for ids in ([5, 9, 7], [3, 4, 5], [7, 6, 5], [2, 2, 4], [8], []):
+        assert share(x_ND).fetch(torch.tensor(ids, dtype=torch.int64))[:, 0].tolist() == ids
+
+
 def test_draw_follows_the_weights():
     weights = torch.tensor([0.0, 1.0, 2.0, 7.0])
     rows, generator = share(torch.zeros(4, 1)), seeded()
