@@ -185,7 +185,7 @@ PRESETS: dict[str, TrainConfig] = {
     # Low resolution first, as both papers: a picture of 64^2 px costs a fifth of one of 224^2.
     # The budgets are those of the 16 pictures that a pack may hold.
     "demo": TrainConfig(
-        steps=1100,
+        steps=1000,
         stages=(_native(0.5, 64, 336), _native(0.85, 96, 656), _native(1.0, 224, 1200)),
         head_hidden=384,
         lr=2e-3,
