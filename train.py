@@ -760,7 +760,8 @@ def draw_curves(rows: list[dict], path: Path) -> None:
     for name in [key for key in rows[-1] if key.endswith("/relation")]:
         middle.plot(steps, [row[name] for row in rows], label=name[5:])
     middle.set(title="relational loss", xlabel="step")
-    middle.legend(fontsize=8)
+    if middle.get_legend_handles_labels()[0]:
+        middle.legend(fontsize=8)
     right.plot(steps, [row["moe/max_load"] for row in rows], label="busiest expert / mean")
     right.plot(steps, [row["grad_norm"] for row in rows], label="gradient norm", alpha=0.5)
     right.set(title="experts and gradients", xlabel="step", yscale="log")
