@@ -139,23 +139,13 @@ class Step:
     inertia: float  # sum of the squared distances
 
 
-def half_norms(c_KD: Tensor) -> Tensor:
-    return torch.linalg.vecdot(c_KD, c_KD) / 2
-
-
-def nearest(
-    x_BD: Tensor,
-    c_KD: Tensor,
-    half_K: Tensor,
-    dtype: torch.dtype = torch.float32,
-    second: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
+def nearest(x_BD: Tensor, c_KD: Tensor, dtype: torch.dtype = torch.float32, second: bool = False):
     """Nearest centroid of each row, its score and, if asked, the runner-up's score.
 
-    With score = x.c - |c|^2 / 2 (`half_norms`) the squared distance is |x|^2 - 2 score: one matmul, of which only
+    With score = x.c - |c|^2 / 2 the squared distance is |x|^2 - 2 score: one matmul, of which only
     a block of rows x centroids ever exists.
     """
-    x_BD = x_BD.to(dtype)
+    half_K, x_BD = c_KD.square().sum(1) / 2, x_BD.to(dtype)
     best_B = torch.full((len(x_BD),), -math.inf, device=x_BD.device)
     second_B, cluster_B = best_B, torch.zeros_like(best_B, dtype=torch.int64)
     width = BLOCK[x_BD.device.type][1]
@@ -178,11 +168,11 @@ def step(
     """Assign the rows to the centroids and average them per cluster, in float64."""
     cluster_N = torch.empty(len(rows.ids_N), dtype=torch.int32)
     distance_N = torch.empty(len(rows.ids_N))
-    half_K, sums_KD = half_norms(c_KD), torch.zeros_like(c_KD, dtype=torch.float64)
+    sums_KD = torch.zeros_like(c_KD, dtype=torch.float64)
     stats_3K = torch.zeros(3, len(c_KD), dtype=torch.float64, device=c_KD.device)
     for part, x_BD in rows.chunks():
-        cluster_B, best_B, second_B = nearest(x_BD, c_KD, half_K, dtype, second)
-        squared_B = (2 * (half_norms(x_BD) - best_B)).clamp(min=0)
+        cluster_B, best_B, second_B = nearest(x_BD, c_KD, dtype, second)
+        squared_B = (x_BD.square().sum(1) - 2 * best_B).clamp(min=0)
         values_3B = torch.stack([torch.ones_like(best_B), squared_B, 2 * (best_B - second_B)])
         stats_3K.index_add_(1, cluster_B, values_3B.double())
         sums_KD.index_add_(0, cluster_B, x_BD.double())
@@ -207,7 +197,7 @@ def gains(rows: Rows, distance_N: Tensor, new_CD: Tensor) -> Tensor:
     gain_C = torch.zeros(len(new_CD), dtype=torch.float64, device=new_CD.device)
     minus_norm_C = -new_CD.square().sum(1)
     for part, x_BD in rows.chunks():
-        slack_B = distance_N[part].to(x_BD.device) - 2 * half_norms(x_BD)
+        slack_B = distance_N[part].to(x_BD.device) - x_BD.square().sum(1)
         fall_BC = torch.addmm(minus_norm_C, x_BD, new_CD.T, alpha=2).add_(slack_B[:, None])
         gain_C += fall_BC.relu_().sum(0)
     return all_sum(gain_C, rows.group)
@@ -247,7 +237,7 @@ def swap_centroids(rows: Rows, found: Step, most: int, generator: torch.Generato
     drawn_CD = rows.fetch(draw(rows, found.distance_N, most * CANDIDATES, generator))
     gain_C, order_C = gains(rows, found.distance_N, drawn_CD).sort(descending=True)
     drawn_CD = drawn_CD[order_C]
-    home_C = nearest(drawn_CD, c_KD, half_norms(c_KD))[0]
+    home_C = nearest(drawn_CD, c_KD)[0]
     # One newcomer a cluster, as two of them would share one gain; the best, hence the first.
     first_S = torch.from_numpy(np.sort(np.unique(home_C.cpu(), return_index=True)[1])[:most])
     first_S = first_S.to(home_C.device)
@@ -936,8 +926,7 @@ def plan(args: argparse.Namespace, group: Group) -> None:
     if args.measure:
         x_ND = torch.randn(4096, args.dim, device=group.device)
         start = time.perf_counter()
-        half_N = half_norms(x_ND)
-        passes = [nearest(x_ND, x_ND, half_N)[1].sum().item() for _ in range(5)]
+        passes = [nearest(x_ND, x_ND)[1].sum().item() for _ in range(5)]
         args.tflops = 2 * len(passes) * 4096**2 * args.dim / (time.perf_counter() - start) / 1e12
     keep = args.keep or [None] * len(args.clusters)
     table = cost(args.rows, args.dim, args.clusters, args.gpus, keep, args.fit_rows, args.splits,
