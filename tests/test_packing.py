@@ -905,7 +905,8 @@ def test_torchrun_joins_the_group(attempt, tmp_path):
     env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=110, env=env)
     assert done.returncode == 0, done.stderr
-    assert sorted(done.stdout.split("\n"))[-2:] == ["rank 0 of 2: 1.0", "rank 1 of 2: 1.0"]
+    # Two processes write to one pipe: their lines may run together, their words stay whole.
+    assert all(done.stdout.count(f"rank {rank} of 2: 1.0") == 1 for rank in (0, 1)), done.stdout
 
 
 def test_without_torchrun_there_is_one_process(monkeypatch):
