@@ -14,6 +14,7 @@ import functools
 import itertools
 import math
 import warnings
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -520,13 +521,20 @@ class Normalizer:
             raise ValueError("a Linear without bias cannot hold the mean; build the head with one")
         if linear.out_features % self.channels:
             raise ValueError(f"{linear.out_features} rows are no multiple of C={self.channels}")
-        with torch.no_grad():
-            weight = rearrange(linear.weight.double(), "(g c) d -> d g c", c=self.channels)
-            _, scale, rotation_CC = _to(self.current(), weight)
-            weight = rearrange((scale * weight) @ rotation_CC, "d g c -> (g c) d")
-            bias = rearrange(linear.bias.double(), "(g c) -> g c", c=self.channels)
-            linear.bias.copy_(self.denormalize(bias).flatten())
-            linear.weight.copy_(weight)
+        self._compose(linear, self.denormalize)
+
+    def unfold_from(self, linear: nn.Linear) -> None:
+        """Inverse of `fold_into`: a layer that answers in teacher space becomes one to train."""
+        self._compose(linear, self.normalize)
+
+    @torch.no_grad()
+    def _compose(self, linear: nn.Linear, affine: Callable[[Tensor], Tensor]) -> None:
+        """Follow a Linear of g * C rows by an affine map of C channels, in float64."""
+        weight = rearrange(linear.weight.double(), "(g c) d -> d g c", c=self.channels)
+        bias = rearrange(linear.bias.double(), "(g c) -> g c", c=self.channels)
+        weight = affine(weight) - affine(torch.zeros_like(weight[:1]))
+        linear.weight.copy_(rearrange(weight, "d g c -> (g c) d"))
+        linear.bias.copy_(affine(bias).flatten())
 
     def to(self, device: torch.device | str) -> Normalizer:
         """Move to where the features are (for NCCL: to this rank's GPU)."""

@@ -33,6 +33,7 @@ import torch.nn.functional as F
 from einops import EinopsError, rearrange, repeat
 from PIL import Image, ImageOps
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from packing import PackedBatch, fit_size, resize, to_float, to_rgb
 
@@ -60,6 +61,7 @@ class HeadSpec:
     split: bool = False  # adapter: an own last Linear for the summary, so PHI-S folds into each
     bias: bool = False  # adapter: bias of the last Linear (a folded PHI-S needs it for the mean)
     pool_hidden: int = 4304  # width of the MLP in the pooling head
+    pool_heads: int = 16  # attention heads of the pooling head
     hidden: int = 0  # hidden width (of the patch MLP); adapter: 0 is dim, AMoE's own shape
     summary_hidden: int = 1024  # v1, v2: the same of the summary MLP
     inner: int = 0  # v1, v2: hidden layers (v1) or residual blocks (v2) of the patch MLP
@@ -450,7 +452,7 @@ class GoldenPositions(KeepsFloat32):
         freqs_HJ2 = golden_frequencies(config.n_heads, n_freqs, low, high)
         self.register_buffer("freqs_HJ2", freqs_HJ2)
 
-    def forward(self, patches_MD: Tensor, layout: Layout, _: Any):
+    def forward(self, patches_MD: Tensor, layout: Layout, _: Tensor | None):
         """The patches as they are; cos_NHJ, sin_NHJ of every token, in float32 whatever the dtype.
 
         Coordinates do not depend on the resolution: y spans [-sqrt(h/w), +sqrt(h/w)], x the
@@ -473,15 +475,15 @@ class TablePositions(nn.Module):
         side = config.position_grid
         self.table_GGD = nn.Parameter(torch.randn(side, side, config.dim) / math.sqrt(config.dim))
 
-    def forward(self, patches_MD: Tensor, layout: Layout, generator) -> tuple[Tensor, None]:
-        """With a generator: random windows and position dropout (training); without: inference."""
+    def forward(self, patches_MD: Tensor, layout: Layout, windows_B5: Tensor | None):
+        """With `position_windows`, one per image: training. Without: the inference rule."""
         side, grid_M2 = len(self.table_GGD), layout.grid_M2.float()
-        if generator is None:
+        if windows_B5 is None:
             # The table resized to the square of the longer side (pixel centres), top-left part.
             yx_M2 = (layout.row_column_M2 + 0.5) * (side / grid_M2.amax(1, keepdim=True)) - 0.5
             return patches_MD + self.sample(yx_M2.clamp(0, side - 1)).to(patches_MD.dtype), None
         areas = torch.tensor([h * w for h, w in layout.grids])
-        windows_M5 = position_windows(len(areas), generator).repeat_interleave(areas, 0)
+        windows_M5 = windows_B5.repeat_interleave(areas.to(windows_B5.device), 0)
         size_M2, origin_M2, kept_M1 = windows_M5.to(patches_MD.device).split([2, 2, 1], dim=1)
         unit_M2 = layout.row_column_M2 / (grid_M2 - 1).clamp(min=1)
         positions_MD = self.sample((origin_M2 + unit_M2 * size_M2) * (side - 1)) * kept_M1
@@ -499,7 +501,10 @@ class TablePositions(nn.Module):
 
 
 def position_windows(count: int, generator: torch.Generator) -> Tensor:
-    """Random windows of the table: (height, width, top, left, kept) of each image, in [0, 1]."""
+    """Random windows of the table and position dropout, for training. RADIO 1.2.
+
+    Returns: (count, 5): height, width, top, left in [0, 1], and 0 where all positions are dropped.
+    """
     u_B6 = torch.rand(count, 6, generator=generator)
     scale_B = math.sqrt(0.1) + (1 - math.sqrt(0.1)) * u_B6[:, 0]
     aspect_B = torch.exp((2 * u_B6[:, 1] - 1) * math.log(4 / 3))
@@ -710,12 +715,11 @@ class RadioHead(nn.Module):
 class AttentionPool(nn.Module):
     """SigLIP2's pooling head: a learned probe attends to all tokens, then an MLP. AMoE 1.6."""
 
-    n_heads = 16
-
-    def __init__(self, dim: int, hidden: int):
+    def __init__(self, dim: int, hidden: int, n_heads: int):
         super().__init__()
-        if dim % self.n_heads:
-            raise ValueError(f"pooling head: dim={dim} is not a multiple of {self.n_heads} heads")
+        if dim % n_heads:
+            raise ValueError(f"pooling head: dim={dim} is not a multiple of {n_heads} heads")
+        self.n_heads = n_heads
         self.probe_1C = nn.Parameter(torch.randn(1, dim) / math.sqrt(dim))
         self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
         self.norm = nn.LayerNorm(dim, eps=1e-5)
@@ -750,11 +754,14 @@ class AdapterHead(nn.Module):
         if spec.split and spec.summary_dim is not None:
             self.last_summary = nn.Linear(hidden, spec.summary_dim, bias=spec.bias)
         if spec.pool:  # the teacher's own weights: never trained
-            self.pool = AttentionPool(dim, spec.pool_hidden).requires_grad_(False)
+            self.pool = AttentionPool(dim, spec.pool_hidden, spec.pool_heads).requires_grad_(False)
+        # In training, from PHI-S space to the teacher's own, where pooling and registers are
+        # defined (AMoE 2.2). A saved student has it folded into `last`.
+        self.to_teacher: Callable[[Tensor], Tensor] = lambda x: x
 
     def output_layers(self) -> dict[str, Any]:
         layers = {"patches": self.last}
-        if self.spec.summary_dim is not None:
+        if self.spec.summary_dim is not None and not self.spec.pool:
             layers["summary"] = self.last_summary if self.spec.split else self.last
         return layers
 
@@ -766,12 +773,15 @@ class AdapterHead(nn.Module):
         if not (self.spec.registers or self.spec.pool):
             prefix_BRD = prefix_BRD[:, :1]
         hidden_BRC = self.hidden(prefix_BRD)
-        registers_BRC = self.last(hidden_BRC[:, 1:]) if self.spec.registers else None
+        registers_BRC = None
+        if self.spec.registers:
+            registers_BRC = self.to_teacher(self.last(hidden_BRC[:, 1:]))
         if self.spec.summary_dim is None:
             return None, patches_MC, registers_BRC
         if self.spec.pool:
             rows_NC = torch.cat([self.last(hidden_BRC).flatten(0, 1), patches_MC])
-            return self.pool(rows_NC[layout.gather_N], layout), patches_MC, registers_BRC
+            rows_NC = self.to_teacher(rows_NC[layout.gather_N]).to(rows_NC.dtype)
+            return self.pool(rows_NC, layout), patches_MC, registers_BRC
         return self.output_layers()["summary"](hidden_BRC[:, 0]), patches_MC, registers_BRC
 
 
@@ -805,6 +815,8 @@ class Student(nn.Module):
     feature_mean_D: Tensor
     feature_tx_DD: Tensor
     encode_budget = 16384  # tokens of one inference pass: bounds the memory of `encode`
+    frozen_trunk = False  # True: only the heads get gradients (RADIO 4: the first steps)
+    recompute = False  # True: blocks keep no activations and run again in backward
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -824,36 +836,42 @@ class Student(nn.Module):
             self.heads[spec.name] = make(spec, config.dim)
         initialise(self)
 
-    def forward(
-        self, batch: PackedBatch, generator: torch.Generator | None = None
-    ) -> StudentOutput:
+    def forward(self, batch: PackedBatch, windows_B5: Tensor | None = None) -> StudentOutput:
         """Run a pack.
 
         Args:
             batch: images cut in patches of `config.patch` pixels, values in [0, 1].
-            generator: RADIO form, training: draws the random windows of the position table.
-                Without it positions follow the inference rule. Unused by the AMoE form.
+            windows_B5: RADIO form, training: each image's `position_windows`. Without them
+                positions follow the inference rule. Unused by the AMoE form.
         """
         if batch.patch != self.config.patch:
             raise ValueError(f"the pack's patch is {batch.patch} px, ours {self.config.patch}")
         layout = Layout.of(list(batch.grids), self.config.prefix, batch.patches_MX.device)
-        return self.run(batch.patches_MX, layout, generator)
+        return self.run(batch.patches_MX, layout, windows_B5)
 
     def run(
-        self, patches_MX: Tensor, layout: Layout, generator: torch.Generator | None = None
+        self, patches_MX: Tensor, layout: Layout, windows_B5: Tensor | None = None
     ) -> StudentOutput:
         """`forward` for a layout that is already there (an exported program has a fixed one)."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen_trunk):
+            x_ND, counts_LE = self.trunk(patches_MX, layout, windows_B5)
+        return self.read_out(x_ND, layout, counts_LE)
+
+    def trunk(self, patches_MX: Tensor, layout: Layout, windows_B5: Tensor | None):
+        """Sorted tokens x_ND after the last block and norm, and counts_LE of the experts."""
         x_MX = normalise_pixels(patches_MX, self.config).to(self.embed.weight.dtype)
-        patches_MD, rotation = self.positions(self.embed(x_MX), layout, generator)
+        patches_MD, rotation = self.positions(self.embed(x_MX), layout, windows_B5)
         prefix_ND = repeat(self.prefix_RD, "r d -> (b r) d", b=len(layout.grids))
         x_ND = torch.cat([prefix_ND.to(patches_MD.dtype), patches_MD])
         x_ND = x_ND.index_select(0, layout.gather_N)
         counts = []
         for block in self.blocks:
-            x_ND, counts_E = block(x_ND, layout, rotation)
+            if self.recompute and torch.is_grad_enabled():
+                x_ND, counts_E = checkpoint(block, x_ND, layout, rotation, use_reentrant=False)
+            else:
+                x_ND, counts_E = block(x_ND, layout, rotation)
             counts.append(counts_E)
-        counts_LE = torch.stack(counts) if self.config.experts else None
-        return self.read_out(self.norm(x_ND), layout, counts_LE)
+        return self.norm(x_ND), torch.stack(counts) if self.config.experts else None
 
     def read_out(self, x_ND: Tensor, layout: Layout, counts_LE: Tensor | None) -> StudentOutput:
         """Split the tokens and apply every teacher head."""

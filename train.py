@@ -11,6 +11,7 @@ Legend: B images, N packed tokens, M packed patches, C teacher width, L layers, 
 """
 
 import argparse
+import bisect
 import dataclasses
 import hashlib
 import json
@@ -20,7 +21,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,12 +29,36 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
 import losses
-from eval import final_report, format_table, pca_sheet
-from model import MODELS, HeadSpec, Student, load_student, save_student
+from eval import extract, final_report, format_table, knn, pca_sheet
+from model import (
+    MODELS,
+    AdapterHead,
+    AttentionPool,
+    HeadSpec,
+    ModelConfig,
+    Student,
+    StudentOutput,
+    TablePositions,
+    load_student,
+    position_windows,
+    save_student,
+    with_heads,
+)
 from packing import (
     SUFFIXES,
     Component,
@@ -43,7 +68,9 @@ from packing import (
     Sizes,
     Source,
     StepData,
+    Subset,
     hold_out,
+    keyed_generator,
     make_loader,
     open_source,
     setup_distributed,
@@ -54,6 +81,7 @@ from teachers import (
     TeacherOutput,
     cache_home,
     fill_caches,
+    load_backbone,
     load_teacher,
     parse_teacher,
 )
@@ -81,13 +109,15 @@ class Stream:
     max_side: int = 224
     min_side: int = 0
     choices: tuple[int, ...] = ()
-    budget: int = 1024
-    packs: int = 2
+    budget: int = 1024  # tokens of a pack, prefix tokens counted
+    packs: int = 2  # of a step, over all ranks
+    teachers: tuple[str, ...] = ()  # those that supervise it; () all (AM-RADIO had each on one)
+    data: tuple[int, ...] = ()  # which of the --data SOURCEs, counted from 0; () all
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of the run, up to the fraction `until` of its steps (RADIO Sec. 4; AMoE Sec. 5)."""
+    """A part of the run, up to the fraction `until` of its steps."""
 
     until: float
     streams: tuple[Stream, ...]
@@ -103,15 +133,20 @@ class TrainConfig:
     teachers: tuple[str, ...] = option(
         ("vit-s=builtin:vit-s", "mobilenet=builtin:mobilenet"), "NAME=PATH[@layer] of each teacher"
     )
-    model: str = option("nano", "student, a key of model.MODELS")
+    model: str = option("nano", "student, a key of model.MODELS; init: the sizes of --init")
+    init: str = option("", "NAME=PATH[@layers] to start from: a ViT or DINOv2, or our checkpoint")
+    head_hidden: int = option(0, "hidden width of the heads; 0: the teacher's (AMoE), 1024 (RADIO)")
+    windows: bool = option(True, "RADIO form: random windows of the position table (Sec. 1.2)")
+    pool: bool = option(True, "SigLIP: its frozen pooling head makes the summary (AMoE Sec. 1.6)")
     out: str = option("", "run folder (default runs/<preset>)", control=True)
-    head_hidden: int = option(0, "hidden width of the adapters; 0: the teacher's (AMoE Sec. 1.6)")
     steps: int = option(1000, "optimizer steps")
     seed: int = option(0, "seed of weights, order and augmentation")
     resume: str = option("auto", "auto, none, or a checkpoint folder", control=True)
     save_every: int = option(150, "steps between checkpoints", control=True)
     keep: int = option(3, "newest checkpoints that are kept", control=True)
+    keep_every: int = option(0, "also keep each that is a multiple of so many steps", control=True)
     log_every: int = option(10, "steps between lines of metrics.jsonl", control=True)
+    look_every: int = option(0, "steps between looks: kNN, pca.png; 0: at the end", control=True)
     workers: int = option(0, "loader processes per rank; 0 loads in the main one", control=True)
     threads: int = option(0, "torch threads per rank; 0 shares the cores evenly", control=True)
     pg_timeout: float = option(600.0, "seconds that a rank waits for the others", control=True)
@@ -122,29 +157,49 @@ class TrainConfig:
         (Stage(1.0, (Stream("native"),)),), "resolution stages, set by presets", flag=False
     )
     max_images: int = option(16, "images in a pack at the most (AMoE Sec. 3)")
+    global_tokens: int = option(0, "tokens of a step over all ranks; 0: the packs of the preset")
     micro_packs: int = option(0, "packs of one forward on a rank; 0: all of the step's")
+    patch_loss: str = option("mse", "feature loss of patches", choices=tuple(losses.KINDS))
+    summary_loss: str = option("mse", "feature loss of summaries", choices=(*losses.KINDS, "angle"))
     relation: str = option("arkd", "relational loss of summaries", choices=("arkd", "rkd", "none"))
     relation_weight: float = option(1.0, "weight of the relational loss (AMoE Sec. 2.1: 1)")
     average: str = option(
-        "image", "each image weighs the same, or each token", choices=("image", "token")
+        "image", "weigh each image the same (AMoE), within each stream (RADIO), or each token",
+        choices=("image", "partition", "token"),
+    )  # fmt: skip
+    balance: str = option(
+        "none", "weights of the losses: 1, or AdaLoss'", choices=("none", "adaloss")
     )
     normalizer: str = option(
         "phis", "space of the targets", choices=("phis", "global", "channel", "none")
     )
     stats_steps: int = option(30, "steps whose teacher features fix the normalizers, before step 1")
-    lr: float = option(1.5e-3, "peak learning rate of AdamW")
+    frozen_steps: int = option(0, "first steps that train the heads alone (RADIO Sec. 4: 5000)")
+    optimizer: str = option("adamw", "optimizer (RADIO Sec. 4: lamb)", choices=("adamw", "lamb"))
+    lr: float = option(1.5e-3, "peak learning rate")
     min_lr: float = option(0.02, "last learning rate as a share of the peak")
     warmup: int = option(50, "steps of linear warm-up")
-    weight_decay: float = option(0.05, "AdamW decay of matrices; vectors and scalars have none")
-    beta2: float = option(0.95, "AdamW second-moment decay")
+    weight_decay: float = option(0.05, "decay of matrices; vectors and scalars have none")
+    beta2: float = option(0.95, "second-moment decay of the optimizer")
     clip: float = option(1.0, "gradient norm limit")
+    ema: float = option(0.0, "decay of the weights' running mean, which is then what is saved")
     router_rate: float = option(1e-3, "expert-bias step of load balancing (AMoE Sec. 1.4)")
+    parallel: str = option(
+        "ddp", "copies of the weights, or shards of them (FSDP2)", choices=("ddp", "fsdp")
+    )
+    precision: str = option(
+        "auto", "arithmetic; auto: bf16 on CUDA, else fp32", choices=("auto", "fp32", "bf16")
+    )
+    recompute: bool = option(False, "activation checkpointing: less memory, a third more time")
+    compile: bool = option(False, "torch.compile each block")
 
     def __post_init__(self) -> None:
         if not self.out:
             object.__setattr__(self, "out", f"runs/{self.preset}")
-        if self.model not in MODELS:
-            raise ValueError(f"model={self.model!r} is unknown; choose from {', '.join(MODELS)}")
+        if self.model not in MODELS and not (self.model == "init" and self.init):
+            known = ", ".join(MODELS)
+            raise ValueError(f"model={self.model!r} is unknown; choose from {known}, or init with "
+                             "--init NAME=PATH")  # fmt: skip
         if self.data_weights and len(self.data_weights) != len(self.data):
             raise ValueError(
                 f"data_weights has {len(self.data_weights)} numbers for {len(self.data)} sources; "
@@ -153,17 +208,45 @@ class TrainConfig:
         for name in ("steps", "save_every", "keep", "log_every", "stats_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema={self.ema} must be at least 0 and below 1")
         untils = [stage.until for stage in self.stages]
         if untils != sorted(untils) or untils[-1] != 1.0:
             raise ValueError(f"stages end at {untils}; they must rise to 1.0")
         parsed = [parse_teacher(text).name for text in self.teachers]
         if len(set(parsed)) != len(parsed) or not parsed:
             raise ValueError(f"teachers={parsed} must be one or more different names")
+        for stream in (stream for stage in self.stages for stream in stage.streams):
+            if unknown := set(stream.teachers) - set(parsed):
+                raise ValueError(f"stream {stream.name}: teachers {unknown} are not in {parsed}")
+            if max(stream.data, default=0) >= len(self.data):
+                raise ValueError(
+                    f"stream {stream.name} of preset {self.preset} draws from SOURCE number "
+                    f"{max(stream.data)}, but --data has {len(self.data)}, counted from 0; give "
+                    "one --data SOURCE for each (the same one twice will do)"
+                )
+        for stage in self.stages:
+            tokens = sum(stream.budget * stream.packs for stream in stage.streams)
+            if (self.global_tokens or tokens) % tokens:
+                raise ValueError(
+                    f"global_tokens={self.global_tokens} is not a multiple of the {tokens} tokens "
+                    f"in the smallest step of preset {self.preset}"
+                )
+
+    def packs(self, stage: Stage, stream: Stream) -> int:
+        """Packs of a stream in a step, over all ranks."""
+        tokens = sum(each.budget * each.packs for each in stage.streams)
+        return stream.packs * (self.global_tokens or tokens) // tokens
 
     def stage_bounds(self) -> list[tuple[int, int]]:
         """Steps [start, stop) of each stage."""
         stops = [round(stage.until * self.steps) for stage in self.stages]
         return list(zip([0, *stops[:-1]], stops, strict=True))
+
+    def stage_at(self, step: int) -> Stage:
+        """The stage that a step, counted from 1, belongs to."""
+        stops = [stop for _, stop in self.stage_bounds()]
+        return self.stages[bisect.bisect_left(stops, step)]
 
     def identity(self) -> dict:
         """The fields that decide the run's numbers, as JSON: what a resumed run must share."""
@@ -177,9 +260,36 @@ def _plain(value):
     return [_plain(item) for item in value] if isinstance(value, tuple) else value
 
 
+def _preset(base: TrainConfig, name: str, **changes) -> TrainConfig:
+    return dataclasses.replace(base, preset=name, out=f"runs/{name}", **changes)
+
+
 def _native(until: float, max_side: int, budget: int) -> Stage:
     return Stage(until, (Stream("native", max_side=max_side, budget=budget),))
 
+
+# RADIO Sec. 4. Teachers, sizes, batch, steps, LAMB, learning rate, decay, statistics and frozen
+# steps are the papers'; warm-up, clipping and the second beta are ours. Pictures are squares of the
+# stage's side, 16 or 2 to a pack (16 * (16 * 16 + 8) = 4224 tokens, and so on).
+_RADIO = TrainConfig(
+    teachers=("clip=apple/DFN5B-CLIP-ViT-H-14-378", "siglip=google/siglip-so400m-patch14-384",
+              "dino_v2=facebook/dinov2-with-registers-giant", "sam=facebook/sam-vit-huge"),
+    model="radio-h", steps=300_000, summary_loss="cosine", relation="none", average="partition",
+    stats_steps=3000, frozen_steps=5000, optimizer="lamb", lr=1e-3, min_lr=0.0, weight_decay=0.02,
+    beta2=0.999, warmup=1000, cache="none", workers=8, parallel="fsdp", recompute=True,
+    save_every=1000, look_every=10_000,
+)  # fmt: skip
+_RADIO_LOW = Stream("low", choices=(432,), budget=16 * 737, packs=64)
+
+# AMoE Sec. 5. Teachers, sizes, steps, kinds of streams and the pack of 2304 + 5 tokens are the
+# paper's; 1.6 M tokens a step follow from its totals. The rest is ours, and so is each stream's
+# share. Stage 2 takes --data LOW HIGH: the replay from LOW, large pictures from HIGH.
+_AMOE = TrainConfig(
+    teachers=("siglip2=google/siglip2-so400m-patch16-naflex",
+              "dinov3=facebook/dinov3-vitl16-pretrain-lvd1689m"),
+    model="amoe-0.3b", stats_steps=300, lr=1e-3, warmup=1000, cache="none", workers=8,
+    save_every=1000, look_every=10_000,
+)  # fmt: skip
 
 PRESETS: dict[str, TrainConfig] = {
     # Low resolution first, as both papers: a picture of 64^2 px costs a fifth of one of 224^2.
@@ -189,6 +299,12 @@ PRESETS: dict[str, TrainConfig] = {
         stages=(_native(0.5, 64, 336), _native(0.85, 96, 656), _native(1.0, 224, 1200)),
         head_hidden=384,
         lr=2e-3,
+    ),
+    # RADIO's way: from a pretrained network on, at a low rate (2e-4 makes it forget).
+    "warm": TrainConfig(
+        preset="warm", model="init", init="vit-s=builtin:vit-s@8", relation="none", steps=400,
+        stages=(_native(1.0, 112, 16 * 66),), head_hidden=384, frozen_steps=200, lr=3e-5,
+        warmup=20, windows=False,
     ),
     "debug": TrainConfig(
         preset="debug",
@@ -203,7 +319,35 @@ PRESETS: dict[str, TrainConfig] = {
         log_every=5,
         cache="none",
     ),
-}
+    "amoe-stage1": _preset(
+        _AMOE, "amoe-stage1", steps=50_000,
+        stages=(Stage(1.0, (Stream("low", max_side=256, budget=2309, packs=704),)),),
+    ),
+    "amoe-stage2": _preset(
+        _AMOE, "amoe-stage2", steps=90_000, data=("openmoji", "openmoji"),
+        stages=(Stage(1.0, (
+            Stream("replay", max_side=256, budget=2309, packs=128, data=(0,)),
+            Stream("middle", min_side=256, max_side=384, budget=2309, packs=128, data=(0,)),
+            Stream("high-256", max_side=256, budget=2309, packs=64, data=(1,)),
+            Stream("high-512", max_side=512, budget=2309, packs=128, data=(1,)),
+            Stream("high", max_side=768, budget=2309, packs=256, data=(1,)),
+        )),),
+    ),
+    "radio-stage1": _preset(
+        _RADIO, "radio-stage1",
+        stages=(Stage(1.0, (Stream("low", choices=(256,), budget=16 * 264, packs=64),)),),
+    ),
+    "radio-stage2": _preset(
+        _RADIO, "radio-stage2", stages=(Stage(1.0, (_RADIO_LOW,)),)
+    ),
+    "radio-stage3": _preset(
+        _RADIO, "radio-stage3",
+        stages=(Stage(1.0, (
+            _RADIO_LOW,
+            Stream("high", choices=(1024,), budget=2 * 4104, packs=64),
+        )),),
+    ),
+}  # fmt: skip
 
 
 def parse_args(argv: list[str] | None = None) -> TrainConfig:
@@ -215,11 +359,15 @@ def parse_args(argv: list[str] | None = None) -> TrainConfig:
     for item in dataclasses.fields(TrainConfig):
         if item.name == "preset" or not item.metadata.get("flag", True):
             continue
-        value = getattr(preset, item.name)
+        value, flag = getattr(preset, item.name), "--" + item.name.replace("_", "-")
+        if isinstance(value, bool):
+            yes_no = argparse.BooleanOptionalAction
+            parser.add_argument(flag, action=yes_no, default=value, help=item.metadata["help"])
+            continue
         many = isinstance(value, tuple)
         kind = float if item.name == "data_weights" else str if many else type(value)
         parser.add_argument(
-            "--" + item.name.replace("_", "-"), type=kind, default=value,
+            flag, type=kind, default=value,
             nargs="+" if many else None, choices=item.metadata.get("choices"),
             help=f"{item.metadata['help']} [{value}]",
         )  # fmt: skip
@@ -250,25 +398,37 @@ class Normalizers:
     (AMoE Sec. 2.2).
     """
 
-    def __init__(self, kind: str, teachers: list[Teacher], device: torch.device):
-        make = NORMALIZERS[kind]
+    def __init__(self, cfg: TrainConfig, teachers: list[Teacher], device: torch.device):
+        make = NORMALIZERS[cfg.normalizer]
+        # A direction has no place for a mean: RADIO compares summaries as they are.
+        is_angle = cfg.summary_loss in ("cosine", "angle")
+        kinds = {"summary": losses.Plain if is_angle else make, "patches": make}
         self.parts = {
-            (t.name, part): make(channels).to(device)
+            (t.name, part): kinds[part](channels).to(device)
             for t in teachers
             for part, channels in (("summary", t.summary_dim), ("patches", t.dim))
             if channels is not None
+        }
+        self.dispersions = {
+            t.name: losses.Dispersion(t.summary_dim, device)
+            for t in teachers
+            if cfg.summary_loss == "angle" and t.summary_dim is not None
         }
 
     def update(self, name: str, target: TeacherOutput) -> None:
         """Add one micro-batch of a teacher's raw features to the statistics."""
         if target.summary_BC is not None:
             self.parts[name, "summary"].update(target.summary_BC)
+            if name in self.dispersions:
+                self.dispersions[name].update(target.summary_BC)
         if target.patches:
             self.parts[name, "patches"].update(torch.cat([p.flatten(0, 1) for p in target.patches]))
 
     def synchronize(self) -> None:
         for norm in self.parts.values():
             norm.synchronize()
+        for dispersion in self.dispersions.values():
+            dispersion.synchronize()
 
     def __call__(self, name: str, target: TeacherOutput, grids: list) -> TeacherOutput:
         """Raw teacher features -> the space of the loss.
@@ -289,16 +449,33 @@ class Normalizers:
         return TeacherOutput(summary, patches, target.registers_BRC)
 
     def state_dict(self) -> dict:
-        return {f"{name}/{part}": n.state_dict() for (name, part), n in self.parts.items()}
+        parts = {f"{name}/{part}": n.state_dict() for (name, part), n in self.parts.items()}
+        angles = {f"{name}/angle": d.state_dict() for name, d in self.dispersions.items()}
+        return parts | angles
 
     def load_state_dict(self, state: dict) -> None:
         for (name, part), norm in self.parts.items():
             norm.load_state_dict(state[f"{name}/{part}"])
+        for name, dispersion in self.dispersions.items():
+            dispersion.load_state_dict(state[f"{name}/angle"])
 
-    def fold_into(self, student: Student) -> None:
-        """Make the heads' last layers output raw teacher features (PHI-S Sec. 3, folding)."""
+    def output_layers(self, student: Student) -> Iterator[tuple[str, losses.Normalizer, nn.Linear]]:
+        """(head, its normalizer, the last layer that answers in that space); pooling has none."""
         for (name, part), norm in self.parts.items():
-            norm.fold_into(student.output_layers(name)[part])
+            if layer := student.output_layers(name).get(part):
+                yield name, norm, layer
+
+    def fold_into(self, student: Student, besides: Collection[str] = ()) -> None:
+        """Make the heads answer in their teachers' spaces (PHI-S Sec. 3), `besides` those heads."""
+        for name, norm, layer in self.output_layers(student):
+            if name not in besides:
+                norm.fold_into(layer)
+
+    def unfold_from(self, student: Student, names: Collection[str]) -> None:
+        """The inverse, for heads that came trained and folded."""
+        for name, norm, layer in self.output_layers(student):
+            if name in names:
+                norm.unfold_from(layer)
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
@@ -347,17 +524,25 @@ class StepResult:
 
 
 class Trainer:
-    """The student, its teachers and the optimizer: one `step` at a time."""
+    """The student, its teachers and the optimizer: one `step` at a time.
+
+    After construction either `fit_normalizers` or `load_state_dict` must come before a step.
+    """
+
+    model: Any  # the student as it is distributed
+    optimizer: torch.optim.Optimizer
 
     def __init__(self, cfg: TrainConfig, group: Group, teachers: list[Teacher]):
         self.cfg, self.group, self.teachers = cfg, group, teachers
-        torch.manual_seed(cfg.seed)
-        self.student = Student(student_config(cfg, teachers)).to(group.device)
-        self.normalizers = Normalizers(cfg.normalizer, teachers, group.device)
-        self.optimizer = make_optimizer(cfg, self.student)
-        self.model: Any = self.student
-        if group.world > 1:
-            self.model = nn.parallel.DistributedDataParallel(self.student)
+        student, self.folded_heads = build_student(cfg, teachers)
+        self.student = student.to(group.device)
+        self.normalizers = Normalizers(cfg, teachers, group.device)
+        for name, head in self.student.heads.items():
+            if isinstance(head, AdapterHead):
+                head.to_teacher = self.normalizers.parts[name, "patches"].denormalize
+        self.ada = losses.AdaLoss()
+        is_bf16 = cfg.precision == "bf16" or (cfg.precision, group.device.type) == ("auto", "cuda")
+        self.autocast = torch.autocast(group.device.type, torch.bfloat16, enabled=is_bf16)
 
     def fit_normalizers(self, data: StepData) -> None:
         """Estimate the targets' statistics over the first steps' pictures, before step 1.
@@ -371,6 +556,16 @@ class Trainer:
             for teacher in self.teachers:
                 self.normalizers.update(teacher.name, teacher.targets(batch.samples))
         self.normalizers.synchronize()
+        self.normalizers.unfold_from(self.student, self.folded_heads)
+        self.distribute()
+
+    def distribute(self) -> None:
+        """Spread the student over the ranks; make the optimizer of what each of them holds."""
+        self.model = distribute(self.cfg, self.student, self.group, self.autocast)
+        self.optimizer = make_optimizer(self.cfg, self.student)
+        self.average = {
+            name: p.detach().clone() for name, p in trained(self.student) if self.cfg.ema
+        }
 
     def step(self, step: int, packs: list[PackedBatch], stop: int = 0) -> StepResult:
         """One optimizer step on this rank's packs of the global batch.
@@ -382,15 +577,17 @@ class Trainer:
         Raises:
             Standstill: a loss or a gradient on any rank is not finite; nothing was stepped.
         """
+        self.student.frozen_trunk = step <= self.cfg.frozen_steps
         size = self.cfg.micro_packs or len(packs)
         micros = [
             PackedBatch.cat(packs[i : i + size]).to(self.group.device)
             for i in range(0, len(packs), size)
         ]
         targets = [self.targets(m) for m in micros]
-        weights = self.image_weights(micros)
-        shares, counts_LE = self.backward(micros, targets, weights)
+        weights = self.image_weights(self.cfg.stage_at(step).streams, micros)
+        shares, counts_LE = self.backward(step, micros, targets, weights)
         grad_norm = nn.utils.clip_grad_norm_(self.student.parameters(), self.cfg.clip)
+        grad_norm = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
         images, tokens = sum(map(len, micros)), sum(self.token_count(m) for m in micros)
         bad = sum(len(m.skipped) for m in micros)
         counts = torch.tensor([images, tokens, bad, stop], device=grad_norm.device)
@@ -403,12 +600,22 @@ class Trainer:
             raise Standstill(self.blame(step, parts, grad_norm, micros, targets))
         lr = self.set_lr(step)
         self.optimizer.step()
+        for name, p in trained(self.student):
+            if name in self.average:
+                self.average[name].lerp_(p.detach(), 1 - self.cfg.ema)
         max_load = self.balance(counts_LE)
+        total = sum(self.weight(name) * value for name, value in parts.items())
+        self.ada.update(parts)
         skipped = merge_skipped([m.skipped for m in micros], bad > 0, self.group)
         return StepResult(
-            {"total": sum(values), **parts}, grad_norm, lr, round(images), round(tokens),
+            {"total": total, **parts}, grad_norm, lr, round(images), round(tokens),
             max_load, skipped, round(stop),
         )  # fmt: skip
+
+    def weight(self, loss: str) -> float:
+        """Weight of a part of the loss; the paper's are all 1 (AMoE Sec. 2.1, PHI-S Sec. 3)."""
+        own = self.cfg.relation_weight if loss.endswith("/relation") else 1.0
+        return own * (self.ada.weight(loss) if self.cfg.balance == "adaloss" else 1.0)
 
     def targets(self, batch: PackedBatch) -> dict[str, TeacherOutput]:
         """What the teachers say of a batch's pictures, in the space of the loss."""
@@ -418,30 +625,53 @@ class Trainer:
     def token_count(self, batch: PackedBatch) -> int:
         return sum(batch.lengths) + self.student.config.prefix * len(batch)
 
-    def image_weights(self, micros: list[PackedBatch]) -> list[dict[str, Tensor]]:
-        """Weight of each image in the global mean: 1 / (images of its partition on all ranks).
+    def image_weights(self, streams: tuple[Stream, ...], micros: list[PackedBatch]) -> list[dict]:
+        """Per micro-batch and teacher: the weights of each image's (summary, patches) loss.
 
-        AMoE Sec. 2.1: an image counts the same whatever its size and wherever it landed. With
-        average="token" its patches count by their number (the ablation).
+        AMoE Sec. 2.1: 1 / (images on all ranks), whatever an image's size and wherever it landed.
+        average="partition" (RADIO Sec. 2.1) does so within each stream and then over the streams;
+        with "token" patches count by their number (the ablation). A teacher that does not supervise
+        an image's stream gives it 0.
         """
         device = self.group.device
         partitions = [torch.tensor(m.partition_B, dtype=torch.int64, device=device) for m in micros]
         sizes = [torch.tensor(m.lengths, dtype=torch.float64, device=device) for m in micros]
-        streams = max(len(stage.streams) for stage in self.cfg.stages)
-        totals = torch.zeros(2, streams, dtype=torch.float64, device=device)
+        totals = torch.zeros(2, len(streams), dtype=torch.float64, device=device)
         for partition_B, size_B in zip(partitions, sizes, strict=True):
             totals[0].index_add_(0, partition_B, torch.ones_like(size_B))
             totals[1].index_add_(0, partition_B, size_B)
         images_S, tokens_S = sum_over_ranks(totals)
-        result = []
-        for partition_B, size_B in zip(partitions, sizes, strict=True):
-            image_B = 1 / images_S[partition_B]
-            token_B = size_B / tokens_S[partition_B]
-            patch_B = image_B if self.cfg.average == "image" else token_B
-            result.append({"summary": image_B.float(), "patches": patch_B.float()})
+        result: list[dict] = [{} for _ in micros]
+        for name in (teacher.name for teacher in self.teachers):
+            taught = [not stream.teachers or name in stream.teachers for stream in streams]
+            taught_S = totals.new_tensor(taught)
+            image_S = taught_S / (taught_S * images_S).sum().clamp(min=1)
+            if self.cfg.average == "partition":
+                image_S = taught_S / images_S.clamp(min=1) / len(streams)
+            token_S = taught_S / (taught_S * tokens_S).sum().clamp(min=1)
+            for micro, partition_B, size_B in zip(result, partitions, sizes, strict=True):
+                summary_B = image_S[partition_B].float()
+                patch_B = (token_S[partition_B] * size_B).float()
+                micro[name] = summary_B, patch_B if self.cfg.average == "token" else summary_B
         return result
 
-    def backward(self, micros, targets, weights) -> tuple[dict[str, Tensor], Tensor | None]:
+    def forward(self, step: int, batch: PackedBatch) -> StudentOutput:
+        """The student on one micro-batch; its randomness depends on step and picture alone."""
+        windows_B5 = None
+        if isinstance(self.student.positions, TablePositions) and self.cfg.windows:
+            keys = [(self.cfg.seed, step, sample.key, "window") for sample in batch.samples]
+            rows = [position_windows(1, keyed_generator(*key)) for key in keys]
+            windows_B5 = torch.cat([torch.zeros(0, 5), *rows]).to(self.group.device)
+        with self.autocast:
+            return self.model(batch, windows_B5)
+
+    def summaries(self, out: StudentOutput) -> dict[str, Tensor]:
+        """Predicted summaries in the space of the loss; a pooling head answers in the teacher's."""
+        pooled = {head.name for head in self.student.config.heads if head.pool}
+        norms = {name: self.normalizers.parts[name, "summary"] for name in pooled}
+        return {k: norms[k].normalize(v) if k in pooled else v for k, v in out.summary.items()}
+
+    def backward(self, step, micros, targets, weights) -> tuple[dict[str, Tensor], Tensor | None]:
         """Gradients of the step's loss; returns this rank's shares of its parts and expert counts.
 
         The relational loss needs the summaries of all micro-batches on all ranks at once, so its
@@ -450,25 +680,23 @@ class Trainer:
         """
         self.optimizer.zero_grad(set_to_none=True)
         first, counts = None, []
+        relation: dict[str, tuple[Tensor, list[Tensor]]] = {}
         if len(micros) == 1:
-            first = self.model(micros[0])
-            summaries = [{k: v.detach() for k, v in first.summary.items()}]
-        elif self.cfg.relation != "none":
-            with torch.no_grad():
-                summaries = [self.student(m).summary for m in micros]
-        relation = {}
+            first = self.forward(step, micros[0])
         if self.cfg.relation != "none":
-            relation = self.relation_gradients(summaries, targets)
+            with torch.no_grad():
+                own = [self.summaries(first or self.forward(step, m)) for m in micros]
+            relation = self.relation_gradients(own, targets, weights)
         shares: dict[str, Tensor] = {f"{t}/relation": v for t, (v, _) in relation.items()}
         for i, batch in enumerate(micros):
-            out = first or self.model(batch)
-            parts = self.feature_losses(out, batch, targets[i], weights[i])
-            loss = torch.stack(list(parts.values())).sum()
+            out = first or self.forward(step, batch)
+            summaries = self.summaries(out)
+            parts = self.feature_losses(out, summaries, batch, targets[i], weights[i])
+            loss = torch.stack([self.weight(name) * v for name, v in parts.items()]).sum()
             for name, (_, grads) in relation.items():
-                loss = loss + (out.summary[name] * grads[i]).sum()
-            last = i == len(micros) - 1
-            with self.model.no_sync() if self.group.world > 1 and not last else nullcontext():
-                # DDP averages gradients over the ranks; the shares are to be summed.
+                loss = loss + self.weight(f"{name}/relation") * (summaries[name] * grads[i]).sum()
+            with gradient_sync(self.model, i == len(micros) - 1):
+                # DDP and FSDP2 average gradients over the ranks; the shares are to be summed.
                 (loss * self.group.world).backward()
             for name, value in parts.items():
                 shares[name] = shares.get(name, 0) + value.detach()
@@ -476,37 +704,46 @@ class Trainer:
                 counts.append(out.counts_LE)
         return shares, torch.stack(counts).sum(0) if counts else None
 
-    def feature_losses(self, out, batch, targets, weights) -> dict[str, Tensor]:
+    def feature_losses(self, out, summaries, batch, targets, weights) -> dict[str, Tensor]:
         """This rank's share of each teacher's patch, summary and register loss (AMoE Sec. 2.1)."""
-        parts = {}
+        parts, kind = {}, self.cfg.summary_loss
         for name, target in targets.items():
-            loss_B = losses.patch_loss(out.patches[name], batch.grids, target.patches)
-            parts[f"{name}/patches"] = (loss_B * weights["patches"]).sum()
+            summary_B, patch_B = weights[name]
+            loss_B = losses.patch_loss(
+                out.patches[name], batch.grids, target.patches, self.cfg.patch_loss
+            )
+            parts[f"{name}/patches"] = (loss_B * patch_B).sum()
             if target.summary_BC is not None:
-                loss_B = losses.vector_loss(out.summary[name], target.summary_BC)
-                parts[f"{name}/summary"] = (loss_B * weights["summary"]).sum()
+                pair = summaries[name], target.summary_BC
+                if kind == "angle":
+                    loss_B = losses.angle_loss(*pair, self.normalizers.dispersions[name].value)
+                else:
+                    loss_B = losses.vector_loss(*pair, kind)
+                parts[f"{name}/summary"] = (loss_B * summary_B).sum()
             if target.registers_BRC is not None and name in out.registers:
                 loss_B = losses.vector_loss(out.registers[name], target.registers_BRC)
-                parts[f"{name}/registers"] = (loss_B * weights["summary"]).sum()
+                parts[f"{name}/registers"] = (loss_B * summary_B).sum()
         return parts
 
-    def relation_gradients(self, summaries, targets) -> dict[str, tuple[Tensor, list[Tensor]]]:
-        """Per teacher: this rank's share of the loss's value and d loss / d its own summaries."""
+    def relation_gradients(self, own, targets, weights) -> dict[str, tuple[Tensor, list[Tensor]]]:
+        """Per teacher: this rank's share of the loss's value and d loss / d its own summaries.
+
+        Only the images that the teacher supervises are related to each other.
+        """
         compare = {"arkd": losses.arkd, "rkd": losses.rkd}[self.cfg.relation]
         result = {}
-        for teacher in self.teachers:
-            if teacher.summary_dim is None:
-                continue
-            own = torch.cat([s[teacher.name] for s in summaries])
-            student_BC, mine = gather_rows(own.float(), self.group)
-            teacher_BC, _ = gather_rows(
-                torch.cat([t[teacher.name].summary_BC for t in targets]), self.group
-            )
+        for name in (teacher.name for teacher in self.teachers if teacher.summary_dim is not None):
+            is_taught_B = torch.cat([micro[name][0] for micro in weights]) > 0
+            own_BC = torch.cat([summaries[name] for summaries in own]).float()
+            student_BC, mine = gather_rows(own_BC[is_taught_B], self.group)
+            target_BC = torch.cat([target[name].summary_BC for target in targets])
+            teacher_BC, _ = gather_rows(target_BC[is_taught_B], self.group)
             student_BC = student_BC.detach().requires_grad_()
-            loss = self.cfg.relation_weight * compare(student_BC, teacher_BC)
+            loss = compare(student_BC, teacher_BC)
             (grad_BC,) = torch.autograd.grad(loss, student_BC)
-            sizes = [len(s[teacher.name]) for s in summaries]
-            result[teacher.name] = (loss.detach() / self.group.world, grad_BC[mine].split(sizes))
+            whole_BC = torch.zeros_like(own_BC).index_put((is_taught_B,), grad_BC[mine])
+            sizes = [len(summaries[name]) for summaries in own]
+            result[name] = (loss.detach() / self.group.world, whole_BC.split(sizes))
         return result
 
     def balance(self, counts_LE: Tensor | None) -> float:
@@ -514,7 +751,8 @@ class Trainer:
         if counts_LE is None:
             return 1.0
         counts_LE = sum_over_ranks(counts_LE)
-        self.student.update_router(counts_LE, self.cfg.router_rate)
+        if not self.student.frozen_trunk:
+            self.student.update_router(counts_LE, self.cfg.router_rate)
         return float((counts_LE.max(1).values / counts_LE.float().mean(1)).max())
 
     def set_lr(self, step: int) -> float:
@@ -545,57 +783,296 @@ class Trainer:
         )
 
     def state_dict(self) -> dict:
-        """Everything that the next step depends on, but the data, which is a function of `step`."""
+        """Everything that the next step depends on, but the data, which is a function of `step`.
+
+        A collective call under FSDP2: rank 0 gets whole tensors.
+        """
         return {
-            "student": self.student.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "student": get_model_state_dict(self.student, options=WHOLE),
+            "optimizer": get_optimizer_state_dict(self.student, self.optimizer, options=WHOLE),
+            "average": {name: whole(mean) for name, mean in self.average.items()},
             "normalizers": self.normalizers.state_dict(),
+            "adaloss": self.ada.state_dict(),
         }
 
     def load_state_dict(self, state: dict) -> None:
-        self.student.load_state_dict(state["student"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        """Go on from `state_dict`, on any number of ranks."""
+        self.distribute()
+        set_model_state_dict(self.student, state["student"], options=WHOLE)
+        set_optimizer_state_dict(self.student, self.optimizer, state["optimizer"], options=WHOLE)
+        for name, mean in self.average.items():
+            mean.copy_(spread(state["average"][name], mean))
         self.normalizers.load_state_dict(state["normalizers"])
+        self.ada.load_state_dict(state["adaloss"])
 
-    def save_folded(self, path: Path) -> None:
-        """Write the student that `load_student` reads: PHI-S folded into its heads."""
+    def save_folded(self, path: Path, state: dict) -> None:
+        """Write the student that `load_student` reads: the running mean if there is one, PHI-S
+        folded into its heads."""
         folded = Student(self.student.config)
-        folded.load_state_dict(self.student.state_dict())
+        folded.load_state_dict(state["student"] | state["average"])
         self.normalizers.fold_into(folded)
         save_student(folded, path)
 
 
-def student_config(cfg: TrainConfig, teachers: list[Teacher]):
-    """The model's sizes with one head per teacher, each token type with its own foldable output."""
-    heads = tuple(
-        HeadSpec(
-            t.name,
-            t.dim,
-            t.summary_dim,
-            registers=t.registers > 0,
-            split=True,
-            bias=True,
-            hidden=cfg.head_hidden,
+# ---------------------------------------------------------------- where the student comes from
+
+
+def build_student(cfg: TrainConfig, teachers: list[Teacher]) -> tuple[Student, set[str]]:
+    """The student before step 1, and the names of the heads that already answer in teacher space.
+
+    It depends on the configuration and the files alone. Raises: ValueError if --init does not fit.
+    """
+    given = read_init(cfg) if cfg.init else None
+    base = given.config if given and cfg.model == "init" else MODELS[cfg.model]
+    torch.manual_seed(cfg.seed)
+    student = Student(with_heads(base, [head_spec(cfg, base, t) for t in teachers]))
+    for teacher in teachers:
+        if student.heads[teacher.name].spec.pool:
+            copy_pool(student.heads[teacher.name].pool, teacher.backbone.network.head)
+    return student, adopt(student, given) if given else set()
+
+
+def head_spec(cfg: TrainConfig, base: ModelConfig, teacher: Teacher) -> HeadSpec:
+    """The head for a teacher: AMoE's adapter with foldable outputs, or RADIO's two MLPs."""
+    name, dim, summary_dim = teacher.name, teacher.dim, teacher.summary_dim
+    if base.form == "radio":
+        hidden = cfg.head_hidden or 1024
+        return HeadSpec(name, dim, summary_dim, "v2", hidden=hidden, summary_hidden=hidden,
+                        in_trunk_summary=summary_dim is not None)  # fmt: skip
+    pool: Any = getattr(teacher.backbone.network, "head", None) if cfg.pool else None
+    if hasattr(pool, "probe"):
+        return HeadSpec(name, dim, dim, pool=True, bias=True, hidden=cfg.head_hidden,
+                        pool_hidden=pool.mlp.fc1.out_features,
+                        pool_heads=pool.attention.num_heads)  # fmt: skip
+    return HeadSpec(name, dim, summary_dim, registers=teacher.registers > 0, split=True, bias=True,
+                    hidden=cfg.head_hidden)  # fmt: skip
+
+
+@torch.no_grad()
+def copy_pool(ours: AttentionPool, theirs: Any) -> None:
+    """SigLIP's pooling head of transformers -> ours (AMoE Sec. 1.6)."""
+    theirs_of = {
+        "probe_1C": theirs.probe[0],
+        "qkv.weight": theirs.attention.in_proj_weight, "qkv.bias": theirs.attention.in_proj_bias,
+        "proj.weight": theirs.attention.out_proj.weight,
+        "proj.bias": theirs.attention.out_proj.bias,
+        "norm.weight": theirs.layernorm.weight, "norm.bias": theirs.layernorm.bias,
+        "fc1.weight": theirs.mlp.fc1.weight, "fc1.bias": theirs.mlp.fc1.bias,
+        "fc2.weight": theirs.mlp.fc2.weight, "fc2.bias": theirs.mlp.fc2.bias,
+    }  # fmt: skip
+    ours.load_state_dict(theirs_of)
+
+
+def read_init(cfg: TrainConfig) -> Student:
+    """What --init names, as a student: one of our checkpoints, or a ViT of transformers."""
+    spec = parse_teacher(cfg.init)
+    path = Path(spec.path)
+    if path.is_file() and path.suffix != ".onnx":
+        return load_student(path)
+    backbone = load_backbone(spec)
+    layers = backbone.layer if spec.layer is None else spec.layer
+    try:
+        return read_vit(backbone.network, layers, backbone.stats)
+    except (KeyError, RuntimeError) as error:
+        raise ValueError(
+            f"--init {cfg.init} is no ViT or DINOv2 that we can read: {error}"
+        ) from error
+
+
+# transformers' names of a layer's parts -> ours; q, k, v and SwiGLU's two halves are joined
+VIT_NAMES = {
+    "encoder.layer.": "blocks.", "layers.": "blocks.", "layernorm_before": "norm1",
+    "layernorm_after": "norm2", "attention.o_proj": "attn.proj", "mlp.fc1": "ffn.w1",
+    "mlp.fc2": "ffn.w2", "mlp.down_proj": "ffn.w2", "layer_scale1.lambda1": "scale1",
+    "layer_scale2.lambda1": "scale2", "layernorm.": "norm.",
+}  # fmt: skip
+
+
+def read_vit(network: Any, layers: int | None, stats: tuple) -> Student:
+    """A `Dinov2Model`, `Dinov2WithRegistersModel` or `ViTModel` as a trunk of the RADIO form.
+
+    Equal to it at its own resolution. The class token's position is added to the token; the final
+    norm stays, unlike in RADIO's own releases.
+    """
+    names, config = {}, network.config
+    for key, value in network.state_dict().items():
+        for theirs, ours in VIT_NAMES.items():
+            key = key.replace(theirs, ours)
+        names[key] = value
+    layers = layers or config.num_hidden_layers
+    state = {k: v for k, v in names.items() if k.startswith("norm.")}
+    for i in range(layers):
+        block = f"blocks.{i}."
+        state |= {k: v for k, v in names.items() if k.startswith(block)}
+        for ours, parts in (("attn.qkv", ("attention.q_proj", "attention.k_proj",
+                                          "attention.v_proj")),
+                            ("ffn.w1", ("mlp.gate_proj", "mlp.up_proj"))):  # fmt: skip
+            for kind in ("weight", "bias"):
+                joined = [state.pop(f"{block}{part}.{kind}", None) for part in parts]
+                if joined[0] is not None:
+                    state[f"{block}{ours}.{kind}"] = torch.cat(joined)
+    positions = names["embeddings.position_embeddings"][0]
+    registers = names.get("embeddings.register_tokens", positions[None, :0])[0]
+    kernel = names["embeddings.patch_embeddings.projection.weight"]
+    side = math.isqrt(len(positions) - 1)
+    state |= {
+        "embed.weight": rearrange(kernel, "d c y x -> d (y x c)"),
+        "embed.bias": names["embeddings.patch_embeddings.projection.bias"],
+        "prefix_RD": torch.cat([names["embeddings.cls_token"][0] + positions[:1], registers]),
+        "positions.table_GGD": rearrange(positions[1:], "(h w) d -> h w d", h=side),
+    }
+    heads, width, ffn = (
+        config.num_attention_heads,
+        config.hidden_size,
+        state["blocks.0.ffn.w2.weight"],
+    )
+    student = Student(ModelConfig(
+        "radio", width, layers, heads, width // heads, ffn.shape[1], patch=config.patch_size,
+        registers=len(registers), gated_ffn="blocks.0.mlp.gate_proj.weight" in names,
+        layer_scale="blocks.0.scale1" in state, patch_bias=True, position_grid=side,
+        pixel_mean=stats[0], pixel_std=stats[1],
+    ))  # fmt: skip
+    student.load_state_dict(state)
+    return student
+
+
+def adopt(student: Student, given: Student) -> set[str]:
+    """Copy a pretrained trunk, and heads of equal name and shape; returns the names of these.
+
+    A table of positions of another size is resized (RADIO Sec. 1.2). Where the student has a CLS
+    token per teacher, each starts from the given one. Raises: ValueError naming what does not fit.
+    """
+    ours, theirs = student.state_dict(), given.state_dict()
+    heads = {name for name, head in student.heads.items()
+             if name in given.heads and dataclasses.replace(head.spec, token=0)
+             == dataclasses.replace(given.heads[name].spec, token=0)}  # fmt: skip
+    for name, value in theirs.items():
+        part, _, rest = name.partition(".")
+        if part == "heads":
+            if rest.split(".")[0] in heads:
+                ours[name] = value
+            continue
+        if name == "positions.table_GGD" and name in ours and ours[name].shape != value.shape:
+            value = F.interpolate(
+                rearrange(value, "h w d -> 1 d h w"), len(ours[name]), mode="bicubic",
+                align_corners=True,
+            )[0].movedim(0, -1)  # fmt: skip
+        if name == "prefix_RD" and student.config.cls_tokens > given.config.cls_tokens == 1:
+            value = torch.cat([value[:1].expand(student.config.cls_tokens, -1), value[1:]])
+            value = torch.cat([value, ours[name][len(value) :]])[: len(ours[name])]
+        if name not in ours or ours[name].shape != value.shape:
+            there = list(ours[name].shape) if name in ours else "nothing"
+            raise ValueError(f"--init: {name} is {list(value.shape)}, the student has {there}; "
+                             "choose the --model that it was, or --model init")  # fmt: skip
+        ours[name] = value
+    missing = [n for n in ours if not n.startswith("heads.") and n not in theirs]
+    if missing:
+        raise ValueError(f"--init lacks {', '.join(missing[:3])}; choose another --model")
+    student.load_state_dict(ours)
+    return heads
+
+
+# ------------------------------------------------------------- distribution and the optimizer
+
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+def whole(x: Tensor) -> Tensor:
+    """A tensor of which this rank may hold a shard, as a whole on the host (a collective call)."""
+    return (x.full_tensor() if isinstance(x, DTensor) else x).cpu()
+
+
+def spread(x: Tensor, like: Tensor) -> Tensor:
+    """This rank's shard of a whole tensor, if `like` is one."""
+    if isinstance(like, DTensor):
+        return distribute_tensor(x.to(like.device), like.device_mesh, like.placements)
+    return x
+
+
+def distribute(cfg: TrainConfig, student: Student, group: Group, autocast: Any) -> Any:
+    """The student as the ranks share it: as it is (one process), copies (DDP), shards (FSDP2)."""
+    student.recompute = cfg.recompute
+    for block in student.blocks if cfg.compile else ():
+        block.compile(dynamic=True)
+    if group.world == 1:
+        return student
+    if cfg.parallel == "ddp":
+        # buffers change alike on all ranks; a frozen trunk's parameters get no gradient
+        return nn.parallel.DistributedDataParallel(
+            student, broadcast_buffers=False, find_unused_parameters=cfg.frozen_steps > 0
         )
-        for t in teachers
-    )
-    return dataclasses.replace(MODELS[cfg.model], heads=heads)
+    policy = MixedPrecisionPolicy()
+    if autocast._enabled:
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    for block in student.blocks:
+        fully_shard(block, mp_policy=policy)
+    return fully_shard(student, mp_policy=policy)
 
 
-def make_optimizer(cfg: TrainConfig, student: Student):
-    """AdamW; matrices decay, vectors, scalars and learned tokens do not."""
-    trained = {name: p for name, p in student.named_parameters() if p.requires_grad}
-    decay = [p for p in trained.values() if p.ndim >= 2 and p.shape[0] > 1]
-    rest = [p for p in trained.values() if not (p.ndim >= 2 and p.shape[0] > 1)]
-    return torch.optim.AdamW(
-        [
-            {"params": decay, "weight_decay": cfg.weight_decay},
-            {"params": rest, "weight_decay": 0.0},
-        ],
-        lr=cfg.lr,
-        betas=(0.9, cfg.beta2),
-        fused=True,
-    )
+def gradient_sync(model: Any, last: bool) -> Any:
+    """Ranks add up their gradients in the backward of a step's last micro-batch only."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last)
+    elif isinstance(model, nn.parallel.DistributedDataParallel) and not last:
+        return model.no_sync()
+    return nullcontext()
+
+
+def trained(student: Student) -> Iterator[tuple[str, nn.Parameter]]:
+    return ((name, p) for name, p in student.named_parameters() if p.requires_grad)
+
+
+def is_decayed(p: Tensor) -> bool:
+    """Matrices decay; vectors, scalars and single learned tokens do not."""
+    return p.ndim >= 2 and p.shape[0] > 1
+
+
+def make_optimizer(cfg: TrainConfig, student: Student) -> torch.optim.Optimizer:
+    """AdamW or LAMB over a group that decays and one that does not."""
+    groups = [
+        {"params": [p for _, p in trained(student) if is_decayed(p) == decays],
+         "weight_decay": cfg.weight_decay * decays}
+        for decays in (True, False)
+    ]  # fmt: skip
+    if cfg.optimizer == "lamb":
+        return Lamb(groups, lr=cfg.lr, betas=(0.9, cfg.beta2))
+    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, cfg.beta2), fused=True)
+
+
+class Lamb(torch.optim.Optimizer):
+    """Adam whose step in each decayed tensor is as long as lr times the tensor itself.
+
+    You et al. 2020, arXiv 1904.00962, Algorithm 2; RADIO Sec. 4. As usual, what does not decay
+    takes Adam's plain step.
+    """
+
+    def __init__(self, groups: Any, lr: float, betas: tuple[float, float], eps: float = 1e-6):
+        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        del closure
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self._update(p, self.state[p], group)
+
+    def _update(self, p: Tensor, state: dict, group: dict) -> None:
+        if not state:
+            state["step"] = torch.zeros(())
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+        state["step"] += 1
+        beta1, beta2 = group["betas"]
+        mean = state["exp_avg"].lerp_(p.grad, 1 - beta1)
+        square = state["exp_avg_sq"].mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
+        steps = float(state["step"])
+        scale = (square / (1 - beta2**steps)).sqrt_().add_(group["eps"])
+        change = mean / (1 - beta1**steps) / scale
+        if group["weight_decay"]:
+            change = change.add_(p, alpha=group["weight_decay"])
+            length, moved = p.norm(), change.norm()
+            change = change * torch.where((length > 0) & (moved > 0), length / moved, 1.0)
+        p.add_(change, alpha=-group["lr"])
 
 
 # ------------------------------------------------------------------------------ checkpoints
@@ -631,7 +1108,7 @@ def write_checkpoint(folder: Path, trainer: Trainer, state: dict) -> None:
     shutil.rmtree(draft, ignore_errors=True)
     try:
         draft.mkdir(parents=True)
-        trainer.save_folded(draft / "model.pt")
+        trainer.save_folded(draft / "model.pt", state)
         torch.save(state, draft / "state.pt")
         manifest = {name: sha256_of(draft / name) for name in ("model.pt", "state.pt")}
         for name in manifest:
@@ -751,6 +1228,7 @@ def draw_curves(rows: list[dict], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
+    rows = [row for row in rows if "loss/total" in row]
     steps = [row["step"] for row in rows]
     for name in [key for key in rows[-1] if key.startswith("loss/") and "relation" not in key]:
         if name != "loss/total":
@@ -801,14 +1279,21 @@ def open_sources(cfg: TrainConfig) -> tuple[list[Source], Source]:
 def make_stages(cfg: TrainConfig, sources: list[Source], student: Student, group: Group):
     """One `StepData` per stage; each stage starts its own epoch 0."""
     shares = cfg.data_weights or tuple(float(len(s)) for s in sources)
+    mix = list(zip(sources, shares, strict=True))
     stages = []
     for number, stage in enumerate(cfg.stages):
         partitions = []
         for stream in stage.streams:
             sizes = Sizes(stream.min_side**2, stream.max_side**2, stream.choices)
-            parts = tuple(Component(s, sizes, w) for s, w in zip(sources, shares, strict=True))
-            partitions.append(
-                Partition(stream.name, parts, stream.budget, stream.packs, cfg.max_images)
+            chosen = [mix[i] for i in stream.data] or mix
+            parts = tuple(Component(source, sizes, share) for source, share in chosen)
+            packs = cfg.packs(stage, stream)
+            partitions.append(Partition(stream.name, parts, stream.budget, packs, cfg.max_images))
+        total = sum(partition.packs_per_step for partition in partitions)
+        if cfg.micro_packs and total % (cfg.micro_packs * group.world):
+            raise ValueError(
+                f"micro_packs={cfg.micro_packs} * {group.world} processes does not divide the "
+                f"{total} packs of a step; change --micro-packs or --global-tokens"
             )
         stages.append(
             StepData(
@@ -864,8 +1349,11 @@ def train_loop(run: Run, stop: StopSignal) -> None:
             run.log.write(metrics_row(step, result, record, speed))
             bar.set_postfix(loss=f"{result.losses['total']:.3f}", tok_s=f"{speed:.0f}")
         bar.update()
-        if step % cfg.save_every == 0 or step == cfg.steps or result.stop:
+        is_look = cfg.look_every and step % cfg.look_every == 0 and step < cfg.steps
+        if step % cfg.save_every == 0 or step == cfg.steps or is_look or result.stop:
             save(run)
+        if is_look:
+            run.log.write({"step": step, **look(run)})
         if result.stop and step < cfg.steps:
             print(f"told to stop: step {step} is saved in {cfg.out}; the same command goes on")
             raise SystemExit(EXIT_SIGNALLED + result.stop)
@@ -911,32 +1399,54 @@ def metrics_row(step: int, result: StepResult, record: dict, tokens_per_s: float
 
 
 def save(run: Run) -> None:
-    """Write step_NNNNNN on rank 0, redraw the curves, drop checkpoints beyond --keep."""
+    """Write step_NNNNNN on rank 0, redraw the curves, drop the checkpoints that are not kept."""
+    state = {**run.record, "identity": run.identity, **run.trainer.state_dict()}
     if run.trainer.group.rank == 0:
-        out, step = Path(run.cfg.out), run.record["step"]
-        state = {**run.record, "identity": run.identity, **run.trainer.state_dict()}
-        write_checkpoint(out / f"step_{step:06d}", run.trainer, state)
-        for old in checkpoints(out)[: -run.cfg.keep]:
-            shutil.rmtree(old)
+        out, cfg = Path(run.cfg.out), run.cfg
+        write_checkpoint(out / f"step_{run.record['step']:06d}", run.trainer, state)
+        for old in checkpoints(out)[: -cfg.keep]:
+            if not cfg.keep_every or int(old.name[5:]) % cfg.keep_every:
+                shutil.rmtree(old)
         if rows := run.log.rows():
             draw_curves(rows, out / "curves.png")
     if dist.is_initialized():
         dist.barrier()
 
 
+def look(run: Run, pictures: int = 500) -> dict[str, float]:
+    """kNN accuracy of the checkpoint just saved, all ranks sharing the work, and pca.png."""
+    out, group = Path(run.cfg.out), run.trainer.group
+    student = load_student(checkpoints(out)[-1] / "model.pt", device=str(group.device))
+    sources = (run.train_sources[0], run.held_out)
+    some = [Subset(s, range(0, len(s), max(1, len(s) // pictures))) for s in sources]
+    train, test = (extract({"student": student}, source, 0) for source in some)
+    if group.rank == 0:
+        draw_pca(run, student)
+    try:
+        return {f"knn/{name}": row["value"] for name, row in knn(train, test).items()}
+    except ValueError:  # pictures without labels
+        return {}
+
+
+def draw_pca(run: Run, student: Student) -> None:
+    """pca.png: held-out pictures, each teacher's maps, the student's."""
+    pictures = [run.held_out.load(i) for i in range(min(8, len(run.held_out)))]
+    teachers = {teacher.name: teacher for teacher in run.trainer.teachers}
+    pca_sheet(Path(run.cfg.out) / "pca.png", pictures, {"teacher": teachers, "student": student})
+
+
 def finish(run: Run) -> None:
     """Score the student on held-out pictures; write summary.json and pca.png; print the table."""
     out, cfg = Path(run.cfg.out), run.cfg
     student = load_student(checkpoints(out)[-1] / "model.pt")
-    torch.manual_seed(cfg.seed)
-    untrained = Student(student.config)
-    run.trainer.normalizers.fold_into(untrained)  # so that it starts at each teacher's mean
+    untrained, folded_heads = build_student(cfg, run.trainer.teachers)
+    # as each teacher's mean, so that it starts where a trained one did
+    run.trainer.normalizers.fold_into(untrained, besides=folded_heads)
     teachers = {t.name: t for t in run.trainer.teachers}
     report = final_report(
         student, untrained, teachers, run.train_sources[0], run.held_out, limit=1000
     )
-    pictures = [run.held_out.load(i) for i in range(min(8, len(run.held_out)))]
-    pca_sheet(out / "pca.png", pictures, {"teacher": teachers, "student": student})
+    draw_pca(run, student)
     summary = {"steps": cfg.steps, "minutes": run.record["seconds"] / 60, "report": report,
                "skipped": run.record["skipped"], "config": cfg.identity()}  # fmt: skip
     write_text(out / "summary.json", json.dumps(summary, indent=1))
@@ -980,6 +1490,9 @@ def prepare(cfg: TrainConfig) -> Run:
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     torch.set_num_threads(cfg.threads or max(1, (os.cpu_count() or 1) // local_world))
     Path(cfg.out).mkdir(parents=True, exist_ok=True)
+    if group.rank == 0:  # a folder that can't be written to is found out before any work
+        fields = {f.name: _plain(getattr(cfg, f.name)) for f in dataclasses.fields(cfg)}
+        write_text(Path(cfg.out) / "config.json", json.dumps(fields, indent=1))
     train_sources, held_out = open_sources(cfg)
     teachers = load_teachers(cfg, [*train_sources, held_out], group)
     trainer = Trainer(cfg, group, teachers)
