@@ -607,19 +607,22 @@ class MoE(KeepsFloat32):
         token_S = order_S // self.top_k
         gates_S1 = gates_NK.flatten()[order_S, None].to(x_ND.dtype)
         y_SD = self.run_sorted(x_ND.index_select(0, token_S), gates_S1, counts_E)
-        return torch.zeros_like(x_ND).index_add(0, token_S, y_SD), counts_E
+        return torch.zeros_like(x_ND).index_add(0, token_S, y_SD.to(x_ND.dtype)), counts_E
 
     def run_sorted(self, x_SD: Tensor, gates_S1: Tensor, counts_E: Tensor) -> Tensor:
         """Every expert on its own run of rows, weighed by the gates.
 
         The gate belongs after the expert; w2 is linear, so before w2 is the same and narrower.
         """
+        if torch.is_autocast_enabled(x_SD.device.type):  # it does not know grouped_mm
+            x_SD = x_SD.to(torch.get_autocast_dtype(x_SD.device.type))
         width = 16 // x_SD.element_size()  # grouped_mm wants rows of whole 16 bytes
         aligned = not (self.w1_EGD.shape[2] % width or self.w2_EDF.shape[2] % width)
         if self.backend == "grouped" or (self.backend == "auto" and aligned):
             ends_E = counts_E.cumsum(0).to(torch.int32)
-            hidden_SF = gated(F.grouped_mm(x_SD, self.w1_EGD.mT, offs=ends_E))
-            return F.grouped_mm(hidden_SF * gates_S1, self.w2_EDF.mT, offs=ends_E)
+            w1_EDG, w2_EFD = self.w1_EGD.to(x_SD.dtype).mT, self.w2_EDF.to(x_SD.dtype).mT
+            hidden_SF = gated(F.grouped_mm(x_SD, w1_EDG, offs=ends_E))
+            return F.grouped_mm(hidden_SF * gates_S1.to(x_SD.dtype), w2_EFD, offs=ends_E)
         # unbind once: w[e] in a loop would allocate a full-size gradient for every expert
         w1s, w2s, counts = self.w1_EGD.unbind(0), self.w2_EDF.unbind(0), counts_E.tolist()
         runs = zip(x_SD.split(counts), gates_S1.split(counts), w1s, w2s, strict=True)
@@ -862,7 +865,8 @@ class Student(nn.Module):
         x_MX = normalise_pixels(patches_MX, self.config).to(self.embed.weight.dtype)
         patches_MD, rotation = self.positions(self.embed(x_MX), layout, windows_B5)
         prefix_ND = repeat(self.prefix_RD, "r d -> (b r) d", b=len(layout.grids))
-        x_ND = torch.cat([prefix_ND.to(patches_MD.dtype), patches_MD])
+        # Under autocast too, the residual stream keeps the precision of the weights.
+        x_ND = torch.cat([prefix_ND, patches_MD.to(prefix_ND.dtype)])
         x_ND = x_ND.index_select(0, layout.gather_N)
         counts = []
         for block in self.blocks:
@@ -1454,6 +1458,117 @@ def from_radio(name: str, x: Tensor, config: ModelConfig) -> Tensor:
     if name == "positions.table_GGD":
         return rearrange(x, "1 (y x) d -> y x d", y=config.position_grid)
     return x.flatten() if name == "feature_mean_D" else x
+
+
+# ---- Starting from pretrained weights
+
+
+@torch.no_grad()
+def copy_pool(ours: AttentionPool, theirs: Any) -> None:
+    """SigLIP's pooling head of transformers -> ours (AMoE Sec. 1.6)."""
+    theirs_of = {
+        "probe_1C": theirs.probe[0],
+        "qkv.weight": theirs.attention.in_proj_weight, "qkv.bias": theirs.attention.in_proj_bias,
+        "proj.weight": theirs.attention.out_proj.weight,
+        "proj.bias": theirs.attention.out_proj.bias,
+        "norm.weight": theirs.layernorm.weight, "norm.bias": theirs.layernorm.bias,
+        "fc1.weight": theirs.mlp.fc1.weight, "fc1.bias": theirs.mlp.fc1.bias,
+        "fc2.weight": theirs.mlp.fc2.weight, "fc2.bias": theirs.mlp.fc2.bias,
+    }  # fmt: skip
+    ours.load_state_dict(theirs_of)
+
+
+# transformers' names of a layer's parts -> ours; q, k, v and SwiGLU's two halves are joined
+VIT_NAMES = {
+    "encoder.layer.": "blocks.", "layers.": "blocks.", "layernorm_before": "norm1",
+    "layernorm_after": "norm2", "attention.o_proj": "attn.proj", "mlp.fc1": "ffn.w1",
+    "mlp.fc2": "ffn.w2", "mlp.down_proj": "ffn.w2", "layer_scale1.lambda1": "scale1",
+    "layer_scale2.lambda1": "scale2", "layernorm.": "norm.",
+}  # fmt: skip
+
+
+def read_vit(network: Any, layers: int | None, stats: tuple) -> Student:
+    """A `Dinov2Model`, `Dinov2WithRegistersModel` or `ViTModel` as a trunk of the RADIO form.
+
+    Equal to it at its own resolution. The class token's position is added to the token; the final
+    norm stays, unlike in RADIO's own releases.
+    """
+    names, config = {}, network.config
+    for key, value in network.state_dict().items():
+        for theirs, ours in VIT_NAMES.items():
+            key = key.replace(theirs, ours)
+        names[key] = value
+    layers = layers or config.num_hidden_layers
+    state = {k: v for k, v in names.items() if k.startswith("norm.")}
+    for i in range(layers):
+        block = f"blocks.{i}."
+        state |= {k: v for k, v in names.items() if k.startswith(block)}
+        for ours, parts in (("attn.qkv", ("attention.q_proj", "attention.k_proj",
+                                          "attention.v_proj")),
+                            ("ffn.w1", ("mlp.gate_proj", "mlp.up_proj"))):  # fmt: skip
+            for kind in ("weight", "bias"):
+                joined = [state.pop(f"{block}{part}.{kind}", None) for part in parts]
+                if joined[0] is not None:
+                    state[f"{block}{ours}.{kind}"] = torch.cat(joined)
+    positions = names["embeddings.position_embeddings"][0]
+    registers = names.get("embeddings.register_tokens", positions[None, :0])[0]
+    kernel = names["embeddings.patch_embeddings.projection.weight"]
+    side = math.isqrt(len(positions) - 1)
+    state |= {
+        "embed.weight": rearrange(kernel, "d c y x -> d (y x c)"),
+        "embed.bias": names["embeddings.patch_embeddings.projection.bias"],
+        "prefix_RD": torch.cat([names["embeddings.cls_token"][0] + positions[:1], registers]),
+        "positions.table_GGD": rearrange(positions[1:], "(h w) d -> h w d", h=side),
+    }
+    heads, width, ffn = (
+        config.num_attention_heads,
+        config.hidden_size,
+        state["blocks.0.ffn.w2.weight"],
+    )
+    student = Student(ModelConfig(
+        "radio", width, layers, heads, width // heads, ffn.shape[1], patch=config.patch_size,
+        registers=len(registers), gated_ffn="blocks.0.mlp.gate_proj.weight" in names,
+        layer_scale="blocks.0.scale1" in state, patch_bias=True, position_grid=side,
+        pixel_mean=stats[0], pixel_std=stats[1],
+    ))  # fmt: skip
+    student.load_state_dict(state)
+    return student
+
+
+def adopt(student: Student, given: Student) -> set[str]:
+    """Copy a pretrained trunk, and heads of equal name and shape; returns the names of these.
+
+    A table of positions of another size is resized (RADIO Sec. 1.2). Where the student has a CLS
+    token per teacher, each starts from the given one. Raises: ValueError naming what does not fit.
+    """
+    ours, theirs = student.state_dict(), given.state_dict()
+    heads = {name for name, head in student.heads.items()
+             if name in given.heads and replace(head.spec, token=0)
+             == replace(given.heads[name].spec, token=0)}  # fmt: skip
+    for name, value in theirs.items():
+        part, _, rest = name.partition(".")
+        if part == "heads":
+            if rest.split(".")[0] in heads:
+                ours[name] = value
+            continue
+        if name == "positions.table_GGD" and name in ours and ours[name].shape != value.shape:
+            value = F.interpolate(
+                rearrange(value, "h w d -> 1 d h w"), len(ours[name]), mode="bicubic",
+                align_corners=True,
+            )[0].movedim(0, -1)  # fmt: skip
+        if name == "prefix_RD" and student.config.cls_tokens > given.config.cls_tokens == 1:
+            value = torch.cat([value[:1].expand(student.config.cls_tokens, -1), value[1:]])
+            value = torch.cat([value, ours[name][len(value) :]])[: len(ours[name])]
+        if name not in ours or ours[name].shape != value.shape:
+            there = list(ours[name].shape) if name in ours else "nothing"
+            raise ValueError(f"--init: {name} is {list(value.shape)}, the student has {there}; "
+                             "choose the --model that it was, or --model init")  # fmt: skip
+        ours[name] = value
+    missing = [n for n in ours if not n.startswith("heads.") and n not in theirs]
+    if missing:
+        raise ValueError(f"--init lacks {', '.join(missing[:3])}; choose another --model")
+    student.load_state_dict(ours)
+    return heads
 
 
 # ---- Export, and the table of sizes

@@ -29,8 +29,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -46,16 +44,19 @@ from tqdm import tqdm
 import losses
 from eval import extract, final_report, format_table, knn, pca_sheet
 from model import (
+    HALF_RGB,
     MODELS,
     AdapterHead,
-    AttentionPool,
     HeadSpec,
     ModelConfig,
     Student,
     StudentOutput,
     TablePositions,
+    adopt,
+    copy_pool,
     load_student,
     position_windows,
+    read_vit,
     save_student,
     with_heads,
 )
@@ -82,8 +83,10 @@ from teachers import (
     cache_home,
     fill_caches,
     load_backbone,
+    load_network,
     load_teacher,
     parse_teacher,
+    pretrained,
 )
 
 VERSION = 1
@@ -799,7 +802,11 @@ class Trainer:
         """Go on from `state_dict`, on any number of ranks."""
         self.distribute()
         set_model_state_dict(self.student, state["student"], options=WHOLE)
-        set_optimizer_state_dict(self.student, self.optimizer, state["optimizer"], options=WHOLE)
+        moments = dataclasses.replace(WHOLE, strict=False)  # a frozen trunk has none yet
+        set_optimizer_state_dict(self.student, self.optimizer, state["optimizer"], options=moments)
+        for name, p in trained(self.student):
+            if name not in state["optimizer"]["state"]:
+                self.optimizer.state.pop(p, None)
         for name, mean in self.average.items():
             mean.copy_(spread(state["average"][name], mean))
         self.normalizers.load_state_dict(state["normalizers"])
@@ -824,6 +831,8 @@ def build_student(cfg: TrainConfig, teachers: list[Teacher]) -> tuple[Student, s
     """
     given = read_init(cfg) if cfg.init else None
     base = given.config if given and cfg.model == "init" else MODELS[cfg.model]
+    if given and cfg.model == "init" and not given.heads:
+        base = dataclasses.replace(base, cls_tokens=2)  # with_heads: one for each (RADIO Sec. 1.3)
     torch.manual_seed(cfg.seed)
     student = Student(with_heads(base, [head_spec(cfg, base, t) for t in teachers]))
     for teacher in teachers:
@@ -848,128 +857,23 @@ def head_spec(cfg: TrainConfig, base: ModelConfig, teacher: Teacher) -> HeadSpec
                     hidden=cfg.head_hidden)  # fmt: skip
 
 
-@torch.no_grad()
-def copy_pool(ours: AttentionPool, theirs: Any) -> None:
-    """SigLIP's pooling head of transformers -> ours (AMoE Sec. 1.6)."""
-    theirs_of = {
-        "probe_1C": theirs.probe[0],
-        "qkv.weight": theirs.attention.in_proj_weight, "qkv.bias": theirs.attention.in_proj_bias,
-        "proj.weight": theirs.attention.out_proj.weight,
-        "proj.bias": theirs.attention.out_proj.bias,
-        "norm.weight": theirs.layernorm.weight, "norm.bias": theirs.layernorm.bias,
-        "fc1.weight": theirs.mlp.fc1.weight, "fc1.bias": theirs.mlp.fc1.bias,
-        "fc2.weight": theirs.mlp.fc2.weight, "fc2.bias": theirs.mlp.fc2.bias,
-    }  # fmt: skip
-    ours.load_state_dict(theirs_of)
-
-
 def read_init(cfg: TrainConfig) -> Student:
     """What --init names, as a student: one of our checkpoints, or a ViT of transformers."""
     spec = parse_teacher(cfg.init)
     path = Path(spec.path)
     if path.is_file() and path.suffix != ".onnx":
         return load_student(path)
+    is_folder = path.is_dir() or not (path.is_file() or spec.path.startswith("builtin:"))
+    if is_folder and pretrained(spec, "AutoConfig").model_type == "vit":  # no teacher: a classifier
+        vit = load_network(spec, "ViTModel", add_pooling_layer=False)
+        return read_vit(vit, spec.layer, HALF_RGB)
     backbone = load_backbone(spec)
-    layers = backbone.layer if spec.layer is None else spec.layer
     try:
-        return read_vit(backbone.network, layers, backbone.stats)
+        return read_vit(backbone.network, spec.layer or backbone.layer, backbone.stats)
     except (KeyError, RuntimeError) as error:
         raise ValueError(
             f"--init {cfg.init} is no ViT or DINOv2 that we can read: {error}"
         ) from error
-
-
-# transformers' names of a layer's parts -> ours; q, k, v and SwiGLU's two halves are joined
-VIT_NAMES = {
-    "encoder.layer.": "blocks.", "layers.": "blocks.", "layernorm_before": "norm1",
-    "layernorm_after": "norm2", "attention.o_proj": "attn.proj", "mlp.fc1": "ffn.w1",
-    "mlp.fc2": "ffn.w2", "mlp.down_proj": "ffn.w2", "layer_scale1.lambda1": "scale1",
-    "layer_scale2.lambda1": "scale2", "layernorm.": "norm.",
-}  # fmt: skip
-
-
-def read_vit(network: Any, layers: int | None, stats: tuple) -> Student:
-    """A `Dinov2Model`, `Dinov2WithRegistersModel` or `ViTModel` as a trunk of the RADIO form.
-
-    Equal to it at its own resolution. The class token's position is added to the token; the final
-    norm stays, unlike in RADIO's own releases.
-    """
-    names, config = {}, network.config
-    for key, value in network.state_dict().items():
-        for theirs, ours in VIT_NAMES.items():
-            key = key.replace(theirs, ours)
-        names[key] = value
-    layers = layers or config.num_hidden_layers
-    state = {k: v for k, v in names.items() if k.startswith("norm.")}
-    for i in range(layers):
-        block = f"blocks.{i}."
-        state |= {k: v for k, v in names.items() if k.startswith(block)}
-        for ours, parts in (("attn.qkv", ("attention.q_proj", "attention.k_proj",
-                                          "attention.v_proj")),
-                            ("ffn.w1", ("mlp.gate_proj", "mlp.up_proj"))):  # fmt: skip
-            for kind in ("weight", "bias"):
-                joined = [state.pop(f"{block}{part}.{kind}", None) for part in parts]
-                if joined[0] is not None:
-                    state[f"{block}{ours}.{kind}"] = torch.cat(joined)
-    positions = names["embeddings.position_embeddings"][0]
-    registers = names.get("embeddings.register_tokens", positions[None, :0])[0]
-    kernel = names["embeddings.patch_embeddings.projection.weight"]
-    side = math.isqrt(len(positions) - 1)
-    state |= {
-        "embed.weight": rearrange(kernel, "d c y x -> d (y x c)"),
-        "embed.bias": names["embeddings.patch_embeddings.projection.bias"],
-        "prefix_RD": torch.cat([names["embeddings.cls_token"][0] + positions[:1], registers]),
-        "positions.table_GGD": rearrange(positions[1:], "(h w) d -> h w d", h=side),
-    }
-    heads, width, ffn = (
-        config.num_attention_heads,
-        config.hidden_size,
-        state["blocks.0.ffn.w2.weight"],
-    )
-    student = Student(ModelConfig(
-        "radio", width, layers, heads, width // heads, ffn.shape[1], patch=config.patch_size,
-        registers=len(registers), gated_ffn="blocks.0.mlp.gate_proj.weight" in names,
-        layer_scale="blocks.0.scale1" in state, patch_bias=True, position_grid=side,
-        pixel_mean=stats[0], pixel_std=stats[1],
-    ))  # fmt: skip
-    student.load_state_dict(state)
-    return student
-
-
-def adopt(student: Student, given: Student) -> set[str]:
-    """Copy a pretrained trunk, and heads of equal name and shape; returns the names of these.
-
-    A table of positions of another size is resized (RADIO Sec. 1.2). Where the student has a CLS
-    token per teacher, each starts from the given one. Raises: ValueError naming what does not fit.
-    """
-    ours, theirs = student.state_dict(), given.state_dict()
-    heads = {name for name, head in student.heads.items()
-             if name in given.heads and dataclasses.replace(head.spec, token=0)
-             == dataclasses.replace(given.heads[name].spec, token=0)}  # fmt: skip
-    for name, value in theirs.items():
-        part, _, rest = name.partition(".")
-        if part == "heads":
-            if rest.split(".")[0] in heads:
-                ours[name] = value
-            continue
-        if name == "positions.table_GGD" and name in ours and ours[name].shape != value.shape:
-            value = F.interpolate(
-                rearrange(value, "h w d -> 1 d h w"), len(ours[name]), mode="bicubic",
-                align_corners=True,
-            )[0].movedim(0, -1)  # fmt: skip
-        if name == "prefix_RD" and student.config.cls_tokens > given.config.cls_tokens == 1:
-            value = torch.cat([value[:1].expand(student.config.cls_tokens, -1), value[1:]])
-            value = torch.cat([value, ours[name][len(value) :]])[: len(ours[name])]
-        if name not in ours or ours[name].shape != value.shape:
-            there = list(ours[name].shape) if name in ours else "nothing"
-            raise ValueError(f"--init: {name} is {list(value.shape)}, the student has {there}; "
-                             "choose the --model that it was, or --model init")  # fmt: skip
-        ours[name] = value
-    missing = [n for n in ours if not n.startswith("heads.") and n not in theirs]
-    if missing:
-        raise ValueError(f"--init lacks {', '.join(missing[:3])}; choose another --model")
-    student.load_state_dict(ours)
-    return heads
 
 
 # ------------------------------------------------------------- distribution and the optimizer

@@ -17,8 +17,8 @@ import torch
 from PIL import Image
 
 import train
-from model import load_student
-from packing import PackedBatch
+from model import MODELS, load_student
+from packing import PackedBatch, Sample
 
 ROOT = Path(__file__).parent.parent
 QUICK = ["--preset", "debug", "--steps", "6", "--save-every", "2", "--log-every", "1",
@@ -174,6 +174,317 @@ def test_micro_batches_do_not_change_the_step(tmp_path, reference):
     rows = run(tmp_path, "--micro-packs", "1")
     for ours, theirs in zip(rows, rows_of(reference), strict=True):
         assert ours["loss/total"] == pytest.approx(theirs["loss/total"], rel=1e-5)
+
+
+# ------------------------------------------------------------------- presets and what they use
+
+CPU = train.Group(0, 1, torch.device("cpu"))
+TINY_RADIO = dataclasses.replace(
+    MODELS["radio-b"], dim=32, n_layers=2, n_heads=2, head_dim=16, ffn_dim=48, position_grid=8
+)
+
+
+def tiny(preset: str, **changes) -> train.TrainConfig:
+    """A shrunken copy of a preset: sides and packs of an eighth, toy teachers, a toy student."""
+    cfg = train.PRESETS[preset]
+    stages = []
+    for stage in cfg.stages:
+        streams = []
+        for stream in stage.streams:
+            sides = {
+                "max_side": max(48, stream.max_side // 8),
+                "min_side": stream.min_side // 8,
+                "choices": tuple(max(32, side // 8 // 16 * 16) for side in stream.choices),
+            }
+            streams.append(dataclasses.replace(stream, **sides, budget=96, packs=2))
+        stages.append(dataclasses.replace(stage, streams=tuple(streams)))
+    small = {
+        "stages": tuple(stages), "teachers": train.PRESETS["debug"].teachers, "head_hidden": 16,
+        "data": ("openmoji:train:40",) * len(cfg.data), "model": "tiny", "steps": 3, "workers": 0,
+        "stats_steps": 2, "frozen_steps": min(1, cfg.frozen_steps), "warmup": 1, "threads": 1,
+    }  # fmt: skip
+    return dataclasses.replace(cfg, **small | changes)
+
+
+def trainer_of(cfg: train.TrainConfig) -> tuple[train.Trainer, list]:
+    """A trainer that is ready to step, and its stages' data."""
+    sources, _ = train.open_sources(cfg)
+    teachers = [train.load_teacher(train.parse_teacher(text)) for text in cfg.teachers]
+    trainer = train.Trainer(cfg, CPU, teachers)
+    stages = train.make_stages(cfg, sources, trainer.student, CPU)
+    trainer.fit_normalizers(stages[0])
+    return trainer, stages
+
+
+@pytest.mark.parametrize("preset", ["amoe-stage1", "amoe-stage2", "radio-stage1", "radio-stage2",
+                                    "radio-stage3"])  # fmt: skip
+def test_two_steps_of_a_shrunken_copy_of_each_preset(preset, monkeypatch):
+    form = MODELS["test"] if preset.startswith("amoe") else TINY_RADIO
+    monkeypatch.setitem(train.MODELS, "tiny", form)
+    trainer, stages = trainer_of(tiny(preset))
+    before = {name: x.clone() for name, x in trainer.student.state_dict().items()}
+    first = trainer.step(1, stages[0][0])
+    trunk = [n for n in before if not n.startswith("heads.") and n.endswith("weight")]
+    if trainer.cfg.frozen_steps:  # the first steps train the heads alone
+        state = trainer.student.state_dict()
+        assert all(torch.equal(state[n], before[n]) for n in before if not n.startswith("heads."))
+        assert not torch.equal(state["heads.dense.patches.last.weight"],
+                               before["heads.dense.patches.last.weight"])  # fmt: skip
+    second = trainer.step(2, stages[0][1])
+    assert any(not torch.equal(trainer.student.state_dict()[n], before[n]) for n in trunk)
+    for result in (first, second):
+        assert all(value == value for value in result.losses.values())
+        partitions = {p for batch in stages[0][0] for p in batch.partition_B}
+        assert partitions == set(range(len(trainer.cfg.stages[0].streams)))
+
+
+def test_the_papers_presets_say_what_the_papers_do():
+    stage3 = train.PRESETS["radio-stage3"]
+    pictures = [stream.packs * (stream.budget // ((stream.choices[0] // 16) ** 2 + 8))
+                for stream in stage3.stages[0].streams]  # fmt: skip
+    assert pictures == [1024, 128]  # RADIO Sec. 2.1
+    assert (stage3.optimizer, stage3.lr, stage3.weight_decay) == ("lamb", 1e-3, 0.02)
+    assert (stage3.stats_steps, stage3.frozen_steps, stage3.steps) == (3000, 5000, 300_000)
+    steps = [train.PRESETS[f"amoe-stage{i}"].steps for i in (1, 2)]
+    assert steps == [50_000, 90_000]
+    for name, cfg in train.PRESETS.items():
+        assert (cfg.preset, cfg.out) == (name, f"runs/{name}")
+
+
+def test_wrong_batches_are_refused_with_both_numbers():
+    cfg = train.PRESETS["amoe-stage1"]
+    with pytest.raises(ValueError, match="1000000 is not a multiple of the 1625536"):
+        dataclasses.replace(cfg, global_tokens=1_000_000)
+    twice = dataclasses.replace(cfg, global_tokens=2 * 1_625_536)
+    assert twice.packs(twice.stages[0], twice.stages[0].streams[0]) == 2 * 704
+    with pytest.raises(ValueError, match="SOURCE number 1, but --data has 1"):
+        dataclasses.replace(train.PRESETS["amoe-stage2"], data=("photos",))
+    with pytest.raises(ValueError, match="micro_packs=3"):
+        trainer_of(dataclasses.replace(train.PRESETS["debug"], micro_packs=3))
+
+
+def batch_of(sides: list[int], partitions: list[int]) -> PackedBatch:
+    images = [torch.rand(3, side, side) for side in sides]
+    batch = PackedBatch.from_images(images, 16, [sample_of(x, i) for i, x in enumerate(images)])
+    return dataclasses.replace(batch, partition_B=partitions)
+
+
+def sample_of(image: torch.Tensor, i: int) -> Sample:
+    pixels = (255 * image).byte().permute(1, 2, 0).numpy()
+    return Sample(str(i), str(i), pixels)
+
+
+@pytest.mark.parametrize(
+    ("average", "dense", "semantic"),
+    [
+        # three pictures of 1, 4 and 9 patches; the last one alone in the second stream, which the
+        # semantic teacher does not see
+        ("image", [1 / 3, 1 / 3, 1 / 3], [1 / 2, 1 / 2, 0]),
+        ("partition", [1 / 4, 1 / 4, 1 / 2], [1 / 4, 1 / 4, 0]),
+        ("token", [1 / 14, 4 / 14, 9 / 14], [1 / 5, 4 / 5, 0]),
+    ],
+)
+def test_image_weights_by_hand(average, dense, semantic):
+    streams = (train.Stream("low"), train.Stream("high", teachers=("dense",)))
+    cfg = dataclasses.replace(
+        train.PRESETS["debug"], average=average, stages=(train.Stage(1.0, streams),)
+    )
+    trainer = train.Trainer(cfg, CPU, [train.load_teacher(train.parse_teacher(t))
+                                       for t in cfg.teachers])  # fmt: skip
+    micros = [batch_of([16, 32], [0, 0]), batch_of([48], [1])]
+    weights = trainer.image_weights(streams, micros)
+    for name, expected in (("dense", dense), ("semantic", semantic)):
+        found = torch.cat([micro[name][1] for micro in weights])
+        torch.testing.assert_close(found, torch.tensor(expected))
+
+
+def test_a_teacher_leaves_streams_that_it_does_not_supervise_alone():
+    """Neither its feature losses nor its relations see their pictures."""
+    streams = (train.Stream("low", 48, budget=96), train.Stream("high", 96, budget=96,
+                                                                teachers=("dense",)))  # fmt: skip
+    stages = (train.Stage(1.0, streams),)
+    trainer, (data,) = trainer_of(dataclasses.replace(train.PRESETS["debug"], stages=stages))
+    whole, low = trainer.step(1, data[0]), trainer_of(trainer.cfg)[0].step(1, data[0][:2])
+    for part in ("semantic/patches", "semantic/summary", "semantic/relation"):
+        assert whole.losses[part] == pytest.approx(low.losses[part], rel=1e-5)
+    assert whole.losses["dense/patches"] != pytest.approx(low.losses["dense/patches"], rel=1e-3)
+
+
+def test_adaloss_brings_all_parts_near_one():
+    trainer, (data,) = trainer_of(dataclasses.replace(train.PRESETS["debug"], balance="adaloss"))
+    parts = trainer.step(1, data[0]).losses
+    for name, value in parts.items():
+        if name != "total":
+            assert trainer.weight(name) * value == pytest.approx(1, rel=1e-6)
+    assert trainer.step(2, data[1]).losses["total"] == pytest.approx(len(parts) - 1, rel=0.2)
+
+
+@pytest.mark.parametrize("changes", [{"summary_loss": "angle"}, {"summary_loss": "cosine"},
+                                     {"patch_loss": "am-radio", "normalizer": "none"},
+                                     {"precision": "bf16"}, {"recompute": True},
+                                     {"optimizer": "lamb", "ema": 0.5}])  # fmt: skip
+def test_two_interruptions_change_no_bit_whatever_the_recipe(changes, tmp_path, monkeypatch):
+    flags = [text for k, v in changes.items()
+             for text in ([f"--{k.replace('_', '-')}"] if v is True else
+                          [f"--{k.replace('_', '-')}", str(v)])]  # fmt: skip
+    flags += ["--frozen-steps", "3"]
+    expected = totals(run(tmp_path / "whole", *flags))
+    for step in (4, 6):  # the first one falls where the trunk is still frozen in the checkpoint
+        with monkeypatch.context() as patch:
+            interrupt_before(step, patch)
+            with pytest.raises(Interrupted):
+                run(tmp_path / "cut", *flags)
+    assert totals(run(tmp_path / "cut", *flags)) == expected
+
+
+def test_recomputed_blocks_give_the_same_gradients():
+    debug = train.PRESETS["debug"]
+    norms = []
+    for recompute in (False, True):
+        trainer, (data,) = trainer_of(dataclasses.replace(debug, recompute=recompute))
+        norms.append(trainer.step(1, data[0]).grad_norm)
+    assert norms[0] == pytest.approx(norms[1], rel=1e-6)
+
+
+def test_lamb_is_its_algorithm():
+    torch.manual_seed(0)
+    matrix, vector = torch.randn(4, 3).requires_grad_(), torch.randn(3).requires_grad_()
+    groups = [{"params": [matrix], "weight_decay": 0.1}, {"params": [vector], "weight_decay": 0.0}]
+    optimizer = train.Lamb(groups, lr=0.01, betas=(0.9, 0.99))
+    expected = [x.detach().double().clone() for x in (matrix, vector)]
+    means, squares = [0.0, 0.0], [0.0, 0.0]
+    for t in range(1, 4):
+        for i, (x, decay) in enumerate(((matrix, 0.1), (vector, 0.0))):
+            x.grad = torch.randn(x.shape)
+            g, w = x.grad.double(), expected[i]
+            means[i] = 0.9 * means[i] + 0.1 * g
+            squares[i] = 0.99 * squares[i] + 0.01 * g**2
+            scale = (squares[i] / (1 - 0.99**t)) ** 0.5 + 1e-6
+            u = means[i] / (1 - 0.9**t) / scale + decay * w
+            ratio = w.norm() / u.norm() if decay else 1.0  # phi is the identity
+            expected[i] = w - 0.01 * ratio * u
+        optimizer.step()
+    for x, y in zip((matrix, vector), expected, strict=True):
+        torch.testing.assert_close(x.detach().double(), y, rtol=1e-5, atol=1e-6)
+
+
+def test_the_running_mean_is_what_is_saved(tmp_path):
+    run(tmp_path, "--ema", "0.5", "--steps", "2", "--save-every", "1")
+    states = [train.read_state(tmp_path / f"step_00000{i}") for i in (1, 2)]
+    name = "blocks.0.attn.qkv.weight"
+    mean = states[0]["average"][name].lerp(states[1]["student"][name], 0.5)
+    saved = load_student(tmp_path / "step_000002" / "model.pt").state_dict()[name]
+    torch.testing.assert_close(saved, mean)
+    assert not torch.equal(saved, states[1]["student"][name])
+
+
+def test_kept_checkpoints(tmp_path):
+    run(tmp_path, "--save-every", "1", "--keep", "2", "--keep-every", "3")
+    assert [int(path.name[5:]) for path in train.checkpoints(tmp_path)] == [3, 5, 6]
+
+
+def test_a_look_during_the_run(tmp_path):
+    rows = run(tmp_path, "--look-every", "4", "--data", "openmoji:train:96")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 4, 5, 6]
+    assert 0 <= rows[4]["knn/student/trunk"] <= 1
+    assert Image.open(tmp_path / "pca.png").size[0] > 100
+
+
+# ---------------------------------------------------------- starting from something pretrained
+
+
+def save_vit(name: str, folder: Path):
+    """A tiny random ViT of transformers in a folder, and the model."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 64,
+             "patch_size": 16}  # fmt: skip
+    more = {"ViT": {"intermediate_size": 48}, "Dinov2": {}, "Dinov2WithRegisters": {
+        "use_swiglu_ffn": True}}[name]  # fmt: skip
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{name}Model")(
+        getattr(transformers, f"{name}Config")(**sizes, **more)
+    )
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", ["ViT", "Dinov2", "Dinov2WithRegisters"])
+def test_a_pretrained_vit_becomes_a_student(name, tmp_path):
+    model = save_vit(name, tmp_path)
+    cfg = dataclasses.replace(train.PRESETS["warm"], init=f"x={tmp_path}", data=("openmoji",),
+                              teachers=train.PRESETS["debug"].teachers)  # fmt: skip
+    teachers = [train.load_teacher(train.parse_teacher(text)) for text in cfg.teachers]
+    student, folded = train.build_student(cfg, teachers)
+    assert not folded and student.config.cls_tokens == 2
+    images = torch.rand(2, 3, 64, 64)
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (student.config.pixel_mean,
+                                                        student.config.pixel_std))  # fmt: skip
+    with torch.no_grad():
+        # the second teacher's CLS token is new to the network: only one CLS token compares
+        alone, _ = train.build_student(dataclasses.replace(cfg, teachers=cfg.teachers[:1]),
+                                       teachers[:1])  # fmt: skip
+        tokens = model(pixel_values=(images - mean) / std).last_hidden_state
+        out = alone(PackedBatch.from_images(list(images), 16))
+    torch.testing.assert_close(out.trunk_summary_BD, tokens[:, 0], rtol=1e-4, atol=1e-4)
+    skip = tokens.shape[1] - 16
+    torch.testing.assert_close(out.trunk_MD, tokens[:, skip:].flatten(0, 1), rtol=1e-4, atol=1e-4)
+
+
+def test_our_checkpoint_goes_on_in_another_run(reference):
+    """Its folded heads are unfolded into the new statistics, so step 0 answers as before."""
+    init = f"x={reference / 'step_000006' / 'model.pt'}"
+    cfg = dataclasses.replace(train.parse_args(QUICK), init=init, stats_steps=2)
+    trainer, _ = trainer_of(cfg)
+    assert trainer.folded_heads == {"dense", "semantic"}
+    batch = PackedBatch.from_images([torch.rand(3, 48, 64)], patch=16)
+    with torch.no_grad():
+        given = load_student(reference / "step_000006" / "model.pt")(batch)
+        now = trainer.student(batch)
+    for (name, part), norm in trainer.normalizers.parts.items():
+        raw = norm.denormalize(getattr(now, part)[name])
+        torch.testing.assert_close(raw, getattr(given, part)[name], rtol=1e-4, atol=1e-4)
+
+
+def test_an_init_that_does_not_fit_is_refused(tmp_path, reference):
+    init = f"x={reference / 'step_000006' / 'model.pt'}"
+    with pytest.raises(SystemExit, match="prefix_RD"):
+        run(tmp_path, "--init", init, "--model", "nano")
+    with pytest.raises(SystemExit, match="no/such"):
+        run(tmp_path, "--init", "x=/no/such/file")
+    with pytest.raises(SystemExit, match="--init"):
+        run(tmp_path, "--model", "init")
+
+
+def test_siglips_pooling_head_makes_the_summary(tmp_path):
+    """AMoE 1.6 and 2.2: the frozen head reads patches in the teacher's space, not in PHI-S'."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "patch_size": 16}
+    model = transformers.Siglip2VisionModel(
+        transformers.Siglip2VisionConfig(**sizes, intermediate_size=48, num_patches=16)
+    )
+    model.save_pretrained(tmp_path)
+    cfg = dataclasses.replace(train.PRESETS["debug"], teachers=(f"siglip2={tmp_path}",))
+    trainer, (data,) = trainer_of(cfg)
+    head = trainer.student.heads["siglip2"]
+    torch.testing.assert_close(head.pool.qkv.weight, model.head.attention.in_proj_weight)
+    frozen = {name: p.clone() for name, p in head.pool.named_parameters()}
+    first = trainer.step(1, data[0])
+    assert {"siglip2/patches", "siglip2/summary", "siglip2/relation"} < set(first.losses)
+    for name, p in head.pool.named_parameters():
+        assert torch.equal(p, frozen[name])
+    # what is saved answers as what is trained, in the teacher's space
+    trainer.save_folded(tmp_path / "model.pt", trainer.state_dict())
+    batch = data[0][0]
+    with torch.no_grad():
+        raw, normal = load_student(tmp_path / "model.pt")(batch), trainer.student(batch)
+    torch.testing.assert_close(raw.summary["siglip2"], normal.summary["siglip2"], rtol=1e-3,
+                               atol=1e-4)  # fmt: skip
+    # a student whose patches are right has a summary near the teacher's: it reads the same space
+    pooled = trainer.normalizers.parts["siglip2", "summary"].normalize(raw.summary["siglip2"])
+    torch.testing.assert_close(trainer.summaries(normal)["siglip2"], pooled, rtol=1e-2, atol=1e-2)
 
 
 # ------------------------------------------------------------------------------ resuming
