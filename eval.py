@@ -133,22 +133,20 @@ def extract(
     n, (rank, world) = len(source), share()
     keep = n if dense is None else min(dense, n)
     is_kept = {i * n // keep for i in range(keep)}
-    mine, records, skipped = list(range(n))[rank::world], [], dict(source.skipped)
+    mine, records, skipped = range(rank, n, world), {}, dict(source.skipped)
     shown = None if title and not rank else True
     for start in tqdm(range(0, len(mine), chunk), title, disable=shown):
-        found = []
+        found: dict[int, Sample] = {}
         for i in mine[start : start + chunk]:
             try:
-                found.append((i, source.load(i)))
+                found[i] = at_size(source.load(i), size)
             except BadImage as error:
                 skipped[source.key(i)] = str(error)
-        if not found:
-            continue
-        samples = [at_size(sample, size) for _, sample in found]
-        for (i, sample), out in zip(found, encode(encoder, samples), strict=True):
-            maps = {name: x.half().cpu() for name, x in out.patches.items() if i in is_kept}
+        outputs = encode(encoder, list(found.values())) if found else []
+        for (i, sample), out in zip(found.items(), outputs, strict=True):
             summary = {name: x.float().cpu() for name, x in out.summary.items()}
-            records.append((i, replace(sample, image=sample.image[:0]), summary, maps))
+            maps = {name: x.half().cpu() for name, x in out.patches.items() if i in is_kept}
+            records[i] = replace(sample, image=sample.image[:0]), summary, maps
     return _gather(records, skipped, world)
 
 
@@ -157,25 +155,25 @@ def share() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def _gather(records: list[Any], skipped: dict[str, str], world: int) -> FeatureSet:
+def _gather(records: dict[int, Any], skipped: dict[str, str], world: int) -> FeatureSet:
     """All ranks' pictures in the source's order: each is there once, whatever the world."""
     if world > 1:
         parts: list[Any] = [None] * world
         dist.all_gather_object(parts, (records, skipped))
-        records = [record for part, _ in parts for record in part]
+        records = {i: record for part, _ in parts for i, record in part.items()}
         skipped = {key: why for _, part in parts for key, why in part.items()}
-    found = FeatureSet(skipped=skipped)
-    summaries: dict[str, list[Tensor]] = {}
-    for _, sample, summary, maps in sorted(records, key=lambda record: record[0]):
-        if maps:
-            found.dense.append(len(found.samples))
-        found.samples.append(sample)
-        for name, x_C in summary.items():
-            summaries.setdefault(name, []).append(x_C)
-        for name, map_hwC in maps.items():
-            found.patches.setdefault(name, []).append(map_hwC)
-    found.summary = {name: torch.stack(rows) for name, rows in summaries.items()}
-    return found
+    if not records:
+        return FeatureSet(skipped=skipped)
+    samples, summaries, maps = zip(*(records[i] for i in sorted(records)), strict=True)
+    dense = [place for place, kept in enumerate(maps) if kept]
+    columns = maps[dense[0]] if dense else ()
+    return FeatureSet(
+        list(samples),
+        {column: torch.stack([x[column] for x in summaries]) for column in summaries[0]},
+        {column: [maps[place][column] for place in dense] for column in columns},
+        dense,
+        skipped,
+    )
 
 
 def at_size(sample: Sample, size: Any) -> Sample:
@@ -183,9 +181,8 @@ def at_size(sample: Sample, size: Any) -> Sample:
     if size is None:
         return sample
     if isinstance(size, int):
-        height, width = sample.image.shape[:2]
-        scale = size / math.sqrt(height * width)
-        size = max(1, round(height * scale)), max(1, round(width * scale))
+        sides = sample.image.shape[:2]
+        size = [max(1, round(side * size / math.sqrt(math.prod(sides)))) for side in sides]
     pixels = Image.fromarray(sample.image).resize(size[::-1], Image.Resampling.BICUBIC)
     return replace(sample, image=np.array(pixels))
 
@@ -395,8 +392,7 @@ def text_encoder(spec: str, captions: Sequence[str]) -> tuple[str, TextEncoder]:
     if spec == "bow":
         return "", bag_of_words(captions)
     if not path.endswith(".npz"):
-        teacher = load_teacher(parse_teacher(spec))
-        return name, lambda texts: _cached_text(teacher, list(texts))
+        return name, partial(_cached_text, load_teacher(parse_teacher(spec)))
     with np.load(path) as file:
         table = dict(zip(file["texts"].tolist(), torch.from_numpy(file["embeddings"]), strict=True))
 
@@ -408,12 +404,12 @@ def text_encoder(spec: str, captions: Sequence[str]) -> tuple[str, TextEncoder]:
     return name, look_up
 
 
-def _cached_text(teacher: Any, texts: list[str]) -> Tensor:
+def _cached_text(teacher: Any, texts: Sequence[str]) -> Tensor:
     """A tower's embeddings, kept on disk under the hash of its weights and the texts."""
-    key = hashlib.sha256(json.dumps([teacher.fingerprint, texts]).encode()).hexdigest()
+    key = hashlib.sha256(json.dumps([teacher.fingerprint, list(texts)]).encode()).hexdigest()
     path = cache_home() / "text" / f"{key}.npy"
     if not path.exists():
-        rows = [teacher.text(texts[i : i + 256]).cpu() for i in range(0, len(texts), 256)]
+        rows = [teacher.text(list(texts[i : i + 256])).cpu() for i in range(0, len(texts), 256)]
         save_array(path, torch.cat(rows).numpy())
     return torch.from_numpy(np.load(path))
 
@@ -564,12 +560,16 @@ def retrieval(train: FeatureSet, test: FeatureSet, text: str) -> Rows:
 
 
 def resize_map(map_hwC: Tensor, h: int, w: int) -> Tensor:
-    """A map on another grid, by antialiased bilinear interpolation."""
+    """A map on a smaller grid, each axis by antialiased bilinear interpolation."""
     if map_hwC.shape[:2] == (h, w):
         return map_hwC.float()
-    image = rearrange(map_hwC.float(), "h w c -> 1 c h w")
-    image = F.interpolate(image, (h, w), mode="bilinear", align_corners=False, antialias=True)
-    return rearrange(image, "1 c h w -> h w c")
+    # By a matrix for each axis: torch 2.13 on CPU gets maps that become one column wide wrong.
+    sides = zip(map_hwC.shape[:2], (h, w), strict=True)
+    rows, columns = (
+        F.interpolate(torch.eye(n)[None, None], (to, n), mode="bilinear", antialias=True)[0, 0]
+        for n, to in sides
+    )
+    return torch.einsum("ih,hwc,jw->ijc", rows, map_hwC.float(), columns)
 
 
 def same_grid(*maps: Tensor) -> list[Tensor]:
@@ -602,38 +602,36 @@ class Fidelity:
     def parts(self, student_MC: Tensor, teacher_MC: Tensor) -> Tensor:
         """One image's means over its tokens, so that images weigh the same: 9, then C z-scores."""
         s_MC, t_MC = student_MC.double(), teacher_MC.double()
-        z_MC, off_MC = (t_MC - self.mean_C) * self.inverse_C, s_MC - t_MC
-        figures = [
-            (off_MC * self.inverse_C).square(),
-            z_MC.square(),
-            off_MC.square(),
-            (t_MC - self.mean_C).square(),
-            t_MC.square(),
-            t_MC,
-            F.cosine_similarity(s_MC - self.mean_C, t_MC - self.mean_C, eps=self.tiny),
-            F.cosine_similarity(s_MC, t_MC),
-            F.cosine_similarity(self.mean_C[None], t_MC),
-        ]
-        return torch.cat([torch.stack([x.mean() for x in figures]), z_MC.mean(0)])
+        error_MC, off_MC = s_MC - t_MC, t_MC - self.mean_C
+        z_MC = off_MC * self.inverse_C
+        terms = [(error_MC * self.inverse_C).square(), z_MC.square(), error_MC.square()]
+        terms += [off_MC.square(), t_MC.square(), t_MC, F.cosine_similarity(s_MC, t_MC)]
+        terms += [F.cosine_similarity(self.mean_C[None], t_MC)]
+        terms += [F.cosine_similarity(s_MC - self.mean_C, off_MC, eps=self.tiny)]
+        return torch.cat([torch.stack([x.mean() for x in terms]), z_MC.mean(0)])
+
+    @staticmethod
+    def figures(means: Tensor) -> dict[str, Tensor]:
+        """Every figure (...,), and the constant's, from mean parts (..., P)."""
+        error, constant, mse, mse_constant, square, mean, *cosines = means[..., :9].unbind(-1)
+        # Around the held-out pictures' own mean, so the constant scores a little below 0.
+        spread = constant - means[..., 9:].square().mean(-1)
+        variance = square - mean.square()
+        return {
+            "value": 1 - error / spread,
+            "value_constant": 1 - constant / spread,
+            "fidelity": variance / mse.maximum(1e-12 * variance),
+            "fidelity_constant": variance / mse_constant.maximum(1e-12 * variance),
+            "cosine": cosines[0],
+            "cosine_constant": cosines[1],
+            "centred_cosine": cosines[2],
+        }
 
     def report(self, pairs: Iterable[Sequence[Tensor]]) -> dict[str, float]:
         """Figures over held-out images, each (student (M, C), teacher (M, C)) on one grid."""
         parts_NP = torch.stack([self.parts(student, teacher) for student, teacher in pairs])
-        row = bootstrap(parts_NP, lambda means: self.ratios(means)[..., 0])
-        keys = ("value_constant", "fidelity", "fidelity_constant")
-        row |= dict(zip(keys, self.ratios(parts_NP.mean(0))[1:].tolist(), strict=True))
-        keys = ("centred_cosine", "cosine", "cosine_constant")
-        return row | dict(zip(keys, parts_NP[:, 6:9].mean(0).tolist(), strict=True))
-
-    @staticmethod
-    def ratios(means: Tensor) -> Tensor:
-        """(..., P) -> (..., 4): explained and fidelity, each followed by the constant's."""
-        error, constant, raw, raw_constant, square, mean = means[..., :6].unbind(-1)
-        # Around the held-out pictures' own mean, so the constant scores a little below 0.
-        spread = constant - means[..., 9:].square().mean(-1)
-        variance = square - mean.square()
-        fidelities = [variance / mse.maximum(1e-12 * variance) for mse in (raw, raw_constant)]
-        return torch.stack([1 - error / spread, 1 - constant / spread, *fidelities], dim=-1)
+        row = {name: float(x) for name, x in self.figures(parts_NP.mean(0)).items()}
+        return row | bootstrap(parts_NP, lambda means: self.figures(means)["value"])
 
 
 def fidelity(train: FeatureSet, test: FeatureSet) -> Rows:
@@ -691,9 +689,7 @@ def token_labels(maps: Sequence[Tensor], masks: Sequence[Tensor]) -> tuple[Tenso
     return torch.cat([x.flatten(0, 1) for x in maps]).float(), torch.cat(labels).long()
 
 
-def overlaps(
-    probe: Probe, maps: Sequence[Tensor], masks: Sequence[Tensor], classes: int
-) -> Tensor:
+def overlaps(probe: Probe, maps: Sequence[Tensor], masks: Sequence[Tensor], classes: int) -> Tensor:
     """(N, G, 3 * classes): every setting's prediction, at the resolution of each mask."""
     found = []
     for map_hwC, mask in zip(maps, masks, strict=True):
@@ -740,7 +736,7 @@ def segmentation(
         foreground: every class but 0 is one, and the figure is its IoU.
     """
     check_disjoint(train, test)
-    masks, test_masks = _masks(train, foreground, "--train"), _masks(test, foreground, "--test")
+    masks, test_masks = _masks(train, "--train", foreground), _masks(test, "--test", foreground)
     classes = 1 + max(int(m[m != VOID].max()) for m in masks + test_masks if (m != VOID).any())
 
     def score(sums: Tensor) -> Tensor:
@@ -756,7 +752,7 @@ def segmentation(
     return rows
 
 
-def _masks(found: FeatureSet, foreground: bool, side: str) -> list[Tensor]:
+def _masks(found: FeatureSet, side: str, foreground: bool = False) -> list[Tensor]:
     """The masks of the pictures whose patches are kept."""
     masks = found.known("mask", side)
     masks = [torch.from_numpy(np.array(masks[i])) for i in found.dense]
@@ -799,12 +795,11 @@ def pca_axes(maps: Sequence[Tensor]) -> Tensor:
     away from the pictures' borders.
     """
     tokens_MC = torch.cat([x.flatten(0, 1) for x in maps])
-    is_edge_M = torch.cat([edge(*x.shape[:2]).flatten() for x in maps])
+    inner_MC = torch.cat([x[1:-1, 1:-1].flatten(0, 1) for x in maps])
     object_C = main_axes(tokens_MC)[:, 0]
-    score_M = tokens_MC @ object_C
-    if score_M[is_edge_M].mean() > score_M.mean():
-        object_C, score_M = -object_C, -score_M
-    inside_MC = tokens_MC[is_object(score_M)]
+    if (inner_MC @ object_C).mean() < (tokens_MC @ object_C).mean():
+        object_C = -object_C
+    inside_MC = tokens_MC[is_object(tokens_MC @ object_C)]
     return torch.cat([object_C[:, None], main_axes(inside_MC)[:, :3]], 1)
 
 
@@ -813,20 +808,13 @@ def main_axes(x_MC: Tensor) -> Tensor:
     return torch.linalg.eigh(x_MC.T.cov(correction=0)).eigenvectors.flip(1)
 
 
-def edge(h: int, w: int) -> Tensor:
-    """(h, w) bool: the outermost tokens of a map."""
-    rows, columns = torch.arange(h)[:, None], torch.arange(w)
-    return (rows == 0) | (rows == h - 1) | (columns == 0) | (columns == w - 1)
-
-
 def is_object(score_M: Tensor) -> Tensor:
     """Otsu's threshold: the upper of the two most distant groups; all, where nothing differs."""
-    if score_M.min() == score_M.max():
-        return torch.ones_like(score_M, dtype=torch.bool)
-    ordered, n = score_M.double().sort().values, torch.arange(1, len(score_M))
-    sums, rest = ordered.cumsum(0)[:-1], len(score_M) - n
-    between = n * rest * (sums / n - (ordered.sum() - sums) / rest).square()
-    return score_M > ordered[between.argmax()]
+    ordered_M, n_M = score_M.sort().values, torch.arange(len(score_M))
+    off_M = ordered_M.double() - ordered_M.double().mean()
+    lowest_M = off_M.cumsum(0) - off_M  # the sum of the n lowest
+    between_M = lowest_M.square() / (n_M * (len(n_M) - n_M)).clamp_min(1)
+    return score_M >= ordered_M[between_M.argmax()]
 
 
 def pca_pictures(maps: Sequence[Tensor], axes_C4: Tensor, width: int) -> list[Image.Image]:
@@ -880,18 +868,20 @@ def resolution(models: Any, source: Any, sizes: Sequence[int], out: str = "") ->
         sizes: sides of squares whose area a picture gets, px.
         out: PNG for the curves, not drawn if empty.
     """
-    sets = {size: extract(models, source, size=size, title=f"{size} px") for size in sizes}
+    sets = [extract(models, source, size=size, title=f"{size} px") for size in sizes]
     rows: Rows = {}
-    for column in sets[sizes[0]].patches:
-        maps_by_size = [found.patches[column] for found in sets.values()]
-        rows[f"{column} scale variance"] = scale_variance(maps_by_size)
-    for size, found in sets.items():
+    for column in sets[0].patches:
+        rows[f"{column} scale variance"] = scale_variance([x.patches[column] for x in sets])
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for size, found in zip(sizes, sets, strict=True):
         for name, row in fidelity(found, found).items():
-            if name.endswith(" patches"):
-                error = {"value": 1 - row["cosine"], "fidelity": row["fidelity"]}
-                rows[f"{name.removesuffix(' patches')} cosine error {size} px"] = error
+            head, _, part = name.rpartition(" ")
+            if part == "patches":
+                error, near = 1 - row["cosine"], row["fidelity"]
+                rows[f"{head} cosine error {size} px"] = {"value": error, "fidelity": near}
+                curves.setdefault(head, []).append((error, near))
     if out:
-        plot_resolution(rows, out)
+        plot_curves(sizes, curves, out)
     return rows
 
 
@@ -914,19 +904,15 @@ def scale_variance(maps_by_size: Sequence[Sequence[Tensor]]) -> dict:
     return bootstrap(torch.stack(parts), ratio)
 
 
-def plot_resolution(rows: Rows, out: str) -> None:
+def plot_curves(sizes: Sequence[int], curves: Mapping[str, Sequence], out: str) -> None:
     """Cosine error and fidelity against the input's size, a line per head."""
     from matplotlib.figure import Figure
 
-    lines: dict[str, list[tuple[int, float, float]]] = {}
-    for name, row in rows.items():
-        if match := re.fullmatch(r"(.*) cosine error (\d+) px", name):
-            lines.setdefault(match[1], []).append((int(match[2]), row["value"], row["fidelity"]))
     figure = Figure(figsize=(9, 3.5), layout="constrained")
-    for place, axis in enumerate(figure.subplots(1, 2), 1):
-        for name, points in lines.items():
-            axis.plot([p[0] for p in points], [p[place] for p in points], marker="o", label=name)
-        axis.set(xlabel="input size, px", title=("", "cosine error", "fidelity")[place])
+    for i, axis in enumerate(figure.subplots(1, 2)):
+        for head, points in curves.items():
+            axis.plot(sizes, [point[i] for point in points], marker="o", label=head)
+        axis.set(xlabel="input size, px", title=("cosine error", "fidelity")[i])
     axis.legend()
     figure.savefig(out, dpi=150)
 
@@ -982,8 +968,8 @@ def merging(models: Any, train_source: Any, test_source: Any, size: int) -> Rows
 
 def patch_knn(train: FeatureSet, test: FeatureSet, column: str) -> dict:
     """Accuracy of single tokens in telling the mask's classes, against 10,000 training tokens."""
-    bank_MC, bank_M = token_labels(train.patches[column], _masks(train, False, "--train"))
-    test_MC, test_M = token_labels(test.patches[column], _masks(test, False, "--test"))
+    bank_MC, bank_M = token_labels(train.patches[column], _masks(train, "--train"))
+    test_MC, test_M = token_labels(test.patches[column], _masks(test, "--test"))
     picks = torch.randperm(len(bank_M), generator=torch.Generator().manual_seed(0))[:10_000]
     hits_M = knn_votes(bank_MC[picks], bank_M[picks], test_MC, VOID + 1).argmax(1) == test_M
     return accuracy(rearrange(hits_M.double(), "(n p) -> n p", n=len(test.dense)).mean(1))
@@ -994,7 +980,7 @@ def questions(train: FeatureSet, test: FeatureSet) -> tuple[Tensor, Tensor]:
 
     -1 where a picture has no such answer: a label or word that training lacks, an empty mask.
     """
-    counts = Counter(_last_word(sample) for sample in train.samples)
+    counts = Counter(map(_last_word, train.samples))
     words = sorted(word for word, count in counts.items() if word and count >= 5)
     labels = sorted({str(sample.label) for sample in train.samples})
 
@@ -1037,9 +1023,7 @@ class Reader(nn.Module):
         return [layer(read[:, q]) for q, layer in enumerate(self.answer)]
 
 
-def reading(
-    train: Sequence, test: Sequence, grid: Any, train_NQ: Tensor, test_NQ: Tensor
-) -> dict:
+def reading(train: Sequence, test: Sequence, grid: Any, train_NQ: Tensor, test_NQ: Tensor) -> dict:
     """Share of questions that a trained `Reader` answers right on held-out pictures.
 
     Args:
@@ -1140,14 +1124,7 @@ def identity(model: Any) -> str:
 
 
 def final_report(
-    student: Any,
-    untrained: Any,
-    teachers: Any,
-    train_source: Any,
-    test_source: Any,
-    limit: int = 1500,
-    dense: int | None = 200,
-    size: int | None = None,
+    student: Any, untrained: Any, teachers: Any, train_source: Any, test_source: Any, limit=1500
 ) -> dict[str, Any]:
     """What a training run shows: kNN, fidelity and foreground IoU on held-out pictures.
 
@@ -1155,8 +1132,6 @@ def final_report(
         teachers: by the names of the student's heads, or a list of teachers so named; cached ones
             must hold both sources.
         limit: pictures of each source that are used at most, evenly spread.
-        dense: training pictures whose maps serve the foreground probe and patch statistics.
-        size: see `at_size`; what a cached teacher looks up does not change with it.
     """
     if not isinstance(teachers, Mapping):
         teachers = {teacher.name: teacher for teacher in teachers}
@@ -1164,12 +1139,12 @@ def final_report(
     models["pixels"] = RawPixels()
     counts = [(source, min(limit, len(source))) for source in (train_source, test_source)]
     some = [Subset(source, [i * len(source) // n for i in range(n)]) for source, n in counts]
-    train = extract(models, some[0], dense, size, title="evaluate: train")
-    test = extract(models, some[1], None, size, title="evaluate: held out")
+    # Maps of 200 training pictures are plenty for the foreground probe and patch statistics.
+    train = extract(models, some[0], 200, title="evaluate: train")
+    test = extract(models, some[1], title="evaluate: held out")
     foreground = partial(segmentation, foreground=True)
-    protocols = (("knn", knn), ("foreground", foreground), ("fidelity", fidelity))
     report: dict[str, Any] = {"left out": {}}
-    for name, protocol in protocols:
+    for name, protocol in (("knn", knn), ("foreground", foreground), ("fidelity", fidelity)):
         try:
             report[name] = protocol(train, test)
         except ValueError as error:  # a user's pictures may have no labels or no masks

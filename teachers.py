@@ -159,7 +159,7 @@ class Family(NamedTuple):
     model: str  # its vision class
     kind: str  # of SizeRule
     stats: tuple
-    blocks: str  # see Backbone
+    blocks: str | None  # see Backbone
     summary: str | None = "pooler_output"  # the output's field with the summary
     class_tokens: int = 0  # before the registers and the patches
 
@@ -178,16 +178,19 @@ FAMILIES = {
     ),
     "dinov3_vit": Family("DINOv3ViTModel", "native", IMAGENET, "model.layer", class_tokens=1),
     "sam": Family("SamVisionModel", "canvas", IMAGENET, "vision_encoder.layers", None),
+    "sam2": Family("Sam2VisionModel", "canvas", IMAGENET, None, None),  # its neck needs all layers
 }
 
 
 def read_transformers(family: Family, model: Any, pixels_BCHW: Tensor) -> Reading:
-    """Tokens are [class token?, registers..., patches...]; SAM gives one map (B, C, h, w)."""
+    """Tokens are [class token?, registers..., patches...]; SAM and SAM2 give one map."""
     if family.model == "Siglip2VisionModel":
         out = model(**naflex_inputs(pixels_BCHW, model.config.patch_size))
     else:
         out = model(pixel_values=pixels_BCHW)
     tokens = out.last_hidden_state
+    if family.model == "Sam2VisionModel":  # Hiera's last stage, (B, h, w, C)
+        return None, tokens, None
     if family.summary is None:
         return None, rearrange(tokens, "b c h w -> b h w c"), None
     registers = getattr(model.config, "num_register_tokens", 0)
@@ -212,7 +215,7 @@ def naflex_inputs(pixels_BCHW: Tensor, p: int) -> dict[str, Tensor]:
 def load_transformers(spec: TeacherSpec) -> Backbone:
     """Any row of `FAMILIES` from a folder (config.json, safetensors) or the hub."""
     config = pretrained(spec, "AutoConfig")
-    kind = config.model_type.removesuffix("_vision_model")
+    kind = re.sub("_vision_model$|_video$", "", config.model_type)
     if kind not in FAMILIES:
         raise TeacherError(
             f"teacher {spec.name}: {spec.path} is a {kind!r} model; known are {', '.join(FAMILIES)}"
@@ -220,12 +223,25 @@ def load_transformers(spec: TeacherSpec) -> Backbone:
     family, tower = FAMILIES[kind], getattr(config, "vision_config", config)
     if hasattr(config, "projection_dim"):  # CLIP's towers may say another width than it has
         tower.projection_dim = config.projection_dim
-    network = load_network(spec, family.model, config=tower)
-    side = NATIVE_SIDE if family.kind == "native" else tower.image_size
-    sizes = SizeRule(family.kind, tower.patch_size, side)
+    if kind == "sam2":
+        network = load_network(spec, family.model, config=tower, key_mapping=SAM2_KEYS)
+        sizes = sam2_sizes(tower.backbone_config)
+    else:
+        network = load_network(spec, family.model, config=tower)
+        side = NATIVE_SIDE if family.kind == "native" else tower.image_size
+        sizes = SizeRule(family.kind, tower.patch_size, side)
     read = partial(read_transformers, family)
     text = partial(load_text, spec) if hasattr(config, "text_config") else None
     return Backbone(network, read, sizes, family.stats, family.blocks, text=text)
+
+
+SAM2_KEYS = {"^vision_encoder[.]": ""}  # what the encoder's weights are called in a whole SAM2
+
+
+def sam2_sizes(hiera: Any) -> SizeRule:
+    """SAM2's trunk cuts small patches and pools them between its stages."""
+    patch = hiera.patch_stride[0] * hiera.query_stride[0] ** hiera.num_query_pool_stages
+    return SizeRule("canvas", patch, hiera.image_size[0])
 
 
 def load_network(spec: TeacherSpec, class_name: str, **options: Any) -> Any:

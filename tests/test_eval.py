@@ -356,6 +356,15 @@ def test_grids_are_compared_as_the_losses_do():
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize(("before", "after"), [((6, 1), (4, 1)), ((7, 4), (3, 1))])
+def test_a_map_that_becomes_one_column_is_resized_as_its_transpose(before, after):
+    map_hwC = torch.arange(before[0] * before[1] * 8.0).view(*before, 8)  # a ramp stays in order
+    tall = ev.resize_map(map_hwC, *after)
+    wide = ev.resize_map(map_hwC.transpose(0, 1), *after[::-1]).transpose(0, 1)
+    torch.testing.assert_close(tall, wide)
+    assert (tall.diff(dim=0) > 0).all() and (tall.diff(dim=2) > 0).all()
+
+
 # ------------------------------------------------------------------- segmentation
 
 

@@ -13,13 +13,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from einops import rearrange
+from einops import rearrange, reduce
 
 import teachers
 from packing import BadImage, Sample, resize, to_float
 from teachers import (
+    Backbone,
     CachedTeacher,
     SizeRule,
+    Teacher,
     TeacherError,
     TeacherSpec,
     Wheel,
@@ -153,8 +155,18 @@ SMALL = {
 TEXT = SMALL | {"vocab_size": 40, "max_position_embeddings": 9, "pad_token_id": 1}
 TEXT |= {"bos_token_id": 0, "eos_token_id": 2, "projection_size": 32}
 SAM_CONFIG = SMALL | {"image_size": 64, "output_channels": 12, "window_size": 4}
+HIERA = {  # SAM2's trunk: a grid of 32 x 32 pooled three times, 8 to 64 wide
+    "image_size": [128, 128],
+    "hidden_size": 8,
+    "blocks_per_stage": [1, 1, 2, 1],
+    "embed_dim_per_stage": [8, 16, 32, 64],
+    "num_attention_heads_per_stage": [1, 2, 2, 2],
+    "window_size_per_stage": [8, 4, 8, 4],
+    "window_positional_embedding_background_size": [4, 4],
+    "global_attention_blocks": [3],
+}
 with torch.device("meta"):
-    torch.empty(0)  # as in teachers.load_weights, for the loads by hand below
+    torch.empty(0)  # as in teachers.load_network, for the loads by hand below
 
 
 def save(folder, model_class, config):
@@ -185,7 +197,19 @@ def make(folder, family):
     if family == "dinov3":
         config = t.DINOv3ViTConfig(**SMALL, image_size=64, num_register_tokens=4)
         return save(folder, "DINOv3ViTModel", config)
+    if family == "sam2":
+        return save(folder, "Sam2VisionModel", sam2_config())
     return save(folder, "SamVisionModel", t.SamVisionConfig(**SAM_CONFIG))
+
+
+def sam2_config():
+    t = hugging_face()
+    return t.Sam2VisionConfig(
+        backbone_config=t.Sam2HieraDetConfig(**HIERA),
+        backbone_channel_list=[64, 32, 16, 8],
+        backbone_feature_sizes=[[32, 32], [16, 16], [8, 8]],
+        fpn_hidden_size=16,
+    )
 
 
 def normalised(pixels, family):
@@ -241,15 +265,35 @@ def test_token_family_equals_the_class_by_hand(tmp_path, family):
         torch.testing.assert_close(out.registers_BRC[:1], registers, atol=1e-5, rtol=1e-5)
 
 
-def test_sam_equals_the_class_by_hand(tmp_path):
-    model = make(tmp_path, "sam")
+@pytest.mark.parametrize(("family", "side", "patch"), [("sam", 64, 8), ("sam2", 128, 32)])
+def test_map_family_equals_the_class_by_hand(tmp_path, family, side, patch):
+    model = make(tmp_path, family)
     teacher = load_teacher(TeacherSpec("t", str(tmp_path)))
-    picture = image(64, 64)
+    picture = image(side, side)
     with torch.no_grad():
-        hand = model(pixel_values=normalised(picture, "sam")).last_hidden_state[0]
+        hand = model(pixel_values=normalised(picture, family)).last_hidden_state[0]
     out = teacher([picture])
-    assert out.summary_BC is None and teacher.summary_dim is None and teacher.patch == 8
-    torch.testing.assert_close(out.patches[0], hand.permute(1, 2, 0), atol=1e-5, rtol=1e-5)
+    assert out.summary_BC is None and teacher.summary_dim is None and teacher.patch == patch
+    hand = hand.permute(1, 2, 0) if family == "sam" else hand
+    torch.testing.assert_close(out.patches[0], hand, atol=1e-5, rtol=1e-5)
+    half = teacher([picture[:, :, : side // 2]]).patches[0]
+    assert half.shape == (side // patch, side // patch // 2, teacher.dim)
+
+
+@pytest.mark.parametrize("kind", ["Sam2", "Sam2Video"])
+def test_whole_sam2_gives_its_vision_encoder(tmp_path, kind):
+    t = hugging_face()
+    torch.manual_seed(0)
+    config = getattr(t, f"{kind}Config")(vision_config=sam2_config())
+    model = getattr(t, f"{kind}Model")(config).eval()
+    model.save_pretrained(tmp_path)
+    teacher = load_teacher(TeacherSpec("t", str(tmp_path)))
+    picture = image(128, 128)
+    with torch.no_grad():
+        hand = model.vision_encoder(normalised(picture, "sam2")).last_hidden_state[0]
+    torch.testing.assert_close(teacher([picture]).patches[0], hand, atol=1e-5, rtol=1e-5)
+    with pytest.raises(TeacherError, match="0 layers to tap"):
+        load_teacher(TeacherSpec("t", str(tmp_path), layer=2))
 
 
 def test_sam_sees_a_mosaic_and_gives_each_picture_its_cell(tmp_path):
@@ -267,6 +311,42 @@ def test_sam_sees_a_mosaic_and_gives_each_picture_its_cell(tmp_path):
     assert sizes == [p.shape for p in alone.patches]
     assert sizes[:1] + sizes[5:] == [(4, 3, 12), (8, 4, 12), (8, 2, 12)]
     torch.testing.assert_close(shared.patches[5], alone.patches[5], atol=1e-5, rtol=1e-5)
+
+
+RAGGED = [(48, 72), (8, 30), (61, 17), (64, 64), (33, 9), (24, 60)]  # heights and widths
+
+
+def test_naflex_gives_the_valid_positions_of_a_padded_batch(tmp_path):
+    model = make(tmp_path, "naflex")
+    teacher = load_teacher(TeacherSpec("t", str(tmp_path)))
+    pictures = [teacher.prepare(image(*size, seed=i)) for i, size in enumerate(RAGGED)]
+    grids = torch.tensor([x.shape[1:] for x in pictures]) // 8
+    counts = grids.prod(1)
+    padded, mask = torch.zeros(6, counts.max(), 192), torch.arange(counts.max()) < counts[:, None]
+    for row, picture in zip(padded, pictures, strict=True):
+        pixels = normalised(picture, "naflex")[0]
+        cut = rearrange(pixels, "c (h p) (w q) -> (h w) (p q c)", p=8, q=8)
+        row[: len(cut)] = cut
+    with torch.no_grad():
+        hand = model(padded, mask.long(), grids)
+    out = teacher.features(pictures)
+    assert [tuple(x.shape[:2]) for x in out.patches] == [tuple(grid) for grid in grids.tolist()]
+    ours, theirs = torch.cat([x.flatten(0, 1) for x in out.patches]), hand.last_hidden_state[mask]
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(out.summary_BC, hand.pooler_output, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("share_canvas", [True, False])
+def test_every_position_of_a_mosaic_is_of_its_own_picture(share_canvas):
+    def means(_, pixels_BCHW):  # a network whose every position says its own patch's mean colour
+        return None, reduce(pixels_BCHW, "b c (h p) (w q) -> b h w c", "mean", p=8, q=8), None
+
+    backbone = Backbone(torch.nn.Identity(), means, SizeRule("canvas", 8, 64), teachers.NONE)
+    teacher = Teacher("t", backbone)
+    pictures = [teacher.prepare(image(*size, seed=i)) for i, size in enumerate(RAGGED)]
+    out = teacher.features(pictures, share_canvas)
+    for picture, patches in zip(pictures, out.patches, strict=True):
+        torch.testing.assert_close(patches, means(None, picture[None])[1][0])
 
 
 def test_full_checkpoint_gives_the_vision_side_of_it(tmp_path):
@@ -388,7 +468,7 @@ def test_truncated_weights_are_refused(tmp_path):
 
 def test_unknown_family_is_refused_with_the_known_ones(tmp_path):
     hugging_face().BertConfig().save_pretrained(tmp_path)
-    with pytest.raises(TeacherError, match=r"'bert' model; known are siglip, .*sam"):
+    with pytest.raises(TeacherError, match=r"'bert' model; known are siglip, .*sam2"):
         load_teacher(TeacherSpec("t", str(tmp_path)))
 
 
