@@ -161,7 +161,9 @@ class TrainConfig:
     )
     max_images: int = option(16, "images in a pack at the most (AMoE Sec. 3)")
     global_tokens: int = option(0, "tokens of a step over all ranks; 0: the packs of the preset")
-    micro_packs: int = option(0, "packs of one forward on a rank; 0: all of the step's")
+    micro_packs: int = option(
+        0, "packs of one forward on a rank; 0: all of the step's", control=True
+    )
     patch_loss: str = option("mse", "feature loss of patches", choices=tuple(losses.KINDS))
     summary_loss: str = option("mse", "feature loss of summaries", choices=(*losses.KINDS, "angle"))
     relation: str = option("arkd", "relational loss of summaries", choices=("arkd", "rkd", "none"))
@@ -180,6 +182,7 @@ class TrainConfig:
     frozen_steps: int = option(0, "first steps that train the heads alone (RADIO Sec. 4: 5000)")
     optimizer: str = option("adamw", "optimizer (RADIO Sec. 4: lamb)", choices=("adamw", "lamb"))
     lr: float = option(1.5e-3, "peak learning rate")
+    trunk_lr: float = option(1.0, "the trunk's learning rate as a share of the heads'")
     min_lr: float = option(0.02, "last learning rate as a share of the peak")
     warmup: int = option(50, "steps of linear warm-up")
     weight_decay: float = option(0.05, "decay of matrices; vectors and scalars have none")
@@ -188,13 +191,16 @@ class TrainConfig:
     ema: float = option(0.0, "decay of the weights' running mean, which is then what is saved")
     router_rate: float = option(1e-3, "expert-bias step of load balancing (AMoE Sec. 1.4)")
     parallel: str = option(
-        "ddp", "copies of the weights, or shards of them (FSDP2)", choices=("ddp", "fsdp")
-    )
+        "ddp", "copies of the weights, or shards of them (FSDP2)", choices=("ddp", "fsdp"),
+        control=True,
+    )  # fmt: skip
     precision: str = option(
         "auto", "arithmetic; auto: bf16 on CUDA, else fp32", choices=("auto", "fp32", "bf16")
     )
-    recompute: bool = option(False, "activation checkpointing: less memory, a third more time")
-    compile: bool = option(False, "torch.compile each block")
+    recompute: bool = option(
+        False, "activation checkpointing: less memory, a third more time", control=True
+    )
+    compile: bool = option(False, "torch.compile each block", control=True)
 
     def __post_init__(self) -> None:
         if not self.out:
@@ -291,7 +297,7 @@ _AMOE = TrainConfig(
     teachers=("siglip2=google/siglip2-so400m-patch16-naflex",
               "dinov3=facebook/dinov3-vitl16-pretrain-lvd1689m"),
     model="amoe-0.3b", stats_steps=300, lr=1e-3, warmup=1000, cache="none", workers=8,
-    save_every=1000, look_every=10_000,
+    recompute=True, save_every=1000, look_every=10_000,
 )  # fmt: skip
 
 PRESETS: dict[str, TrainConfig] = {
@@ -303,11 +309,11 @@ PRESETS: dict[str, TrainConfig] = {
         head_hidden=384,
         lr=2e-3,
     ),
-    # RADIO's way: from a pretrained network on, at a low rate (2e-4 makes it forget).
+    # RADIO's way: from a pretrained network on, the trunk at 3e-5 (2e-4 makes it forget).
     "warm": TrainConfig(
         preset="warm", model="init", init="vit-s=builtin:vit-s@8", relation="none", steps=400,
-        stages=(_native(1.0, 112, 16 * 66),), head_hidden=384, frozen_steps=200, lr=3e-5,
-        warmup=20, windows=False,
+        stages=(_native(1.0, 112, 16 * 66),), head_hidden=384, frozen_steps=200, lr=1e-3,
+        trunk_lr=0.03, warmup=20, windows=False,
     ),
     "debug": TrainConfig(
         preset="debug",
@@ -765,7 +771,7 @@ class Trainer:
         cosine = cfg.min_lr + (1 - cfg.min_lr) * 0.5 * (1 + math.cos(math.pi * part))
         lr = cfg.lr * min(1.0, step / max(1, cfg.warmup)) * cosine
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["share"]
         return lr
 
     def blame(self, step, parts, grad_norm, micros, targets) -> str:
@@ -931,13 +937,28 @@ def is_decayed(p: Tensor) -> bool:
     return p.ndim >= 2 and p.shape[0] > 1
 
 
+def describe(optimizer: torch.optim.Optimizer) -> str:
+    """A table of the optimizer's groups."""
+    rows = [
+        f"{type(optimizer).__name__:<8}{'tensors':>9}{'M numbers':>11}{'decay':>8}{'lr share':>10}"
+    ]
+    names = ("trunk", "", "heads", "")
+    for name, group in zip(names, optimizer.param_groups, strict=True):
+        numbers = sum(p.numel() for p in group["params"]) / 1e6
+        rows.append(f"{name:<8}{len(group['params']):>9}{numbers:>11.3f}"
+                    f"{group['weight_decay']:>8.3g}{group['share']:>10.3g}")  # fmt: skip
+    return "\n".join(rows)
+
+
 def make_optimizer(cfg: TrainConfig, student: Student) -> torch.optim.Optimizer:
-    """AdamW or LAMB over a group that decays and one that does not."""
-    groups = [
-        {"params": [p for _, p in trained(student) if is_decayed(p) == decays],
-         "weight_decay": cfg.weight_decay * decays}
-        for decays in (True, False)
-    ]  # fmt: skip
+    """AdamW or LAMB over four groups: trunk and heads, what decays and what does not."""
+    groups = []
+    for is_head, share in ((False, cfg.trunk_lr), (True, 1.0)):
+        for decays in (True, False):
+            chosen = [p for name, p in trained(student) if name.startswith("heads.") == is_head]
+            params = [p for p in chosen if is_decayed(p) == decays]
+            decay = cfg.weight_decay if decays else 0.0
+            groups.append({"params": params, "weight_decay": decay, "share": share})
     if cfg.optimizer == "lamb":
         return Lamb(groups, lr=cfg.lr, betas=(0.9, cfg.beta2))
     return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, cfg.beta2), fused=True)
@@ -1146,7 +1167,9 @@ def draw_curves(rows: list[dict], path: Path) -> None:
         middle.legend(fontsize=8)
     right.plot(steps, [row["moe/max_load"] for row in rows], label="busiest expert / mean")
     right.plot(steps, [row["grad_norm"] for row in rows], label="gradient norm", alpha=0.5)
-    right.set(title="experts and gradients", xlabel="step", yscale="log")
+    peak = max(row["lr"] for row in rows)
+    right.plot(steps, [row["lr"] / peak for row in rows], label="learning rate / its peak")
+    right.set(title="experts, gradients, learning rate", xlabel="step", yscale="log")
     right.legend(fontsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -1250,7 +1273,7 @@ def train_loop(run: Run, stop: StopSignal) -> None:
         note_skipped(cfg, record, result.skipped)
         if step % cfg.log_every == 0 or step == cfg.steps:
             speed, marked, tokens = tokens / (time.monotonic() - marked), time.monotonic(), 0
-            run.log.write(metrics_row(step, result, record, speed))
+            run.log.write(metrics_row(run, result, speed))
             bar.set_postfix(loss=f"{result.losses['total']:.3f}", tok_s=f"{speed:.0f}")
         bar.update()
         is_look = cfg.look_every and step % cfg.look_every == 0 and step < cfg.steps
@@ -1293,11 +1316,14 @@ def note_scan(cfg: TrainConfig, sources: list[Source]) -> dict[str, str]:
     return skipped
 
 
-def metrics_row(step: int, result: StepResult, record: dict, tokens_per_s: float) -> dict:
+def metrics_row(run: Run, result: StepResult, tokens_per_s: float) -> dict:
     parts = {f"loss/{name}": value for name, value in result.losses.items()}
+    record, devices = run.record, run.trainer.group.world
     return {
-        "step": step, **parts, "lr": result.lr, "grad_norm": result.grad_norm,
-        "tokens_per_s": round(tokens_per_s, 1), "moe/max_load": result.max_load,
+        "step": record["step"], **parts, "lr": result.lr, "grad_norm": result.grad_norm,
+        "tokens_per_s": round(tokens_per_s, 1),
+        "tokens_per_s_device": round(tokens_per_s / devices, 1),
+        "moe/max_load": result.max_load,
         "images": record["images"], "tokens": record["tokens"],
     }  # fmt: skip
 
@@ -1412,6 +1438,8 @@ def prepare(cfg: TrainConfig) -> Run:
         record = {name: state[name] for name in record}
     else:
         trainer.fit_normalizers(stages[0])
+    if group.rank == 0:
+        print(describe(trainer.optimizer), file=sys.stderr)
     log = Log(cfg, group, record["step"])
     return Run(cfg, trainer, stages, train_sources, held_out, identity, record, log)
 

@@ -2,7 +2,11 @@
 
 import argparse
 import dataclasses
+import os
 import pickle
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -692,3 +696,59 @@ def test_onnx(tmp_path):
     assert len(names) == len(expected)
     for value, wanted in zip(values, expected, strict=True):
         close(torch.tensor(value), wanted.detach(), 1e-4)
+
+
+# ------------------------------------------------------------------------------- scale
+
+
+@pytest.mark.parametrize("name", ["test", "dense-30m", "radio-b"])
+def test_flops_are_those_that_torch_counts(name):
+    """On the explicit forms: its counter sees no SDPA and no grouped_mm on CPU."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    config = dataclasses.replace(MODELS[name], n_layers=2)
+    student = Student(config).use(attention="explicit", experts="sorted")
+    batch = PackedBatch.from_images([torch.rand(3, 224, 224)], 16)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        student(batch)
+    assert model.count_flops(config, 224) == pytest.approx(counter.get_total_flops(), rel=0.03)
+
+
+SHARDED = """
+import sys, dataclasses
+sys.path.insert(0, {root!r})
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from model import MODELS, Student, training_bytes
+from packing import PackedBatch, setup_distributed
+group = setup_distributed(60)
+config = dataclasses.replace(MODELS["dense-30m"], n_layers=2)
+student = Student(config)
+for block in student.blocks:
+    fully_shard(block)
+fully_shard(student)
+trained = [p for p in student.parameters() if p.requires_grad]
+optimizer = torch.optim.AdamW(trained)
+out = student(PackedBatch.from_images([torch.rand(3, 32, 32)], 16))
+sum(x.square().mean() for x in (*out.patches.values(), *out.summary.values())).backward()
+optimizer.step()
+parts = [*student.parameters(), *(p.grad for p in trained)]
+parts += [x for state in optimizer.state.values() for x in state.values() if x.ndim]
+own = sum(x.to_local().numel() * 4 for x in parts)
+gathered = 8 * sum(p.numel() for p in student.blocks[0].parameters())
+print("ratio", (own + gathered) / training_bytes(config, 2, sharded=True))
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_training_bytes_are_those_of_a_real_sharded_step(tmp_path):
+    script = tmp_path / "sharded.py"
+    script.write_text(SHARDED.format(root=str(Path(model.__file__).parent)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, str(script)], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    ratios = [float(text) for text in re.findall(r"ratio (\d\.\d+)", done.stdout)]
+    assert ratios == pytest.approx([1, 1], rel=0.02)

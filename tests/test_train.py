@@ -511,8 +511,22 @@ def test_two_interruptions_change_no_bit(tmp_path, reference, monkeypatch):
         with monkeypatch.context() as patch:
             interrupt_before(step, patch)
             with pytest.raises(Interrupted):
-                run(tmp_path)
+                run(tmp_path, "--workers", str(step % 4 // 2))
     assert totals(run(tmp_path)) == totals(rows_of(reference))
+
+
+def test_a_stop_at_the_end_of_an_epoch_changes_no_bit(tmp_path, monkeypatch):
+    trainer, (data,) = trainer_of(train.parse_args(QUICK))
+    del trainer
+    epoch = data.steps_in(0)
+    flags = ("--steps", str(epoch + 3), "--save-every", "1")
+    expected = totals(run(tmp_path / "whole", *flags))
+    for step in (epoch, epoch + 1):
+        with monkeypatch.context() as patch:
+            interrupt_before(step, patch)
+            with pytest.raises(Interrupted):
+                run(tmp_path / "cut", *flags)
+    assert totals(run(tmp_path / "cut", *flags)) == expected
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "no manifest"])
@@ -696,3 +710,189 @@ def wait_for_step(out: Path, step: int, timeout: float = 90) -> None:
             return
         time.sleep(0.05)
     raise AssertionError(f"{out} did not reach step {step}")
+
+
+# ----------------------------------------------------------- many processes, and a bad day
+
+PARTITIONED = """
+import dataclasses, sys
+sys.path.insert(0, {root!r})
+import train
+streams = (train.Stream("low", 48, budget=96), train.Stream("high", 96, budget=96, packs=4,
+                                                            teachers=("dense",)))
+cfg = dataclasses.replace(
+    train.PRESETS["debug"], stages=(train.Stage(1.0, streams),), average="partition", steps=20,
+    data=("openmoji:train:60",), stats_steps=2, log_every=1, threads=1, out=sys.argv[1],
+)
+train.train_loop(train.prepare(cfg), train.StopSignal())
+if train.dist.is_initialized():
+    train.dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_partitions_of_two_processes_equal_one(tmp_path):
+    """MoE, ARKD, PHI-S and two streams: rank 0 has the low one and a part of the high one."""
+    script = tmp_path / "partitioned.py"
+    script.write_text(PARTITIONED.format(root=str(ROOT)))
+    for processes in (1, 2):
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+        launch += [str(processes), str(script), str(tmp_path / str(processes))]
+        done = subprocess.run(launch, capture_output=True, text=True, timeout=200,
+                              env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    for one, two in zip(rows_of(tmp_path / "1"), rows_of(tmp_path / "2"), strict=True):
+        for part in [name for name in one if name.startswith("loss/")]:
+            assert one[part] == pytest.approx(two[part], rel=1e-5)
+        assert (one["images"], one["tokens"]) == (two["images"], two["tokens"])
+
+
+@pytest.mark.slow
+def test_fsdp_equals_ddp_and_its_checkpoint_goes_on_in_one_process(tmp_path):
+    flags = ("--steps", "12", "--save-every", "6")
+    for name, more in (("ddp", ()), ("fsdp", ("--parallel", "fsdp", "--recompute"))):
+        code, text = finished(command(tmp_path / name, *flags, *more, processes=2))
+        assert code == 0, text
+    expected = rows_of(tmp_path / "ddp")
+    for a, b in zip(expected, rows_of(tmp_path / "fsdp"), strict=True):
+        assert a["loss/total"] == pytest.approx(b["loss/total"], rel=1e-5)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+    (tmp_path / "fsdp" / "summary.json").unlink()
+    (tmp_path / "fsdp" / "step_000012" / "manifest.json").unlink()
+    for a, b in zip(expected, run(tmp_path / "fsdp", *flags), strict=True):
+        assert a["loss/total"] == pytest.approx(b["loss/total"], rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [("--optimizer", "lamb", "--ema", "0.9"), ("--frozen-steps", "3"),
+                                  ("--precision", "bf16")])  # fmt: skip
+def test_fsdp_with_every_recipe(more, tmp_path):
+    for name, parallel in (("ddp", "ddp"), ("fsdp", "fsdp")):
+        code, text = finished(command(tmp_path / name, "--parallel", parallel, *more, processes=2))
+        assert code == 0, text
+    rel = 0.05 if "bf16" in more else 1e-4
+    for a, b in zip(rows_of(tmp_path / "ddp"), rows_of(tmp_path / "fsdp"), strict=True):
+        assert a["loss/total"] == pytest.approx(b["loss/total"], rel=rel)
+
+
+KILLED = """
+import itertools, json, os, random, shutil, signal, sys, time
+from pathlib import Path
+sys.path[:0] = [{root!r}, {tests!r}]
+import test_train, train
+trainer, (data,) = test_train.trainer_of(train.PRESETS["debug"])
+trainer.step(1, data[0])
+out, rng, first = Path(sys.argv[1]), random.Random(0), 1
+cfg = train.parse_args(["--preset", "debug", "--out", str(out)])
+unfinished = 0
+for attempt in range(20):
+    child = os.fork()
+    if child == 0:
+        for step in itertools.count(first):
+            state = {{"step": step, **trainer.state_dict()}}
+            train.write_checkpoint(out / f"step_{{step:06d}}", trainer, state)
+    time.sleep(rng.uniform(0.1, 0.5))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    unfinished += any(out.glob("*.tmp"))
+    newest = train.newest_checkpoint(cfg)
+    assert newest is not None and newest == train.checkpoints(out)[-1], newest
+    assert train.read_state(newest)["step"] == int(newest.name[5:])
+    first = int(newest.name[5:]) + 1
+    for old in train.checkpoints(out)[:-1]:
+        shutil.rmtree(old)
+print("unfinished", unfinished)
+"""
+
+
+@pytest.mark.slow
+def test_twenty_kills_during_saves_leave_the_newest_checkpoint_whole(tmp_path):
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED.format(root=str(ROOT), tests=str(ROOT / "tests")))
+    (tmp_path / "out").mkdir()
+    done = subprocess.run(
+        [sys.executable, str(script), str(tmp_path / "out")], capture_output=True, text=True,
+        timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split()[-1]) >= 5, "the kills missed the saves"
+
+
+def children_of(pid: int) -> list[int]:
+    """Process ids of the children, oldest first (Linux)."""
+    return [int(x) for x in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux' /proc")
+@pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
+def test_a_frozen_or_dead_rank_ends_the_run_without_orphans(number, tmp_path):
+    flags = ("--steps", "4000", "--save-every", "3", "--pg-timeout", "8")
+    process = command(tmp_path, *flags, processes=2)
+    wait_for_step(tmp_path, 4)
+    ranks = children_of(process.pid)
+    os.kill(ranks[1], number)
+    code, text = finished(process, 120)
+    assert code != 0, text
+    end = time.monotonic() + 20
+    while any(map(is_alive, ranks)) and time.monotonic() < end:
+        time.sleep(0.2)
+    assert not any(map(is_alive, ranks))
+    assert train.broken(train.newest_checkpoint(train.parse_args(["--out", str(tmp_path)]))) is None
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux' /proc")
+def test_a_restart_by_torchrun_goes_on_where_the_killed_run_was(tmp_path):
+    flags = ("--steps", "60", "--save-every", "5")
+    code, text = finished(command(tmp_path / "whole", *flags, processes=2))
+    assert code == 0, text
+    process = command(tmp_path / "cut", *flags, processes=2, torchrun=("--max-restarts=1",))
+    wait_for_step(tmp_path / "cut", 12)
+    os.kill(children_of(process.pid)[1], signal.SIGKILL)
+    code, text = finished(process)
+    assert code == 0, text
+    assert totals(rows_of(tmp_path / "cut")) == totals(rows_of(tmp_path / "whole"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux' /proc")
+def test_a_dead_loader_worker_ends_the_run_with_its_name(tmp_path):
+    line = [sys.executable, "train.py", *QUICK, "--out", str(tmp_path), "--steps", "4000",
+            "--save-every", "4000", "--workers", "1"]  # fmt: skip
+    process = subprocess.Popen(
+        line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    wait_for_step(tmp_path, 3)
+    (worker,) = [pid for pid in children_of(process.pid) if is_alive(pid)]
+    os.kill(worker, signal.SIGKILL)
+    code, text = finished(process)
+    assert code != 0 and str(worker) in text.replace("(", " ").replace(")", " ")
+
+
+@pytest.mark.slow
+def test_bad_pictures_of_one_rank_stop_nobody(tmp_path):
+    make_pictures(tmp_path / "pictures", good=60, bad=3)
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        flags = ("--data", str(tmp_path / "pictures"), "--steps", "8")
+        code, text = finished(command(out, *flags, processes=processes))
+        assert code == 0, text
+    one, two = (json.loads((tmp_path / n / "summary.json").read_text()) for n in "12")
+    assert one["skipped"] == two["skipped"] and one["skipped"]
+    for a, b in zip(rows_of(tmp_path / "1"), rows_of(tmp_path / "2"), strict=True):
+        assert (a["images"], a["tokens"]) == (b["images"], b["tokens"])
+
+
+def test_a_folder_that_cannot_be_written_is_found_out_at_once(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("not a folder")
+    monkeypatch.setattr(train, "open_sources", lambda _: pytest.fail("work before the check"))
+    with pytest.raises(SystemExit, match="file"):
+        run(tmp_path / "file" / "out")
