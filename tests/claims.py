@@ -1,108 +1,675 @@
-"""Do the claims hold? Experiments run by hand, each over seeds, with intervals.
+"""Do the papers' claims hold? Small experiments over seeds, run by hand.
 
-    python tests/claims.py [seeds]      # random against hierarchical sampling of a long-tailed pool
+    python tests/claims.py arkd                 # one claim, or all; what ran already is not rerun
+    python tests/claims.py table                # the README's table, from docs/claims/*.jsonl
+    python tests/claims.py figures              # docs/claims.png, from the same lines
 
-The last line is JSON.
+A claim has arms that share everything but what is named, and effects: the difference of a figure
+between two arms with the same seed, counted such that it is positive if the claim holds. The first
+effect is the primary one; all are named here, before any run, and all that ran are shown. A line of
+docs/claims/NAME.jsonl is one run: its arm, seed and figures. A run takes a minute on a quiet core.
+
+Figures: "64/vit-s/patches" is the variance explained (eval.Fidelity) of that head and part on
+held-out drawings of 64 x 64 px; the other names are given where they are computed.
 """
 
+import argparse
+import hashlib
 import json
+import math
 import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cache
+from itertools import pairwise
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from packing import open_source
+import losses
+from eval import (
+    FeatureSet,
+    bootstrap,
+    class_ids,
+    extract,
+    fidelity,
+    knn,
+    knn_votes,
+    patch_knn,
+    questions,
+    reading,
+    reduce_map,
+)
+from model import MODELS, Student, load_student, save_student
+from packing import Group, Source, Subset, make_loader
 from sampling import balanced_sample, hierarchical_kmeans
-from teachers import CachedTeacher, cache_home, load_teacher, parse_teacher
+from teachers import Teacher, TeacherOutput, cache_home
+from train import Stage, Stream, TrainConfig, Trainer, load_teachers, make_stages, open_sources
+
+FOLDER = Path(__file__).parents[1] / "docs" / "claims"
+GROUP = Group(0, 1, torch.device("cpu"))
+LOW, HIGH = 48, 128  # px, where a claim has two resolutions
+CURVE = (LOW, HIGH, 32, 64, 96, 160, 192)  # px, of the mode-switch curve
+PARTS = ("summary", "patches")
+ARM_OF_MERGING = ("modes", "all")  # the students whose tokens are merged: they know 128 px
 
 
-def summaries(spec: str, teacher: Any) -> tuple[Tensor, np.ndarray]:
-    """Summaries (n, C) of a source's pictures and their labels as numbers."""
-    source = open_source(spec)
-    teacher.fill(source)
-    rows = [teacher.targets([source.load(i)]).summary_BC for i in range(len(source))]
-    names = [str(source.label(i)) for i in range(len(source))]
-    return torch.cat(rows), np.unique(names, return_inverse=True)[1]
+# ------------------------------------------------------------------------------ the claims
 
 
-def long_tailed(labels: np.ndarray, exponent: float, rng: np.random.Generator) -> tuple:
-    """A pool whose label of rank r has largest / r^exponent pictures; ranks are drawn by `rng`.
+@dataclass(frozen=True)
+class Effect:
+    """The mean of some figures in one arm minus that in another; positive if the claim holds."""
+
+    what: str
+    figures: tuple[str, ...]
+    arm: str
+    other: str
+    paper: str  # what the paper found, and where
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A question, the arms that answer it, and the effects; the first is the primary one."""
+
+    question: str
+    scale: str
+    arms: dict[str, dict[str, Any]]  # name -> its changes of the configuration
+    effects: tuple[Effect, ...]
+    base: dict[str, Any] = field(default_factory=dict)  # changes for all arms
+    sizes: tuple[int, ...] = (64,)  # px of the held-out drawings; the first one serves kNN, too
+    loud: dict[str, float] = field(default_factory=dict)  # teacher -> factor on its features
+    run: Callable[..., dict] | None = None  # (name, arm, seed, quick) -> figures; None: `distil`
+
+
+def squares(side: int, images: int, **more: Any) -> Stream:
+    """One pack of `images` drawings as squares in each step; nano has 5 tokens beside patches."""
+    tokens = (side // 16) ** 2 + 5
+    return Stream(f"{side} px", choices=(side,), budget=images * tokens, packs=1, **more)
+
+
+def explained(side: int, *teachers: str) -> tuple[str, ...]:
+    """Names of the variances explained on drawings of one size."""
+    return tuple(f"{side}/{t}/{part}" for t in teachers or ("vit-s", "mobilenet") for part in PARTS)
+
+
+MIXED = Stream("mixed", choices=(LOW, HIGH), budget=512, packs=2)
+BASE = TrainConfig(
+    preset="claims",
+    data=("openmoji:train",),
+    head_hidden=384,
+    steps=120,
+    stages=(Stage(1.0, (replace(squares(64, 16), packs=2),)),),
+    stats_steps=10,
+    warmup=10,
+    lr=2e-3,
+)
+TINY = {"builtin:vit-s": "builtin:tiny-dense", "builtin:mobilenet": "builtin:tiny-semantic"}
+QUICK: dict[str, Any] = {"steps": 2, "stats_steps": 1, "data": ("openmoji:train:240",)}
+
+# The same active parameters as nano: 2 of 8 experts of width 256.
+MODELS["nano-dense"] = replace(MODELS["nano"], experts=0, top_k=0, ffn_dim=512)
+
+# Claims of the papers that have no arms yet; the table names them.
+NOT_RUN = (
+    "golden RoPE against axial RoPE",
+    "PHI-S on a bimodal register",
+    "mosaic against resizing",
+    "shift-equivariant loss against plain MSE",
+    "the AMoE recipe against the RADIO recipe at equal FLOPs",
+)
+
+
+# ------------------------------------------------------------------------------ training
+
+
+class Loud(Teacher):
+    """A teacher whose features are multiplied: RADIO's teachers differ 191-fold (PHI-S)."""
+
+    def __init__(self, teacher: Teacher, factor: float):
+        vars(self).update(vars(teacher))
+        self.teacher, self.factor = teacher, factor
+
+    def targets(self, samples: list) -> TeacherOutput:
+        out = self.teacher.targets(samples)
+        assert out.summary_BC is not None
+        return TeacherOutput(out.summary_BC * self.factor, [x * self.factor for x in out.patches])
+
+
+@cache
+def opened(teachers: tuple, quick: bool) -> tuple[Source, Source, list[Teacher]]:
+    """(training drawings, held-out drawings, teachers), once for all runs of this process."""
+    cfg = replace(BASE, teachers=teachers, **QUICK if quick else {})
+    (train,), held_out = open_sources(cfg)
+    return train, held_out, load_teachers(cfg, [train, held_out], GROUP)
+
+
+def config(name: str, arm: str, seed: int, quick: bool) -> TrainConfig:
+    """The configuration of one run; quick: two steps on random teachers, for tests."""
+    claim = CLAIMS[name]
+    cfg = replace(BASE, **claim.base | claim.arms[arm], seed=seed)
+    if not quick:
+        return cfg
+    tiny = [text.split("=") for text in cfg.teachers]
+    teachers = tuple(f"{name}={TINY[path]}" for name, path in tiny)
+    return replace(cfg, **QUICK, teachers=teachers, model="test")
+
+
+def mark(name: str, arm: str, seed: int, quick: bool) -> str:
+    """Hash of what makes a run: the fields unlike the default's, so that new fields may come."""
+    default = TrainConfig().identity()
+    cfg = config(name, arm, seed, quick).identity()
+    changed = {key: value for key, value in cfg.items() if value != default[key]}
+    facts = [name, arm, seed, changed, CLAIMS[name].sizes, CLAIMS[name].loud]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def student_path(name: str, arm: str, seed: int, quick: bool) -> Path:
+    return cache_home() / "claims" / f"{mark(name, arm, seed, quick)}.pt"
+
+
+def at_least(source: Source, side: int) -> Subset:
+    """The pictures with side^2 pixels or more, so that none is enlarged to its stream's size."""
+    areas = [math.prod(source.size(i)) for i in range(len(source))]
+    return Subset(source, [i for i, area in enumerate(areas) if area >= side**2])
+
+
+def spread(source: Source, limit: int) -> Subset:
+    """At most `limit` pictures, evenly spread."""
+    n = min(limit, len(source))
+    return Subset(source, [i * len(source) // n for i in range(n)])
+
+
+def folded(trainer: Trainer) -> Student:
+    """The student as `load_student` would read it: its heads answer in the teachers' own spaces."""
+    student = Student(trainer.student.config)
+    student.load_state_dict(trainer.student.state_dict())
+    trainer.normalizers.fold_into(student)
+    return student
+
+
+def distil(name: str, arm: str, seed: int, quick: bool) -> dict[str, Any]:
+    """Train a student and measure it on held-out drawings: the figures, and how it got there."""
+    claim, cfg = CLAIMS[name], config(name, arm, seed, quick)
+    train, held_out, teachers = opened(cfg.teachers, quick)
+    teachers = [Loud(t, claim.loud[t.name]) if t.name in claim.loud else t for t in teachers]
+    streams = [stream for stage in cfg.stages for stream in stage.streams]
+    side = max(side for stream in streams for side in stream.choices)
+    train, held_out = at_least(train, side), at_least(held_out, side)
+    named = {t.name: t for t in teachers}
+    reference = extract({"teacher": named}, spread(train, 200))
+
+    trainer = Trainer(cfg, GROUP, teachers)
+    stages = make_stages(cfg, [train], trainer.student, GROUP)
+    trainer.fit_normalizers(stages[0])
+    looks = {round(cfg.steps * part) for part in (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1)}
+    history, dynamics = [], []
+    for (first, last), data in zip(cfg.stage_bounds(), stages, strict=True):
+        for step, packs in enumerate(make_loader(data, 0, last - first), first + 1):
+            history.append(trainer.step(step, packs))
+            if step in looks:
+                models = {"teacher": named, "student": folded(trainer)}
+                few = extract(models, spread(held_out, 64), size=(claim.sizes[0],) * 2)
+                seen = {k: sum(getattr(r, k) for r in history) for k in ("images", "tokens")}
+                dynamics.append({"step": step} | seen | variances(reference, few))
+    student = folded(trainer)
+    if (name, arm) == ARM_OF_MERGING:
+        path = student_path(name, arm, seed, quick)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_student(student, path)
+    figures = final(student, named, train, held_out, reference, claim.sizes)
+    return {"figures": course(history, trainer) | figures, "dynamics": dynamics}
+
+
+def variances(reference: FeatureSet, test: FeatureSet) -> dict[str, float]:
+    """Variance explained of each head and part, "vit-s/patches"; a constant has 0, all is 1."""
+    rows = fidelity(reference, test).items()
+    parts = {name: row["value"] for name, row in rows if name != "student mean"}
+    return {k.removeprefix("student/").replace(" ", "/"): v for k, v in parts.items()}
+
+
+def course(history: list, trainer: Trainer) -> dict[str, float]:
+    """Figures of the second half of the training: what the steps' numbers vary by, and shares.
+
+    "... spread" is the deviation over the mean; "share/TEACHER" is its part of the weighted loss.
+    """
+    late = history[len(history) // 2 :]
+    sums = {name: trainer.weight(name) * sum(result.losses[name] for result in late)
+            for name in late[0].losses if name != "total"}  # fmt: skip
+    found: dict[str, float] = {}
+    for key, what in (("gradient spread", "grad_norm"), ("token spread", "tokens")):
+        values = [getattr(result, what) for result in late]
+        found[key] = float(np.std(values) / np.mean(values))
+    for teacher in trainer.teachers:
+        parts = [value for name, value in sums.items() if name.startswith(f"{teacher.name}/")]
+        found[f"share/{teacher.name}"] = sum(parts) / sum(sums.values())
+    return found
+
+
+# ------------------------------------------------------------------------------ measuring
+
+
+def final(student: Student, teachers: dict, train: Source, test: Source, reference: FeatureSet,
+          sizes: tuple[int, ...]) -> dict[str, float]:  # fmt: skip
+    """The figures of a trained student.
+
+    "SIZE/HEAD/PART"  variance explained
+    "worst"           that of the teacher who has least, mean of its parts, at the first size
+    "jump"            largest change of a head's patches from a size to the next, mean over heads
+    "kNN", "trunk kNN"  20-NN accuracy of the heads' ensemble and of the trunk, 12 labels
+    "zero-shot"       nearest class mean of the teacher, mean over heads
+    "relation"        rank correlation of the pictures' distances, head and teacher, mean over heads
+    """
+    models, first = {"teacher": teachers, "student": student}, sizes[0]
+    found: dict[str, float] = {}
+    for side in sizes:
+        few = extract(models, spread(test, 100), size=(side, side))
+        found |= {f"{side}/{key}": value for key, value in variances(reference, few).items()}
+    found["worst"] = min(mean_of(found, explained(first, name)) for name in teachers)
+    curves = [[found[f"{side}/{name}/patches"] for side in sorted(sizes)] for name in teachers]
+    jumps = [max((abs(b - a) for a, b in pairwise(curve)), default=0.0) for curve in curves]
+    found["jump"] = float(np.mean(jumps))
+    train_set, test_set = (extract(models, spread(source, limit), dense=0, size=(first, first))
+                           for source, limit in ((train, 1000), (test, 300)))  # fmt: skip
+    rows = knn(train_set, test_set)
+    one_head = f"student/{next(iter(teachers))}"
+    found["kNN"] = rows.get("student/ensemble", rows[one_head])["value"]
+    found["trunk kNN"] = rows["student/trunk"]["value"]
+    found["zero-shot"] = float(np.mean([zero_shot(train_set, test_set, t) for t in teachers]))
+    pairs = [[test_set.summary[f"{model}/{t}"] for model in models] for t in teachers]
+    found["relation"] = float(np.mean([relation(*pair) for pair in pairs]))
+    return found
+
+
+def mean_of(figures: dict[str, float], names: tuple[str, ...]) -> float:
+    return float(np.mean([figures[name] for name in names]))
+
+
+def zero_shot(train: FeatureSet, test: FeatureSet, head: str) -> float:
+    """Accuracy of the nearest class by cosine; the teacher's class means stand in for texts."""
+    names, train_N, test_N = class_ids(train, test)
+    teacher_NC = train.summary[f"teacher/{head}"]
+    means_KC = torch.stack([teacher_NC[train_N == k].mean(0) for k in range(len(names))])
+    scores_NK = test.summary[f"student/{head}"] @ F.normalize(means_KC, dim=1).T
+    return float((scores_NK.argmax(1) == test_N).double().mean())
+
+
+def relation(teacher_NC: Tensor, student_NC: Tensor) -> float:
+    """Spearman's rank correlation of the distances of all pairs of pictures."""
+    distances = [torch.pdist(x_NC.double()) for x_NC in (teacher_NC, student_NC)]
+    ranks = torch.stack([d.argsort().argsort().double() for d in distances])
+    return float(torch.corrcoef(ranks)[0, 1])
+
+
+# ------------------------------------------------------------------------------ merging tokens
+
+
+def merge(name: str, arm: str, seed: int, quick: bool) -> dict[str, Any]:
+    """How much is left of a trained student's map when few tokens stand for it (RADIO 2.6)."""
+    path = student_path(*ARM_OF_MERGING, seed, quick)
+    if not path.exists():
+        raise SystemExit(f"no student of seed {seed}; run: python tests/claims.py modes")
+    models = {"student": load_student(path)}
+    cfg = config(name, arm, seed, quick)
+    train, held_out, _ = opened(cfg.teachers, quick)
+    some = [
+        spread(at_least(source, HIGH), limit) for source, limit in ((train, 600), (held_out, 300))
+    ]
+    sets = [extract(models, source, size=(HIGH, HIGH)) for source in some]
+    asked, figures, column = questions(*sets), {}, "student/trunk"
+    grid = sets[0].patches[column][0].shape[:2]
+    for side in (2, 4):
+        few = [[reduce_map(x, arm, side) for x in found.patches[column]] for found in sets]
+        figures[f"reading 1/{side**2}"] = reading(*few, grid, *asked)["value"]
+        back = [replace(found, patches={column: [x[i].unflatten(0, grid) for x, i in part]})
+                for found, part in zip(sets, few, strict=True)]  # fmt: skip
+        figures[f"patch kNN 1/{side**2}"] = patch_knn(*back, column)["value"]
+    return {"figures": figures}
+
+
+# ------------------------------------------------------------------------------ sampling
+
+
+@cache
+def summaries(teachers: tuple, quick: bool) -> tuple:
+    """Summaries (n, C) by the first teacher and labels as numbers, in training and held out."""
+    train, held_out, (teacher, *_) = opened(teachers, quick)
+    sets = [extract({"teacher": teacher}, source, dense=0) for source in (train, held_out)]
+    _, train_N, test_N = class_ids(*sets)
+    (train_NC, test_NC) = (found.summary["teacher"] for found in sets)
+    return train_NC, train_N.numpy(), test_NC, test_N
+
+
+def long_tailed(labels: np.ndarray, rng: np.random.Generator, exponent: float = 1.25) -> tuple:
+    """A pool whose label of rank r has about largest / r^exponent pictures; `rng` draws the ranks.
 
     Returns: pool (rows), and the labels from the most to the least frequent.
     """
     order = rng.permutation(labels.max() + 1)
-    largest = min(np.bincount(labels))
+    largest = float(np.median(np.bincount(labels)))  # a label with fewer gives all that it has
     counts = [max(8, int(largest / rank**exponent)) for rank in range(1, len(order) + 1)]
     pairs = zip(order, counts, strict=True)
     rows = [rng.permutation(np.flatnonzero(labels == k))[:n] for k, n in pairs]
     return np.concatenate(rows), order
 
 
-def knn_hits(train_NC: Tensor, train_N: np.ndarray, test_NC: Tensor, test_N: np.ndarray, k: int):
-    """Which test pictures the k nearest vote right, weight exp(cos / 0.07), AMoE 6.1."""
-    cosine = F.normalize(test_NC, dim=1) @ F.normalize(train_NC, dim=1).T
-    near, where = cosine.topk(min(k, len(train_N)), dim=1)
-    votes = torch.zeros(len(test_N), int(max(train_N.max(), test_N.max())) + 1)
-    votes.scatter_add_(1, torch.from_numpy(train_N)[where], (near / 0.07).exp())
-    return votes.argmax(1).numpy() == test_N
+def sample(name: str, arm: str, seed: int, quick: bool) -> dict[str, Any]:
+    """A sample of a fifth of a long-tailed pool, scored by kNN on the rarer half of the labels."""
+    cfg = config(name, arm, seed, quick)
+    train_NC, train_N, test_NC, test_N = summaries(cfg.teachers, quick)
+    pool, order = long_tailed(train_N, np.random.default_rng(seed))
+    x_NC, y_N, target = train_NC[pool], train_N[pool], len(pool) // 5
+    levels = [len(pool) // 8, len(pool) // 20, min(16, len(pool) // 40)]
+    if arm == "random":
+        picks = np.random.default_rng(seed).permutation(len(pool))[:target]
+    else:
+        tree = hierarchical_kmeans(x_NC, levels, seed)
+        tree, weighting = (tree[:1], "equal") if arm == "flat" else (tree, arm)
+        picks = balanced_sample(tree, target, seed, weighting=weighting)
+    is_rare_N = np.isin(test_N, order[len(order) // 2 :])
+    share = np.isin(y_N[picks], order[len(order) // 2 :]).mean()
+    figures = {"rare share": float(share), "pool": float(len(pool))}
+    for k in (5, 20):
+        bank_NC, bank_N = x_NC[picks], torch.from_numpy(y_N[picks])
+        votes = knn_votes(bank_NC, bank_N, test_NC, len(order), k)
+        hits_N = (votes.argmax(1) == test_N).numpy()
+        figures[f"rare {k}-NN"] = float(hits_N[is_rare_N].mean())
+        figures[f"all {k}-NN"] = float(hits_N.mean())
+    return {"figures": figures}
 
 
-def interval(values: list[float]) -> list[float]:
-    """Mean and the half width of its 95 % interval (Student's t) over the seeds."""
-    t = {4: 2.776, 5: 2.571, 7: 2.365, 9: 2.262, 14: 2.145, 19: 2.093}.get(len(values) - 1, 2.0)
-    return [float(np.mean(values)), float(t * np.std(values, ddof=1) / len(values) ** 0.5)]
+# ------------------------------------------------------------------------------ the table of claims
+
+CLAIMS: dict[str, Claim] = {
+    "arkd": Claim(
+        "ARKD against symmetric RKD against none",
+        "nano, 300 steps x 32 drawings, 64 px",
+        {loss: {"relation": loss} for loss in ("none", "rkd", "arkd")},
+        (
+            Effect("zero-shot", ("zero-shot",), "arkd", "none", "+.026 (AMoE Table 4)"),
+            Effect("zero-shot", ("zero-shot",), "arkd", "rkd", "+.007 (AMoE Table 4)"),
+            Effect("20-NN", ("kNN",), "arkd", "rkd", "+.010 (AMoE Table 4)"),
+            Effect("20-NN", ("kNN",), "arkd", "none", "+.001 (AMoE Table 4)"),
+            Effect("relation fidelity", ("relation",), "arkd", "none", "no figure"),
+            Effect("relation fidelity", ("relation",), "arkd", "rkd", "no figure"),
+        ),
+        {"steps": 300},
+    ),
+    "balance": Claim(
+        "full packs with per-image means against per-token means and fixed-count batches",
+        f"nano, 80 steps x 1,024 tokens, {LOW} and {HIGH} px",
+        {
+            "image": {"stages": (Stage(1.0, (MIXED,)),)},
+            "token": {"stages": (Stage(1.0, (MIXED,)),), "average": "token"},
+            "fixed": {"stages": (Stage(1.0, (replace(MIXED, budget=9999),)),), "max_images": 12},
+        },
+        (
+            Effect("EV at low resolution", explained(LOW), "image", "token", "up (AMoE Sec. 3)"),
+            Effect("EV at high resolution", explained(HIGH), "image", "token", "no figure"),
+            Effect("EV at low resolution", explained(LOW), "image", "fixed", "up (AMoE Sec. 3)"),
+            Effect("gradient-norm spread", ("gradient spread",), "token", "image", "no figure"),
+            Effect("gradient-norm spread", ("gradient spread",), "fixed", "image", "no figure"),
+            Effect("tokens-per-step spread", ("token spread",), "fixed", "image", "no figure"),
+        ),
+        {"steps": 80, "max_images": 64},
+        (LOW, HIGH),
+    ),
+    "modes": Claim(
+        "all teachers at all resolutions against one resolution per teacher",
+        f"nano, 80 steps x 28 drawings, {LOW} and {HIGH} px",
+        {
+            "all": {"stages": (Stage(1.0, (squares(LOW, 16), squares(HIGH, 12))),)},
+            "split": {"stages": (Stage(1.0, (squares(LOW, 16, teachers=("vit-s",)),
+                                             squares(HIGH, 12, teachers=("mobilenet",)))),)},
+        },
+        (
+            Effect("EV of a head at the size where one arm was not taught",
+                   explained(HIGH, "vit-s") + explained(LOW, "mobilenet"), "all", "split",
+                   "zero-shot .829 at 512 px, .013 at 768 px without (RADIOv2.1)"),
+            Effect("jump of the mode-switch curve", ("jump",), "split", "all", "cured (RADIOv2.5)"),
+            Effect("EV of a head at its own size", explained(LOW, "vit-s")
+                   + explained(HIGH, "mobilenet"), "all", "split", "no figure"),
+        ),
+        {"steps": 80},
+        CURVE,
+    ),
+    "phis": Claim(
+        "PHI-S against other balancing, one teacher's features 100 times as large",
+        "nano, 120 steps x 32 drawings, 64 px, no relational loss",
+        {
+            "phis": {},
+            "none": {"normalizer": "none"},
+            "global": {"normalizer": "global"},
+            "channel": {"normalizer": "channel"},
+            "adaloss": {"normalizer": "none", "balance": "adaloss"},
+        },
+        (
+            Effect("worst teacher's EV", ("worst",), "phis", "none",
+                   "rank 2.92, 7.83 (PHI-S)"),
+            Effect("worst teacher's EV", ("worst",), "phis", "global", "rank 2.92, 3.81 (PHI-S)"),
+            Effect("worst teacher's EV", ("worst",), "phis", "channel", "rank 2.92, 4.21 (PHI-S)"),
+            Effect("worst teacher's EV", ("worst",), "phis", "adaloss", "no figure"),
+            Effect("the loud teacher's share of the loss", ("share/vit-s",), "none", "phis",
+                   "no figure"),
+        ),
+        {"relation": "none"},
+        loud={"vit-s": 100.0},
+    ),
+    "sampling": Claim(
+        "hierarchical against random sampling of a long-tailed pool",
+        "a fifth of a Zipf pool of 12 labels of drawings, ViT-S summaries",
+        {"random": {}, "flat": {}, "equal": {}, "volume": {}},
+        (
+            Effect("rare labels, 5-NN", ("rare 5-NN",), "equal", "random", "kNN +.024 (AMoE)"),
+            Effect("rare labels, 20-NN", ("rare 20-NN",), "equal", "random", "kNN +.024 (AMoE)"),
+            Effect("all labels, 5-NN", ("all 5-NN",), "equal", "random", "kNN +.024 (AMoE)"),
+            Effect("rare labels, 5-NN", ("rare 5-NN",), "equal", "flat", "no figure"),
+            Effect("rare labels, 5-NN", ("rare 5-NN",), "volume", "random", "ours"),
+            Effect("rare labels' share", ("rare share",), "equal", "random", "no figure"),
+        ),
+        run=sample,
+    ),
+    "merging": Claim(
+        "token merging against pixel unshuffle at equal counts",
+        f"600 + 250 drawings of {HIGH} px, 64 tokens, students of `modes`",
+        {"merge": {}, "unshuffle": {}, "average": {}},
+        (
+            Effect("reading, 16 tokens", ("reading 1/4",), "merge", "unshuffle",
+                   "+5.9 points, VLM average (RADIOv2.5 Table 1)"),
+            Effect("reading, 4 tokens", ("reading 1/16",), "merge", "unshuffle", "no figure"),
+            Effect("patch kNN, 16 tokens", ("patch kNN 1/4",), "merge", "unshuffle", "no figure"),
+            Effect("reading, 16 tokens", ("reading 1/4",), "merge", "average", "no figure"),
+        ),
+        run=merge,
+    ),
+    "replay": Claim(
+        "a high-resolution stage with and without low-resolution replay",
+        f"nano, 80 steps x 830 tokens at most, first {LOW}, then {HIGH} px",
+        {
+            "replay": {"stages": (Stage(0.5, (squares(LOW, 16),)),
+                                  Stage(1.0, (squares(HIGH, 9), squares(LOW, 14))))},
+            "none": {"stages": (Stage(0.5, (squares(LOW, 16),)), Stage(1.0, (squares(HIGH, 12),)))},
+        },
+        (
+            Effect("EV at low resolution", explained(LOW), "replay", "none", "up (AMoE Sec. 5)"),
+            Effect("EV at high resolution", explained(HIGH), "none", "replay", "no figure"),
+        ),
+        {"steps": 80},
+        (LOW, HIGH),
+    ),
+    "both": Claim(
+        "both teachers against each one alone",
+        "nano, 120 steps x 32 drawings, 64 px",
+        {
+            "both": {},
+            "vit-s": {"teachers": ("vit-s=builtin:vit-s",)},
+            "mobilenet": {"teachers": ("mobilenet=builtin:mobilenet",)},
+        },
+        (
+            Effect("20-NN of the trunk", ("trunk kNN",), "both", "vit-s",
+                   "grounding 54.7 against 45.1 (AMoE 6.4)"),
+            Effect("20-NN of the trunk", ("trunk kNN",), "both", "mobilenet",
+                   "grounding 54.7 against 40.7 (AMoE 6.4)"),
+            Effect("EV of ViT-S", explained(64, "vit-s"), "both", "vit-s", "no figure"),
+            Effect("EV of MobileNetV2", explained(64, "mobilenet"), "both", "mobilenet",
+                   "no figure"),
+        ),
+    ),
+    "experts": Claim(
+        "mixture of experts against a dense student with the same active parameters",
+        "nano, 120 steps x 32 drawings, 64 px",
+        {"moe": {}, "dense": {"model": "nano-dense"}},
+        (
+            Effect("mean EV", explained(64), "moe", "dense", "no figure at equal active size"),
+            Effect("20-NN", ("kNN",), "moe", "dense", "no figure at equal active size"),
+        ),
+    ),
+}  # fmt: skip
 
 
-def long_tail(seeds: int = 10, exponent: float = 1.25, share: float = 0.2) -> dict[str, Any]:
-    """Random against hierarchical samples of the same size of a Zipf pool, by kNN on rare labels.
+# ------------------------------------------------------------------------------ running
 
-    The pool: training drawings, their 12 labels cut to Zipf sizes. Rare labels: the less frequent
-    half of them. Test: all test drawings of such a label. Both samples see the same pool and count.
-    """
-    live = load_teacher(parse_teacher("vit-s=builtin:vit-s"))
-    teacher = CachedTeacher(live, cache_home() / "features")
-    train_NC, train_N = summaries("openmoji:train", teacher)
-    test_NC, test_N = summaries("openmoji:test", teacher)
-    ways = ("random", "flat", "equal", "volume")
-    rows: dict[str, list[float]] = {}
-    for seed in range(seeds):
-        pool, order = long_tailed(train_N, exponent, np.random.default_rng(seed))
-        x_NC, y_N, target = train_NC[pool], train_N[pool], int(share * len(pool))
-        tree = hierarchical_kmeans(x_NC, [len(pool) // 8, len(pool) // 20, 16], seed)
-        picks = {
-            "random": np.random.default_rng(seed).permutation(len(pool))[:target],
-            "flat": balanced_sample(tree[:1], target, seed),
-            "equal": balanced_sample(tree, target, seed),
-            "volume": balanced_sample(tree, target, seed, weighting="volume"),
-        }
-        is_rare = np.isin(test_N, order[len(order) // 2 :])
-        for way in ways:
-            rows.setdefault(f"{way}/rare share of the sample", []).append(
-                float(np.isin(y_N[picks[way]], order[len(order) // 2 :]).mean()))  # fmt: skip
-            for k in (5, 20):
-                hits = knn_hits(x_NC[picks[way]], y_N[picks[way]], test_NC, test_N, k)
-                rows.setdefault(f"{way}/rare {k}-NN", []).append(float(hits[is_rare].mean()))
-                rows.setdefault(f"{way}/all {k}-NN", []).append(float(hits.mean()))
-    gains = {}
-    for name, values in rows.items():
-        way, figure = name.split("/", 1)
-        if way != "random":
-            pairs = zip(values, rows[f"random/{figure}"], strict=True)
-            gains[f"{name} - random"] = interval([a - b for a, b in pairs])
-    return {"pool": len(pool), "sample": target, "seeds": seeds,
-            "rows": {name: interval(v) for name, v in rows.items()}, "paired": gains}  # fmt: skip
+
+def rows_of(name: str, folder: Path, quick: bool = False) -> list[dict]:
+    """The runs of a claim as it is defined now; lines of another configuration do not count."""
+    path, arms = folder / f"{name}.jsonl", CLAIMS[name].arms
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    known = [row for row in rows if row["arm"] in arms]
+    return [row for row in known if row["mark"] == mark(name, row["arm"], row["seed"], quick)]
+
+
+def run_claim(name: str, seeds: int, folder: Path = FOLDER, quick: bool = False) -> None:
+    """Run what is missing of a claim, seed by seed, and append a line for each run."""
+    run = CLAIMS[name].run or distil
+    done = {(row["arm"], row["seed"]) for row in rows_of(name, folder, quick)}
+    todo = [(arm, seed) for seed in range(seeds) for arm in CLAIMS[name].arms]
+    folder.mkdir(parents=True, exist_ok=True)
+    for arm, seed in tqdm([one for one in todo if one not in done], name, unit="run"):
+        began = time.monotonic()
+        row = {"claim": name, "arm": arm, "seed": seed, "mark": mark(name, arm, seed, quick)}
+        row |= run(name, arm, seed, quick)
+        row["seconds"] = time.monotonic() - began
+        with (folder / f"{name}.jsonl").open("a") as file:
+            short = json.loads(json.dumps(row), parse_float=lambda text: round(float(text), 5))
+            file.write(json.dumps(short) + "\n")
+
+
+def measure(effect: Effect, rows: list[dict]) -> dict[str, float]:
+    """An effect, paired by seed: its mean and 95 % interval by bootstrap over the seeds."""
+    by_arm: dict[str, dict[int, float]] = {effect.arm: {}, effect.other: {}}
+    for row in rows:
+        if row["arm"] in by_arm:
+            by_arm[row["arm"]][row["seed"]] = mean_of(row["figures"], effect.figures)
+    seeds = sorted(by_arm[effect.arm].keys() & by_arm[effect.other].keys())
+    differences = [by_arm[effect.arm][seed] - by_arm[effect.other][seed] for seed in seeds]
+    if len(seeds) < 2:
+        return {"n": len(seeds)}
+    return bootstrap(torch.tensor(differences)[:, None], lambda means_1: means_1[..., 0])
+
+
+def verdict(found: dict[str, float]) -> str:
+    """What an effect says of the claim; else the smallest effect that could have been seen."""
+    if found["low"] > 0:
+        return "shown"
+    if found["high"] < 0:
+        return "the opposite"
+    return f"not shown; could see {(found['high'] - found['low']) / 2:.3f}"
+
+
+def table(folder: Path = FOLDER) -> str:
+    """All claims as markdown; a claim without runs is named as such."""
+    lines = ["| claim | effect | paper | ours, 95 % interval | verdict | seeds | minutes |",
+             "|---|---|---|---|---|---|---|"]  # fmt: skip
+    notes = []
+    for name, claim in CLAIMS.items():
+        rows = rows_of(name, folder)
+        if not rows:
+            lines.append(f"| {claim.question} | | | not run yet | | | |")
+            continue
+        notes.append(f"`python tests/claims.py {name}`: {claim.scale}.")
+        minutes = f"{sum(row['seconds'] for row in rows) / 60:.0f}"
+        for number, effect in enumerate(claim.effects):
+            found = measure(effect, rows)
+            shown = (
+                "{value:+.3f} [{low:+.3f}, {high:+.3f}]".format(**found) if "low" in found else ""
+            )
+            lines.append(
+                f"| {claim.question if number == 0 else ''} | {effect.what}: {effect.arm} - "
+                f"{effect.other} | {effect.paper} | {shown} | {verdict(found) if shown else ''} "
+                f"| {found['n']} | {minutes if number == 0 else ''} |"
+            )
+    lines += [f"| {question} | | | not run yet | | | |" for question in NOT_RUN]
+    return "\n".join([*lines, "", *notes])
+
+
+# ------------------------------------------------------------------------------ figures
+
+
+def draw(folder: Path = FOLDER) -> Path:
+    """Which teacher is learnt when, the mode-switch curve, and ARKD's asymmetry, as one picture."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 3.6), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+    runs = [row["dynamics"] for row in rows_of("arkd", folder) if row["arm"] == "arkd"]
+    for name in [key.partition("/")[2] for key in explained(64)] if runs else []:
+        values = np.mean([[look[name] for look in run] for run in runs], 0)
+        left.plot([look["images"] for look in runs[0]], values, marker=".", label=name)
+    left.set(xscale="log", xlabel="images seen", title="variance explained: who is learnt when")
+    for arm, style in {"split": "--", "all": "-"}.items():
+        figures = [row["figures"] for row in rows_of("modes", folder) if row["arm"] == arm]
+        for colour, head in enumerate(("vit-s", "mobilenet")):
+            curve = [[f[f"{side}/{head}/patches"] for side in sorted(CURVE)] for f in figures]
+            label = f"{head}, {'one size' if arm == 'split' else 'all sizes'}"
+            if curve:
+                middle.plot(
+                    sorted(CURVE), np.mean(curve, 0), style, color=f"C{colour}", label=label
+                )
+    middle.set(xlabel="input size, px", title=f"patches; taught at {LOW} and {HIGH} px")
+    for kind, (near, far) in {"near": (1.0, 1.5), "far": (1.5, 1.0)}.items():
+        sides = np.linspace(0.05, 1.95, 96)
+        values = [losses.arkd(triangle(side, far), triangle(near, far)).item() for side in sides]
+        right.plot(sides, values, label=f"{kind} pair, teacher's distance {near}")
+    right.set(xlabel="student's distance of the pair", title="ARKD of one pair, all else equal")
+    for axis in (left, middle, right):
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=8)
+    path = folder.parent / "claims.png"
+    figure.savefig(path, dpi=110)
+    return path
+
+
+def triangle(base: float, leg: float) -> Tensor:
+    """Three points (3, 2): two at a distance of `base`, and both at `leg` from the third."""
+    height = (leg**2 - base**2 / 4) ** 0.5
+    return torch.tensor([[-base / 2, 0], [base / 2, 0], [0, height]])
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("what", choices=[*CLAIMS, "all", "table", "figures"])
+    parser.add_argument("--seeds", type=int, default=5, help="runs of each arm [5]")
+    parser.add_argument("--quick", action="store_true", help="two steps, tiny teachers, not kept")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)  # so that two claims can run side by side on two cores
+    if args.what == "table":
+        print(table())
+    elif args.what == "figures":
+        print(draw())
+    names = list(CLAIMS) if args.what == "all" else [args.what] if args.what in CLAIMS else []
+    with TemporaryDirectory() as scratch:
+        for name in names:
+            run_claim(name, args.seeds, Path(scratch) if args.quick else FOLDER, args.quick)
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    result = long_tail(int(sys.argv[1]) if sys.argv[1:] else 10)
-    for part in ("rows", "paired"):
-        for name, (mean, half) in result[part].items():
-            print(f"{name:<45}{mean:8.4f} +- {half:.4f}")
-    print(json.dumps(result))
+    main()

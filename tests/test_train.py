@@ -703,7 +703,7 @@ def test_kill_9_and_rerun_equal_an_uninterrupted_run(tmp_path):
     assert totals(rows_of(tmp_path / "cut")) == totals(rows_of(tmp_path / "whole"))
 
 
-def wait_for_step(out: Path, step: int, timeout: float = 90) -> None:
+def wait_for_step(out: Path, step: int, timeout: float = 180) -> None:
     end = time.monotonic() + timeout
     while time.monotonic() < end:
         if (out / "metrics.jsonl").exists() and len(rows_of(out)) >= step:
