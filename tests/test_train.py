@@ -487,6 +487,33 @@ def test_siglips_pooling_head_makes_the_summary(tmp_path):
     torch.testing.assert_close(trainer.summaries(normal)["siglip2"], pooled, rtol=1e-2, atol=1e-2)
 
 
+PAIRS = [("naflex", "dinov3"), ("clip", "dinov2"), ("siglip", "sam"),
+         ("dinov2-registers", "sam2"), ("dinov3", "ours")]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["test", "radio"])
+@pytest.mark.parametrize("pair", PAIRS)
+def test_any_two_teachers_train_either_form(pair, form, tmp_path, reference, monkeypatch):
+    pytest.importorskip("transformers")
+    from test_teachers import make
+
+    monkeypatch.setitem(train.MODELS, "radio", TINY_RADIO)
+    flags = ["--teachers"]
+    for name in pair:
+        if name == "ours":
+            flags.append(f"ours={reference / 'step_000006' / 'model.pt'}")
+        else:
+            make(tmp_path / name, name)
+            flags.append(f"{name}={tmp_path / name}")
+    rows = run(tmp_path / "out", *flags, "--model", form, "--steps", "2", "--head-hidden", "16")
+    for name in pair:
+        assert rows[-1][f"loss/{name}/patches"] > 0
+    student = load_student(tmp_path / "out" / "step_000002" / "model.pt")
+    found = student.encode([torch.rand(3, 40, 60)])[0]
+    assert set(found.patches) == {"trunk", *pair}
+
+
 # ------------------------------------------------------------------------------ resuming
 
 
