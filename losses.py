@@ -451,6 +451,7 @@ class Normalizer:
         # What all ranks know of, and what this one saw since; nothing so far.
         self.agreed = self.pending = Moments.of(torch.zeros(0, channels, dtype=torch.float64))
         self.map: Affine | None = None  # None until fitted to what is new
+        self._cast: tuple = (None, None, None)  # the map, where to, and it there: C x C is large
 
     def fit(self, seen: Moments) -> Affine:
         raise NotImplementedError
@@ -497,16 +498,23 @@ class Normalizer:
             self.map = Affine(shift, scale, rotation_CC)
         return self.map
 
+    def _map_like(self, x: Tensor) -> Affine:
+        """The map with the dtype and on the device of x."""
+        current, where = self.current(), (x.dtype, x.device)
+        if self._cast[0] is not current or self._cast[1] != where:
+            self._cast = (current, where, _to(current, x))
+        return self._cast[2]
+
     def normalize(self, x: Tensor) -> Tensor:
         """Teacher features (..., C) -> targets; float64 stays, all else becomes float32."""
         with torch.autocast(x.device.type, enabled=False):
-            shift, scale, rotation_CC = _to(self.current(), _precise(x))
+            shift, scale, rotation_CC = self._map_like(_precise(x))
             return (_precise(x) - shift) @ rotation_CC.T / scale
 
     def denormalize(self, y: Tensor) -> Tensor:
         """Inverse of `normalize`, for targets or predictions of them."""
         with torch.autocast(y.device.type, enabled=False):
-            shift, scale, rotation_CC = _to(self.current(), _precise(y))
+            shift, scale, rotation_CC = self._map_like(_precise(y))
             return (scale * _precise(y)) @ rotation_CC + shift
 
     def fold_into(self, linear: nn.Linear) -> None:

@@ -754,7 +754,7 @@ class CachedTeacher(Teacher):
         blob = self._shards[path][offset : offset + 2 * sum(sizes)].tobytes()
         if zlib.crc32(blob) != crc:
             raise TeacherError(f"{path} is damaged at {sample.key!r}; {DELETE}")
-        flat = torch.from_numpy(np.frombuffer(blob, np.float16).astype(np.float32))
+        flat = torch.frombuffer(bytearray(blob), dtype=torch.float16).float()
         summary_C, registers, patches = flat.to(self.device).split(sizes)
         return summary_C, patches.view(h, w, self.dim), registers.view(self.registers, self.dim)
 

@@ -1,14 +1,17 @@
 """What the README names exists: functions, tests, flags; and the house rules hold."""
 
 import importlib
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import train
+from model import MODELS, Student, save_student
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -83,3 +86,24 @@ def test_modules_import_with_the_core_packages_alone():
         f"import {', '.join(MODULES)}\n"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+@pytest.mark.slow
+def test_the_examples_run_one_after_the_other(tmp_path):
+    """Every Python block of the README, in a folder with a student and a picture."""
+    blocks = re.findall(r"```python\n(.*?)```", README, re.S)
+    assert len(blocks) == 3
+    student = Student(MODELS["nano"])
+    path = tmp_path / re.search(r'load_student\("([^"]+)"\)', README)[1]
+    path.parent.mkdir(parents=True)
+    save_student(student, path)
+    Image.new("RGB", (64, 48)).save(tmp_path / "photo.jpg")
+    last = "\ntrainer = Trainer(cfg, trainer.group, [teacher])\ntrainer.fit_normalizers(data)\n"
+    last += 'assert trainer.step(1, data[0]).losses["mine/patches"] > 0\n'
+    (tmp_path / "example.py").write_text("\n".join(blocks) + last)
+    done = subprocess.run(
+        [sys.executable, "example.py"], cwd=tmp_path, capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "mine/patches" in done.stdout
