@@ -167,6 +167,10 @@ class TrainConfig:
     patch_loss: str = option("mse", "feature loss of patches", choices=tuple(losses.KINDS))
     summary_loss: str = option("mse", "feature loss of summaries", choices=(*losses.KINDS, "angle"))
     relation: str = option("arkd", "relational loss of summaries", choices=("arkd", "rkd", "none"))
+    relation_mean: str = option(
+        "auto", "whose mean distance divides the student's: auto is teacher for arkd, own for rkd",
+        choices=("auto", "teacher", "own"),
+    )  # fmt: skip
     relation_weight: float = option(1.0, "weight of the relational loss (AMoE Sec. 2.1: 1)")
     average: str = option(
         "image", "weigh each image the same (AMoE), within each stream (RADIO), or each token",
@@ -748,7 +752,9 @@ class Trainer:
             target_BC = torch.cat([target[name].summary_BC for target in targets])
             teacher_BC, _ = gather_rows(target_BC[is_taught_B], self.group)
             student_BC = student_BC.detach().requires_grad_()
-            loss = compare(student_BC, teacher_BC)
+            chosen = self.cfg.relation_mean
+            normalizer = {} if chosen == "auto" else {"normalizer": chosen}
+            loss = compare(student_BC, teacher_BC, **normalizer)
             (grad_BC,) = torch.autograd.grad(loss, student_BC)
             whole_BC = torch.zeros_like(own_BC).index_put((is_taught_B,), grad_BC[mine])
             sizes = [len(summaries[name]) for summaries in own]

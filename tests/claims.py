@@ -1,7 +1,7 @@
 """Do the papers' claims hold? Small experiments over seeds, run by hand.
 
     python tests/claims.py arkd                 # one claim, or all; what ran already is not rerun
-    python tests/claims.py table                # the README's table, from docs/claims/*.jsonl
+    python tests/claims.py table                # docs/claims.md, and the README's table of it
     python tests/claims.py figures              # docs/claims.png, from the same lines
 
 A claim has arms that share everything but what is named, and effects: the difference of a figure
@@ -393,7 +393,8 @@ CLAIMS: dict[str, Claim] = {
     "arkd": Claim(
         "ARKD against symmetric RKD against none",
         "nano, 300 steps x 32 drawings, 64 px",
-        {loss: {"relation": loss} for loss in ("none", "rkd", "arkd")},
+        {loss: {"relation": loss} for loss in ("none", "rkd", "arkd")}
+        | {"rkd, teacher's mean": {"relation": "rkd", "relation_mean": "teacher"}},
         (
             Effect("zero-shot", ("zero-shot",), "arkd", "none", "+.026 (AMoE Table 4)"),
             Effect("zero-shot", ("zero-shot",), "arkd", "rkd", "+.007 (AMoE Table 4)"),
@@ -401,6 +402,10 @@ CLAIMS: dict[str, Claim] = {
             Effect("20-NN", ("kNN",), "arkd", "none", "+.001 (AMoE Table 4)"),
             Effect("relation fidelity", ("relation",), "arkd", "none", "no figure"),
             Effect("relation fidelity", ("relation",), "arkd", "rkd", "no figure"),
+            # Added when the first runs of "rkd" had collapsed: as in its paper it divides by the
+            # student's own mean distance, which is near 0 at first. This arm and ARKD share theirs.
+            *(Effect(what, (key,), "arkd", "rkd, teacher's mean", "added later") for what, key in
+              (("zero-shot", "zero-shot"), ("20-NN", "kNN"), ("relation fidelity", "relation"))),
         ),
         {"steps": 300},
     ),
@@ -585,8 +590,8 @@ def verdict(found: dict[str, float]) -> str:
     return f"not shown; could see {(found['high'] - found['low']) / 2:.3f}"
 
 
-def table(folder: Path = FOLDER) -> str:
-    """All claims as markdown; a claim without runs is named as such."""
+def table(folder: Path = FOLDER, primary: bool = False) -> str:
+    """The claims' effects as markdown, or each one's first; one without runs is named as such."""
     lines = ["| claim | effect | paper | ours, 95 % interval | verdict | seeds | minutes |",
              "|---|---|---|---|---|---|---|"]  # fmt: skip
     notes = []
@@ -597,7 +602,7 @@ def table(folder: Path = FOLDER) -> str:
             continue
         notes.append(f"`python tests/claims.py {name}`: {claim.scale}.")
         minutes = f"{sum(row['seconds'] for row in rows) / 60:.0f}"
-        for number, effect in enumerate(claim.effects):
+        for number, effect in enumerate(claim.effects[:1] if primary else claim.effects):
             found = measure(effect, rows)
             shown = (
                 "{value:+.3f} [{low:+.3f}, {high:+.3f}]".format(**found) if "low" in found else ""
@@ -608,7 +613,7 @@ def table(folder: Path = FOLDER) -> str:
                 f"| {found['n']} | {minutes if number == 0 else ''} |"
             )
     lines += [f"| {question} | | | not run yet | | | |" for question in NOT_RUN]
-    return "\n".join([*lines, "", *notes])
+    return "\n".join(lines if primary else [*lines, "", *notes])
 
 
 # ------------------------------------------------------------------------------ figures
@@ -662,7 +667,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     torch.set_num_threads(1)  # so that two claims can run side by side on two cores
     if args.what == "table":
-        print(table())
+        (FOLDER.parent / "claims.md").write_text(f"# Do the claims hold?\n\n{table()}\n")
+        print(table(primary=True))
     elif args.what == "figures":
         print(draw())
     names = list(CLAIMS) if args.what == "all" else [args.what] if args.what in CLAIMS else []
