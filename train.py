@@ -743,7 +743,9 @@ class Trainer:
 
         Only the images that the teacher supervises are related to each other.
         """
-        compare = {"arkd": losses.arkd, "rkd": losses.rkd}[self.cfg.relation]
+        kinds = {"arkd": (losses.arkd, "teacher"), "rkd": (losses.rkd, "own")}
+        compare, usual = kinds[self.cfg.relation]
+        mean = usual if self.cfg.relation_mean == "auto" else self.cfg.relation_mean
         result = {}
         for name in (teacher.name for teacher in self.teachers if teacher.summary_dim is not None):
             is_taught_B = torch.cat([micro[name][0] for micro in weights]) > 0
@@ -752,9 +754,7 @@ class Trainer:
             target_BC = torch.cat([target[name].summary_BC for target in targets])
             teacher_BC, _ = gather_rows(target_BC[is_taught_B], self.group)
             student_BC = student_BC.detach().requires_grad_()
-            chosen = self.cfg.relation_mean
-            normalizer = {} if chosen == "auto" else {"normalizer": chosen}
-            loss = compare(student_BC, teacher_BC, **normalizer)
+            loss = compare(student_BC, teacher_BC, mean)
             (grad_BC,) = torch.autograd.grad(loss, student_BC)
             whole_BC = torch.zeros_like(own_BC).index_put((is_taught_B,), grad_BC[mine])
             sizes = [len(summaries[name]) for summaries in own]
