@@ -98,8 +98,14 @@ def test_the_examples_run_one_after_the_other(tmp_path):
     path.parent.mkdir(parents=True)
     save_student(student, path)
     Image.new("RGB", (64, 48)).save(tmp_path / "photo.jpg")
-    last = "\ntrainer = Trainer(cfg, trainer.group, [teacher])\ntrainer.fit_normalizers(data)\n"
-    last += 'assert trainer.step(1, data[0]).losses["mine/patches"] > 0\n'
+    last = """
+from dataclasses import replace
+cfg = replace(cfg, patch_loss="l1")
+[data] = make_stages(cfg, [Noise()], trainer.student, trainer.group)
+trainer = Trainer(cfg, trainer.group, [teacher])
+trainer.fit_normalizers(data)
+assert trainer.step(1, data[0]).losses["mine/patches"] > 0
+"""
     (tmp_path / "example.py").write_text("\n".join(blocks) + last)
     done = subprocess.run(
         [sys.executable, "example.py"], cwd=tmp_path, capture_output=True, text=True,
