@@ -22,6 +22,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
@@ -762,6 +763,16 @@ def _masks(found: FeatureSet, side: str, foreground: bool = False) -> list[Tenso
 # ------------------------------------------------------------------- PCA pictures
 
 
+def first_pictures(source: Any, count: int) -> list[Sample]:
+    """The first `count` pictures that decode."""
+    found: list[Sample] = []
+    for i in range(len(source)):
+        if len(found) < count:
+            with suppress(BadImage):
+                found.append(source.load(i))
+    return found
+
+
 def pca_sheet(
     path: Any, pictures: Sequence[Sample], encoders: Any, sizes: Sequence[Any] = (None,), cell=160
 ) -> None:
@@ -1143,7 +1154,7 @@ def final_report(
     train = extract(models, some[0], 200, title="evaluate: train")
     test = extract(models, some[1], title="evaluate: held out")
     foreground = partial(segmentation, foreground=True)
-    report: dict[str, Any] = {"left out": {}}
+    report: dict[str, Any] = {"left out": {}, "skipped": train.skipped | test.skipped}
     for name, protocol in (("knn", knn), ("foreground", foreground), ("fidelity", fidelity)):
         try:
             report[name] = protocol(train, test)
@@ -1183,7 +1194,7 @@ def format_rows(title: str, rows: Rows, keys: Sequence[str] = ()) -> str:
 
 
 def run_pca(args: argparse.Namespace, models: Any, _: Any, test: Any) -> Rows:
-    pictures = [test.load(i) for i in range(min(args.count, len(test)))]
+    pictures = first_pictures(test, args.count)
     pca_sheet(args.out or "pca.png", pictures, models, args.sizes or [args.size])
     return {args.out or "pca.png": {"value": len(pictures)}}
 

@@ -42,7 +42,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
 import losses
-from eval import extract, final_report, format_table, knn, pca_sheet
+from eval import extract, final_report, first_pictures, format_table, knn, pca_sheet
 from model import (
     HALF_RGB,
     MODELS,
@@ -1367,7 +1367,7 @@ def look(run: Run, pictures: int = 500) -> dict[str, float]:
 
 def draw_pca(run: Run, student: Student) -> None:
     """pca.png: held-out pictures, each teacher's maps, the student's."""
-    pictures = [run.held_out.load(i) for i in range(min(8, len(run.held_out)))]
+    pictures = first_pictures(run.held_out, 8)
     teachers = {teacher.name: teacher for teacher in run.trainer.teachers}
     pca_sheet(Path(run.cfg.out) / "pca.png", pictures, {"teacher": teachers, "student": student})
 
@@ -1384,8 +1384,9 @@ def finish(run: Run) -> None:
         student, untrained, teachers, run.train_sources[0], run.held_out, limit=1000
     )
     draw_pca(run, student)
+    skipped = run.record["skipped"] | report["skipped"]
     summary = {"steps": cfg.steps, "minutes": run.record["seconds"] / 60, "report": report,
-               "skipped": run.record["skipped"], "config": cfg.identity()}  # fmt: skip
+               "skipped": skipped, "config": cfg.identity()}  # fmt: skip
     write_text(out / "summary.json", json.dumps(summary, indent=1))
     print(format_table(report))
     print(f"{out / 'pca.png'}  {out / 'curves.png'}  {out / 'summary.json'}")

@@ -15,7 +15,7 @@ from PIL import Image
 import eval as ev
 from losses import align
 from model import MODELS, Features, HeadSpec, Student, save_student, with_heads
-from packing import BadImage, Sample, to_float
+from packing import BadImage, Sample, open_source, to_float
 from teachers import TeacherOutput
 
 LABELS = ["cat", "dog", "owl"]
@@ -553,6 +553,15 @@ def test_pca_draws_a_student_in_its_teachers_axes():
     twice = ev.pca_pictures([2 * x + 1 for x in maps], axes, 40)
     for one, two in zip(once, twice, strict=True):  # scaled by itself: a shrunken student shows
         assert np.abs(np.asarray(one, int) - np.asarray(two, int)).max() <= 1
+
+
+def test_pictures_for_a_sheet_are_those_that_decode(tmp_path):
+    for i in range(3):
+        Image.new("RGB", (32, 32), (80 * i, 0, 0)).save(tmp_path / f"{i}.png")
+    path = tmp_path / "0.png"
+    path.write_bytes(path.read_bytes()[:-20])
+    source = open_source(str(tmp_path))
+    assert [sample.key for sample in ev.first_pictures(source, 2)] == ["1.png", "2.png"]
 
 
 def test_final_report_has_every_row():
