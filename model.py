@@ -372,8 +372,8 @@ def attention(
 
     Every backend has the exact gradient of the sinks. AMoE 1.2, RADIO 1.
     """
-    if not layout.lengths:
-        return v_NHA
+    if not layout.lengths:  # the sinks keep their place in the graph: DDP waits for every gradient
+        return v_NHA if sinks_H is None else v_NHA + 0 * sinks_H.sum()
     backend = choose_attention(q_NHA) if backend == "auto" else backend
     qkv, outputs = (q_NHA, k_NHA, v_NHA), []
     if backend in ("varlen", "flex"):  # these know where images end: the pack is one sequence

@@ -37,7 +37,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
@@ -105,12 +105,12 @@ class Stream:
     """One stream of pictures inside a stage: a size rule and its share of the step.
 
     With `choices`, every picture becomes a square of a side drawn from them (RADIO's stochastic
-    resolutions); without, it keeps its aspect with an area between min_side^2 and max_side^2.
+    resolutions); without, it keeps its aspect with an area of at most max_side^2.
     """
 
     name: str
     max_side: int = 224
-    min_side: int = 0
+    min_side: int = 0  # smaller pictures are left out of this stream
     choices: tuple[int, ...] = ()
     budget: int = 1024  # tokens of a pack, prefix tokens counted
     packs: int = 2  # of a step, over all ranks
@@ -155,7 +155,7 @@ class TrainConfig:
     pg_timeout: float = option(600.0, "seconds that a rank waits for the others", control=True)
     max_bad_frac: float = option(0.1, "share of pictures that may fail to decode")
     cache: str = option("auto", "folder of teacher features; auto: user cache; none: live teachers")
-    held_out: float = option(0.15, "pictures held out for the report, a share of the first SOURCE")
+    held_out: float = option(0.15, "share of each SOURCE's pictures held out of training")
     stages: tuple[Stage, ...] = option(
         (Stage(1.0, (Stream("native"),)),), "resolution stages, set by presets", flag=False
     )
@@ -290,7 +290,7 @@ _RADIO = TrainConfig(
     model="radio-h", steps=300_000, summary_loss="cosine", relation="none", average="partition",
     stats_steps=3000, frozen_steps=5000, optimizer="lamb", lr=1e-3, min_lr=0.0, weight_decay=0.02,
     beta2=0.999, warmup=1000, cache="none", workers=8, parallel="fsdp", recompute=True,
-    save_every=1000, look_every=10_000,
+    save_every=1000, look_every=10_000, held_out=1e-4,
 )  # fmt: skip
 _RADIO_LOW = Stream("low", choices=(432,), budget=16 * 737, packs=64)
 
@@ -301,7 +301,7 @@ _AMOE = TrainConfig(
     teachers=("siglip2=google/siglip2-so400m-patch16-naflex",
               "dinov3=facebook/dinov3-vitl16-pretrain-lvd1689m"),
     model="amoe-0.3b", stats_steps=300, lr=1e-3, warmup=1000, cache="none", workers=8,
-    recompute=True, save_every=1000, look_every=10_000,
+    recompute=True, save_every=1000, look_every=10_000, held_out=1e-4,
 )  # fmt: skip
 
 PRESETS: dict[str, TrainConfig] = {
@@ -574,7 +574,7 @@ class Trainer:
 
     def distribute(self) -> None:
         """Spread the student over the ranks; make the optimizer of what each of them holds."""
-        self.model = distribute(self.cfg, self.student, self.group, self.autocast)
+        self.model = distribute(self.cfg, self.student, self.group)
         self.optimizer = make_optimizer(self.cfg, self.student)
         self.average = {
             name: p.detach().clone() for name, p in trained(self.student) if self.cfg.ema
@@ -702,13 +702,14 @@ class Trainer:
             relation = self.relation_gradients(own, targets, weights)
         shares: dict[str, Tensor] = {f"{t}/relation": v for t, (v, _) in relation.items()}
         for i, batch in enumerate(micros):
-            out = first or self.forward(step, batch)
-            summaries = self.summaries(out)
-            parts = self.feature_losses(out, summaries, batch, targets[i], weights[i])
-            loss = torch.stack([self.weight(name) * v for name, v in parts.items()]).sum()
-            for name, (_, grads) in relation.items():
-                loss = loss + self.weight(f"{name}/relation") * (summaries[name] * grads[i]).sum()
             with gradient_sync(self.model, i == len(micros) - 1):
+                out = first or self.forward(step, batch)
+                summaries = self.summaries(out)
+                parts = self.feature_losses(out, summaries, batch, targets[i], weights[i])
+                loss = torch.stack([self.weight(name) * v for name, v in parts.items()]).sum()
+                for name, (_, grads) in relation.items():
+                    pull = (summaries[name] * grads[i]).sum()
+                    loss = loss + self.weight(f"{name}/relation") * pull
                 # DDP and FSDP2 average gradients over the ranks; the shares are to be summed.
                 (loss * self.group.world).backward()
             for name, value in parts.items():
@@ -906,7 +907,7 @@ def spread(x: Tensor, like: Tensor) -> Tensor:
     return x
 
 
-def distribute(cfg: TrainConfig, student: Student, group: Group, autocast: Any) -> Any:
+def distribute(cfg: TrainConfig, student: Student, group: Group) -> Any:
     """The student as the ranks share it: as it is (one process), copies (DDP), shards (FSDP2)."""
     student.recompute = cfg.recompute
     for block in student.blocks if cfg.compile else ():
@@ -918,12 +919,11 @@ def distribute(cfg: TrainConfig, student: Student, group: Group, autocast: Any) 
         return nn.parallel.DistributedDataParallel(
             student, broadcast_buffers=False, find_unused_parameters=cfg.frozen_steps > 0
         )
-    policy = MixedPrecisionPolicy()
-    if autocast._enabled:
-        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    # Weights are gathered in float32 and autocast rounds them where it is safe: gathering bf16
+    # would halve the traffic, but round the routers and the residual stream, too.
     for block in student.blocks:
-        fully_shard(block, mp_policy=policy)
-    return fully_shard(student, mp_policy=policy)
+        fully_shard(block)
+    return fully_shard(student)
 
 
 def gradient_sync(model: Any, last: bool) -> Any:
@@ -940,7 +940,7 @@ def trained(student: Student) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def is_decayed(p: Tensor) -> bool:
-    """Matrices decay; vectors, scalars and single learned tokens do not."""
+    """Matrices decay, several learned tokens among them; vectors, scalars and one token do not."""
     return p.ndim >= 2 and p.shape[0] > 1
 
 
@@ -1073,14 +1073,19 @@ def broken(folder: Path) -> str | None:
 
 def checkpoints(out: Path) -> list[Path]:
     """Checkpoint folders, oldest first, whole or not."""
-    return sorted(p for p in out.glob("step_*") if p.name[5:].isdigit())
+    found = (p for p in out.glob("step_*") if p.name[5:].isdigit())
+    return sorted(found, key=lambda p: int(p.name[5:]))
 
 
 def newest_checkpoint(cfg: TrainConfig) -> Path | None:
-    """The checkpoint to go on from: the newest whole one, or the one that --resume names."""
-    if cfg.resume == "none":
+    """The checkpoint to go on from: the newest whole one, or the one that --resume names.
+
+    A run that torchrun restarted goes on from its own newest one, whatever --resume said.
+    """
+    is_restart = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    if cfg.resume == "none" and not is_restart:
         return None
-    if cfg.resume != "auto":
+    if cfg.resume not in ("auto", "none") and not is_restart:
         if reason := broken(Path(cfg.resume)):
             raise ValueError(f"--resume {cfg.resume}: {reason}")
         return Path(cfg.resume)
@@ -1090,6 +1095,33 @@ def newest_checkpoint(cfg: TrainConfig) -> Path | None:
         else:
             return folder
     return None
+
+
+def agree_on_checkpoint(cfg: TrainConfig, group: Group) -> Path | None:
+    """`newest_checkpoint` as rank 0 sees it, on all ranks; or its ValueError on all of them."""
+    if group.world == 1:
+        return newest_checkpoint(cfg)
+    box: list = [None, None]
+    if group.rank == 0:
+        try:
+            box[0] = newest_checkpoint(cfg)
+        except ValueError as error:
+            box[1] = str(error)
+    dist.broadcast_object_list(box)
+    if box[1]:
+        raise ValueError(box[1])
+    return box[0]
+
+
+def set_aside(cfg: TrainConfig, step: int) -> None:
+    """Rename the checkpoints of an older run in this folder that are beyond the first step."""
+    for folder in checkpoints(Path(cfg.out)):
+        if int(folder.name[5:]) > step:
+            aside = folder.with_name(f"old_{folder.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)
+            print(f"{folder} is of another run and is now {aside.name}", file=sys.stderr)
+    (Path(cfg.out) / "summary.json").unlink(missing_ok=True)
 
 
 def read_state(folder: Path) -> dict:
@@ -1160,7 +1192,6 @@ def draw_curves(rows: list[dict], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
-    rows = [row for row in rows if "loss/total" in row]
     steps = [row["step"] for row in rows]
     for name in [key for key in rows[-1] if key.startswith("loss/") and "relation" not in key]:
         if name != "loss/total":
@@ -1210,6 +1241,12 @@ def open_sources(cfg: TrainConfig) -> tuple[list[Source], Source]:
     return train, held_out[0]
 
 
+def at_least(source: Source, side: int) -> Subset:
+    """The pictures with an area of side^2 px or more."""
+    areas = [math.prod(source.size(i)) for i in range(len(source))]
+    return Subset(source, [i for i, area in enumerate(areas) if area >= side**2])
+
+
 def make_stages(cfg: TrainConfig, sources: list[Source], student: Student, group: Group):
     """One `StepData` per stage; each stage starts its own epoch 0."""
     shares = cfg.data_weights or tuple(float(len(s)) for s in sources)
@@ -1218,8 +1255,10 @@ def make_stages(cfg: TrainConfig, sources: list[Source], student: Student, group
     for number, stage in enumerate(cfg.stages):
         partitions = []
         for stream in stage.streams:
-            sizes = Sizes(stream.min_side**2, stream.max_side**2, stream.choices)
+            sizes = Sizes(0, stream.max_side**2, stream.choices)
             chosen = [mix[i] for i in stream.data] or mix
+            if stream.min_side:
+                chosen = [(at_least(source, stream.min_side), share) for source, share in chosen]
             parts = tuple(Component(source, sizes, share) for source, share in chosen)
             packs = cfg.packs(stage, stream)
             partitions.append(Partition(stream.name, parts, stream.budget, packs, cfg.max_images))
@@ -1248,21 +1287,28 @@ def steps_from(run: Run, start: int) -> Iterator[tuple[int, list[PackedBatch]]]:
             yield from enumerate(loader, begin + 1)
 
 
+LAUNCHER = os.getppid()
+
+
 class StopSignal:
     """Remembers SIGTERM or SIGINT, so that the loop can save once and leave between two steps."""
 
     def __init__(self) -> None:
         self.number = 0
-        self.parent = os.getppid()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._remember)
+
+    def release(self) -> None:
+        """Signals end the process again."""
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def _remember(self, number, _frame) -> None:
         self.number = number
 
     def poll(self) -> int:
         """The signal's number, or 0. A launcher that is gone counts as SIGTERM: no orphans."""
-        orphaned = "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != self.parent
+        orphaned = "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != LAUNCHER
         return int(signal.SIGTERM) if orphaned else self.number
 
 
@@ -1289,9 +1335,11 @@ def train_loop(run: Run, stop: StopSignal) -> None:
         if is_look:
             run.log.write({"step": step, **look(run)})
         if result.stop and step < cfg.steps:
-            print(f"told to stop: step {step} is saved in {cfg.out}; the same command goes on")
-            raise SystemExit(EXIT_SIGNALLED + result.stop)
+            if group.rank == 0:
+                print(f"told to stop: step {step} is saved in {cfg.out}; the same command goes on")
+            raise SystemExit(EXIT_SIGNALLED + (stop.number or signal.SIGTERM))
     bar.close()
+    stop.release()
 
 
 def note_skipped(cfg: TrainConfig, record: dict, skipped: dict[str, str]) -> None:
@@ -1301,7 +1349,8 @@ def note_skipped(cfg: TrainConfig, record: dict, skipped: dict[str, str]) -> Non
         tqdm.write(f"skipped {key}: {reason}", file=sys.stderr)
     record["skipped"] |= new
     record["bad"] += len(skipped)
-    refuse_bad_fraction(cfg, record["bad"], record["images"])
+    if record["bad"] + record["images"] >= 100 or record["step"] == cfg.steps:  # not by a bad start
+        refuse_bad_fraction(cfg, record["bad"], record["images"])
 
 
 def refuse_bad_fraction(cfg: TrainConfig, bad: int, good: int) -> None:
@@ -1344,7 +1393,7 @@ def save(run: Run) -> None:
         for old in checkpoints(out)[: -cfg.keep]:
             if not cfg.keep_every or int(old.name[5:]) % cfg.keep_every:
                 shutil.rmtree(old)
-        if rows := run.log.rows():
+        if rows := [row for row in run.log.rows() if "loss/total" in row]:
             draw_curves(rows, out / "curves.png")
     if dist.is_initialized():
         dist.barrier()
@@ -1353,7 +1402,8 @@ def save(run: Run) -> None:
 def look(run: Run, pictures: int = 500) -> dict[str, float]:
     """kNN accuracy of the checkpoint just saved, all ranks sharing the work, and pca.png."""
     out, group = Path(run.cfg.out), run.trainer.group
-    student = load_student(checkpoints(out)[-1] / "model.pt", device=str(group.device))
+    newest = out / f"step_{run.record['step']:06d}" / "model.pt"
+    student = load_student(newest, device=str(group.device))
     sources = (run.train_sources[0], run.held_out)
     some = [Subset(s, range(0, len(s), max(1, len(s) // pictures))) for s in sources]
     train, test = (extract({"student": student}, source, 0) for source in some)
@@ -1375,10 +1425,11 @@ def draw_pca(run: Run, student: Student) -> None:
 def finish(run: Run) -> None:
     """Score the student on held-out pictures; write summary.json and pca.png; print the table."""
     out, cfg = Path(run.cfg.out), run.cfg
-    student = load_student(checkpoints(out)[-1] / "model.pt")
+    device = str(run.trainer.group.device)
+    student = load_student(out / f"step_{cfg.steps:06d}" / "model.pt", device=device)
     untrained, folded_heads = build_student(cfg, run.trainer.teachers)
     # as each teacher's mean, so that it starts where a trained one did
-    run.trainer.normalizers.fold_into(untrained, besides=folded_heads)
+    run.trainer.normalizers.fold_into(untrained.to(device), besides=folded_heads)
     teachers = {t.name: t for t in run.trainer.teachers}
     report = final_report(
         student, untrained, teachers, run.train_sources[0], run.held_out, limit=1000
@@ -1412,7 +1463,9 @@ def is_finished(cfg: TrainConfig) -> bool:
 
 def load_teachers(cfg: TrainConfig, sources: list[Source], group: Group) -> list:
     """The frozen teachers; with a cache, after their features of all pictures are on the disk."""
-    teachers = [load_teacher(parse_teacher(text), group.device) for text in cfg.teachers]
+    is_half = group.device.type == "cuda" and cfg.precision != "fp32"
+    dtype = torch.bfloat16 if is_half else None
+    teachers = [load_teacher(parse_teacher(text), group.device, dtype) for text in cfg.teachers]
     if cfg.cache == "none":
         return teachers
     folder = cache_home() / "features" if cfg.cache == "auto" else Path(cfg.cache)
@@ -1439,7 +1492,7 @@ def prepare(cfg: TrainConfig) -> Run:
                 "fingerprints": {t.name: t.fingerprint for t in teachers}}  # fmt: skip
     record: dict[str, Any] = {"step": 0, "seconds": 0.0, "images": 0, "tokens": 0, "bad": 0,
               "skipped": note_scan(cfg, train_sources)}  # fmt: skip
-    if folder := newest_checkpoint(cfg):
+    if folder := agree_on_checkpoint(cfg, group):
         state = read_state(folder)
         refuse_changes(folder, state["identity"], identity)
         trainer.load_state_dict(state)
@@ -1448,6 +1501,7 @@ def prepare(cfg: TrainConfig) -> Run:
         trainer.fit_normalizers(stages[0])
     if group.rank == 0:
         print(describe(trainer.optimizer), file=sys.stderr)
+        set_aside(cfg, record["step"])
     log = Log(cfg, group, record["step"])
     return Run(cfg, trainer, stages, train_sources, held_out, identity, record, log)
 
@@ -1464,9 +1518,8 @@ def main(argv: list[str] | None = None) -> None:
         train_loop(run, StopSignal())
     except Standstill as error:
         raise SystemExit(f"train.py: {error}") from error
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
     if run.trainer.group.rank == 0:
         finish(run)
 

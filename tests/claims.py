@@ -16,7 +16,6 @@ held-out drawings of 64 x 64 px; the other names are given where they are comput
 import argparse
 import hashlib
 import json
-import math
 import sys
 import time
 from collections.abc import Callable
@@ -53,7 +52,16 @@ from model import MODELS, Student, load_student, save_student
 from packing import Group, Source, Subset, make_loader
 from sampling import balanced_sample, hierarchical_kmeans
 from teachers import Teacher, TeacherOutput, cache_home
-from train import Stage, Stream, TrainConfig, Trainer, load_teachers, make_stages, open_sources
+from train import (
+    Stage,
+    Stream,
+    TrainConfig,
+    Trainer,
+    at_least,
+    load_teachers,
+    make_stages,
+    open_sources,
+)
 
 FOLDER = Path(__file__).parents[1] / "docs" / "claims"
 GROUP = Group(0, 1, torch.device("cpu"))
@@ -175,12 +183,6 @@ def mark(name: str, arm: str, seed: int, quick: bool) -> str:
 
 def student_path(name: str, arm: str, seed: int, quick: bool) -> Path:
     return cache_home() / "claims" / f"{mark(name, arm, seed, quick)}.pt"
-
-
-def at_least(source: Source, side: int) -> Subset:
-    """The pictures with side^2 pixels or more, so that none is enlarged to its stream's size."""
-    areas = [math.prod(source.size(i)) for i in range(len(source))]
-    return Subset(source, [i for i, area in enumerate(areas) if area >= side**2])
 
 
 def spread(source: Source, limit: int) -> Subset:

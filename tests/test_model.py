@@ -389,6 +389,7 @@ def test_empty_pack_trains():
     out = student(PackedBatch.from_images([], 16))
     loss_of(out).backward()
     assert loss_of(out) == 0 and out.counts_LE.sum() == 0
+    assert all(p.grad is not None for p in student.parameters()), "DDP would wait for it"
 
 
 def test_radio_training_windows_are_random_and_reproducible():

@@ -92,7 +92,7 @@ def test_modules_import_with_the_core_packages_alone():
 def test_the_examples_run_one_after_the_other(tmp_path):
     """Every Python block of the README, in a folder with a student and a picture."""
     blocks = re.findall(r"```python\n(.*?)```", README, re.S)
-    assert len(blocks) == 3
+    assert len(blocks) == 2
     student = Student(MODELS["nano"])
     path = tmp_path / re.search(r'load_student\("([^"]+)"\)', README)[1]
     path.parent.mkdir(parents=True)

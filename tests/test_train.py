@@ -30,6 +30,7 @@ def quick_report(monkeypatch, request):
     """Most tests are about the loop: the report at the end is drawn in one of them."""
     if "full_report" not in request.keywords:
         monkeypatch.setattr(train, "finish", lambda *_: None)
+        monkeypatch.setattr(train, "draw_curves", lambda *_: None)
 
 
 def run(out: Path, *flags: str) -> list[dict]:
@@ -319,6 +320,7 @@ def test_adaloss_brings_all_parts_near_one():
     assert trainer.step(2, data[1]).losses["total"] == pytest.approx(len(parts) - 1, rel=0.2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{"summary_loss": "angle"}, {"summary_loss": "cosine"},
                                      {"patch_loss": "am-radio", "normalizer": "none"},
                                      {"precision": "bf16"}, {"recompute": True},
@@ -378,11 +380,13 @@ def test_the_running_mean_is_what_is_saved(tmp_path):
     assert not torch.equal(saved, states[1]["student"][name])
 
 
+@pytest.mark.slow
 def test_kept_checkpoints(tmp_path):
     run(tmp_path, "--save-every", "1", "--keep", "2", "--keep-every", "3")
     assert [int(path.name[5:]) for path in train.checkpoints(tmp_path)] == [3, 5, 6]
 
 
+@pytest.mark.slow
 def test_a_look_during_the_run(tmp_path):
     rows = run(tmp_path, "--look-every", "4", "--data", "openmoji:train:96")
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 4, 5, 6]
@@ -542,6 +546,7 @@ def test_two_interruptions_change_no_bit(tmp_path, reference, monkeypatch):
     assert totals(run(tmp_path)) == totals(rows_of(reference))
 
 
+@pytest.mark.slow
 def test_a_stop_at_the_end_of_an_epoch_changes_no_bit(tmp_path, monkeypatch):
     trainer, (data,) = trainer_of(train.parse_args(QUICK))
     del trainer
@@ -554,6 +559,29 @@ def test_a_stop_at_the_end_of_an_epoch_changes_no_bit(tmp_path, monkeypatch):
             with pytest.raises(Interrupted):
                 run(tmp_path / "cut", *flags)
     assert totals(run(tmp_path / "cut", *flags)) == expected
+
+
+@pytest.mark.slow
+def test_a_new_run_in_a_used_folder_sets_the_old_checkpoints_aside(tmp_path, reference):
+    run(tmp_path, "--steps", "8", "--seed", "1")
+    assert totals(run(tmp_path, "--resume", "none")) == totals(rows_of(reference))
+    assert [path.name for path in train.checkpoints(tmp_path)] == [
+        "step_000002", "step_000004", "step_000006"]  # fmt: skip
+    assert (tmp_path / "old_step_000008").is_dir()
+
+
+def test_checkpoints_are_in_the_order_of_their_steps(tmp_path):
+    for name in ("step_1000000", "step_999000"):
+        (tmp_path / name).mkdir()
+    assert [p.name for p in train.checkpoints(tmp_path)] == ["step_999000", "step_1000000"]
+
+
+def test_a_restart_by_the_launcher_goes_on_whatever_resume_says(tmp_path, monkeypatch):
+    run(tmp_path, "--steps", "2")
+    cfg = train.parse_args([*QUICK, "--out", str(tmp_path), "--resume", "none"])
+    assert train.newest_checkpoint(cfg) is None
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert train.newest_checkpoint(cfg) == tmp_path / "step_000002"
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "no manifest"])
@@ -797,7 +825,7 @@ def test_fsdp_with_every_recipe(more, tmp_path):
     for name, parallel in (("ddp", "ddp"), ("fsdp", "fsdp")):
         code, text = finished(command(tmp_path / name, "--parallel", parallel, *more, processes=2))
         assert code == 0, text
-    rel = 0.05 if "bf16" in more else 1e-4
+    rel = 5e-3 if "bf16" in more else 1e-4  # bf16 has three digits
     for a, b in zip(rows_of(tmp_path / "ddp"), rows_of(tmp_path / "fsdp"), strict=True):
         assert a["loss/total"] == pytest.approx(b["loss/total"], rel=rel)
 
