@@ -767,9 +767,10 @@ def first_pictures(source: Any, count: int) -> list[Sample]:
     """The first `count` pictures that decode."""
     found: list[Sample] = []
     for i in range(len(source)):
-        if len(found) < count:
-            with suppress(BadImage):
-                found.append(source.load(i))
+        if len(found) == count:
+            break
+        with suppress(BadImage):
+            found.append(source.load(i))
     return found
 
 

@@ -624,8 +624,10 @@ class Plain(Normalizer):
         """There is nothing to learn."""
 
     def current(self) -> Affine:
-        eye_CC = torch.eye(self.channels).to(self.agreed.mean_C)
-        return Affine(eye_CC.new_zeros(()), eye_CC.new_ones(()), eye_CC)
+        if self.map is None:
+            eye_CC = torch.eye(self.channels).to(self.agreed.mean_C)
+            self.map = Affine(eye_CC.new_zeros(()), eye_CC.new_ones(()), eye_CC)
+        return self.map
 
 
 class AdaLoss:

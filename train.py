@@ -13,7 +13,6 @@ Legend: B images, N packed tokens, M packed patches, C teacher width, L layers, 
 import argparse
 import bisect
 import dataclasses
-import hashlib
 import json
 import math
 import os
@@ -87,6 +86,7 @@ from teachers import (
     load_teacher,
     parse_teacher,
     pretrained,
+    sha256_of,
 )
 
 VERSION = 1
@@ -1008,11 +1008,6 @@ class Lamb(torch.optim.Optimizer):
 
 
 # ------------------------------------------------------------------------------ checkpoints
-
-
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def fsync(path: Path) -> None:
