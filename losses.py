@@ -78,7 +78,7 @@ def _axis_weights(size: int, target: int, dtype: torch.dtype, device: torch.devi
     return matrix.to(device, dtype)
 
 
-def shrink(x_hwC: Tensor, grid: Grid) -> Tensor:
+def resize_map(x_hwC: Tensor, grid: Grid) -> Tensor:
     """Resize a map (h, w, C) to grid (h', w'), each axis antialiased bilinear, as `align` does."""
     # Not by F.interpolate: torch 2.13 on CPU gets maps that are one column wide wrong.
     h, w, _ = x_hwC.shape
@@ -100,7 +100,7 @@ def align(student_hwC: Tensor, teacher_hwC: Tensor) -> tuple[Tensor, Tensor]:
     AM-RADIO (bilinear where grids differ); RADIOv2.5 (the student down to the teacher)
     """
     h, w = map(min, student_hwC.shape[:2], teacher_hwC.shape[:2])
-    return shrink(_precise(student_hwC), (h, w)), shrink(_precise(teacher_hwC), (h, w))
+    return resize_map(_precise(student_hwC), (h, w)), resize_map(_precise(teacher_hwC), (h, w))
 
 
 def patch_loss(

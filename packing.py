@@ -735,9 +735,13 @@ class PackedBatch:
     samples: list[Sample] = field(default_factory=list)  # one per picture, or none
     partition_B: list[int] = field(default_factory=list)  # the partition of each picture
     skipped: Skipped = field(default_factory=dict)  # pictures of this pack that did not decode
+    origins: list[Size] = field(default_factory=list)  # (row, column) of a view in its picture
+    wholes: list[Size] = field(default_factory=list)  # (h, w) of that picture
 
     def __post_init__(self) -> None:
         self.partition_B = self.partition_B or [0] * len(self.grids)
+        self.origins = self.origins or [(0, 0)] * len(self.grids)
+        self.wholes = self.wholes or list(self.grids)
 
     @classmethod
     def from_images(
@@ -756,6 +760,8 @@ class PackedBatch:
             joined.grids += batch.grids
             joined.samples += batch.samples
             joined.partition_B += batch.partition_B
+            joined.origins += batch.origins
+            joined.wholes += batch.wholes
             joined.skipped |= batch.skipped
         return joined
 
@@ -971,20 +977,21 @@ class StepData(Dataset):
     ranks form low- and high-resolution groups, and one rank has micro-batches of one step. Every
     partition goes through its own epochs.
 
-    `prefix` counts an image's tokens besides its patches. `draft` decodes JPEGs no finer than the
-    student needs, for teachers that look at no more pixels than the student.
+    `prefix` counts an image's tokens besides its patches. `shift` moves the student's view by up to
+    so many patches each way (C-RADIOv4 Eq. 1): what leaves it is cut, so packs are less full.
     """
 
     def __init__(self, partitions: Sequence[Partition], patch: int, prefix: int, seed: int = 0,
                  rank: int = 0, world: int = 1, lookahead: int = 64,
-                 draft: bool = False):  # fmt: skip
+                 shift: int = 0):  # fmt: skip
         packs = sum(partition.packs_per_step for partition in partitions)
         if packs % world:
             raise ValueError(f"{packs} packs per step do not divide over {world=} processes")
-        self.partitions, self.patch, self.draft = tuple(partitions), patch, draft
+        self.partitions, self.patch, self.shift = tuple(partitions), patch, shift
         self._streams = [_Stream(p, patch, prefix, seed, lookahead) for p in partitions]
         self._part = slice(rank * packs // world, (rank + 1) * packs // world)
-        self._settings = (patch, prefix, seed, lookahead)
+        self._settings = (patch, prefix, seed, lookahead, shift)
+        self._seed = seed
 
     def _row(self, step: int) -> list[tuple[int, np.ndarray]]:
         """All packs of a global step, each with the number of its partition."""
@@ -992,22 +999,37 @@ class StepData(Dataset):
 
     def __getitem__(self, step: int) -> list[PackedBatch]:
         """This rank's packs of a global step."""
-        return [self._load(number, items) for number, items in self._row(step)[self._part]]
+        return [self._load(step, number, items) for number, items in self._row(step)[self._part]]
 
-    def _load(self, number: int, items: np.ndarray) -> PackedBatch:
-        images, samples, skipped = [], [], Skipped()
+    def _load(self, step: int, number: int, items: np.ndarray) -> PackedBatch:
+        images, samples, skipped, origins, wholes = [], [], Skipped(), [], []
         for component, i, h, w in items.tolist():
             source = self.partitions[number].components[component].source
             size = h * self.patch, w * self.patch
             try:
-                sample = source.load(i, size) if self.draft else source.load(i)
+                sample = source.load(i)
             except BadImage as error:
                 skipped[source.key(i)] = str(error)
             else:
+                (y, x), (rows, columns) = self._view(step, sample.key, (h, w))
                 samples.append(sample)
-                images.append(to_float(sample.image, size))
+                images.append(to_float(sample.image, size)[:, rows, columns])
+                origins.append((y, x))
+                wholes.append((h, w))
         batch = PackedBatch.from_images(images, self.patch, samples)
-        return replace(batch, partition_B=[number] * len(images), skipped=skipped)
+        place = {"partition_B": [number] * len(images), "origins": origins, "wholes": wholes}
+        return replace(batch, skipped=skipped, **place)
+
+    def _view(self, step: int, key: str, grid: Size) -> tuple[Size, list[slice]]:
+        """A view's first patch in its picture's grid, and its pixels along both axes."""
+        generator = keyed_generator(self._seed, step, key, "shift") if self.shift else None
+        origin, pixels = [], []
+        for side in grid:
+            most = min(self.shift, side - 1)  # one patch is left
+            by = int(torch.randint(-most, most + 1, (), generator=generator)) if most else 0
+            origin.append(max(by, 0))
+            pixels.append(slice(origin[-1] * self.patch, (side + min(by, 0)) * self.patch))
+        return (origin[0], origin[1]), pixels
 
     def steps_in(self, epoch: int) -> int:
         """Steps in an epoch of the first partition."""

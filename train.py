@@ -166,6 +166,10 @@ class TrainConfig:
     )
     patch_loss: str = option("mse", "feature loss of patches", choices=tuple(losses.KINDS))
     summary_loss: str = option("mse", "feature loss of summaries", choices=(*losses.KINDS, "angle"))
+    shift: int = option(
+        0, "patches by which the student's view is shifted at most; its patches then learn where "
+        "they were, not a teacher's fixed pattern (C-RADIOv4 Eq. 1)"
+    )  # fmt: skip
     relation: str = option("arkd", "relational loss of summaries", choices=("arkd", "rkd", "none"))
     relation_mean: str = option(
         "auto", "whose mean distance divides the student's: auto is teacher for arkd, own for rkd",
@@ -454,7 +458,7 @@ class Normalizers:
             summary = self.parts[name, "summary"].normalize(summary)
         maps = zip(target.patches, grids, strict=True)
         shapes = [(min(p.shape[0], h), min(p.shape[1], w)) for p, (h, w) in maps]
-        patches = [losses.shrink(p, s) for p, s in zip(target.patches, shapes, strict=True)]
+        patches = [losses.resize_map(p, s) for p, s in zip(target.patches, shapes, strict=True)]
         if patches:
             rows_MC = torch.cat([p.flatten(0, 1) for p in patches])
             rows = self.parts[name, "patches"].normalize(rows_MC).split([h * w for h, w in shapes])
@@ -633,7 +637,7 @@ class Trainer:
     def targets(self, batch: PackedBatch) -> dict[str, TeacherOutput]:
         """What the teachers say of a batch's pictures, in the space of the loss."""
         raw = {t.name: t.targets(batch.samples).to(self.group.device) for t in self.teachers}
-        return {name: self.normalizers(name, target, batch.grids) for name, target in raw.items()}
+        return {name: self.normalizers(name, target, batch.wholes) for name, target in raw.items()}
 
     def token_count(self, batch: PackedBatch) -> int:
         return sum(batch.lengths) + self.student.config.prefix * len(batch)
@@ -723,9 +727,14 @@ class Trainer:
         parts, kind = {}, self.cfg.summary_loss
         for name, target in targets.items():
             summary_B, patch_B = weights[name]
-            loss_B = losses.patch_loss(
-                out.patches[name], batch.grids, target.patches, self.cfg.patch_loss
-            )
+            student = out.patches[name], batch.grids
+            if self.cfg.shift:  # the teacher saw the whole picture, a part of which the student saw
+                pairs = zip(target.patches, batch.wholes, strict=True)
+                maps, origins = [losses.resize_map(*pair) for pair in pairs], [(0, 0)] * len(batch)
+                places = batch.origins, maps, origins
+                loss_B = losses.shift_loss(*student, *places, self.cfg.patch_loss)
+            else:
+                loss_B = losses.patch_loss(*student, target.patches, self.cfg.patch_loss)
             parts[f"{name}/patches"] = (loss_B * patch_B).sum()
             if target.summary_BC is not None:
                 pair = summaries[name], target.summary_BC
@@ -1266,7 +1275,7 @@ def make_stages(cfg: TrainConfig, sources: list[Source], student: Student, group
         stages.append(
             StepData(
                 partitions, student.config.patch, student.config.prefix, cfg.seed + number,
-                group.rank, group.world,
+                group.rank, group.world, shift=cfg.shift,
             )
         )  # fmt: skip
     return stages

@@ -744,6 +744,29 @@ def test_ranks_divide_a_step_and_resuming_changes_nothing():
         StepData(parts, 16, 5, world=3)
 
 
+def test_a_shifted_view_is_a_part_of_its_picture_and_of_nothing_else():
+    parts = one_partition(OpenMoji("train", 60), budget=256)
+    whole, moved = StepData(parts, 16, 5, seed=1), StepData(parts, 16, 5, seed=1, shift=2)
+    origins = set()
+    for step in range(3):
+        for all_of_it, view in zip(whole[step], moved[step], strict=True):
+            assert view.wholes == all_of_it.grids == all_of_it.wholes
+            assert all_of_it.origins == [(0, 0)] * len(all_of_it)
+            pictures = all_of_it.patches_MX.split(all_of_it.lengths)
+            crops = view.patches_MX.split(view.lengths)
+            for picture, full, crop, (h, w), (y, x) in zip(
+                pictures, view.wholes, crops, view.grids, view.origins, strict=True
+            ):
+                assert full[0] - 2 <= h <= full[0] - y and full[1] - 2 <= w <= full[1] - x
+                window = picture.unflatten(0, full)[y : y + h, x : x + w]
+                assert torch.equal(crop.unflatten(0, (h, w)), window)
+                origins.add((y, x))
+    assert len(origins) == 9  # 0, 1 or 2 rows and columns are cut off
+    assert whole.plan(0) == moved.plan(0)  # the same pictures in the same packs
+    assert whole.fingerprint() != moved.fingerprint()
+    assert PackedBatch.cat(moved[0]).origins == [o for batch in moved[0] for o in batch.origins]
+
+
 @pytest.mark.slow
 def test_workers_change_nothing(tmp_path):
     root = write_folder(tmp_path / "data", 60)

@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
+import losses
 import train
 from model import MODELS, load_student
 from packing import PackedBatch, Sample
@@ -311,6 +312,26 @@ def test_a_teacher_leaves_streams_that_it_does_not_supervise_alone():
     assert whole.losses["dense/patches"] != pytest.approx(low.losses["dense/patches"], rel=1e-3)
 
 
+def test_a_shifted_student_learns_what_the_teacher_said_of_the_same_place():
+    cfg = dataclasses.replace(train.PRESETS["debug"], shift=2, stats_steps=1)
+    trainer, stages = trainer_of(cfg)
+    batch = PackedBatch.cat(stages[0][0])
+    assert any(origin != (0, 0) for origin in batch.origins)
+    (weights,) = trainer.image_weights(cfg.stages[0].streams, [batch])
+    targets, out = trainer.targets(batch), trainer.forward(1, batch)
+    for name, target in targets.items():  # a student that says just this
+        wholes = zip(target.patches, batch.wholes, strict=True)
+        views = zip(wholes, batch.origins, batch.grids, strict=True)
+        rows = [losses.resize_map(*whole)[y : y + h, x : x + w].flatten(0, 1)
+                for whole, (y, x), (h, w) in views]  # fmt: skip
+        out.patches[name] = torch.cat(rows)
+    parts = trainer.feature_losses(out, out.summary, batch, targets, weights)
+    assert all(abs(parts[f"{name}/patches"]) < 1e-9 for name in targets)
+    batch.origins[:] = [(0, 0)] * len(batch)
+    parts = trainer.feature_losses(out, out.summary, batch, targets, weights)
+    assert all(parts[f"{name}/patches"] > 0.01 for name in targets)
+
+
 def test_adaloss_brings_all_parts_near_one():
     trainer, (data,) = trainer_of(dataclasses.replace(train.PRESETS["debug"], balance="adaloss"))
     parts = trainer.step(1, data[0]).losses
@@ -324,7 +345,7 @@ def test_adaloss_brings_all_parts_near_one():
 @pytest.mark.parametrize("changes", [{"summary_loss": "angle"}, {"summary_loss": "cosine"},
                                      {"patch_loss": "am-radio", "normalizer": "none"},
                                      {"precision": "bf16"}, {"recompute": True},
-                                     {"optimizer": "lamb", "ema": 0.5}])  # fmt: skip
+                                     {"optimizer": "lamb", "ema": 0.5}, {"shift": 1}])  # fmt: skip
 def test_two_interruptions_change_no_bit_whatever_the_recipe(changes, tmp_path, monkeypatch):
     flags = [text for k, v in changes.items()
              for text in ([f"--{k.replace('_', '-')}"] if v is True else
@@ -772,6 +793,7 @@ def wait_for_step(out: Path, step: int, timeout: float = 180) -> None:
 PARTITIONED = """
 import dataclasses, sys
 sys.path.insert(0, {root!r})
+import losses
 import train
 streams = (train.Stream("low", 48, budget=96), train.Stream("high", 96, budget=96, packs=4,
                                                             teachers=("dense",)))
