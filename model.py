@@ -455,16 +455,19 @@ class GoldenPositions(KeepsFloat32):
     def forward(self, patches_MD: Tensor, layout: Layout, _: Tensor | None):
         """The patches as they are; cos_NHJ, sin_NHJ of every token, in float32 whatever the dtype.
 
-        Coordinates do not depend on the resolution: y spans [-sqrt(h/w), +sqrt(h/w)], x the
-        inverse, ends included. CLS and registers are not rotated.
+        CLS and registers are not rotated.
         """
-        grid_M2 = layout.grid_M2.float()
-        half_M2 = torch.sqrt(grid_M2 / grid_M2.flip(1))
-        yx_M2 = half_M2 * (2 * layout.row_column_M2 / (grid_M2 - 1).clamp(min=1) - 1)
-        angles_MHJ = torch.einsum("mc,hjc->mhj", yx_M2, self.freqs_HJ2)
+        angles_MHJ = torch.einsum("mc,hjc->mhj", self.coordinates(layout), self.freqs_HJ2)
         angles_NHJ = angles_MHJ.new_zeros(len(layout.gather_N), *angles_MHJ.shape[1:])
         angles_NHJ = angles_NHJ.index_copy(0, layout.patches_M, angles_MHJ)
         return patches_MD, (angles_NHJ.cos(), angles_NHJ.sin())
+
+    def coordinates(self, layout: Layout) -> Tensor:
+        """yx_M2 of every patch whatever the resolution: y spans [-sqrt(h/w), +sqrt(h/w)], x the
+        inverse, ends included."""
+        grid_M2 = layout.grid_M2.float()
+        half_M2 = torch.sqrt(grid_M2 / grid_M2.flip(1))
+        return half_M2 * (2 * layout.row_column_M2 / (grid_M2 - 1).clamp(min=1) - 1)
 
 
 class TablePositions(nn.Module):

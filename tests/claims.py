@@ -14,13 +14,14 @@ held-out drawings of 64 x 64 px; the other names are given where they are comput
 """
 
 import argparse
+import copy
 import hashlib
 import json
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -48,7 +49,16 @@ from eval import (
     reading,
     reduce_map,
 )
-from model import MODELS, Student, load_student, save_student
+from model import (
+    MODELS,
+    GoldenPositions,
+    Layout,
+    ModelConfig,
+    Student,
+    count_flops,
+    load_student,
+    save_student,
+)
 from packing import Group, Source, Subset, make_loader
 from sampling import balanced_sample, hierarchical_kmeans
 from teachers import Teacher, TeacherOutput, cache_home
@@ -96,18 +106,25 @@ class Claim:
     base: dict[str, Any] = field(default_factory=dict)  # changes for all arms
     sizes: tuple[int, ...] = (64,)  # px of the held-out drawings; the first one serves kNN, too
     loud: dict[str, float] = field(default_factory=dict)  # teacher -> factor on its features
+    patterned: tuple[str, ...] = ()  # arms in which the teachers' maps have a fixed pattern
+    unenlarged: bool = True  # only drawings at least as large as the largest square
+    positions: dict[str, Any] = field(default_factory=dict)  # arm -> instead of GoldenPositions
     run: Callable[..., dict] | None = None  # (name, arm, seed, quick) -> figures; None: `distil`
 
 
-def squares(side: int, images: int, **more: Any) -> Stream:
+def squares(side: int, images: int, prefix: int = 5, **more: Any) -> Stream:
     """One pack of `images` drawings as squares in each step; nano has 5 tokens beside patches."""
-    tokens = (side // 16) ** 2 + 5
+    tokens = (side // 16) ** 2 + prefix
     return Stream(f"{side} px", choices=(side,), budget=images * tokens, packs=1, **more)
 
 
 def explained(side: int, *teachers: str) -> tuple[str, ...]:
     """Names of the variances explained on drawings of one size."""
     return tuple(f"{side}/{t}/{part}" for t in teachers or ("vit-s", "mobilenet") for part in PARTS)
+
+
+def dense(*sides: int) -> tuple[str, ...]:
+    return tuple(f"{side}/{t}/patches" for side in sides for t in ("vit-s", "mobilenet"))
 
 
 MIXED = Stream("mixed", choices=(LOW, HIGH), budget=512, packs=2)
@@ -121,20 +138,19 @@ BASE = TrainConfig(
     warmup=10,
     lr=2e-3,
 )
-TINY = {"builtin:vit-s": "builtin:tiny-dense", "builtin:mobilenet": "builtin:tiny-semantic"}
+TINY = {"builtin:vit-s": "builtin:tiny-dense", "builtin:mobilenet": "builtin:tiny-semantic",
+        "nano": "test", "nano-dense": "test"}  # fmt: skip
 QUICK: dict[str, Any] = {"steps": 2, "stats_steps": 1, "data": ("openmoji:train:240",)}
 
 # The same active parameters as nano: 2 of 8 experts of width 256.
 MODELS["nano-dense"] = replace(MODELS["nano"], experts=0, top_k=0, ffn_dim=512)
+# RADIO's form at the same active parameters: GELU MLPs, a position table, a CLS per teacher.
+MODELS["nano-radio"] = ModelConfig(
+    "radio", 192, 6, 3, 64, 768, cls_tokens=2, gated_ffn=False, final_norm=False, position_grid=32
+)
 
 # Claims of the papers that have no arms yet; the table names them.
-NOT_RUN = (
-    "golden RoPE against axial RoPE",
-    "PHI-S on a bimodal register",
-    "mosaic against resizing",
-    "shift-equivariant loss against plain MSE",
-    "the AMoE recipe against the RADIO recipe at equal FLOPs",
-)
+NOT_RUN = ("PHI-S on a bimodal register", "mosaic against resizing")
 
 
 # ------------------------------------------------------------------------------ training
@@ -153,6 +169,43 @@ class Loud(Teacher):
         return TeacherOutput(out.summary_BC * self.factor, [x * self.factor for x in out.patches])
 
 
+class Patterned(Teacher):
+    """A teacher whose maps hold the same pattern at the same place whatever the picture, as strong
+    as the features vary: the artefacts of position embeddings and windows that C-RADIOv4 names."""
+
+    def __init__(self, teacher: Teacher, strength_C: Tensor):
+        vars(self).update(vars(teacher))
+        self.teacher = teacher
+        noise = torch.randn(64, 64, teacher.dim, generator=torch.Generator().manual_seed(0))
+        self.pattern = noise * strength_C
+
+    def targets(self, samples: list) -> TeacherOutput:
+        out = self.teacher.targets(samples)
+        maps = [x + self.pattern[: x.shape[0], : x.shape[1]] for x in out.patches]
+        return TeacherOutput(out.summary_BC, maps)
+
+
+class Axial(GoldenPositions):
+    """RoPE whose frequencies turn with the row or with the column, one half each.
+
+    Per patch is the usual form: a patch is one unit, and frequencies fall from 1 by a base of 100
+    (we chose; rope_max is not used). Else magnitudes and coordinates are the golden ones.
+    """
+
+    def __init__(self, config: ModelConfig, per_patch: bool):
+        super().__init__(config)
+        self.per_patch = per_patch
+        half = torch.linspace(0, 1, self.freqs_HJ2.shape[1] // 2)
+        size_J = 100**-half if per_patch else config.rope_min * (
+            config.rope_max / config.rope_min) ** half  # fmt: skip
+        zero_J = torch.zeros_like(size_J)
+        rows_J2, columns_J2 = (torch.stack(x, 1) for x in ((size_J, zero_J), (zero_J, size_J)))
+        self.freqs_HJ2.copy_(torch.cat([rows_J2, columns_J2]))
+
+    def coordinates(self, layout: Layout) -> Tensor:
+        return layout.row_column_M2.float() if self.per_patch else super().coordinates(layout)
+
+
 @cache
 def opened(teachers: tuple, quick: bool) -> tuple[Source, Source, list[Teacher]]:
     """(training drawings, held-out drawings, teachers), once for all runs of this process."""
@@ -169,7 +222,7 @@ def config(name: str, arm: str, seed: int, quick: bool) -> TrainConfig:
         return cfg
     tiny = [text.split("=") for text in cfg.teachers]
     teachers = tuple(f"{name}={TINY[path]}" for name, path in tiny)
-    return replace(cfg, **QUICK, teachers=teachers, model="test")
+    return replace(cfg, **QUICK, teachers=teachers, model=TINY.get(cfg.model, cfg.model))
 
 
 def mark(name: str, arm: str, seed: int, quick: bool) -> str:
@@ -178,6 +231,7 @@ def mark(name: str, arm: str, seed: int, quick: bool) -> str:
     cfg = config(name, arm, seed, quick).identity()
     changed = {key: value for key, value in cfg.items() if value != default[key]}
     facts = [name, arm, seed, changed, CLAIMS[name].sizes, CLAIMS[name].loud]
+    facts += [part for part in (CLAIMS[name].patterned, sorted(CLAIMS[name].positions)) if part]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -194,6 +248,7 @@ def spread(source: Source, limit: int) -> Subset:
 def folded(trainer: Trainer) -> Student:
     """The student as `load_student` would read it: its heads answer in the teachers' own spaces."""
     student = Student(trainer.student.config)
+    student.positions = copy.deepcopy(trainer.student.positions)
     student.load_state_dict(trainer.student.state_dict())
     trainer.normalizers.fold_into(student)
     return student
@@ -204,24 +259,33 @@ def distil(name: str, arm: str, seed: int, quick: bool) -> dict[str, Any]:
     claim, cfg = CLAIMS[name], config(name, arm, seed, quick)
     train, held_out, teachers = opened(cfg.teachers, quick)
     teachers = [Loud(t, claim.loud[t.name]) if t.name in claim.loud else t for t in teachers]
-    streams = [stream for stage in cfg.stages for stream in stage.streams]
-    side = max(side for stream in streams for side in stream.choices)
-    train, held_out = at_least(train, side), at_least(held_out, side)
+    if claim.unenlarged:
+        streams = [stream for stage in cfg.stages for stream in stage.streams]
+        side = max(side for stream in streams for side in stream.choices)
+        train, held_out = at_least(train, side), at_least(held_out, side)
     named = {t.name: t for t in teachers}
     reference = extract({"teacher": named}, spread(train, 200))
+    if arm in claim.patterned:  # in training alone
+        stds = {name: torch.cat([x.flatten(0, 1) for x in reference.patches[f"teacher/{name}"]])
+                .std(0) for name in named}  # fmt: skip
+        teachers = [Patterned(t, stds[t.name]) for t in teachers]
 
     trainer = Trainer(cfg, GROUP, teachers)
+    if arm in claim.positions:
+        trainer.student.positions = claim.positions[arm](trainer.student.config)
     stages = make_stages(cfg, [train], trainer.student, GROUP)
     trainer.fit_normalizers(stages[0])
     looks = {round(cfg.steps * part) for part in (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1)}
-    history, dynamics = [], []
+    history, dynamics, gflop = [], [], 0.0
     for (first, last), data in zip(cfg.stage_bounds(), stages, strict=True):
         for step, packs in enumerate(make_loader(data, 0, last - first), first + 1):
             history.append(trainer.step(step, packs))
+            gflop += sum(forward_gflop(trainer.student.config, n) for p in packs for n in p.lengths)
             if step in looks:
                 models = {"teacher": named, "student": folded(trainer)}
                 few = extract(models, spread(held_out, 64), size=(claim.sizes[0],) * 2)
                 seen = {k: sum(getattr(r, k) for r in history) for k in ("images", "tokens")}
+                seen["gflop"] = round(gflop)
                 dynamics.append({"step": step} | seen | variances(reference, few))
     student = folded(trainer)
     if (name, arm) == ARM_OF_MERGING:
@@ -230,6 +294,13 @@ def distil(name: str, arm: str, seed: int, quick: bool) -> dict[str, Any]:
         save_student(student, path)
     figures = final(student, named, train, held_out, reference, claim.sizes)
     return {"figures": course(history, trainer) | figures, "dynamics": dynamics}
+
+
+@cache
+def forward_gflop(config: ModelConfig, patches: int) -> float:
+    """Of a picture of any aspect; `count_flops` is quadratic in the number of patches."""
+    known = [(n * n, count_flops(config, config.patch * n) / 1e9) for n in (2, 6, 12)]
+    return float(np.polyval(np.polyfit(*zip(*known, strict=True), 2), patches))
 
 
 def variances(reference: FeatureSet, test: FeatureSet) -> dict[str, float]:
@@ -539,6 +610,59 @@ CLAIMS: dict[str, Claim] = {
             Effect("mean EV", explained(64), "moe", "dense", "no figure at equal active size"),
             Effect("20-NN", ("kNN",), "moe", "dense", "no figure at equal active size"),
         ),
+    ),
+    "recipe": Claim(
+        "the AMoE recipe against the RADIO recipe at equal FLOPs",
+        "about 2.8 M active parameters, AdamW for both; AMoE: 210 steps x 16 drawings of their own "
+        "shape up to 128 px; RADIO: 200 steps x 16 of 64 px + 8 of 128 px",
+        {
+            "amoe": {"stages": (Stage(1.0, (Stream("native", 128, budget=1024, packs=1),)),),
+                     "steps": 210},
+            "radio": {"model": "nano-radio", "relation": "none", "summary_loss": "cosine",
+                      "average": "partition",
+                      "stages": (Stage(1.0, (squares(64, 16, prefix=6),
+                                             squares(128, 8, prefix=6))),)},
+        },
+        (
+            Effect("EV of patches", dense(64, 128), "amoe", "radio", "no figure"),
+            Effect("20-NN", ("kNN",), "amoe", "radio", "no figure"),
+            Effect("20-NN of the trunk", ("trunk kNN",), "amoe", "radio", "no figure"),
+            Effect("zero-shot", ("zero-shot",), "amoe", "radio", "no figure"),
+        ),
+        {"steps": 200},
+        (64, 128),
+        unenlarged=False,
+    ),
+    "rope": Claim(
+        "golden RoPE against axial RoPE, on larger pictures than trained on",
+        "nano, 120 steps x 32 drawings, 64 px; scored at 128 and 192 px",
+        {"golden": {}, "axial per patch": {}, "axial": {}},
+        (
+            Effect("EV of patches at 2x and 3x", dense(128, 192), "golden", "axial per patch",
+                   "coherent at 2048 px (AMoE Fig. 3)"),
+            Effect("EV of patches at 2x and 3x", dense(128, 192), "golden", "axial", "no figure"),
+            Effect("EV of patches at the trained size", dense(64), "golden", "axial per patch",
+                   "no figure"),
+            Effect("EV of patches at the trained size", dense(64), "golden", "axial", "no figure"),
+        ),
+        sizes=(64, 128, 192),
+        positions={"axial per patch": partial(Axial, per_patch=True),
+                   "axial": partial(Axial, per_patch=False)},
+    ),
+    "shift": Claim(
+        "shift-equivariant loss against plain MSE, teachers with a fixed pattern",
+        "nano, 120 steps x 20 drawings, 96 px, shifts of up to 2 of 6 patches",
+        {"shift": {"shift": 2}, "plain": {}, "shift, clean teachers": {"shift": 2},
+         "plain, clean teachers": {}},
+        (
+            Effect("EV of the clean patches", dense(96), "shift", "plain",
+                   "pattern not learnt (C-RADIOv4 Eq. 1)"),
+            Effect("EV of patches, no pattern", dense(96),
+                   "shift, clean teachers", "plain, clean teachers", "no figure"),
+        ),
+        {"stages": (Stage(1.0, (squares(96, 20),)),), "max_images": 32},
+        (96,),
+        patterned=("shift", "plain"),
     ),
 }  # fmt: skip
 
