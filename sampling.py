@@ -139,6 +139,17 @@ class Step:
     inertia: float  # sum of the squared distances
 
 
+def first_maximum(scores_BK: Tensor) -> tuple[Tensor, Tensor]:
+    """`scores_BK.max(1)` for a multiple of 32 columns, several times as fast on CPU.
+
+    Torch finds a maximum by vector instructions, but not where it is: so look at groups, then one.
+    """
+    groups_BG32 = scores_BK.unflatten(1, (-1, 32))
+    top_B, group_B = groups_BG32.amax(2).max(1)
+    inside_B32 = groups_BG32[torch.arange(len(group_B), device=group_B.device), group_B]
+    return top_B, 32 * group_B + inside_B32.argmax(1)
+
+
 def nearest(x_BD: Tensor, c_KD: Tensor, dtype: torch.dtype = torch.float32, second: bool = False):
     """Nearest centroid of each row, its score and, if asked, the runner-up's score.
 
@@ -151,9 +162,11 @@ def nearest(x_BD: Tensor, c_KD: Tensor, dtype: torch.dtype = torch.float32, seco
     width = BLOCK[x_BD.device.type][1]
     for k in range(0, len(c_KD), width):
         c, half = c_KD[k : k + width].to(dtype), half_K[k : k + width]
+        more = -len(c) % 32  # centroids at infinity: never the nearest
+        c, half = F.pad(c, (0, 0, 0, more)), F.pad(half, (0, more), value=math.inf)
         is_float32 = dtype == torch.float32  # then the subtraction is part of the matmul
         scores = torch.addmm(-half, x_BD, c.T) if is_float32 else (x_BD @ c.T).float() - half
-        top_B, where_B = scores.max(1)
+        top_B, where_B = first_maximum(scores)
         if second:
             runner_B = scores.scatter_(1, where_B[:, None], -math.inf).amax(1)
             second_B = second_B.maximum(runner_B).maximum(top_B.minimum(best_B))
@@ -268,7 +281,7 @@ def kmeans(
     """k centroids (k, D) and the rows' clusters: Lloyd's steps, with swaps between the first.
 
     Stops after `iterations`, or when one lowers the inertia by less than the share `tolerance`.
-    Where rows abound, a quarter of them is clustered first and the rest only refines.
+    Where rows abound, a quarter of them is clustered first.
     """
     if k > rows.total:
         raise ValueError(f"{k} clusters of {rows.total} rows; ask for at most {rows.total}")
@@ -278,19 +291,19 @@ def kmeans(
         c_KD, _ = kmeans(part, k, generator, iterations, tolerance, dtype, bar)
     else:
         c_KD = seed_centroids(rows, k, generator)
-    swaps, most, last = (0 if is_large else SWAPS), max(1, k // 10), math.inf
+    most, last = max(1, k // 10), math.inf
     best: Any = None
     i = 0
     while True:
-        is_swap = i < swaps and i % 2 == 1  # what Lloyd's step gains after a swap is no swap's gain
+        is_swap = i < SWAPS and i % 2 == 1  # what Lloyd's step gains after a swap is no swap's gain
         found = step(rows, c_KD, dtype, second=is_swap)
         if bar is not None:
             bar.set_postfix_str(f"{k} clusters, inertia {found.inertia:.6g}")
             bar.update()
-        if i == iterations or (i > swaps + 1 and last - found.inertia <= tolerance * last):
+        if i == iterations or (i > SWAPS + 1 and last - found.inertia <= tolerance * last):
             return c_KD, found
         last = found.inertia
-        if is_swap or i == swaps + 1:  # several swaps at once may not add up: back to the best
+        if is_swap or i == SWAPS + 1:  # several swaps at once may not add up: back to the best
             is_better = best is None or found.inertia < best.inertia
             best, most = (found, most) if is_better else (best, max(1, most // 2))
             found = best
