@@ -1017,8 +1017,8 @@ class StepData(Dataset):
                 origins.append((y, x))
                 wholes.append((h, w))
         batch = PackedBatch.from_images(images, self.patch, samples)
-        place = {"partition_B": [number] * len(images), "origins": origins, "wholes": wholes}
-        return replace(batch, skipped=skipped, **place)
+        return replace(batch, partition_B=[number] * len(images), skipped=skipped,
+                       origins=origins, wholes=wholes)  # fmt: skip
 
     def _view(self, step: int, key: str, grid: Size) -> tuple[Size, list[slice]]:
         """A view's first patch in its picture's grid, and its pixels along both axes."""

@@ -142,12 +142,12 @@ class Backbone:
     text: Callable[[], Callable[[list[str]], Tensor]] | None = None  # loads the text tower
 
 
-def need(package: str) -> Any:
-    """Import what only some teachers need, or say how to get it."""
+def need(package: str, what: str = "this teacher") -> Any:
+    """Import what only some teachers or pictures need, or say how to get it."""
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise ImportError(f"this teacher needs {package}: pip install {package}") from error
+        raise ImportError(f"{what} needs {package}: pip install {package}") from error
 
 
 # ----------------------------------------------------------------- families of transformers

@@ -84,6 +84,7 @@ from teachers import (
     load_backbone,
     load_network,
     load_teacher,
+    need,
     parse_teacher,
     pretrained,
     sha256_of,
@@ -161,6 +162,7 @@ class TrainConfig:
     )
     max_images: int = option(16, "images in a pack at the most (AMoE Sec. 3)")
     global_tokens: int = option(0, "tokens of a step over all ranks; 0: the packs of the preset")
+    global_images: int = option(0, "instead: images of a step, if packs hold squares of one size")
     micro_packs: int = option(
         0, "packs of one forward on a rank; 0: all of the step's", control=True
     )
@@ -242,18 +244,32 @@ class TrainConfig:
                     f"{max(stream.data)}, but --data has {len(self.data)}, counted from 0; give "
                     "one --data SOURCE for each (the same one twice will do)"
                 )
-        for stage in self.stages:
-            tokens = sum(stream.budget * stream.packs for stream in stage.streams)
-            if (self.global_tokens or tokens) % tokens:
-                raise ValueError(
-                    f"global_tokens={self.global_tokens} is not a multiple of the {tokens} tokens "
-                    f"in the smallest step of preset {self.preset}"
-                )
+        if self.global_images and self.global_tokens:
+            raise ValueError(f"{self.global_images=} and {self.global_tokens=}: pass one of them")
+        for stage in self.stages if self.global_tokens else ():
+            self.times(stage)
 
-    def packs(self, stage: Stage, stream: Stream) -> int:
-        """Packs of a stream in a step, over all ranks."""
-        tokens = sum(each.budget * each.packs for each in stage.streams)
-        return stream.packs * (self.global_tokens or tokens) // tokens
+    def times(self, stage: Stage, patch: int = 16, prefix: int = 0) -> int:
+        """How often the packs of the preset go into a step of the global batch.
+
+        Args: patch, prefix: the student's pixels and tokens, where the batch is given in images.
+        """
+        wanted, what = self.global_tokens, "tokens"
+        smallest = sum(stream.budget * stream.packs for stream in stage.streams)
+        if self.global_images:
+            wanted, what, smallest = self.global_images, "images", 0
+            for stream in stage.streams:
+                if len(stream.choices) != 1:
+                    raise ValueError(f"global_images={wanted}: packs of stream {stream.name} hold "
+                                     "pictures of many sizes; pass --global-tokens")  # fmt: skip
+                room = stream.budget // ((stream.choices[0] // patch) ** 2 + prefix)
+                smallest += stream.packs * min(self.max_images, room)
+        if wanted % smallest:
+            raise ValueError(
+                f"global_{what}={wanted} is not a multiple of the {smallest} {what} in the "
+                f"smallest step of preset {self.preset}"
+            )
+        return wanted // smallest or 1
 
     def stage_bounds(self) -> list[tuple[int, int]]:
         """Steps [start, stop) of each stage."""
@@ -567,9 +583,10 @@ class Trainer:
         PHI-S Table 10 spends the first 3,000 steps of a stage on it while the heads chase a moving
         rotation; estimating first costs only the teachers and keeps the targets still (we chose).
         """
-        steps = range(min(self.cfg.stats_steps, data.steps_in(0)))
-        for step in progress(steps, "teacher statistics", self.group):
-            batch = PackedBatch.cat(data[step])
+        steps = min(self.cfg.stats_steps, data.steps_in(0))
+        loader = make_loader(data, 0, steps, self.cfg.workers)
+        for packs in progress(loader, "teacher statistics", self.group, total=steps):
+            batch = PackedBatch.cat(packs)
             for teacher in self.teachers:
                 self.normalizers.update(teacher.name, teacher.targets(batch.samples))
         self.normalizers.synchronize()
@@ -608,10 +625,12 @@ class Trainer:
         images, tokens = sum(map(len, micros)), sum(self.token_count(m) for m in micros)
         bad = sum(len(m.skipped) for m in micros)
         counts = torch.tensor([images, tokens, bad, stop], device=grad_norm.device)
-        floats = torch.stack([*shares.values(), grad_norm / self.group.world])
-        report = torch.cat([floats.double(), counts.double()])
-        # the one moment of a step at which the host waits for the device
-        *values, grad_norm, images, tokens, bad, stop = sum_over_ranks(report).tolist()
+        loads_LE = counts.new_ones(1, 1) if counts_LE is None else sum_over_ranks(counts_LE)
+        max_load = (loads_LE.max(1).values / loads_LE.float().mean(1)).max()
+        alike = torch.stack([grad_norm, max_load]) / self.group.world  # on all ranks
+        report = torch.cat([torch.stack([*shares.values(), *alike]).double(), counts.double()])
+        # the one moment of a step at which the host waits for the losses
+        *values, grad_norm, max_load, images, tokens, bad, stop = sum_over_ranks(report).tolist()
         parts = dict(zip(shares, values, strict=True))
         if not math.isfinite(sum(values)) or not math.isfinite(grad_norm):
             raise Standstill(self.blame(step, parts, grad_norm, micros, targets))
@@ -620,7 +639,8 @@ class Trainer:
         for name, p in trained(self.student):
             if name in self.average:
                 self.average[name].lerp_(p.detach(), 1 - self.cfg.ema)
-        max_load = self.balance(counts_LE)
+        if counts_LE is not None and not self.student.frozen_trunk:
+            self.student.update_router(loads_LE, self.cfg.router_rate)
         total = sum(self.weight(name) * value for name, value in parts.items())
         self.ada.update(parts)
         skipped = merge_skipped([m.skipped for m in micros], bad > 0, self.group)
@@ -727,14 +747,14 @@ class Trainer:
         parts, kind = {}, self.cfg.summary_loss
         for name, target in targets.items():
             summary_B, patch_B = weights[name]
-            student = out.patches[name], batch.grids
+            patches_MC, maps, how = out.patches[name], target.patches, self.cfg.patch_loss
             if self.cfg.shift:  # the teacher saw the whole picture, a part of which the student saw
-                pairs = zip(target.patches, batch.wholes, strict=True)
-                maps, origins = [losses.resize_map(*pair) for pair in pairs], [(0, 0)] * len(batch)
-                places = batch.origins, maps, origins
-                loss_B = losses.shift_loss(*student, *places, self.cfg.patch_loss)
+                maps = [losses.resize_map(*x) for x in zip(maps, batch.wholes, strict=True)]
+                loss_B = losses.shift_loss(
+                    patches_MC, batch.grids, batch.origins, maps, [(0, 0)] * len(maps), how
+                )
             else:
-                loss_B = losses.patch_loss(*student, target.patches, self.cfg.patch_loss)
+                loss_B = losses.patch_loss(patches_MC, batch.grids, maps, how)
             parts[f"{name}/patches"] = (loss_B * patch_B).sum()
             if target.summary_BC is not None:
                 pair = summaries[name], target.summary_BC
@@ -770,15 +790,6 @@ class Trainer:
             sizes = [len(summaries[name]) for summaries in own]
             result[name] = (loss.detach() / self.group.world, whole_BC.split(sizes))
         return result
-
-    def balance(self, counts_LE: Tensor | None) -> float:
-        """Update the routers' biases from global counts; returns the worst max / mean load."""
-        if counts_LE is None:
-            return 1.0
-        counts_LE = sum_over_ranks(counts_LE)
-        if not self.student.frozen_trunk:
-            self.student.update_router(counts_LE, self.cfg.router_rate)
-        return float((counts_LE.max(1).values / counts_LE.float().mean(1)).max())
 
     def set_lr(self, step: int) -> float:
         """Linear warm-up, then cosine down to min_lr (RADIO Sec. 4; AMoE does not say)."""
@@ -1188,19 +1199,21 @@ class Log:
         return [json.loads(line) for line in self.path.read_text().splitlines()[1:]]
 
 
-def draw_curves(rows: list[dict], path: Path) -> None:
+def draw_curves(rows: list[dict], path: Path, space: str) -> None:
     """Losses per teacher and part, expert load and learning rate over the steps, as one picture."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
+    figure = Figure(figsize=(13, 3.6), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
     steps = [row["step"] for row in rows]
     for name in [key for key in rows[-1] if key.startswith("loss/") and "relation" not in key]:
         if name != "loss/total":
             left.plot(steps, [row[name] for row in rows], label=name[5:])
-    left.set(title="error in PHI-S space (1 = the mean)", xlabel="step", ylim=(0, 1.2))
+    if space in ("phis", "channel"):  # of standardised channels
+        left.set(title=f"feature loss, targets: {space} (1 = the mean)", ylim=(0, 1.2))
+    else:
+        left.set(title=f"feature loss, targets: {space}", yscale="log")
+    left.set(xlabel="step")
     left.legend(fontsize=8)
     for name in [key for key in rows[-1] if key.endswith("/relation")]:
         middle.plot(steps, [row[name] for row in rows], label=name[5:])
@@ -1214,7 +1227,6 @@ def draw_curves(rows: list[dict], path: Path) -> None:
     right.set(title="experts, gradients, learning rate", xlabel="step", yscale="log")
     right.legend(fontsize=8)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def progress(items, name: str, group: Group, **kwargs):
@@ -1253,6 +1265,7 @@ def at_least(source: Source, side: int) -> Subset:
 
 def make_stages(cfg: TrainConfig, sources: list[Source], student: Student, group: Group):
     """One `StepData` per stage; each stage starts its own epoch 0."""
+    patch, prefix = student.config.patch, student.config.prefix
     shares = cfg.data_weights or tuple(float(len(s)) for s in sources)
     mix = list(zip(sources, shares, strict=True))
     stages = []
@@ -1264,7 +1277,7 @@ def make_stages(cfg: TrainConfig, sources: list[Source], student: Student, group
             if stream.min_side:
                 chosen = [(at_least(source, stream.min_side), share) for source, share in chosen]
             parts = tuple(Component(source, sizes, share) for source, share in chosen)
-            packs = cfg.packs(stage, stream)
+            packs = stream.packs * cfg.times(stage, patch, prefix)
             partitions.append(Partition(stream.name, parts, stream.budget, packs, cfg.max_images))
         total = sum(partition.packs_per_step for partition in partitions)
         if cfg.micro_packs and total % (cfg.micro_packs * group.world):
@@ -1274,8 +1287,8 @@ def make_stages(cfg: TrainConfig, sources: list[Source], student: Student, group
             )
         stages.append(
             StepData(
-                partitions, student.config.patch, student.config.prefix, cfg.seed + number,
-                group.rank, group.world, shift=cfg.shift,
+                partitions, patch, prefix, cfg.seed + number, group.rank, group.world,
+                shift=cfg.shift,
             )
         )  # fmt: skip
     return stages
@@ -1398,7 +1411,7 @@ def save(run: Run) -> None:
             if not cfg.keep_every or int(old.name[5:]) % cfg.keep_every:
                 shutil.rmtree(old)
         if rows := [row for row in run.log.rows() if "loss/total" in row]:
-            draw_curves(rows, out / "curves.png")
+            draw_curves(rows, out / "curves.png", cfg.normalizer)
     if dist.is_initialized():
         dist.barrier()
 
@@ -1415,7 +1428,9 @@ def look(run: Run, pictures: int = 500) -> dict[str, float]:
         draw_pca(run, student)
     try:
         return {f"knn/{name}": row["value"] for name, row in knn(train, test).items()}
-    except ValueError:  # pictures without labels
+    except ValueError as error:  # no labels, or a class that only one of the two has
+        if group.rank == 0:
+            print(f"step {run.record['step']}: no kNN: {error}", file=sys.stderr)
         return {}
 
 
@@ -1481,6 +1496,7 @@ def load_teachers(cfg: TrainConfig, sources: list[Source], group: Group) -> list
 
 def prepare(cfg: TrainConfig) -> Run:
     """Everything up to the first step: process group, data, teachers, student, resume."""
+    need("matplotlib", "curves.png")
     group = setup_distributed(cfg.pg_timeout)
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     torch.set_num_threads(cfg.threads or max(1, (os.cpu_count() or 1) // local_world))

@@ -258,7 +258,17 @@ def test_wrong_batches_are_refused_with_both_numbers():
     with pytest.raises(ValueError, match="1000000 is not a multiple of the 1625536"):
         dataclasses.replace(cfg, global_tokens=1_000_000)
     twice = dataclasses.replace(cfg, global_tokens=2 * 1_625_536)
-    assert twice.packs(twice.stages[0], twice.stages[0].streams[0]) == 2 * 704
+    assert twice.times(twice.stages[0]) == 2
+    radio = train.PRESETS["radio-stage3"].stages[0]
+    for images, times in ((16 * 64 + 2 * 64, 1), (3 * (16 * 64 + 2 * 64), 3)):
+        by_images = dataclasses.replace(train.PRESETS["radio-stage3"], global_images=images)
+        assert by_images.times(radio, 16, 8) == times
+    with pytest.raises(ValueError, match="global_images=1000 is not a multiple of the 1152 images"):
+        dataclasses.replace(by_images, global_images=1000).times(radio, 16, 8)
+    with pytest.raises(ValueError, match="stream low hold pictures of many sizes"):
+        dataclasses.replace(cfg, global_images=1024).times(cfg.stages[0])
+    with pytest.raises(ValueError, match="pass one of them"):
+        dataclasses.replace(twice, global_images=1024)
     with pytest.raises(ValueError, match="SOURCE number 1, but --data has 1"):
         dataclasses.replace(train.PRESETS["amoe-stage2"], data=("photos",))
     with pytest.raises(ValueError, match="micro_packs=3"):
