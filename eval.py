@@ -43,6 +43,7 @@ from packing import (
     BadImage,
     Sample,
     Subset,
+    cache_home,
     fit_size,
     open_source,
     patchify,
@@ -50,7 +51,7 @@ from packing import (
     setup_distributed,
     to_float,
 )
-from teachers import cache_home, load_teacher, parse_teacher
+from teachers import load_teacher, parse_teacher
 
 VOID = 255  # mask value of a pixel without a label, the field's convention
 Rows = dict[str, dict[str, Any]]  # name -> {"value", "low", "high", "n", ...}

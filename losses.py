@@ -1,6 +1,6 @@
 """What the student is asked to match: pure functions on tensors, and the targets' normalisation.
 
-Feature losses give one value per image, which `image_mean` averages over the global batch (AMoE
+Feature losses give one value per image, which train.py averages over the global batch (AMoE
 Sec. 2.1); `arkd` compares distances between images (AMoE Sec. 2.3); `PhiS` balances teachers of
 different scale (PHI-S Sec. 3); the rest is what the papers compare these with.
 
@@ -163,22 +163,6 @@ def shift_loss(
         grids.append((bottom - top, right - left))
         start += h * w
     return patch_loss(torch.cat(kept), grids, maps, kind)
-
-
-def image_mean(losses_B: Tensor, count: int | Tensor) -> Tensor:
-    """Share of the mean over the `count` images of the global batch; all shares add up to it.
-
-    AMoE Sec. 2.1 (L_global)
-    """
-    return losses_B.sum() / torch.as_tensor(count).clamp(min=1)
-
-
-def token_mean(losses_B: Tensor, tokens_B: Tensor, count: int | Tensor) -> Tensor:
-    """The ablation of `image_mean`: an image weighs as its tokens, of `count` in the global batch.
-
-    AMoE Sec. 3 (what the per-image mean replaces)
-    """
-    return image_mean(losses_B * tokens_B, count)
 
 
 # ------------------------------------------------------------------------ balanced angle loss
@@ -469,10 +453,6 @@ class Normalizer:
         for rows_NC in features_NC.detach().split(8192):  # bounds the float64 copy
             self.pending = self.pending.merged(Moments.of(rows_NC.to(self.agreed.mean_C)))
         self.map = None
-
-    def merge(self, other: Normalizer) -> None:
-        """Add all that another normalizer saw, as if it had been seen here."""
-        self.pending, self.map = self.pending.merged(other.statistics), None
 
     def synchronize(self) -> None:
         """Give all ranks what each saw since the last call, and one map (a collective call).

@@ -1109,14 +1109,15 @@ def unmerge_tokens(merged_KD: Tensor, index_N: Tensor) -> Tensor:
 FORMAT = "amoe-from-scratch student"
 
 
-def save_student(student: Student, path: str | Path) -> None:
-    """Write weights and config as plain data, whole or not at all."""
-    content = {
-        "format": FORMAT,
-        "version": 1,
-        "config": dataclasses.asdict(student.config),
-        "state_dict": {name: value.detach().cpu() for name, value in student.state_dict().items()},
-    }
+def save_student(student: Student, path: str | Path, half: bool = False) -> None:
+    """Write weights and config as plain data, whole or not at all; half: parameters in float16."""
+    state = {name: value.detach().cpu() for name, value in student.state_dict().items()}
+    for name, _ in student.named_parameters() if half else ():
+        state[name] = state[name].half()
+        if not state[name].isfinite().all():
+            raise ValueError(f"{path}: {name} does not fit in float16; save it in float32")
+    content = {"format": FORMAT, "version": 1, "config": dataclasses.asdict(student.config),
+               "state_dict": state}  # fmt: skip
     partial = Path(f"{path}.{os.getpid()}.tmp")
     torch.save(content, partial)
     partial.replace(path)

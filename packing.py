@@ -75,7 +75,7 @@ def keyed_generator(*key: object) -> torch.Generator:
 
 
 def cache_home() -> Path:
-    """The folder for what is computed once for all runs."""
+    """The folder for what is downloaded or computed once for all runs."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "amoe-from-scratch"
 

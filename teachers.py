@@ -43,7 +43,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from packing import BadImage, Sample, Source, mosaic, resize, to_float
+from packing import BadImage, Sample, Source, cache_home, mosaic, resize, to_float
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean, standard deviation
 OPENAI_CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
@@ -438,12 +438,6 @@ WHEELS = {
     ),
 }  # fmt: skip
 TINY = {"tiny-dense": (8, 24), "tiny-semantic": (16, 32)}  # patch, width
-
-
-def cache_home() -> Path:
-    """The folder for what is downloaded or computed once for all runs."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "amoe-from-scratch"
 
 
 def fetch(wheel: Wheel, name: str) -> Path:

@@ -69,6 +69,7 @@ from packing import (
     Source,
     StepData,
     Subset,
+    cache_home,
     hold_out,
     keyed_generator,
     make_loader,
@@ -79,7 +80,6 @@ from teachers import (
     CachedTeacher,
     Teacher,
     TeacherOutput,
-    cache_home,
     fill_caches,
     load_backbone,
     load_network,
@@ -1176,15 +1176,19 @@ class Run:
 
 
 class Log:
-    """metrics.jsonl: a header line, then one object per logged step."""
+    """metrics.jsonl: a header line, then one object per logged step.
 
-    def __init__(self, cfg: TrainConfig, group: Group, last_step: int):
+    "left over" are, by stage, the pictures of the first epoch in packs that do not fill a step.
+    """
+
+    def __init__(self, cfg: TrainConfig, group: Group, last_step: int, left_over: list[int]):
         self.path = Path(cfg.out) / "metrics.jsonl"
         self.main = group.rank == 0
         if not self.main:
             return
         header = {"config": cfg.identity(), "version": VERSION, "torch": torch.__version__,
-                  "device": str(group.device), "world": group.world}  # fmt: skip
+                  "device": str(group.device), "world": group.world,
+                  "left over": left_over}  # fmt: skip
         old = self.path.read_text().splitlines()[1:] if self.path.exists() else []
         whole = [line for line in old if line.endswith("}")]
         kept = [line for line in whole if json.loads(line)["step"] <= last_step]
@@ -1522,7 +1526,7 @@ def prepare(cfg: TrainConfig) -> Run:
     if group.rank == 0:
         print(describe(trainer.optimizer), file=sys.stderr)
         set_aside(cfg, record["step"])
-    log = Log(cfg, group, record["step"])
+    log = Log(cfg, group, record["step"], [data.dropped(0) for data in stages])
     return Run(cfg, trainer, stages, train_sources, held_out, identity, record, log)
 
 

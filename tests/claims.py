@@ -59,9 +59,9 @@ from model import (
     load_student,
     save_student,
 )
-from packing import Group, Source, Subset, make_loader
+from packing import Group, Source, Subset, cache_home, make_loader
 from sampling import balanced_sample, hierarchical_kmeans
-from teachers import Teacher, TeacherOutput, cache_home
+from teachers import Teacher, TeacherOutput
 from train import (
     Stage,
     Stream,

