@@ -364,6 +364,7 @@ def choose_attention(q_NHA: Tensor) -> str:
     return "flash"
 
 
+@torch.compiler.disable  # its kernels are compiled already, and a layout differs every step
 def attention(
     q_NHA: Tensor, k_NHA: Tensor, v_NHA: Tensor, layout: Layout,
     sinks_H: Tensor | None = None, backend: str = "auto",
@@ -612,6 +613,7 @@ class MoE(KeepsFloat32):
         y_SD = self.run_sorted(x_ND.index_select(0, token_S), gates_S1, counts_E)
         return torch.zeros_like(x_ND).index_add(0, token_S, y_SD.to(x_ND.dtype)), counts_E
 
+    @torch.compiler.disable  # torch 2.13 traces grouped_mm in bfloat16 only
     def run_sorted(self, x_SD: Tensor, gates_S1: Tensor, counts_E: Tensor) -> Tensor:
         """Every expert on its own run of rows, weighed by the gates.
 

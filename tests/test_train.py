@@ -6,6 +6,7 @@ import os
 import pickle
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -377,6 +378,25 @@ def test_recomputed_blocks_give_the_same_gradients():
         trainer, (data,) = trainer_of(dataclasses.replace(debug, recompute=recompute))
         norms.append(trainer.step(1, data[0]).grad_norm)
     assert norms[0] == pytest.approx(norms[1], rel=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_blocks_learn_the_same_and_compile_once():
+    """Pictures of other sizes in every step must not compile anew: a layout is no constant."""
+    results = []
+    for is_compiled in (False, True):
+        cfg = dataclasses.replace(train.PRESETS["debug"], compile=is_compiled, stats_steps=1)
+        trainer, stages = trainer_of(cfg)
+        torch.compiler.reset()
+        torch._dynamo.utils.counters.clear()
+        losses_of = [trainer.step(step, stages[0][step]).losses["total"] for step in (1, 2, 3)]
+        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        more = trainer.step(4, stages[0][4]).losses["total"]
+        results.append([*losses_of, more])
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+        assert bool(graphs) == is_compiled
+    assert results[1] == pytest.approx(results[0], rel=1e-5)
 
 
 def test_lamb_is_its_algorithm():
