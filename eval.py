@@ -1,6 +1,6 @@
 """Evaluation by the papers' protocols: one function per task, any data set, any encoder.
 
-    python eval.py knn --student runs/demo/step_001000 --teacher vit-s=builtin:vit-s \
+    python eval.py knn --student runs/demo/step_001000/model.pt --teacher vit-s \
         --train openmoji:train:1500 --test openmoji:test:600
 
 `extract` runs all models over a source once and gives a `FeatureSet` with a column per head:
@@ -22,7 +22,6 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
@@ -764,15 +763,18 @@ def _masks(found: FeatureSet, side: str, foreground: bool = False) -> list[Tenso
 # ------------------------------------------------------------------- PCA pictures
 
 
-def first_pictures(source: Any, count: int) -> list[Sample]:
-    """The first `count` pictures that decode."""
+def first_pictures(source: Any, count: int) -> tuple[list[Sample], dict[str, str]]:
+    """The first `count` pictures that decode; and those before them that do not, key -> reason."""
     found: list[Sample] = []
+    skipped: dict[str, str] = {}
     for i in range(len(source)):
         if len(found) == count:
             break
-        with suppress(BadImage):
+        try:
             found.append(source.load(i))
-    return found
+        except BadImage as error:
+            skipped[source.key(i)] = str(error)
+    return found, skipped
 
 
 def pca_sheet(
@@ -872,7 +874,9 @@ def _draw_sheet(columns: dict[str, list[Image.Image]], cell: int) -> Image.Image
 # ------------------------------------------------------------------- resolution
 
 
-def resolution(models: Any, source: Any, sizes: Sequence[int], out: str = "") -> Rows:
+def resolution(
+    models: Any, source: Any, sizes: Sequence[int], out: str = "", skipped: Any = None
+) -> Rows:
     """Mode-switch curve (RADIOv2.5 Sec. 3) and scale equivariance of the patches.
 
     A jump of a head's cosine error or fidelity from one size to the next is a mode switch.
@@ -880,9 +884,12 @@ def resolution(models: Any, source: Any, sizes: Sequence[int], out: str = "") ->
     Args:
         sizes: sides of squares whose area a picture gets, px.
         out: PNG for the curves, not drawn if empty.
+        skipped: a dict that gets the pictures that do not decode, key -> reason.
     """
     sets = [extract(models, source, size=size, title=f"{size} px") for size in sizes]
     rows: Rows = {}
+    if skipped is not None:
+        skipped |= sets[0].skipped
     for column in sets[0].patches:
         rows[f"{column} scale variance"] = scale_variance([x.patches[column] for x in sets])
     curves: dict[str, list[tuple[float, float]]] = {}
@@ -946,7 +953,9 @@ def reduce_map(map_hwC: Tensor, way: str, side: int) -> tuple[Tensor, Tensor]:
     return cells.float(), index_hw.flatten()
 
 
-def merging(models: Any, train_source: Any, test_source: Any, size: int) -> Rows:
+def merging(
+    models: Any, train_source: Any, test_source: Any, size: int, skipped: Any = None
+) -> Rows:
     """What is left of a map when few tokens stand for it: RADIO 2.6 at equal counts.
 
     Ways: "all" tokens, "merge" (ToMe), pixel "unshuffle" and "average", at 1/4 and 1/16 of them.
@@ -954,6 +963,7 @@ def merging(models: Any, train_source: Any, test_source: Any, size: int) -> Rows
 
     Args:
         size: side of the square that each picture becomes; its grids must be multiples of 4.
+        skipped: as in `resolution`.
     """
     models = {name: models[name] for name in ("teacher", "student") if name in models}
     train, test = (
@@ -961,6 +971,8 @@ def merging(models: Any, train_source: Any, test_source: Any, size: int) -> Rows
         for source in (train_source, test_source)
     )
     check_disjoint(train, test)
+    if skipped is not None:
+        skipped |= train.skipped | test.skipped
     asked, rows = questions(train, test), {}
     for column in [c for c in train.patches if c.startswith("teacher/") or c.endswith("trunk")]:
         h, w = grid = train.patches[column][0].shape[:2]
@@ -1080,8 +1092,9 @@ def train_reader(tokens_NKC: Tensor, answers_NQ: Tensor, steps: int = 300) -> Re
 
 
 def write_features(
-    models: Any, source: Any, out: str, maps: bool, size: Any, shard: int = 1024
-) -> Rows:
+    models: Any, source: Any, out: str, maps: bool, size: Any, shard: int = 1024,
+    skipped: Any = None,
+) -> Rows:  # fmt: skip
     """Write features of a source as .npy shards; run again, it goes on where it stopped.
 
     COLUMN-00000.summary.npy is (n, C) float32; with maps, COLUMN-00000.patches.npy is (tokens, C)
@@ -1101,6 +1114,8 @@ def write_features(
         if share()[0] == 0:
             _write_shard(found, index, mark)
         rows[index.name] = {"value": len(found.samples), "skipped": len(found.skipped)}
+        if skipped is not None:
+            skipped |= found.skipped
     return rows
 
 
@@ -1142,12 +1157,9 @@ def final_report(
     """What a training run shows: kNN, fidelity and foreground IoU on held-out pictures.
 
     Args:
-        teachers: by the names of the student's heads, or a list of teachers so named; cached ones
-            must hold both sources.
+        teachers: by the names of the student's heads; cached ones must hold both sources.
         limit: pictures of each source that are used at most, evenly spread.
     """
-    if not isinstance(teachers, Mapping):
-        teachers = {teacher.name: teacher for teacher in teachers}
     models = {"teacher": teachers, "student": student, "untrained": untrained}
     models["pixels"] = RawPixels()
     counts = [(source, min(limit, len(source))) for source in (train_source, test_source)]
@@ -1196,7 +1208,8 @@ def format_rows(title: str, rows: Rows, keys: Sequence[str] = ()) -> str:
 
 
 def run_pca(args: argparse.Namespace, models: Any, _: Any, test: Any) -> Rows:
-    pictures = first_pictures(test, args.count)
+    pictures, skipped = first_pictures(test, args.count)
+    args.skipped |= skipped
     pca_sheet(args.out or "pca.png", pictures, models, args.sizes or [args.size])
     return {args.out or "pca.png": {"value": len(pictures)}}
 
@@ -1206,7 +1219,7 @@ def on_features(protocol: Callable[..., Rows], dense: int | None = 0) -> Callabl
 
     def run(args: argparse.Namespace, models: Any, *sources: Any) -> Rows:
         train, test = (extract(models, s, dense, args.size, title=s.name) for s in sources)
-        args.skipped = train.skipped | test.skipped
+        args.skipped |= train.skipped | test.skipped
         return protocol(args, train, test)
 
     return run
@@ -1222,9 +1235,11 @@ TASKS: dict[str, tuple[str, Callable[..., Rows]]] = {
     "segmentation": ("train test", on_features(
         lambda a, x, y: segmentation(x, y, a.foreground, a.per_class), dense=None)),
     "pca": ("test", run_pca),
-    "resolution": ("test sizes", lambda a, m, _, test: resolution(m, test, a.sizes, a.out)),
-    "merging": ("train test size", lambda a, m, x, y: merging(m, x, y, a.size)),
-    "features": ("test out", lambda a, m, _, test: write_features(m, test, a.out, a.maps, a.size)),
+    "resolution": ("test sizes", lambda a, m, _, test: resolution(
+        m, test, a.sizes, a.out, a.skipped)),
+    "merging": ("train test size", lambda a, m, x, y: merging(m, x, y, a.size, a.skipped)),
+    "features": ("test out", lambda a, m, _, test: write_features(
+        m, test, a.out, a.maps, a.size, skipped=a.skipped)),
 }  # fmt: skip
 
 
@@ -1276,7 +1291,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         sources = [spec and open_source(spec, args.seed) for spec in (args.train, args.test)]
         rows = TASKS[args.task][1](args, load_models(args, group.device), *sources)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         sys.exit(f"eval.py {args.task}: {error}")
     if group.rank == 0:
         print(format_rows(args.task, rows))

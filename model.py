@@ -1565,6 +1565,11 @@ def adopt(student: Student, given: Student) -> set[str]:
         if name == "prefix_RD" and student.config.cls_tokens > given.config.cls_tokens == 1:
             value = torch.cat([value[:1].expand(student.config.cls_tokens, -1), value[1:]])
             value = torch.cat([value, ours[name][len(value) :]])[: len(ours[name])]
+        elif name == "prefix_RD" and student.config.cls_tokens > 1:  # teachers may change places
+            for head in heads:
+                token = given.heads[head].spec.token
+                value = value.clone()
+                value[student.heads[head].spec.token] = theirs[name][token]
         if name not in ours or ours[name].shape != value.shape:
             there = list(ours[name].shape) if name in ours else "nothing"
             raise ValueError(f"--init: {name} is {list(value.shape)}, the student has {there}; "

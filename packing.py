@@ -276,7 +276,8 @@ class IndexSource(Source):
     """
 
     def __init__(self, name: str, lines: bytes, root: Path, skipped: Skipped):
-        self.name, self.root, self.skipped, self._lines = name, root, dict(skipped), lines
+        self.name, self.skipped, self._lines = name, dict(skipped), lines
+        self.root = Path(os.path.abspath(root))  # an index file may name its pictures elsewhere
         starts, sizes, seen, start = array("q"), array("i"), set[str](), 0
         stream = io.BytesIO(lines)
         while chunk := stream.readlines(2**20):  # parsed together they take half the time
@@ -354,8 +355,13 @@ class Subset(Source):
 
 
 def hold_out(source: Source, fraction: float, seed: int = 0) -> tuple[Subset, Subset]:
-    """Split into (train, test); the side of a picture depends on its key alone."""
-    is_test = [keyed_seed(seed, source.key(i)) < fraction * 2**63 for i in range(len(source))]
+    """Split into (train, test); the side of a picture depends on its digest, if known, or its key.
+
+    Copies in an index that `sampling.py sample` wrote have other keys, but one digest.
+    """
+    records = (source.record(i) for i in range(len(source)))
+    names = (record.get("digest", record["key"]) for record in records)
+    is_test = [keyed_seed(seed, name) < fraction * 2**63 for name in names]
     train, test = ([i for i, held in enumerate(is_test) if held == part] for part in (False, True))
     return Subset(source, train), Subset(source, test)
 

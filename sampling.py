@@ -47,7 +47,7 @@ from packing import (
     setup_distributed,
     write_index,
 )
-from teachers import load_teacher, parse_teacher
+from teachers import load_teacher, parse_teacher, sha256_of
 
 SOLO = Group(0, 1, torch.device("cpu"))
 BLOCK = {"cpu": (1024, 8192), "cuda": (16384, 16384)}  # rows x centroids of one block of scores
@@ -589,18 +589,13 @@ def leaf_volumes(tree: Tree) -> np.ndarray:
 # ---------------------------------------------------------------- files
 
 
-def digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def write_array(path: Path, array: np.ndarray) -> str:
     """Write whole or not at all; returns the sha256 of the file."""
     part = path.with_suffix(f".{os.getpid()}.part")
     with open(part, "wb") as file:
         np.save(file, array, allow_pickle=False)
     os.replace(part, path)
-    return digest(path)
+    return sha256_of(path)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -611,7 +606,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 def read_array(path: Path, sha256: str) -> np.ndarray:
     """Memory-map an array, if it is what the manifest says."""
-    if not path.is_file() or digest(path) != sha256:
+    if not path.is_file() or sha256_of(path) != sha256:
         raise ValueError(f"{path}: missing, cut or changed since it was written; make it anew")
     return np.load(path, mmap_mode="r", allow_pickle=False)
 
@@ -624,7 +619,7 @@ class Pool:
         if not (self.folder / "pool.json").is_file():
             raise ValueError(f"{folder}: no pool.json; run (or finish) `sampling.py embed` first")
         self.manifest = json.loads((self.folder / "pool.json").read_text())
-        self.fingerprint = digest(self.folder / "pool.json")
+        self.fingerprint = sha256_of(self.folder / "pool.json")
         parts = [(self.folder / f"{p['name']}.npy", p["sha256"]) for p in self.manifest["parts"]]
         self.arrays = [read_array(*part) for part in parts]
         self.starts = np.cumsum([0, *map(len, self.arrays)])
@@ -682,13 +677,16 @@ def embed(args: argparse.Namespace, group: Group) -> None:
         raise ValueError(f"teacher {teacher.name} has no summary to embed with; take another")
     args.out.mkdir(parents=True, exist_ok=True)
     sources = [open_source(spec) for spec in args.source]
+    names = [source.name for source in sources]
+    if len(set(names)) < len(names):
+        raise ValueError(f"sources of one name: {names}; the index would mix them up, rename one")
     skipped = {key: why for source in sources for key, why in source.skipped.items()}
     plan = [(s, a) for s in sources for a in range(0, len(s), args.part_rows)]
     mine = range(group.rank, len(plan), group.world)
     for n in tqdm(mine, "embed", disable=None if group.rank == 0 else True, unit="part"):
         source, start = plan[n]
         rows = range(start, min(start + args.part_rows, len(source)))
-        made_of = f"{teacher.fingerprint} {source.fingerprint()} {rows} {len(sources)}"
+        made_of = f"{teacher.fingerprint} {source.fingerprint()} {rows}"
         if not is_embedded(args.out / f"part-{n:05d}", made_of):
             embed_part(args.out / f"part-{n:05d}", source, rows, teacher, args.batch, made_of)
     if group.world > 1:
@@ -708,8 +706,8 @@ def embed(args: argparse.Namespace, group: Group) -> None:
 def is_embedded(path: Path, made_of: str) -> bool:
     """True if an earlier run wrote this very part, whole."""
     try:
-        head = read_index(path.with_suffix(".jsonl"))[0]
-        return head["made_of"] == made_of and digest(path.with_suffix(".npy")) == head["embeddings"]
+        head, rows = read_index(path.with_suffix(".jsonl"))[0], path.with_suffix(".npy")
+        return head["made_of"] == made_of and sha256_of(rows) == head["embeddings"]
     except (OSError, ValueError, KeyError):
         return False
 
@@ -749,7 +747,8 @@ def cluster(args: argparse.Namespace, group: Group) -> None:
     pool = Pool(args.pool)
     keep = args.keep or [None] * len(args.clusters)
     names = ("clusters", "seed", "fit_rows", "splits", "iterations", "tolerance", "scores")
-    settings = {"pool": pool.fingerprint, "keep": keep} | {n: getattr(args, n) for n in names}
+    settings = {"pool": pool.fingerprint, "teacher": pool.manifest["teacher"], "keep": keep}
+    settings |= {name: getattr(args, name) for name in names}
     done: Tree = ()
     if (args.out / "tree.json").exists():
         done, old = load_tree(args.out)
@@ -771,12 +770,17 @@ def cluster(args: argparse.Namespace, group: Group) -> None:
 def assign(args: argparse.Namespace, group: Group) -> None:
     """New pool + tree -> the same tree over the new pool's rows, one file per part, resumable."""
     pool, (tree, settings) = Pool(args.pool), load_tree(args.tree)
+    if settings["teacher"] != pool.manifest["teacher"]:
+        raise ValueError(f"{args.pool} was embedded by another teacher than the pool of {args.tree}"
+                         "; embed it by that one")  # fmt: skip
     args.out.mkdir(parents=True, exist_ok=True)
+    made_by = sha256_of(args.tree / "tree.json")  # with a part's hash: a rerun on others is anew
+    names = [hashlib.sha256(f"{made_by} {part['sha256']}".encode()).hexdigest()[:32]
+             for part in pool.manifest["parts"]]  # fmt: skip
     c_KD = torch.from_numpy(np.array(tree[0].centroids)).to(group.device)
     alone = replace(group, rank=0, world=1)
     for p in range(group.rank, len(pool.arrays), group.world):
-        sha256 = pool.manifest["parts"][p]["sha256"]
-        path = args.out / f"{sha256[:32]}.npy"  # by content: a rerun on other rows makes it anew
+        path = args.out / f"{names[p]}.npy"
         if not path.exists():
             rows = Rows.share(torch.from_numpy(np.array(pool.arrays[p])), alone)
             check_finite(rows)
@@ -785,10 +789,11 @@ def assign(args: argparse.Namespace, group: Group) -> None:
     if group.world > 1:
         dist.barrier()
     if group.rank == 0:
-        names = [args.out / f"{part['sha256'][:32]}.npy" for part in pool.manifest["parts"]]
-        cluster_N, distance_N = np.concatenate([np.load(name) for name in names], axis=1)
+        shares = [np.load(args.out / f"{name}.npy") for name in names]
+        cluster_N, distance_N = np.concatenate(shares, axis=1)
         first = Level(tree[0].centroids, cluster_N.astype(np.int32), distance_N.astype(np.float32))
-        save_tree(args.out, (first, *tree[1:]), settings | {"pool": pool.fingerprint})
+        made_of = {"pool": pool.fingerprint, "tree": made_by}
+        save_tree(args.out, (first, *tree[1:]), settings | made_of)
         print(f"{len(pool)} rows assigned to {len(c_KD)} clusters in {args.out}")
 
 
@@ -845,6 +850,9 @@ def sample(args: argparse.Namespace, _: Group) -> None:
     if args.exclude or args.cap:
         records = pool.records(everything)
         source_N = np.array([r["source"] for r in records])
+        known = set(source_N.tolist())
+        if unknown := dict(args.cap).keys() - known:
+            raise ValueError(f"--cap {sorted(unknown)}: the pool has {sorted(known)}")
         banned = set(args.exclude.read_text().split("\n")) - {""} if args.exclude else set()
         is_excluded_N = np.array([r["key"] in banned or r["digest"] in banned for r in records])
     eligible_N = ~is_duplicate_N & ~is_excluded_N
@@ -1018,7 +1026,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args, group = parse_args(argv), setup_distributed()
     try:
         {f.__name__: f for f in COMMANDS}[args.command](args, group)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         sys.exit(f"sampling.py {args.command}: {error}")
     finally:
         if dist.is_initialized():

@@ -43,11 +43,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from model import CLIP_RGB, HALF_RGB, load_student, read_checkpoint
 from packing import BadImage, Sample, Source, cache_home, mosaic, resize, to_float
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean, standard deviation
-OPENAI_CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
-HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 NONE = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))  # the network normalises by itself
 
 NATIVE_SIDE = 1024  # a teacher that takes any size sees at most 1024^2 pixels (we chose)
@@ -167,10 +166,10 @@ class Family(NamedTuple):
 # By the model type in config.json. SigLIP2 of one resolution says "siglip", naflex "siglip2".
 CLIP_BLOCKS = "vision_model.encoder.layers"
 FAMILIES = {
-    "siglip": Family("SiglipVisionModel", "fixed", HALF, "encoder.layers"),
-    "siglip2": Family("Siglip2VisionModel", "native", HALF, "encoder.layers"),
+    "siglip": Family("SiglipVisionModel", "fixed", HALF_RGB, "encoder.layers"),
+    "siglip2": Family("Siglip2VisionModel", "native", HALF_RGB, "encoder.layers"),
     "clip": Family(
-        "CLIPVisionModelWithProjection", "fixed", OPENAI_CLIP, CLIP_BLOCKS, "image_embeds", 1
+        "CLIPVisionModelWithProjection", "fixed", CLIP_RGB, CLIP_BLOCKS, "image_embeds", 1
     ),
     "dinov2": Family("Dinov2Model", "native", IMAGENET, "encoder.layer", class_tokens=1),
     "dinov2_with_registers": Family(
@@ -404,7 +403,6 @@ def read_student(student: Any, pixels_BCHW: Tensor) -> Reading:
 
 def load_torch(path: str) -> Backbone:
     """A file of torch: MobileNetV2's weights, or a student (AMoE, RADIO) that is a teacher now."""
-    from model import load_student, read_checkpoint
 
     weights = read_checkpoint(path)
     if "features.18.0.weight" in weights:
@@ -700,10 +698,14 @@ class CachedTeacher(Teacher):
 
     def refresh(self) -> None:
         """Take in the shards that have come since, from this process or another."""
+        found: list[dict[str, Any]] = []
         for path in sorted(set(self.folder.glob("*.features")) - self._shards.keys()):
             self._shards[path], index = read_shard(path, self.fingerprint)
             self._records |= {digest: (path, at) for digest, at in index["records"].items()}
-            self.done[index["source"]].update(index["keys"])
+            found.append(index)
+        for index in found:  # a shard's keys may have their features in another, deleted one
+            keys = index["keys"].items()
+            self.done[index["source"]].update(k for k, digest in keys if digest in self._records)
 
     def fill(self, source: Source) -> dict[str, str]:
         """Compute and store what is missing of `source`, see `fill_caches`."""
@@ -722,7 +724,9 @@ class CachedTeacher(Teacher):
             parts = [*(x[row] for x in vectors), patches_hwC]  # end to end
             flat = torch.cat([part.flatten() for part in parts]).half().cpu()
             if not flat.isfinite().all():
-                raise TeacherError(f"teacher {self.name}: features of {digest} are not finite")
+                name = next((key for key, its in keys.items() if its == digest), digest)
+                raise TeacherError(f"teacher {self.name}: features of {name} are not finite in "
+                                   "fp16; leave it out, or pass --cache none")  # fmt: skip
             blobs.append(flat.numpy().tobytes())
             records[digest] = (offset, *patches_hwC.shape[:2], zlib.crc32(blobs[-1]))
             offset += len(blobs[-1])

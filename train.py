@@ -106,7 +106,8 @@ class Stream:
     """One stream of pictures inside a stage: a size rule and its share of the step.
 
     With `choices`, every picture becomes a square of a side drawn from them (RADIO's stochastic
-    resolutions); without, it keeps its aspect with an area of at most max_side^2.
+    resolutions), or of its own area if that is less; without, it keeps its aspect with an area of
+    at most max_side^2.
     """
 
     name: str
@@ -154,7 +155,7 @@ class TrainConfig:
     workers: int = option(0, "loader processes per rank; 0 loads in the main one", control=True)
     threads: int = option(0, "torch threads per rank; 0 shares the cores evenly", control=True)
     pg_timeout: float = option(600.0, "seconds that a rank waits for the others", control=True)
-    max_bad_frac: float = option(0.1, "share of pictures that may fail to decode")
+    max_bad_frac: float = option(0.1, "share of pictures that may fail to decode", control=True)
     cache: str = option("auto", "folder of teacher features; auto: user cache; none: live teachers")
     held_out: float = option(0.15, "share of each SOURCE's pictures held out of training")
     stages: tuple[Stage, ...] = option(
@@ -333,7 +334,7 @@ PRESETS: dict[str, TrainConfig] = {
         head_hidden=384,
         lr=2e-3,
     ),
-    # RADIO's way: from a pretrained network on, the trunk at 3e-5 (2e-4 makes it forget).
+    # RADIO's way: from a pretrained network on, the trunk at 3e-5 at most (2e-4 makes it forget).
     "warm": TrainConfig(
         preset="warm", model="init", init="vit-s=builtin:vit-s@8", relation="none", steps=400,
         stages=(_native(1.0, 112, 16 * 66),), head_hidden=384, frozen_steps=200, lr=1e-3,
@@ -585,10 +586,15 @@ class Trainer:
         """
         steps = min(self.cfg.stats_steps, data.steps_in(0))
         loader = make_loader(data, 0, steps, self.cfg.workers)
+        counts = torch.zeros(2, dtype=torch.int64, device=self.group.device)  # broken, good
         for packs in progress(loader, "teacher statistics", self.group, total=steps):
             batch = PackedBatch.cat(packs)
+            counts += torch.tensor([len(batch.skipped), len(batch)], device=self.group.device)
             for teacher in self.teachers:
                 self.normalizers.update(teacher.name, teacher.targets(batch.samples))
+        bad, good = sum_over_ranks(counts).tolist()
+        if not good:
+            raise Standstill(f"none of the {bad} pictures of the first steps could be read")
         self.normalizers.synchronize()
         self.normalizers.unfold_from(self.student, self.folded_heads)
         self.distribute()
@@ -811,11 +817,14 @@ class Trainer:
                 maps += [t.summary_BC[i] for t in target.values() if t.summary_BC is not None]
                 if not all(bool(m.isfinite().all()) for m in maps):
                     keys.append(sample.key)
-        keys = keys or [sample.key for batch in micros for sample in batch.samples]
+        seen = [sample.key for batch in micros for sample in batch.samples]
+        fault = f"bad teacher features on rank {self.group.rank}: {', '.join(keys)}"
+        if not keys:
+            fault = f"good teacher features on rank {self.group.rank}, of {', '.join(seen)}"
         return (
-            f"step {step}: not finite: {', '.join(bad) or f'gradient norm {grad_norm}'}; pictures "
-            f"on rank {self.group.rank}: {', '.join(keys)}. Nothing was stepped; the newest "
-            "checkpoint is good. Lower --lr, or look at these pictures' teacher features"
+            f"step {step}: not finite: {', '.join(bad) or f'gradient norm {grad_norm}'}; {fault}. "
+            "Nothing was stepped and the newest checkpoint is good: start from its model.pt by "
+            "--init NAME=PATH with a lower --lr and another --out, or leave such pictures out"
         )
 
     def state_dict(self) -> dict:
@@ -1135,7 +1144,7 @@ def set_aside(cfg: TrainConfig, step: int) -> None:
             aside = folder.with_name(f"old_{folder.name}")
             shutil.rmtree(aside, ignore_errors=True)
             folder.rename(aside)
-            print(f"{folder} is of another run and is now {aside.name}", file=sys.stderr)
+            print(f"{folder} is beyond step {step} and is now {aside.name}", file=sys.stderr)
     (Path(cfg.out) / "summary.json").unlink(missing_ok=True)
 
 
@@ -1242,12 +1251,15 @@ def progress(items, name: str, group: Group, **kwargs):
 def open_sources(cfg: TrainConfig) -> tuple[list[Source], Source]:
     """The training sources, and pictures held out of the first one for the report.
 
-    Drawings are held out by character, a user's pictures by the hash of their key.
+    Drawings are held out by character, a user's pictures by a hash (`packing.hold_out`).
     """
     train, held_out = [], []
     for spec in cfg.data:
         source = open_source(spec)
         if spec.split(":")[0] == "openmoji":
+            if spec.split(":")[1:2] not in ([], [""], ["train"]):
+                raise ValueError(f"--data {spec}: the report is scored on openmoji:test; train on "
+                                 "openmoji or openmoji:train:COUNT")  # fmt: skip
             rest = open_source(f"openmoji:test:{max(16, round(cfg.held_out * len(source)))}")
         else:
             source, rest = hold_out(source, cfg.held_out)
@@ -1440,7 +1452,7 @@ def look(run: Run, pictures: int = 500) -> dict[str, float]:
 
 def draw_pca(run: Run, student: Student) -> None:
     """pca.png: held-out pictures, each teacher's maps, the student's."""
-    pictures = first_pictures(run.held_out, 8)
+    pictures, _ = first_pictures(run.held_out, 8)  # the report names those that do not decode
     teachers = {teacher.name: teacher for teacher in run.trainer.teachers}
     pca_sheet(Path(run.cfg.out) / "pca.png", pictures, {"teacher": teachers, "student": student})
 
@@ -1485,7 +1497,10 @@ def is_finished(cfg: TrainConfig) -> bool:
 
 
 def load_teachers(cfg: TrainConfig, sources: list[Source], group: Group) -> list:
-    """The frozen teachers; with a cache, after their features of all pictures are on the disk."""
+    """The frozen teachers; with a cache, after their features of all pictures are on the disk.
+
+    Raises: Standstill if too many pictures do not decode. Those met in training are named there.
+    """
     is_half = group.device.type == "cuda" and cfg.precision != "fp32"
     dtype = torch.bfloat16 if is_half else None
     teachers = [load_teacher(parse_teacher(text), group.device, dtype) for text in cfg.teachers]
@@ -1494,7 +1509,8 @@ def load_teachers(cfg: TrainConfig, sources: list[Source], group: Group) -> list
     folder = cache_home() / "features" if cfg.cache == "auto" else Path(cfg.cache)
     cached = [CachedTeacher(teacher, folder) for teacher in teachers]
     for source in sources:
-        fill_caches(cached, source)
+        bad = merge_skipped([fill_caches(cached, source)], True, group)
+        refuse_bad_fraction(cfg, len(bad), len(source) - len(bad))
     return cached
 
 
@@ -1509,14 +1525,17 @@ def prepare(cfg: TrainConfig) -> Run:
         fields = {f.name: _plain(getattr(cfg, f.name)) for f in dataclasses.fields(cfg)}
         write_text(Path(cfg.out) / "config.json", json.dumps(fields, indent=1))
     train_sources, held_out = open_sources(cfg)
+    scanned, folder = note_scan(cfg, train_sources), agree_on_checkpoint(cfg, group)
+    if not folder and group.rank == 0:  # before a restart could take them for this run's
+        set_aside(cfg, 0)
     teachers = load_teachers(cfg, [*train_sources, held_out], group)
     trainer = Trainer(cfg, group, teachers)
     stages = make_stages(cfg, train_sources, trainer.student, group)
     identity = {**cfg.identity(), "sources": [s.fingerprint() for s in train_sources],
                 "fingerprints": {t.name: t.fingerprint for t in teachers}}  # fmt: skip
     record: dict[str, Any] = {"step": 0, "seconds": 0.0, "images": 0, "tokens": 0, "bad": 0,
-              "skipped": note_scan(cfg, train_sources)}  # fmt: skip
-    if folder := agree_on_checkpoint(cfg, group):
+              "skipped": scanned}  # fmt: skip
+    if folder:
         state = read_state(folder)
         refuse_changes(folder, state["identity"], identity)
         trainer.load_state_dict(state)

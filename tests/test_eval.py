@@ -561,7 +561,8 @@ def test_pictures_for_a_sheet_are_those_that_decode(tmp_path):
     path = tmp_path / "0.png"
     path.write_bytes(path.read_bytes()[:-20])
     source = open_source(str(tmp_path))
-    assert [sample.key for sample in ev.first_pictures(source, 2)] == ["1.png", "2.png"]
+    found, skipped = ev.first_pictures(source, 2)
+    assert [sample.key for sample in found] == ["1.png", "2.png"] and list(skipped) == ["0.png"]
 
 
 def test_final_report_has_every_row():

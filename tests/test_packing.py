@@ -575,6 +575,18 @@ def test_hold_out_depends_on_the_keys_alone():
     assert {fewer.key(i) for i in range(len(fewer))} == keys & {part.key(i) for i in range(100)}
 
 
+def test_hold_out_never_parts_copies(tmp_path):
+    for i in range(40):
+        Image.new("RGB", (16, 16), (6 * i, 0, 0)).save(tmp_path / f"{i}.png")
+    folder = open_source(str(tmp_path))
+    known = [folder.record(i) | {"digest": folder.load(i).digest} for i in range(40)]
+    copies = [record | {"key": record["key"] + tail} for record in known for tail in ("", "#2")]
+    write_index(tmp_path / "index.jsonl", copies)
+    train, test = hold_out(open_source(str(tmp_path / "index.jsonl")), 0.3)
+    sides = [{part.load(i).digest for i in range(len(part))} for part in (train, test)]
+    assert sides[0] and sides[1] and not sides[0] & sides[1]
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
 def test_a_million_index_entries(tmp_path):

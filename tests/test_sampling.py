@@ -563,6 +563,35 @@ def test_assign_new_pictures_to_a_tree(pool, pictures, tmp_path):
         assert leaf == old[0].assignment[names.index(name)]
 
 
+def test_assign_knows_the_tree_and_the_teacher(pool, pictures, tmp_path):
+    trees = [tmp_path / name for name in ("one", "two")]
+    for seed, tree in enumerate(trees):
+        run("cluster", pool, "--clusters", 5, "--out", tree, "--seed", seed)
+        run("assign", pool, tree, "--out", tmp_path / "assigned")  # one folder for both
+    (found,), _ = sampling.load_tree(tmp_path / "assigned")
+    (wanted,), _ = sampling.load_tree(trees[1])
+    assert (found.assignment == wanted.assignment).all()
+    other = [str(x).replace("tiny-semantic", "tiny-dense") for x in embed(pictures, tmp_path / "p")]
+    run(*other)
+    with pytest.raises(SystemExit, match="embedded by another teacher"):
+        run("assign", tmp_path / "p", trees[0], "--out", tmp_path / "assigned")
+
+
+@pytest.mark.usefixtures("pictures")
+def test_an_index_elsewhere_finds_pictures_of_a_relative_source(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run(*embed("pictures", "pool"))
+    run("cluster", "pool", "--clusters", 3, "--out", "tree")
+    (tmp_path / "lists").mkdir()
+    run("sample", "pool", "tree", "--target", 6, "--out", "lists/sample.jsonl")
+    source = open_source("lists/sample.jsonl")
+    assert len([source.load(i) for i in range(len(source))]) == 6
+    with pytest.raises(SystemExit, match=r"--cap \['typo'\]: the pool has \['pictures'\]"):
+        run("sample", "pool", "tree", "--target", 6, "--cap", "typo=1", "--out", "s.jsonl")
+    with pytest.raises(SystemExit, match="sources of one name"):
+        run("embed", "pictures", *embed("pictures", "both")[1:])
+
+
 def test_nan_rows_of_a_pool_are_named(tmp_path):
     folder = tmp_path / "pool"
     folder.mkdir()
@@ -572,7 +601,8 @@ def test_nan_rows_of_a_pool_are_named(tmp_path):
     lines = [{"source": "s", "key": f"picture{i}", "height": 1, "width": 1} for i in range(4)]
     write_index(folder / "part-00000.jsonl", lines)
     part = {"name": "part-00000", "sha256": sha256}
-    sampling.write_json(folder / "pool.json", {"dim": 3, "parts": [part], "fingerprints": {}})
+    pool = {"dim": 3, "parts": [part], "fingerprints": {}, "teacher": "t"}
+    sampling.write_json(folder / "pool.json", pool)
     with pytest.raises(SystemExit, match="picture2 is not finite"):
         run("cluster", folder, "--clusters", 2, "--out", tmp_path / "tree")
 

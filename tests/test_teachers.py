@@ -827,6 +827,19 @@ def test_truncated_shard_is_refused_by_name(tmp_path, keep):
     assert_equal_targets(cached, tiny(), Pictures(6).samples())
 
 
+def test_a_deleted_shard_is_made_anew_though_another_source_relied_on_it(tmp_path):
+    first, second = Pictures(6), Pictures(6)
+    second.fingerprint = lambda: "the same pictures under another name"
+    cached = CachedTeacher(tiny(), tmp_path)
+    cached.fill(first)
+    (path,) = stored(cached)
+    cached.fill(second)  # a shard with keys alone
+    path.unlink()
+    cached = CachedTeacher(tiny(), tmp_path)
+    cached.fill(second)
+    assert_equal_targets(cached, tiny(), second.samples())
+
+
 def test_longer_shard_and_garbage_are_refused(tmp_path):
     cached = CachedTeacher(tiny(), tmp_path)
     cached.fill(Pictures(6))

@@ -19,7 +19,7 @@ from PIL import Image
 
 import losses
 import train
-from model import MODELS, load_student
+from model import MODELS, load_student, save_student
 from packing import PackedBatch, Sample
 
 ROOT = Path(__file__).parent.parent
@@ -270,6 +270,8 @@ def test_wrong_batches_are_refused_with_both_numbers():
         dataclasses.replace(cfg, global_images=1024).times(cfg.stages[0])
     with pytest.raises(ValueError, match="pass one of them"):
         dataclasses.replace(twice, global_images=1024)
+    with pytest.raises(ValueError, match="report is scored on openmoji:test"):
+        train.open_sources(dataclasses.replace(cfg, data=("openmoji:all",)))
     with pytest.raises(ValueError, match="SOURCE number 1, but --data has 1"):
         dataclasses.replace(train.PRESETS["amoe-stage2"], data=("photos",))
     with pytest.raises(ValueError, match="micro_packs=3"):
@@ -485,6 +487,20 @@ def test_a_pretrained_vit_becomes_a_student(name, tmp_path):
     torch.testing.assert_close(out.trunk_summary_BD, tokens[:, 0], rtol=1e-4, atol=1e-4)
     skip = tokens.shape[1] - 16
     torch.testing.assert_close(out.trunk_MD, tokens[:, skip:].flatten(0, 1), rtol=1e-4, atol=1e-4)
+
+
+def test_a_cls_token_follows_its_teacher(tmp_path, monkeypatch):
+    monkeypatch.setitem(train.MODELS, "tiny", TINY_RADIO)
+    cfg = dataclasses.replace(train.PRESETS["debug"], model="tiny")
+    teachers = [train.load_teacher(train.parse_teacher(text)) for text in cfg.teachers]
+    given, _ = train.build_student(cfg, teachers)
+    save_student(given, tmp_path / "s.pt")
+    changed = dataclasses.replace(cfg, init=f"x={tmp_path / 's.pt'}", teachers=cfg.teachers[::-1])
+    student, folded = train.build_student(changed, teachers[::-1])
+    assert folded == {"dense", "semantic"}
+    batch = PackedBatch.from_images([torch.rand(3, 48, 64)], patch=16)
+    for name, summary in given(batch).summary.items():
+        torch.testing.assert_close(student(batch).summary[name], summary)
 
 
 def test_our_checkpoint_goes_on_in_another_run(reference):
