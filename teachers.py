@@ -563,9 +563,16 @@ class Teacher:
         """B pictures (3, H, W) in [0, 1], of any sizes -> their features."""
         return self.features([self.prepare(image) for image in images])
 
-    def targets(self, samples: list[Sample]) -> TeacherOutput:
-        """The features of B samples' pictures, computed now."""
-        return self([to_float(sample.image) for sample in samples])
+    def targets(self, samples: list[Sample], sizes: Any = None) -> TeacherOutput:
+        """The features of B samples' pictures, computed now.
+
+        sizes: (height, width) at which the student sees each; a native teacher then sees no more,
+            and more pictures share a mosaic (RADIO Sec. 2.1 and 2.2). Other kinds have their own.
+        """
+        if sizes is None or self.size_for.kind not in ("native", "canvas"):
+            sizes = [None] * len(samples)
+        pairs = zip(samples, sizes, strict=True)
+        return self([to_float(sample.image, size) for sample, size in pairs])
 
     def text(self, texts: list[str]) -> Tensor:
         """n strings -> (n, C) in the space of the summaries, not normalised, for zero-shot."""
@@ -734,8 +741,9 @@ class CachedTeacher(Teacher):
         path = self.folder / f"{uuid.uuid4().hex[:16]}.features"
         write_shard(path, blobs, index | {"records": records})
 
-    def targets(self, samples: list[Sample]) -> TeacherOutput:
-        """The stored features of B samples, in float32."""
+    def targets(self, samples: list[Sample], sizes: Any = None) -> TeacherOutput:
+        """The stored features of B samples, in float32, of one size each whatever `sizes` are."""
+        del sizes
         return self.collect([self._look_up(sample) for sample in samples])
 
     def _look_up(self, sample: Sample) -> Row:

@@ -518,6 +518,11 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     return values
 
 
+def sizes_of(batch: PackedBatch) -> list[tuple[int, int]]:
+    """(height, width) in pixels of the pictures that the student's views are of."""
+    return [(h * batch.patch, w * batch.patch) for h, w in batch.wholes]
+
+
 def gather_rows(rows_BC: Tensor, group: Group) -> tuple[Tensor, slice]:
     """All ranks' rows in rank order, without gradient, and where this rank's own lie."""
     if group.world == 1:
@@ -590,8 +595,9 @@ class Trainer:
         for packs in progress(loader, "teacher statistics", self.group, total=steps):
             batch = PackedBatch.cat(packs)
             counts += torch.tensor([len(batch.skipped), len(batch)], device=self.group.device)
+            seen = batch.samples, sizes_of(batch)
             for teacher in self.teachers:
-                self.normalizers.update(teacher.name, teacher.targets(batch.samples))
+                self.normalizers.update(teacher.name, teacher.targets(*seen))
         bad, good = sum_over_ranks(counts).tolist()
         if not good:
             raise Standstill(f"none of the {bad} pictures of the first steps could be read")
@@ -662,7 +668,8 @@ class Trainer:
 
     def targets(self, batch: PackedBatch) -> dict[str, TeacherOutput]:
         """What the teachers say of a batch's pictures, in the space of the loss."""
-        raw = {t.name: t.targets(batch.samples).to(self.group.device) for t in self.teachers}
+        seen = batch.samples, sizes_of(batch)
+        raw = {t.name: t.targets(*seen).to(self.group.device) for t in self.teachers}
         return {name: self.normalizers(name, target, batch.wholes) for name, target in raw.items()}
 
     def token_count(self, batch: PackedBatch) -> int:

@@ -163,8 +163,8 @@ class Loud(Teacher):
         vars(self).update(vars(teacher))
         self.teacher, self.factor = teacher, factor
 
-    def targets(self, samples: list) -> TeacherOutput:
-        out = self.teacher.targets(samples)
+    def targets(self, samples: list, sizes: Any = None) -> TeacherOutput:
+        out = self.teacher.targets(samples, sizes)
         assert out.summary_BC is not None
         return TeacherOutput(out.summary_BC * self.factor, [x * self.factor for x in out.patches])
 
@@ -179,8 +179,8 @@ class Patterned(Teacher):
         noise = torch.randn(64, 64, teacher.dim, generator=torch.Generator().manual_seed(0))
         self.pattern = noise * strength_C
 
-    def targets(self, samples: list) -> TeacherOutput:
-        out = self.teacher.targets(samples)
+    def targets(self, samples: list, sizes: Any = None) -> TeacherOutput:
+        out = self.teacher.targets(samples, sizes)
         maps = [x + self.pattern[: x.shape[0], : x.shape[1]] for x in out.patches]
         return TeacherOutput(out.summary_BC, maps)
 

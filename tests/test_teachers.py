@@ -840,6 +840,28 @@ def test_a_deleted_shard_is_made_anew_though_another_source_relied_on_it(tmp_pat
     assert_equal_targets(cached, tiny(), second.samples())
 
 
+@pytest.mark.parametrize(("kind", "calls"), [("native", 1), ("canvas", 1), ("area", 4)])
+def test_a_live_teacher_sees_no_more_pixels_than_the_student(kind, calls):
+    """Four pictures of 64 to 160 px at 32 px: one batch, or one mosaic of 64 px."""
+    seen = []
+
+    def read(_, pixels_BCHW):
+        seen.append(tuple(pixels_BCHW.shape))
+        map_BhwC = reduce(pixels_BCHW, "b c (h p) (w q) -> b h w c", "mean", p=8, q=8)
+        return (None if kind == "canvas" else map_BhwC.mean((1, 2))), map_BhwC, None
+
+    rule = teachers.SizeRule(kind, 8, 64)
+    teacher = Teacher("t", teachers.Backbone(torch.nn.Identity(), read, rule))
+    images = [np.full((64 + 32 * i, 64, 3), 60 * i, np.uint8) for i in range(4)]
+    samples = [Sample(str(i), str(i), image) for i, image in enumerate(images)]
+    seen.clear()
+    out = teacher.targets(samples, [(32, 32)] * 4)
+    assert len(seen) == calls
+    if kind != "area":
+        assert [x.shape for x in out.patches] == [(4, 4, 3)] * 4
+        assert seen[0][2:] == ((32, 32) if kind == "native" else (64, 64))
+
+
 def test_longer_shard_and_garbage_are_refused(tmp_path):
     cached = CachedTeacher(tiny(), tmp_path)
     cached.fill(Pictures(6))
