@@ -996,7 +996,6 @@ class StepData(Dataset):
         self.partitions, self.patch, self.shift = tuple(partitions), patch, shift
         self._streams = [_Stream(p, patch, prefix, seed, lookahead) for p in partitions]
         self._part = slice(rank * packs // world, (rank + 1) * packs // world)
-        self._settings = (patch, prefix, seed, lookahead, shift)
         self._seed = seed
 
     def _row(self, step: int) -> list[tuple[int, np.ndarray]]:
@@ -1041,10 +1040,6 @@ class StepData(Dataset):
         """Steps in an epoch of the first partition."""
         return self._streams[0].steps_in(epoch)
 
-    def locate(self, step: int) -> tuple[int, int]:
-        """(epoch, step in the epoch) of a global step, by the first partition."""
-        return self._streams[0].locate(step)
-
     def plan(self, step: int) -> list[list[str]]:
         """Keys of the pictures of every pack of a global step, over all ranks."""
         parts = [partition.components for partition in self.partitions]
@@ -1054,15 +1049,6 @@ class StepData(Dataset):
     def dropped(self, epoch: int) -> int:
         """Pictures of an epoch, over all partitions, in the last packs that do not fill a step."""
         return sum(stream.dropped(epoch) for stream in self._streams)
-
-    def fingerprint(self) -> str:
-        """Hash of all that the order depends on; a resumed run compares it."""
-        parts = [
-            (replace(p, components=()), c.source.fingerprint(), c.sizes, c.weight)
-            for p in self.partitions
-            for c in p.components
-        ]
-        return hashlib.sha256(repr((self._settings, parts)).encode()).hexdigest()
 
 
 def make_loader(data: StepData, start: int, stop: int, workers: int = 0,
