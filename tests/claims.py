@@ -793,7 +793,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     torch.set_num_threads(1)  # so that two claims can run side by side on two cores
     if args.what == "table":
-        (FOLDER.parent / "claims.md").write_text(f"# Do the claims hold?\n\n{table()}\n")
+        page = FOLDER.parent / "claims.md"
+        _, heading, remarks = page.read_text().partition("## Remarks")  # written by hand
+        page.write_text(f"# Do the claims hold?\n\n{table()}\n\n{heading}{remarks}")
         print(table(primary=True))
     elif args.what == "figures":
         print(draw())
