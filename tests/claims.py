@@ -652,13 +652,11 @@ CLAIMS: dict[str, Claim] = {
     "shift": Claim(
         "shift-equivariant loss against plain MSE, teachers with a fixed pattern",
         "nano, 120 steps x 20 drawings, 96 px, shifts of up to 2 of 6 patches",
-        {"shift": {"shift": 2}, "plain": {}, "shift, clean teachers": {"shift": 2},
-         "plain, clean teachers": {}},
+        {"shift": {"shift": 2}, "plain": {}},
         (
             Effect("EV of the clean patches", dense(96), "shift", "plain",
                    "pattern not learnt (C-RADIOv4 Eq. 1)"),
-            Effect("EV of patches, no pattern", dense(96),
-                   "shift, clean teachers", "plain, clean teachers", "no figure"),
+            Effect("20-NN of the trunk", ("trunk kNN",), "shift", "plain", "no figure"),
         ),
         {"stages": (Stage(1.0, (squares(96, 20),)),), "max_images": 32},
         (96,),
