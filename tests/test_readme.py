@@ -11,7 +11,9 @@ import pytest
 from PIL import Image
 
 import train
-from model import MODELS, Student, save_student
+from eval import extract, segmentation
+from model import MODELS, Student, load_student, save_student
+from packing import open_source
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -113,3 +115,13 @@ assert trainer.step(1, data[0]).losses["mine/patches"] > 0
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "mine/patches" in done.stdout
+
+
+def test_the_shipped_student_can_be_tried_before_any_training():
+    path = ROOT / "docs" / "student.pt"
+    assert path.stat().st_size < 20e6
+    models = {"student": load_student(path)}
+    sets = [extract(models, open_source(f"openmoji:{part}")) for part in ("train:40", "test:20")]
+    assert {"student/vit-s", "student/mobilenet", "student/trunk"} == sets[0].patches.keys()
+    found = segmentation(*sets, foreground=True)["student/vit-s"]["value"]
+    assert found > 0.65  # .53 untrained; .78 with more to learn the probe from
