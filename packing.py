@@ -779,6 +779,11 @@ class PackedBatch:
         """Patches of each picture, prefix tokens not counted."""
         return [h * w for h, w in self.grids]
 
+    @property
+    def sizes(self) -> list[Size]:
+        """(height, width) in pixels of the pictures that the views are of."""
+        return [(h * self.patch, w * self.patch) for h, w in self.wholes]
+
     def to(self, device: torch.device | str) -> "PackedBatch":
         return replace(self, patches_MX=self.patches_MX.to(device, non_blocking=True))
 

@@ -403,7 +403,6 @@ def read_student(student: Any, pixels_BCHW: Tensor) -> Reading:
 
 def load_torch(path: str) -> Backbone:
     """A file of torch: MobileNetV2's weights, or a student (AMoE, RADIO) that is a teacher now."""
-
     weights = read_checkpoint(path)
     if "features.18.0.weight" in weights:
         return Backbone(MobileNetV2(weights), read_cnn, SizeRule("area", 32, 192))

@@ -518,11 +518,6 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     return values
 
 
-def sizes_of(batch: PackedBatch) -> list[tuple[int, int]]:
-    """(height, width) in pixels of the pictures that the student's views are of."""
-    return [(h * batch.patch, w * batch.patch) for h, w in batch.wholes]
-
-
 def gather_rows(rows_BC: Tensor, group: Group) -> tuple[Tensor, slice]:
     """All ranks' rows in rank order, without gradient, and where this rank's own lie."""
     if group.world == 1:
@@ -595,9 +590,9 @@ class Trainer:
         for packs in progress(loader, "teacher statistics", self.group, total=steps):
             batch = PackedBatch.cat(packs)
             counts += torch.tensor([len(batch.skipped), len(batch)], device=self.group.device)
-            seen = batch.samples, sizes_of(batch)
             for teacher in self.teachers:
-                self.normalizers.update(teacher.name, teacher.targets(*seen))
+                target = teacher.targets(batch.samples, batch.sizes)
+                self.normalizers.update(teacher.name, target)
         bad, good = sum_over_ranks(counts).tolist()
         if not good:
             raise Standstill(f"none of the {bad} pictures of the first steps could be read")
@@ -668,8 +663,8 @@ class Trainer:
 
     def targets(self, batch: PackedBatch) -> dict[str, TeacherOutput]:
         """What the teachers say of a batch's pictures, in the space of the loss."""
-        seen = batch.samples, sizes_of(batch)
-        raw = {t.name: t.targets(*seen).to(self.group.device) for t in self.teachers}
+        raw = {t.name: t.targets(batch.samples, batch.sizes) for t in self.teachers}
+        raw = {name: target.to(self.group.device) for name, target in raw.items()}
         return {name: self.normalizers(name, target, batch.wholes) for name, target in raw.items()}
 
     def token_count(self, batch: PackedBatch) -> int:
@@ -1197,14 +1192,14 @@ class Log:
     "left over" are, by stage, the pictures of the first epoch in packs that do not fill a step.
     """
 
-    def __init__(self, cfg: TrainConfig, group: Group, last_step: int, left_over: list[int]):
+    def __init__(self, cfg: TrainConfig, group: Group, last_step: int, stages: list[StepData]):
         self.path = Path(cfg.out) / "metrics.jsonl"
         self.main = group.rank == 0
         if not self.main:
             return
         header = {"config": cfg.identity(), "version": VERSION, "torch": torch.__version__,
                   "device": str(group.device), "world": group.world,
-                  "left over": left_over}  # fmt: skip
+                  "left over": [data.dropped(0) for data in stages]}  # fmt: skip
         old = self.path.read_text().splitlines()[1:] if self.path.exists() else []
         whole = [line for line in old if line.endswith("}")]
         kept = [line for line in whole if json.loads(line)["step"] <= last_step]
@@ -1547,12 +1542,13 @@ def prepare(cfg: TrainConfig) -> Run:
         refuse_changes(folder, state["identity"], identity)
         trainer.load_state_dict(state)
         record = {name: state[name] for name in record}
+        if group.rank == 0:
+            set_aside(cfg, record["step"])
     else:
         trainer.fit_normalizers(stages[0])
     if group.rank == 0:
         print(describe(trainer.optimizer), file=sys.stderr)
-        set_aside(cfg, record["step"])
-    log = Log(cfg, group, record["step"], [data.dropped(0) for data in stages])
+    log = Log(cfg, group, record["step"], stages)
     return Run(cfg, trainer, stages, train_sources, held_out, identity, record, log)
 
 

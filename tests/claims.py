@@ -276,11 +276,11 @@ def distil(name: str, arm: str, seed: int, quick: bool) -> dict[str, Any]:
     stages = make_stages(cfg, [train], trainer.student, GROUP)
     trainer.fit_normalizers(stages[0])
     looks = {round(cfg.steps * part) for part in (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1)}
-    history, dynamics, gflop = [], [], 0.0
+    history, dynamics, gflop, cost = [], [], 0.0, forward_gflop(trainer.student.config)
     for (first, last), data in zip(cfg.stage_bounds(), stages, strict=True):
         for step, packs in enumerate(make_loader(data, 0, last - first), first + 1):
             history.append(trainer.step(step, packs))
-            gflop += sum(forward_gflop(trainer.student.config, n) for p in packs for n in p.lengths)
+            gflop += sum(float(cost(n)) for batch in packs for n in batch.lengths)
             if step in looks:
                 models = {"teacher": named, "student": folded(trainer)}
                 few = extract(models, spread(held_out, 64), size=(claim.sizes[0],) * 2)
@@ -297,10 +297,10 @@ def distil(name: str, arm: str, seed: int, quick: bool) -> dict[str, Any]:
 
 
 @cache
-def forward_gflop(config: ModelConfig, patches: int) -> float:
-    """Of a picture of any aspect; `count_flops` is quadratic in the number of patches."""
+def forward_gflop(config: ModelConfig) -> np.poly1d:
+    """Of a picture of so many patches, whatever its aspect; `count_flops` is quadratic in them."""
     known = [(n * n, count_flops(config, config.patch * n) / 1e9) for n in (2, 6, 12)]
-    return float(np.polyval(np.polyfit(*zip(*known, strict=True), 2), patches))
+    return np.poly1d(np.polyfit(*zip(*known, strict=True), 2))
 
 
 def variances(reference: FeatureSet, test: FeatureSet) -> dict[str, float]:
