@@ -696,8 +696,16 @@ def embed(args: argparse.Namespace, group: Group) -> None:
         parts = [{"name": f"part-{n:05d}", "sha256": h["embeddings"]} for n, h in enumerate(heads)]
         skipped |= {key: why for head in heads for key, why in head["skipped"].items()}
         prints = {source.name: source.fingerprint() for source in sources}
-        write_json(args.out / "pool.json", {"dim": teacher.summary_dim, "parts": parts,
-                   "teacher": teacher.fingerprint, "fingerprints": prints, "skipped": skipped})
+        write_json(
+            args.out / "pool.json",
+            {
+                "dim": teacher.summary_dim,
+                "parts": parts,
+                "teacher": teacher.fingerprint,
+                "fingerprints": prints,
+                "skipped": skipped,
+            },
+        )
         for key, why in skipped.items():
             print(f"skipped {key}: {why}")
         print(f"{sum(head['count'] for head in heads)} rows of {teacher.summary_dim} in {args.out}")
@@ -870,8 +878,18 @@ def sample(args: argparse.Namespace, _: Group) -> None:
         name = f"{r['source']}/{r['key']}" if several else r["key"]
         chosen.append(r | {"key": f"{name}#{copy + 1}" if copy else name})
     write_index(args.out, chosen, fingerprints=pool.manifest["fingerprints"], seed=args.seed)
-    report(args.out, tree, ids, {"pool": len(pool), "target": args.target, "drawn": len(ids),
-           "duplicates": int(is_duplicate_N.sum()), "excluded": int(is_excluded_N.sum())})
+    report(
+        args.out,
+        tree,
+        ids,
+        {
+            "pool": len(pool),
+            "target": args.target,
+            "drawn": len(ids),
+            "duplicates": int(is_duplicate_N.sum()),
+            "excluded": int(is_excluded_N.sum()),
+        },
+    )
 
 
 def gini(sizes: np.ndarray) -> float:
@@ -993,8 +1011,12 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         add[f]("--out", type=Path, required=True, help="folder (sample: index file) to write")
     for f in (cluster, plan):
         add[f]("--clusters", type=int, nargs="+", required=True, help="per level, finest first")
-        add[f]("--keep", type=parse_keep, nargs="+",
-               help="per level, inputs per cluster in each round: default, none, 20,10,5 or 3x10")
+        add[f](
+            "--keep",
+            type=parse_keep,
+            nargs="+",
+            help="per level, inputs per cluster in each round: default, none, 20,10,5 or 3x10",
+        )
         add[f]("--fit-rows", type=parse_count, help="fit the finest level on so many rows")
         add[f]("--splits", type=int, default=1, help="parts per cluster of a first pass")
         add[f]("--iterations", type=int, default=50, help="Lloyd steps at most")
