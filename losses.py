@@ -244,7 +244,7 @@ def _pair_distances(x_BC: Tensor) -> Tensor:
 
 
 def _relations(student_BC: Tensor, teacher_BC: Tensor, normalizer: str) -> tuple[Tensor, Tensor]:
-    """Distances over the teacher's mean, or over each side's own; the means are constants."""
+    """Distances over each side's own mean, through which the gradient flows, or the teacher's."""
     if normalizer not in ("teacher", "own"):
         raise ValueError(f"normalizer={normalizer!r} is neither 'teacher' nor 'own'")
     if len(student_BC) != len(teacher_BC):
@@ -253,7 +253,7 @@ def _relations(student_BC: Tensor, teacher_BC: Tensor, normalizer: str) -> tuple
         student_Q = _pair_distances(student_BC)
         teacher_Q = _pair_distances(teacher_BC.detach())
     scale = teacher_Q.mean()
-    own = student_Q.detach().mean() if normalizer == "own" else scale
+    own = student_Q.mean() if normalizer == "own" else scale
     # Where all rows of the teacher are equal there is no relation to teach: all becomes 0.
     own = torch.where((scale > 0) & (own > 0), own, math.inf)
     return student_Q / own, teacher_Q / torch.where(scale > 0, scale, math.inf)
@@ -266,7 +266,7 @@ def _pair_mean(error_Q: Tensor, beta: float, student_BC: Tensor) -> Tensor:
 
 
 def arkd(
-    student_BC: Tensor, teacher_BC: Tensor, normalizer: str = "teacher", beta: float = 1.0
+    student_BC: Tensor, teacher_BC: Tensor, normalizer: str = "own", beta: float = 1.0
 ) -> Tensor:
     """Asymmetric relational distillation: pairs nearer than the teacher's median are only pulled
     together, all others only pushed apart; both may overshoot for free.
@@ -274,13 +274,13 @@ def arkd(
     Args:
         student_BC, teacher_BC: summaries of the global batch, that is of all micro-batches and
             ranks, in the same order; widths may differ. Fewer than two images have loss 0.
-        normalizer: "teacher" divides both sides by the teacher's mean distance, so that the loss
-            also fixes the student's scale; "own" each side by its own mean.
+        normalizer: "own" divides each side by its own mean distance, with gradient, so that the
+            student's scale is free; "teacher" both sides by the teacher's, which fixes it.
         beta: where smooth-L1 turns linear, in normalised distance, > 0.
     Raises: ValueError for an unknown normalizer, or numbers of images that differ.
-    AMoE Sec. 2.3 (ARKD)
+    AMoE: ARKD
     """
-    # We chose: the teacher's mean on both sides, beta = 1, for m the lower of two middle values.
+    # We chose: each side's own mean as in RKD, beta = 1, for m the lower of two middle values.
     student_Q, teacher_Q = _relations(student_BC, teacher_BC, normalizer)
     is_near_Q = teacher_Q < teacher_Q.median()
     error_Q = torch.where(is_near_Q, student_Q - teacher_Q, teacher_Q - student_Q).relu()
@@ -293,7 +293,7 @@ def rkd(
     """Symmetric relational distillation, the baseline of `arkd`: every difference counts.
 
     Args, Raises: as `arkd`; dividing each side by its own mean is the original's way.
-    RKD (Park et al. 2019, distance-wise); AMoE Sec. 2.3 (baseline)
+    RKD (Park et al. 2019, distance-wise); AMoE: the baseline of ARKD
     """
     student_Q, teacher_Q = _relations(student_BC, teacher_BC, normalizer)
     return _pair_mean(student_Q - teacher_Q, beta, student_BC)

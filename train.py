@@ -175,8 +175,7 @@ class TrainConfig:
     )  # fmt: skip
     relation: str = option("arkd", "relational loss of summaries", choices=("arkd", "rkd", "none"))
     relation_mean: str = option(
-        "auto", "whose mean distance divides the student's: auto is teacher for arkd, own for rkd",
-        choices=("auto", "teacher", "own"),
+        "own", "whose mean distance divides the student's distances", choices=("own", "teacher")
     )  # fmt: skip
     relation_weight: float = option(1.0, "weight of the relational loss (AMoE Sec. 2.1: 1)")
     average: str = option(
@@ -781,9 +780,7 @@ class Trainer:
 
         Only the images that the teacher supervises are related to each other.
         """
-        kinds = {"arkd": (losses.arkd, "teacher"), "rkd": (losses.rkd, "own")}
-        compare, usual = kinds[self.cfg.relation]
-        mean = usual if self.cfg.relation_mean == "auto" else self.cfg.relation_mean
+        compare = {"arkd": losses.arkd, "rkd": losses.rkd}[self.cfg.relation]
         result = {}
         for name in (teacher.name for teacher in self.teachers if teacher.summary_dim is not None):
             is_taught_B = torch.cat([micro[name][0] for micro in weights]) > 0
@@ -792,7 +789,7 @@ class Trainer:
             target_BC = torch.cat([target[name].summary_BC for target in targets])
             teacher_BC, _ = gather_rows(target_BC[is_taught_B], self.group)
             student_BC = student_BC.detach().requires_grad_()
-            loss = compare(student_BC, teacher_BC, mean)
+            loss = compare(student_BC, teacher_BC, self.cfg.relation_mean)
             (grad_BC,) = torch.autograd.grad(loss, student_BC)
             whole_BC = torch.zeros_like(own_BC).index_put((is_taught_B,), grad_BC[mine])
             sizes = [len(summaries[name]) for summaries in own]

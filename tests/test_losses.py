@@ -294,13 +294,13 @@ def test_dispersion_of_one_batch_is_exact():
 
 
 def slow_relation(student_BC, teacher_BC, normalizer, asymmetric, beta=1.0):
-    """The printed double sum over ordered pairs, with autograd only through the student."""
+    """The printed double sum over ordered pairs, with autograd through the student and its mean."""
     images = range(len(student_BC))
     pairs = [(i, j) for i in images for j in images if i != j]
     far_s = {(i, j): (student_BC[i] - student_BC[j]).norm() for i, j in pairs}
     far_t = {(i, j): (teacher_BC[i] - teacher_BC[j]).norm().item() for i, j in pairs}
     mu = sum(far_t.values()) / len(pairs)
-    mu_s = mu if normalizer == "teacher" else sum(d.item() for d in far_s.values()) / len(pairs)
+    mu_s = mu if normalizer == "teacher" else sum(far_s.values()) / len(pairs)
     ranked = sorted(far_t[p] / mu for p in pairs)
     median = ranked[(len(ranked) - 1) // 2]
     total = 0.0
@@ -353,7 +353,7 @@ def line(*positions):
 def test_arkd_is_asymmetric_by_hand(student, is_charged):
     """Three points: distances 1, 11, 12, median 11, so only the first pair is near."""
     teacher_BC, student_BC = line(0, 1, 12), line(*student).requires_grad_()
-    loss = losses.arkd(student_BC, teacher_BC)
+    loss = losses.arkd(student_BC, teacher_BC, "teacher")
     (grad,) = torch.autograd.grad(loss, student_BC)
     assert (loss > 0) == is_charged
     assert bool((grad != 0).any()) == is_charged
@@ -393,18 +393,31 @@ def test_duplicates_among_others_keep_exact_gradients():
     student_BC.requires_grad_()
     fast = torch.autograd.grad(losses.arkd(student_BC, teacher_BC.double()), student_BC)[0]
     slow = torch.autograd.grad(
-        slow_relation(student_BC, teacher_BC.double(), "teacher", True), student_BC
+        slow_relation(student_BC, teacher_BC.double(), "own", True), student_BC
     )[0]
     torch.testing.assert_close(fast, slow)
 
 
-def test_no_gradient_through_median_and_means():
-    """Scaling the student leaves the loss under "own", but a constant mean gives it a slope."""
-    student_BC, teacher_BC = randn(6, WIDTH).requires_grad_(), randn(6, WIDTH, seed=1)
-    (grad,) = torch.autograd.grad(losses.rkd(student_BC, teacher_BC, "own"), student_BC)
-    assert (grad * student_BC).sum().abs() > 1e-4
+@pytest.mark.parametrize("size", [1.0, 1e-3])
+@pytest.mark.parametrize("name", ["arkd", "rkd"])
+def test_a_students_scale_is_free_over_its_own_mean(name, size):
+    """RKD: scaling the student leaves the loss, so the gradient has no radial part; and by finite
+    differences, with which no graph could be cut."""
+    x_BC, teacher_BC = size * randn(6, WIDTH), randn(6, WIDTH, seed=1)
+    loss = getattr(losses, name)
+    student_BC = x_BC.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(loss(student_BC, teacher_BC), student_BC)
+    assert (grad * x_BC).sum().abs() < 1e-10
+    step = 1e-5 * size
+    for i, c in ((0, 0), (3, 5), (5, 7)):
+        moved = x_BC.new_zeros(x_BC.shape)
+        moved[i, c] = step
+        rise = loss(x_BC + moved, teacher_BC) - loss(x_BC - moved, teacher_BC)
+        assert math.isclose(rise / (2 * step), grad[i, c], rel_tol=1e-5)
+    (grad,) = torch.autograd.grad(loss(student_BC, teacher_BC, "teacher"), student_BC)
+    assert (grad * x_BC).sum().abs() > 1e-4 * size
     teacher_BC.requires_grad_()
-    losses.arkd(student_BC, teacher_BC).backward()
+    loss(student_BC, teacher_BC).backward()
     assert teacher_BC.grad is None
 
 
