@@ -198,7 +198,10 @@ class TrainConfig:
     weight_decay: float = option(0.05, "decay of matrices; vectors and scalars have none")
     beta2: float = option(0.95, "second-moment decay of the optimizer")
     clip: float = option(1.0, "gradient norm limit")
-    ema: float = option(0.0, "decay of the weights' running mean, which is then what is saved")
+    ema: float = option(
+        0.0, "decay of the weights' running mean, at most (1 + step) / (10 + step) so that the "
+        "first weights are soon forgotten; the mean is then what is saved (0: none)"
+    )  # fmt: skip
     router_rate: float = option(1e-3, "expert-bias step of load balancing (AMoE Sec. 1.4)")
     parallel: str = option(
         "ddp", "copies of the weights, or shards of them (FSDP2)", choices=("ddp", "fsdp"),
@@ -642,9 +645,10 @@ class Trainer:
             raise Standstill(self.blame(step, parts, grad_norm, micros, targets))
         lr = self.set_lr(step)
         self.optimizer.step()
+        decay = min(self.cfg.ema, (1 + step) / (10 + step))
         for name, p in trained(self.student):
             if name in self.average:
-                self.average[name].lerp_(p.detach(), 1 - self.cfg.ema)
+                self.average[name].lerp_(p.detach(), 1 - decay)
         if counts_LE is not None and not self.student.frozen_trunk:
             self.student.update_router(loads_LE, self.cfg.router_rate)
         total = sum(self.weight(name) * value for name, value in parts.items())

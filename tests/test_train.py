@@ -424,13 +424,33 @@ def test_lamb_is_its_algorithm():
 
 
 def test_the_running_mean_is_what_is_saved(tmp_path):
-    run(tmp_path, "--ema", "0.5", "--steps", "2", "--save-every", "1")
-    states = [train.read_state(tmp_path / f"step_00000{i}") for i in (1, 2)]
+    """A mean that starts at the untrained weights must soon forget them, or it is what is saved."""
+    flags = ("--steps", "3", "--save-every", "1", "--lr", "0.1", "--warmup", "1")
+    run(tmp_path, "--ema", "0.26", *flags)
+    states = [train.read_state(tmp_path / f"step_00000{i}") for i in (1, 2, 3)]
     name = "blocks.0.attn.qkv.weight"
-    mean = states[0]["average"][name].lerp(states[1]["student"][name], 0.5)
-    saved = load_student(tmp_path / "step_000002" / "model.pt").state_dict()[name]
+    mean = states[0]["average"][name]
+    for state, decay in zip(states[1:], (3 / 12, 0.26), strict=True):  # 4 / 13 is more than 0.26
+        mean = decay * mean + (1 - decay) * state["student"][name]
+        torch.testing.assert_close(state["average"][name], mean)
+    saved = load_student(tmp_path / "step_000003" / "model.pt").state_dict()[name]
     torch.testing.assert_close(saved, mean)
-    assert not torch.equal(saved, states[1]["student"][name])
+    assert not torch.equal(saved, states[2]["student"][name])
+
+
+def test_a_slow_running_mean_forgets_the_untrained_weights():
+    """After n steps (n + 1)! 10! / (n + 10)! of them are left: 4e-9 by step 40."""
+    cfg = dataclasses.replace(train.PRESETS["debug"], ema=0.999, stats_steps=1)
+    trainer, (data,) = trainer_of(cfg)
+    first = {name: mean.clone() for name, mean in trainer.average.items()}
+    expected = {name: mean.double() for name, mean in first.items()}
+    for step in range(1, 6):
+        trainer.step(step, data[step])
+        for name, p in train.trained(trainer.student):
+            rate = 9 / (10 + step)
+            expected[name] = (1 - rate) * expected[name] + rate * p.detach().double()
+    for name, mean in trainer.average.items():
+        torch.testing.assert_close(mean.double(), expected[name], rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.slow
