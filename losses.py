@@ -15,7 +15,8 @@ import itertools
 import math
 import warnings
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -91,6 +92,11 @@ def resize_map(x_hwC: Tensor, grid: Grid) -> Tensor:
         return columns @ x_iwC
 
 
+def shrink(x_hwC: Tensor, grid: tuple[int, ...]) -> Tensor:
+    """Resize a map along each axis on which it is larger than the grid."""
+    return resize_map(_precise(x_hwC), (min(len(x_hwC), grid[0]), min(x_hwC.shape[1], grid[1])))
+
+
 def align(student_hwC: Tensor, teacher_hwC: Tensor) -> tuple[Tensor, Tensor]:
     """Bring two maps of the same view to the grid (min h, min w).
 
@@ -99,8 +105,8 @@ def align(student_hwC: Tensor, teacher_hwC: Tensor) -> tuple[Tensor, Tensor]:
             `F.interpolate(mode="bilinear", antialias=True)`.
     AM-RADIO (bilinear where grids differ); RADIOv2.5 (the student down to the teacher)
     """
-    h, w = map(min, student_hwC.shape[:2], teacher_hwC.shape[:2])
-    return resize_map(_precise(student_hwC), (h, w)), resize_map(_precise(teacher_hwC), (h, w))
+    grids = student_hwC.shape[:2], teacher_hwC.shape[:2]
+    return shrink(student_hwC, grids[1]), shrink(teacher_hwC, grids[0])
 
 
 def patch_loss(
@@ -524,6 +530,22 @@ class Normalizer:
         linear.weight.copy_(rearrange(weight, "d g c -> (g c) d"))
         linear.bias.copy_(affine(bias).flatten())
 
+    @torch.no_grad()
+    def let_read(self, reader: nn.Linear, raw: bool) -> None:
+        """Change in place the keys and values of an attention that reads a head's features.
+
+        Args:
+            reader: C -> 3 C, the queries' rows first; those are of a probe and stay.
+            raw: True where it read normalised features and shall read the teacher's own from now
+                on, as `fold_into` makes them; False the other way round.
+        """
+        affine, eye_CC = self.normalize if raw else self.denormalize, torch.eye(self.channels)
+        weight, bias = reader.weight[self.channels :], reader.bias[self.channels :]
+        eye_CC = eye_CC.to(weight.device, torch.float64)
+        shift_C = affine(torch.zeros_like(eye_CC[0]))
+        bias.copy_(bias.double() + weight.double() @ shift_C)
+        weight.copy_(weight.double() @ (affine(eye_CC) - shift_C).T)
+
     def to(self, device: torch.device | str) -> Normalizer:
         """Move to where the features are (for NCCL: to this rank's GPU)."""
         self.agreed, self.pending = _to(self.agreed, device), _to(self.pending, device)
@@ -608,6 +630,105 @@ class Plain(Normalizer):
             eye_CC = torch.eye(self.channels).to(self.agreed.mean_C)
             self.map = Affine(eye_CC.new_zeros(()), eye_CC.new_ones(()), eye_CC)
         return self.map
+
+
+NORMALIZERS: dict[str, type[Normalizer]] = {
+    "phis": PhiS,
+    "global": GlobalStandardize,
+    "channel": ChannelStandardize,
+    "none": Plain,
+}
+
+
+class TargetSpace:
+    """One teacher's features as the losses see them: shrunk to the student's grid, normalised.
+
+    The statistics are of just that: a map that is averaged down varies less, and a space that was
+    fitted to the whole map would give its teacher less than its share. Registers stay raw: one of
+    DINOv3's has several modes, which no covariance describes (AMoE: the second; that all do is our
+    choice: by R numbers per picture little can be estimated).
+    PHI-S Sec. 3; AMoE: PHI-S for patches and summaries
+    """
+
+    def __init__(self, kind: str, dim: int, summary_dim: int | None, summary_loss: str = "mse"):
+        self.parts = {"patches": NORMALIZERS[kind](dim)}
+        self.dispersion = None
+        if summary_dim is not None:
+            # A direction has no place for a mean: RADIO compares summaries as they are.
+            is_angle = summary_loss in ("cosine", "angle")
+            self.parts["summary"] = (Plain if is_angle else NORMALIZERS[kind])(summary_dim)
+            self.dispersion = Dispersion(summary_dim) if summary_loss == "angle" else None
+
+    def to(self, device: torch.device | str) -> TargetSpace:
+        for norm in self.parts.values():
+            norm.to(device)
+        if self.dispersion:
+            self.dispersion.sums = self.dispersion.sums.to(device)
+        return self
+
+    def update(self, target: Any, grids: list[Grid]) -> None:
+        """Add a teacher's raw output for B pictures, whose grids in the student are given.
+
+        Each token counts the same. Raises: ValueError if a feature is not finite.
+        """
+        if target.summary_BC is not None:
+            self.parts["summary"].update(target.summary_BC)
+            if self.dispersion:
+                self.dispersion.update(target.summary_BC)
+        if target.patches:
+            maps = [shrink(y, grid) for y, grid in zip(target.patches, grids, strict=True)]
+            self.parts["patches"].update(torch.cat([y.flatten(0, 1) for y in maps]))
+
+    def synchronize(self) -> None:
+        """Sum the statistics over the ranks (a collective call)."""
+        for norm in self.parts.values():
+            norm.synchronize()
+        if self.dispersion:
+            self.dispersion.synchronize()
+
+    def __call__(self, target: Any, grids: list[Grid]) -> Any:
+        """A teacher's raw output for B pictures -> the same in the space of the losses."""
+        summary_BC, patches = target.summary_BC, []
+        if summary_BC is not None:
+            summary_BC = self.parts["summary"].normalize(summary_BC)
+        if target.patches:  # shrunk first: both are linear, and fewer tokens are to be rotated
+            maps = [shrink(y, grid) for y, grid in zip(target.patches, grids, strict=True)]
+            rows_MC = self.parts["patches"].normalize(torch.cat([y.flatten(0, 1) for y in maps]))
+            pieces = rows_MC.split([y.shape[0] * y.shape[1] for y in maps])
+            patches = [x.view_as(y) for x, y in zip(pieces, maps, strict=True)]
+        return replace(target, summary_BC=summary_BC, patches=patches)
+
+    def fold_into(self, head: Any, is_new: bool = False) -> None:
+        """Make a head answer in the teacher's space, in place.
+
+        Args:
+            head: one of model.py's: `output_layers()`, and `pool` where the spec has one. That is
+                the teacher's own and defined in its space: in training the normalisation's inverse
+                is in its keys and values.
+            is_new: True for a head that was just made, whose pool is as the teacher has it.
+        """
+        for part, layer in head.output_layers().items():
+            self.parts[part].fold_into(layer)
+        if head.spec.pool and not is_new:
+            self.parts["patches"].let_read(head.pool.qkv, raw=True)
+
+    def unfold_from(self, head: Any) -> None:
+        """The inverse of `fold_into`: a head that answers in the teacher's space becomes one to
+        train in this."""
+        for part, layer in head.output_layers().items():
+            self.parts[part].unfold_from(layer)
+        if head.spec.pool:
+            self.parts["patches"].let_read(head.pool.qkv, raw=False)
+
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        angle = {"angle": self.dispersion.state_dict()} if self.dispersion else {}
+        return {part: norm.state_dict() for part, norm in self.parts.items()} | angle
+
+    def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
+        for part, norm in self.parts.items():
+            norm.load_state_dict(state[part])
+        if self.dispersion:
+            self.dispersion.load_state_dict(state["angle"])
 
 
 class AdaLoss:

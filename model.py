@@ -730,7 +730,7 @@ class AttentionPool(nn.Module):
         self.n_heads = n_heads
         self.probe_1C = nn.Parameter(torch.randn(1, dim) / math.sqrt(dim))
         self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
-        self.norm = nn.LayerNorm(dim, eps=1e-5)
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
 
     def forward(self, x_NC: Tensor, layout: Layout) -> Tensor:
@@ -763,9 +763,6 @@ class AdapterHead(nn.Module):
             self.last_summary = nn.Linear(hidden, spec.summary_dim, bias=spec.bias)
         if spec.pool:  # the teacher's own weights: never trained
             self.pool = AttentionPool(dim, spec.pool_hidden, spec.pool_heads).requires_grad_(False)
-        # In training, from PHI-S space to the teacher's own, where pooling and registers are
-        # defined (AMoE 2.2). A saved student has it folded into `last`.
-        self.to_teacher: Callable[[Tensor], Tensor] = lambda x: x
 
     def output_layers(self) -> dict[str, Any]:
         layers = {"patches": self.last}
@@ -783,13 +780,12 @@ class AdapterHead(nn.Module):
         hidden_BRC = self.hidden(prefix_BRD)
         registers_BRC = None
         if self.spec.registers:
-            registers_BRC = self.to_teacher(self.last(hidden_BRC[:, 1:]))
+            registers_BRC = self.last(hidden_BRC[:, 1:])
         if self.spec.summary_dim is None:
             return None, patches_MC, registers_BRC
         if self.spec.pool:
             rows_NC = torch.cat([self.last(hidden_BRC).flatten(0, 1), patches_MC])
-            rows_NC = self.to_teacher(rows_NC[layout.gather_N]).to(rows_NC.dtype)
-            return self.pool(rows_NC, layout), patches_MC, registers_BRC
+            return self.pool(rows_NC[layout.gather_N], layout), patches_MC, registers_BRC
         return self.output_layers()["summary"](hidden_BRC[:, 0]), patches_MC, registers_BRC
 
 

@@ -20,7 +20,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,7 +45,6 @@ from eval import extract, final_report, first_pictures, format_table, knn, pca_s
 from model import (
     HALF_RGB,
     MODELS,
-    AdapterHead,
     HeadSpec,
     ModelConfig,
     Student,
@@ -167,7 +166,9 @@ class TrainConfig:
     micro_packs: int = option(
         0, "packs of one forward on a rank; 0: all of the step's", control=True
     )
-    patch_loss: str = option("mse", "feature loss of patches", choices=tuple(losses.KINDS))
+    patch_loss: str = option(
+        "mse", "feature loss of patches and registers", choices=tuple(losses.KINDS)
+    )
     summary_loss: str = option("mse", "feature loss of summaries", choices=(*losses.KINDS, "angle"))
     shift: int = option(
         0, "patches by which the student's view is shifted at most; its patches then learn where "
@@ -185,10 +186,11 @@ class TrainConfig:
     balance: str = option(
         "none", "weights of the losses: 1, or AdaLoss'", choices=("none", "adaloss")
     )
-    normalizer: str = option(
-        "phis", "space of the targets", choices=("phis", "global", "channel", "none")
-    )
-    stats_steps: int = option(30, "steps whose teacher features fix the normalizers, before step 1")
+    normalizer: str = option("phis", "space of the targets", choices=tuple(losses.NORMALIZERS))
+    stats_steps: int = option(
+        30, "steps of each stage whose teacher features fit the targets' space before its first "
+        "step; they cost the teachers' forward, or reading the cache, and no student"
+    )  # fmt: skip
     frozen_steps: int = option(0, "first steps that train the heads alone (RADIO Sec. 4: 5000)")
     optimizer: str = option("adamw", "optimizer (RADIO Sec. 4: lamb)", choices=("adamw", "lamb"))
     lr: float = option(1.5e-3, "peak learning rate")
@@ -419,101 +421,6 @@ class Standstill(RuntimeError):
     """Training must not go on: a number is not finite, or too many pictures are broken."""
 
 
-NORMALIZERS = {
-    "phis": losses.PhiS,
-    "global": losses.GlobalStandardize,
-    "channel": losses.ChannelStandardize,
-    "none": losses.Plain,
-}
-
-
-class Normalizers:
-    """Each teacher's summary and patch features moved to PHI-S space (PHI-S Sec. 3) or a rival's.
-
-    Registers stay raw: one of DINOv3's has several modes, and a covariance does not describe it
-    (AMoE Sec. 2.2).
-    """
-
-    def __init__(self, cfg: TrainConfig, teachers: list[Teacher], device: torch.device):
-        make = NORMALIZERS[cfg.normalizer]
-        # A direction has no place for a mean: RADIO compares summaries as they are.
-        is_angle = cfg.summary_loss in ("cosine", "angle")
-        kinds = {"summary": losses.Plain if is_angle else make, "patches": make}
-        self.parts = {
-            (t.name, part): kinds[part](channels).to(device)
-            for t in teachers
-            for part, channels in (("summary", t.summary_dim), ("patches", t.dim))
-            if channels is not None
-        }
-        self.dispersions = {
-            t.name: losses.Dispersion(t.summary_dim, device)
-            for t in teachers
-            if cfg.summary_loss == "angle" and t.summary_dim is not None
-        }
-
-    def update(self, name: str, target: TeacherOutput) -> None:
-        """Add one micro-batch of a teacher's raw features to the statistics."""
-        if target.summary_BC is not None:
-            self.parts[name, "summary"].update(target.summary_BC)
-            if name in self.dispersions:
-                self.dispersions[name].update(target.summary_BC)
-        if target.patches:
-            self.parts[name, "patches"].update(torch.cat([p.flatten(0, 1) for p in target.patches]))
-
-    def synchronize(self) -> None:
-        for norm in self.parts.values():
-            norm.synchronize()
-        for dispersion in self.dispersions.values():
-            dispersion.synchronize()
-
-    def __call__(self, name: str, target: TeacherOutput, grids: list) -> TeacherOutput:
-        """Raw teacher features -> the space of the loss.
-
-        A map that is larger than the student's grid is resized first, as the loss would do after:
-        both are linear, and this way there are fewer tokens to rotate.
-        """
-        summary = target.summary_BC
-        if summary is not None:
-            summary = self.parts[name, "summary"].normalize(summary)
-        maps = zip(target.patches, grids, strict=True)
-        shapes = [(min(p.shape[0], h), min(p.shape[1], w)) for p, (h, w) in maps]
-        patches = [losses.resize_map(p, s) for p, s in zip(target.patches, shapes, strict=True)]
-        if patches:
-            rows_MC = torch.cat([p.flatten(0, 1) for p in patches])
-            rows = self.parts[name, "patches"].normalize(rows_MC).split([h * w for h, w in shapes])
-            patches = [r.unflatten(0, shape) for r, shape in zip(rows, shapes, strict=True)]
-        return TeacherOutput(summary, patches, target.registers_BRC)
-
-    def state_dict(self) -> dict:
-        parts = {f"{name}/{part}": n.state_dict() for (name, part), n in self.parts.items()}
-        angles = {f"{name}/angle": d.state_dict() for name, d in self.dispersions.items()}
-        return parts | angles
-
-    def load_state_dict(self, state: dict) -> None:
-        for (name, part), norm in self.parts.items():
-            norm.load_state_dict(state[f"{name}/{part}"])
-        for name, dispersion in self.dispersions.items():
-            dispersion.load_state_dict(state[f"{name}/angle"])
-
-    def output_layers(self, student: Student) -> Iterator[tuple[str, losses.Normalizer, nn.Linear]]:
-        """(head, its normalizer, the last layer that answers in that space); pooling has none."""
-        for (name, part), norm in self.parts.items():
-            if layer := student.output_layers(name).get(part):
-                yield name, norm, layer
-
-    def fold_into(self, student: Student, besides: Collection[str] = ()) -> None:
-        """Make the heads answer in their teachers' spaces (PHI-S Sec. 3), `besides` those heads."""
-        for name, norm, layer in self.output_layers(student):
-            if name not in besides:
-                norm.fold_into(layer)
-
-    def unfold_from(self, student: Student, names: Collection[str]) -> None:
-        """The inverse, for heads that came trained and folded."""
-        for name, norm, layer in self.output_layers(student):
-            if name in names:
-                norm.unfold_from(layer)
-
-
 def sum_over_ranks(values: Tensor) -> Tensor:
     if dist.is_initialized():
         dist.all_reduce(values)
@@ -562,45 +469,102 @@ class StepResult:
 class Trainer:
     """The student, its teachers and the optimizer: one `step` at a time.
 
-    After construction either `fit_normalizers` or `load_state_dict` must come before a step.
+    After construction either `fit_normalizers` or `load_state_dict` must come before a step, and
+    `fit_normalizers` before the first step of each further stage.
     """
 
-    model: Any  # the student as it is distributed
+    model: Any = None  # the student as it is distributed
     optimizer: torch.optim.Optimizer
 
     def __init__(self, cfg: TrainConfig, group: Group, teachers: list[Teacher]):
         self.cfg, self.group, self.teachers = cfg, group, teachers
         student, self.folded_heads = build_student(cfg, teachers)
         self.student = student.to(group.device)
-        self.normalizers = Normalizers(cfg, teachers, group.device)
-        for name, head in self.student.heads.items():
-            if isinstance(head, AdapterHead):
-                head.to_teacher = self.normalizers.parts[name, "patches"].denormalize
+        self.spaces = self.new_spaces()
         self.ada = losses.AdaLoss()
         is_bf16 = cfg.precision == "bf16" or (cfg.precision, group.device.type) == ("auto", "cuda")
         self.autocast = torch.autocast(group.device.type, torch.bfloat16, enabled=is_bf16)
 
-    def fit_normalizers(self, data: StepData) -> None:
-        """Estimate the targets' statistics over the first steps' pictures, before step 1.
+    def new_spaces(self) -> dict[str, losses.TargetSpace]:
+        """A space for each teacher's targets, fitted to nothing yet."""
+        kinds = self.cfg.normalizer, self.cfg.summary_loss
+        spaces = {
+            t.name: losses.TargetSpace(kinds[0], t.dim, t.summary_dim, kinds[1])
+            for t in self.teachers
+        }
+        return {name: space.to(self.group.device) for name, space in spaces.items()}
+
+    def fit_normalizers(self, data: StepData, stage: int = 0) -> None:
+        """Fit the targets' spaces to the pictures of a stage's first steps, before the first.
 
         PHI-S Table 10 spends the first 3,000 steps of a stage on it while the heads chase a moving
         rotation; estimating first costs only the teachers and keeps the targets still (we chose).
+        Heads that are trained already then answer in the new spaces what they did in the old ones.
+        The optimizer's moments and AdaLoss' means stay: both forget the old space soon enough.
+
+        Args: data, stage: the data of the stage, and its number from 0.
+        Raises: Standstill where nothing can be read, or features are not finite.
         """
-        steps = min(self.cfg.stats_steps, data.steps_in(0))
+        spaces, steps = self.new_spaces(), min(self.cfg.stats_steps, data.steps_in(0))
         loader = make_loader(data, 0, steps, self.cfg.workers)
-        counts = torch.zeros(2, dtype=torch.int64, device=self.group.device)  # broken, good
+        counts = torch.zeros(1 + len(self.teachers), dtype=torch.int64)  # broken; seen by each
         for packs in progress(loader, "teacher statistics", self.group, total=steps):
             batch = PackedBatch.cat(packs)
-            counts += torch.tensor([len(batch.skipped), len(batch)], device=self.group.device)
-            for teacher in self.teachers:
-                target = teacher.targets(batch.samples, batch.sizes)
-                self.normalizers.update(teacher.name, target)
-        bad, good = sum_over_ranks(counts).tolist()
-        if not good:
+            seen = [self.supervised(t.name, stage, batch) for t in self.teachers]
+            counts += torch.tensor([len(batch.skipped), *map(len, seen)])
+            for teacher, own in zip(self.teachers, seen, strict=True):
+                samples, sizes = [batch.samples[i] for i in own], [batch.sizes[i] for i in own]
+                target = teacher.targets(samples, sizes).to(self.group.device)
+                try:
+                    spaces[teacher.name].update(target, [batch.wholes[i] for i in own])
+                except ValueError as error:
+                    raise Standstill(f"statistics of teacher {teacher.name}: {error}") from error
+        bad, *good = sum_over_ranks(counts.to(self.group.device)).tolist()
+        if not all(good):
             raise Standstill(f"none of the {bad} pictures of the first steps could be read")
-        self.normalizers.synchronize()
-        self.normalizers.unfold_from(self.student, self.folded_heads)
-        self.distribute()
+        for space in spaces.values():
+            space.synchronize()
+        old, self.spaces = self.spaces, spaces
+        if self.model is None:
+            for name, head in self.student.heads.items():
+                if name not in self.folded_heads:
+                    spaces[name].fold_into(head, is_new=True)
+                spaces[name].unfold_from(head)
+            self.distribute()
+        else:
+            self.carry_heads(old)
+
+    def supervised(self, name: str, stage: int, batch: PackedBatch) -> list[int]:
+        """The pictures whose stream a teacher supervises; all where it supervises none."""
+        streams = self.cfg.stages[stage].streams
+        taught = [not stream.teachers or name in stream.teachers for stream in streams]
+        return [i for i, p in enumerate(batch.partition_B) if taught[p] or not any(taught)]
+
+    @torch.no_grad()
+    def carry_heads(self, old: dict[str, losses.TargetSpace]) -> None:
+        """Move the heads, and their running means, from the old spaces to the new (collective)."""
+        for name, head in self.student.heads.items():
+            params = dict(head.named_parameters())
+            # a frozen pool has no running mean
+            means = {n: self.average.get(f"heads.{name}.{n}", p) for n, p in params.items()}
+            copies = [params, means] if self.average else [params]
+            for tensors, moved in [(x, self.carried(name, x, old[name])) for x in copies]:
+                for n, x in tensors.items():
+                    new = moved.get_parameter(n).detach().to(x.device, x.dtype)
+                    if dist.is_initialized():  # unequal machines round differently
+                        dist.broadcast(new, 0)
+                    x.copy_(spread(new, x))
+
+    def carried(self, name: str, tensors: dict[str, Tensor], old: losses.TargetSpace) -> nn.Module:
+        """A whole copy of a head with these weights, moved from its old space to the new one."""
+        head = self.student.heads[name]
+        with torch.device("meta"):
+            moved = type(head)(head.spec, self.student.config.dim)
+        moved.load_state_dict({n: whole(x) for n, x in tensors.items()}, assign=True)
+        moved.double()  # a copy that is rounded once
+        old.fold_into(moved)
+        self.spaces[name].unfold_from(moved)
+        return moved
 
     def distribute(self) -> None:
         """Spread the student over the ranks; make the optimizer of what each of them holds."""
@@ -668,7 +632,7 @@ class Trainer:
         """What the teachers say of a batch's pictures, in the space of the loss."""
         raw = {t.name: t.targets(batch.samples, batch.sizes) for t in self.teachers}
         raw = {name: target.to(self.group.device) for name, target in raw.items()}
-        return {name: self.normalizers(name, target, batch.wholes) for name, target in raw.items()}
+        return {name: self.spaces[name](target, batch.wholes) for name, target in raw.items()}
 
     def token_count(self, batch: PackedBatch) -> int:
         return sum(batch.lengths) + self.student.config.prefix * len(batch)
@@ -716,7 +680,7 @@ class Trainer:
     def summaries(self, out: StudentOutput) -> dict[str, Tensor]:
         """Predicted summaries in the space of the loss; a pooling head answers in the teacher's."""
         pooled = {head.name for head in self.student.config.heads if head.pool}
-        norms = {name: self.normalizers.parts[name, "summary"] for name in pooled}
+        norms = {name: self.spaces[name].parts["summary"] for name in pooled}
         return {k: norms[k].normalize(v) if k in pooled else v for k, v in out.summary.items()}
 
     def backward(self, step, micros, targets, weights) -> tuple[dict[str, Tensor], Tensor | None]:
@@ -769,13 +733,14 @@ class Trainer:
             parts[f"{name}/patches"] = (loss_B * patch_B).sum()
             if target.summary_BC is not None:
                 pair = summaries[name], target.summary_BC
-                if kind == "angle":
-                    loss_B = losses.angle_loss(*pair, self.normalizers.dispersions[name].value)
+                if dispersion := self.spaces[name].dispersion:
+                    loss_B = losses.angle_loss(*pair, dispersion.value)
                 else:
                     loss_B = losses.vector_loss(*pair, kind)
                 parts[f"{name}/summary"] = (loss_B * summary_B).sum()
             if target.registers_BRC is not None and name in out.registers:
-                loss_B = losses.vector_loss(out.registers[name], target.registers_BRC)
+                raw_BRC = self.spaces[name].parts["patches"].denormalize(out.registers[name])
+                loss_B = losses.vector_loss(raw_BRC, target.registers_BRC, how)
                 parts[f"{name}/registers"] = (loss_B * summary_B).sum()
         return parts
 
@@ -839,7 +804,7 @@ class Trainer:
             "student": get_model_state_dict(self.student, options=WHOLE),
             "optimizer": get_optimizer_state_dict(self.student, self.optimizer, options=WHOLE),
             "average": {name: whole(mean) for name, mean in self.average.items()},
-            "normalizers": self.normalizers.state_dict(),
+            "normalizers": {name: space.state_dict() for name, space in self.spaces.items()},
             "adaloss": self.ada.state_dict(),
         }
 
@@ -854,7 +819,8 @@ class Trainer:
                 self.optimizer.state.pop(p, None)
         for name, mean in self.average.items():
             mean.copy_(spread(state["average"][name], mean))
-        self.normalizers.load_state_dict(state["normalizers"])
+        for name, space in self.spaces.items():
+            space.load_state_dict(state["normalizers"][name])
         self.ada.load_state_dict(state["adaloss"])
 
     def save_folded(self, path: Path, state: dict) -> None:
@@ -862,7 +828,8 @@ class Trainer:
         folded into its heads."""
         folded = Student(self.student.config)
         folded.load_state_dict(state["student"] | state["average"])
-        self.normalizers.fold_into(folded)
+        for name, head in folded.heads.items():
+            self.spaces[name].fold_into(head)
         save_student(folded, path)
 
 
@@ -1215,8 +1182,11 @@ class Log:
         return [json.loads(line) for line in self.path.read_text().splitlines()[1:]]
 
 
-def draw_curves(rows: list[dict], path: Path, space: str) -> None:
-    """Losses per teacher and part, expert load and learning rate over the steps, as one picture."""
+def draw_curves(rows: list[dict], path: Path, cfg: TrainConfig) -> None:
+    """Losses per teacher and part, expert load and learning rate over the steps, as one picture.
+
+    Vertical lines are where a stage ends.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 3.6), layout="constrained")
@@ -1224,11 +1194,13 @@ def draw_curves(rows: list[dict], path: Path, space: str) -> None:
     steps = [row["step"] for row in rows]
     for name in [key for key in rows[-1] if key.startswith("loss/") and "relation" not in key]:
         if name != "loss/total":
-            left.plot(steps, [row[name] for row in rows], label=name[5:])
-    if space in ("phis", "channel"):  # of standardised channels
-        left.set(title=f"feature loss, targets: {space} (1 = the mean)", ylim=(0, 1.2))
+            label = name[5:] + (" (raw)" if name.endswith("/registers") else "")
+            left.plot(steps, [row[name] for row in rows], label=label)
+    kinds = cfg.patch_loss, cfg.summary_loss
+    if cfg.normalizer in ("phis", "channel") and kinds in (("mse", "mse"), ("mse", "angle")):
+        left.set(title="feature loss (1: whoever answers the stage's mean)", ylim=(0, 1.2))
     else:
-        left.set(title=f"feature loss, targets: {space}", yscale="log")
+        left.set(title=f"feature loss ({', '.join(kinds)} of {cfg.normalizer})", yscale="log")
     left.set(xlabel="step")
     left.legend(fontsize=8)
     for name in [key for key in rows[-1] if key.endswith("/relation")]:
@@ -1242,6 +1214,9 @@ def draw_curves(rows: list[dict], path: Path, space: str) -> None:
     right.plot(steps, [row["lr"] / peak for row in rows], label="learning rate / its peak")
     right.set(title="experts, gradients, learning rate", xlabel="step", yscale="log")
     right.legend(fontsize=8)
+    for _, last in cfg.stage_bounds()[:-1]:
+        for axis in (left, middle, right):
+            axis.axvline(last + 0.5, color="0.8", linewidth=1, zorder=0)
     figure.savefig(path, dpi=110)
 
 
@@ -1316,9 +1291,12 @@ def make_stages(cfg: TrainConfig, sources: list[Source], student: Student, group
 def steps_from(run: Run, start: int) -> Iterator[tuple[int, list[PackedBatch]]]:
     """(step, this rank's packs) for the steps after `start`, through the stages."""
     pin = run.trainer.group.device.type == "cuda"
-    for (first, last), data in zip(run.cfg.stage_bounds(), run.stages, strict=True):
+    bounds = zip(run.cfg.stage_bounds(), run.stages, strict=True)
+    for stage, ((first, last), data) in enumerate(bounds):
         if start < last:
             begin = max(start, first)
+            if stage and begin == first:  # a run that resumes inside a stage has its spaces
+                run.trainer.fit_normalizers(data, stage)
             loader = make_loader(data, begin - first, last - first, run.cfg.workers, pin)
             yield from enumerate(loader, begin + 1)
 
@@ -1430,7 +1408,7 @@ def save(run: Run) -> None:
             if not cfg.keep_every or int(old.name[5:]) % cfg.keep_every:
                 shutil.rmtree(old)
         if rows := [row for row in run.log.rows() if "loss/total" in row]:
-            draw_curves(rows, out / "curves.png", cfg.normalizer)
+            draw_curves(rows, out / "curves.png", cfg)
     if dist.is_initialized():
         dist.barrier()
 
@@ -1467,7 +1445,9 @@ def finish(run: Run) -> None:
     student = load_student(out / f"step_{cfg.steps:06d}" / "model.pt", device=device)
     untrained, folded_heads = build_student(cfg, run.trainer.teachers)
     # as each teacher's mean, so that it starts where a trained one did
-    run.trainer.normalizers.fold_into(untrained.to(device), besides=folded_heads)
+    for name, head in untrained.to(device).heads.items():
+        if name not in folded_heads:
+            run.trainer.spaces[name].fold_into(head, is_new=True)
     teachers = {t.name: t for t in run.trainer.teachers}
     report = final_report(
         student, untrained, teachers, run.train_sources[0], run.held_out, limit=1000

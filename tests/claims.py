@@ -250,7 +250,8 @@ def folded(trainer: Trainer) -> Student:
     student = Student(trainer.student.config)
     student.positions = copy.deepcopy(trainer.student.positions)
     student.load_state_dict(trainer.student.state_dict())
-    trainer.normalizers.fold_into(student)
+    for name, head in student.heads.items():
+        trainer.spaces[name].fold_into(head)
     return student
 
 
@@ -274,10 +275,10 @@ def distil(name: str, arm: str, seed: int, quick: bool) -> dict[str, Any]:
     if arm in claim.positions:
         trainer.student.positions = claim.positions[arm](trainer.student.config)
     stages = make_stages(cfg, [train], trainer.student, GROUP)
-    trainer.fit_normalizers(stages[0])
     looks = {round(cfg.steps * part) for part in (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1)}
     history, dynamics, gflop, cost = [], [], 0.0, forward_gflop(trainer.student.config)
-    for (first, last), data in zip(cfg.stage_bounds(), stages, strict=True):
+    for stage, ((first, last), data) in enumerate(zip(cfg.stage_bounds(), stages, strict=True)):
+        trainer.fit_normalizers(data, stage)
         for step, packs in enumerate(make_loader(data, 0, last - first), first + 1):
             history.append(trainer.step(step, packs))
             gflop += sum(float(cost(n)) for batch in packs for n in batch.lengths)

@@ -168,9 +168,10 @@ def test_the_saved_student_outputs_raw_teacher_features(reference):
     batch = PackedBatch.from_images([torch.rand(3, 48, 64)], patch=16)
     with torch.no_grad():
         raw, normal = student(batch), trainer.student(batch)
-    for (name, part), norm in trainer.normalizers.parts.items():
-        expected = norm.denormalize(getattr(normal, part)[name])
-        torch.testing.assert_close(getattr(raw, part)[name], expected, rtol=1e-4, atol=1e-4)
+    for name, space in trainer.spaces.items():
+        for part, norm in space.parts.items():
+            expected = norm.denormalize(getattr(normal, part)[name])
+            torch.testing.assert_close(getattr(raw, part)[name], expected, rtol=1e-4, atol=1e-4)
 
 
 def test_micro_batches_do_not_change_the_step(tmp_path, reference):
@@ -533,9 +534,10 @@ def test_our_checkpoint_goes_on_in_another_run(reference):
     with torch.no_grad():
         given = load_student(reference / "step_000006" / "model.pt")(batch)
         now = trainer.student(batch)
-    for (name, part), norm in trainer.normalizers.parts.items():
-        raw = norm.denormalize(getattr(now, part)[name])
-        torch.testing.assert_close(raw, getattr(given, part)[name], rtol=1e-4, atol=1e-4)
+    for name, space in trainer.spaces.items():
+        for part, norm in space.parts.items():
+            raw = norm.denormalize(getattr(now, part)[name])
+            torch.testing.assert_close(raw, getattr(given, part)[name], rtol=1e-4, atol=1e-4)
 
 
 def test_an_init_that_does_not_fit_is_refused(tmp_path, reference):
@@ -560,7 +562,6 @@ def test_siglips_pooling_head_makes_the_summary(tmp_path):
     cfg = dataclasses.replace(train.PRESETS["debug"], teachers=(f"siglip2={tmp_path}",))
     trainer, (data,) = trainer_of(cfg)
     head = trainer.student.heads["siglip2"]
-    torch.testing.assert_close(head.pool.qkv.weight, model.head.attention.in_proj_weight)
     frozen = {name: p.clone() for name, p in head.pool.named_parameters()}
     first = trainer.step(1, data[0])
     assert {"siglip2/patches", "siglip2/summary", "siglip2/relation"} < set(first.losses)
@@ -570,11 +571,15 @@ def test_siglips_pooling_head_makes_the_summary(tmp_path):
     trainer.save_folded(tmp_path / "model.pt", trainer.state_dict())
     batch = data[0][0]
     with torch.no_grad():
-        raw, normal = load_student(tmp_path / "model.pt")(batch), trainer.student(batch)
+        saved = load_student(tmp_path / "model.pt")
+        raw, normal = saved(batch), trainer.student(batch)
+    kept = saved.heads["siglip2"].pool.qkv  # the teacher's own again
+    torch.testing.assert_close(kept.weight, model.head.attention.in_proj_weight)
+    torch.testing.assert_close(kept.bias, model.head.attention.in_proj_bias)
     torch.testing.assert_close(raw.summary["siglip2"], normal.summary["siglip2"], rtol=1e-3,
                                atol=1e-4)  # fmt: skip
     # a student whose patches are right has a summary near the teacher's: it reads the same space
-    pooled = trainer.normalizers.parts["siglip2", "summary"].normalize(raw.summary["siglip2"])
+    pooled = trainer.spaces["siglip2"].parts["summary"].normalize(raw.summary["siglip2"])
     torch.testing.assert_close(trainer.summaries(normal)["siglip2"], pooled, rtol=1e-2, atol=1e-2)
 
 
