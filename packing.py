@@ -201,13 +201,13 @@ def patchify(image_CHW: Tensor, patch: int) -> Tensor:
 
 def mosaic(
     images: Sequence[Tensor], canvas: int, patch: int,
-    generator: torch.Generator | None = None, fill: float = 0.5,
+    generator: torch.Generator | None = None, fill: Sequence[float] = (0.5, 0.5, 0.5),
 ) -> tuple[Tensor, list[tuple[int, int, int, int]]]:  # fmt: skip
     """Tile pictures (3, H, W) on one square canvas, for a teacher that works at that size only.
 
     The canvas is cut into k x k cells, k the largest for which all pictures fit; cells may stay
     empty. A generator draws the cells, and the places in them in whole patches; without one the
-    pictures go in reading order to the top left of their cells.
+    pictures go in reading order to the top left of their cells. `fill` is the colour of the rest.
 
     Returns: (3, canvas, canvas), and each picture's box in the teacher's feature map, in tokens:
         (top, left, height, width), for features[top : top + height, left : left + width].
@@ -222,7 +222,7 @@ def mosaic(
         raise ValueError(f"{len(images)} pictures, but {canvas=} has {k}x{k} cells of that size")
     cell = canvas // patch // k
     order = torch.arange(k * k) if generator is None else torch.randperm(k * k, generator=generator)
-    sheet, boxes = torch.full((3, canvas, canvas), fill), []
+    sheet, boxes = torch.tensor(fill)[:, None, None].repeat(1, canvas, canvas), []
     for image, slot in zip(images, order.tolist(), strict=False):
         height, width = image.shape[1] // patch, image.shape[2] // patch
         top, left = slot // k * cell, slot % k * cell

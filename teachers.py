@@ -164,6 +164,9 @@ class Family(NamedTuple):
 
 
 # By the model type in config.json. SigLIP2 of one resolution says "siglip", naflex "siglip2".
+# SAM and SAM2 are read before their necks, which narrow the features for a mask decoder: what SAM's
+# last block gives (1280 wide for ViT-H, as PHI-S Sec. 3 and the RADIO release have it; behind the
+# neck 256), and likewise the last block of SAM2's trunk, a token for 32 x 32 px (we chose).
 CLIP_BLOCKS = "vision_model.encoder.layers"
 FAMILIES = {
     "siglip": Family("SiglipVisionModel", "fixed", HALF_RGB, "encoder.layers"),
@@ -177,7 +180,7 @@ FAMILIES = {
     ),
     "dinov3_vit": Family("DINOv3ViTModel", "native", IMAGENET, "model.layer", class_tokens=1),
     "sam": Family("SamVisionModel", "canvas", IMAGENET, "vision_encoder.layers", None),
-    "sam2": Family("Sam2VisionModel", "canvas", IMAGENET, None, None),  # its neck needs all layers
+    "sam2": Family("Sam2VisionModel", "canvas", IMAGENET, None, None),  # its stages need all layers
 }
 
 
@@ -188,10 +191,8 @@ def read_transformers(family: Family, model: Any, pixels_BCHW: Tensor) -> Readin
     else:
         out = model(pixel_values=pixels_BCHW)
     tokens = out.last_hidden_state
-    if family.model == "Sam2VisionModel":  # Hiera's last stage, (B, h, w, C)
-        return None, tokens, None
     if family.summary is None:
-        return None, rearrange(tokens, "b c h w -> b h w c"), None
+        return None, tokens, None  # (B, h, w, C)
     registers = getattr(model.config, "num_register_tokens", 0)
     start, end = family.class_tokens, family.class_tokens + registers
     h = pixels_BCHW.shape[2] // model.config.patch_size
@@ -227,6 +228,8 @@ def load_transformers(spec: TeacherSpec) -> Backbone:
         sizes = sam2_sizes(tower.backbone_config)
     else:
         network = load_network(spec, family.model, config=tower)
+        if kind == "sam":
+            network.vision_encoder.neck = nn.Identity()
         side = NATIVE_SIDE if family.kind == "native" else tower.image_size
         sizes = SizeRule(family.kind, tower.patch_size, side)
     read = partial(read_transformers, family)
@@ -537,9 +540,10 @@ class Teacher:
         self.fingerprint = self._fingerprint()
         self.network.to(self.device)
         self._text: Callable[[list[str]], Tensor] | None = None
-        side = backbone.sizes.side if backbone.sizes.kind in ("fixed", "canvas") else self.patch
-        with torch.no_grad():  # its widths, off one blank picture
-            ((summary, patches, registers),) = self._read([torch.zeros(3, side, side)])
+        is_canvas, side = backbone.sizes.kind == "canvas", backbone.sizes.side
+        usual = (side, side) if is_canvas else self.size_for(224, 224)
+        with torch.no_grad():  # its widths and its registers, off one blank picture
+            ((summary, patches, registers),) = self._read([torch.zeros(3, *usual)])
         self.dim = patches.shape[-1]
         self.summary_dim = None if summary is None else len(summary)
         self.registers = 0 if registers is None else len(registers)
@@ -552,6 +556,7 @@ class Teacher:
             config = {k: v for k, v in config.to_dict().items() if k not in volatile}
         rule = [type(self.network).__name__, asdict(self.size_for), self.backbone.stats]
         facts = [*rule, str(self.dtype), config, "antialiased bicubic"]
+        facts += ["mean outside the picture"] if self.size_for.kind == "canvas" else []
         total = hashlib.sha256(json.dumps(facts, sort_keys=True, default=repr).encode())
         for key, tensor in sorted(self.network.state_dict().items()):
             total.update(f"{key} {tuple(tensor.shape)}".encode())
@@ -598,7 +603,9 @@ class Teacher:
         for batch in self._batches(prepared, share_canvas):
             pictures = [prepared[i] for i in batch]
             if self.size_for.kind == "canvas":
-                canvas, boxes = mosaic(pictures, self.size_for.side, self.patch)
+                # its mean where no picture is: 0 after normalisation, as SAM's makers pad
+                mean = self.backbone.stats[0]
+                canvas, boxes = mosaic(pictures, self.size_for.side, self.patch, fill=mean)
                 ((_, map_hwC, _),) = self._read([canvas])
                 found: list[Row] = [(None, map_hwC[y : y + h, x : x + w], None)
                                     for y, x, h, w in boxes]  # fmt: skip
