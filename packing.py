@@ -367,7 +367,7 @@ def hold_out(source: Source, fraction: float, seed: int = 0) -> tuple[Subset, Su
 
 
 def _to_lines(records: Iterable[Record]) -> bytes:
-    return b"".join(json.dumps(record).encode() + b"\n" for record in records)
+    return b"".join(json.dumps(r, allow_nan=False).encode() + b"\n" for r in records)
 
 
 def write_index(path: str | Path, records: Iterable[Record], **header: Any) -> None:

@@ -660,7 +660,7 @@ TAIL = struct.Struct("<QI8s")  # length and crc32 of the index, magic
 
 def write_shard(path: Path, blobs: list[bytes], index: dict[str, Any]) -> None:
     """Blobs, index, tail; written beside `path` and renamed: a kill leaves all of it or nothing."""
-    head = json.dumps(index).encode()
+    head = json.dumps(index, allow_nan=False).encode()
     half = path.with_suffix(".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

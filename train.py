@@ -41,7 +41,16 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
 import losses
-from eval import extract, final_report, first_pictures, format_table, knn, pca_sheet
+from eval import (
+    extract,
+    final_report,
+    finite,
+    first_pictures,
+    format_table,
+    knn,
+    pca_sheet,
+    random_control,
+)
 from model import (
     HALF_RGB,
     MODELS,
@@ -225,6 +234,9 @@ class TrainConfig:
                 f"data_weights has {len(self.data_weights)} numbers for {len(self.data)} sources; "
                 "pass one per --data SOURCE"
             )
+        for name, value in vars(self).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{name}={value} must be a finite number")
         for name in ("steps", "save_every", "keep", "log_every", "stats_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
@@ -1203,12 +1215,13 @@ class Log:
         old = self.path.read_text().splitlines()[1:] if self.path.exists() else []
         whole = [line for line in old if line.endswith("}")]
         kept = [line for line in whole if json.loads(line)["step"] <= last_step]
-        write_text(self.path, "\n".join([json.dumps(header), *kept]) + "\n")
+        first = json.dumps(header, allow_nan=False)
+        write_text(self.path, "\n".join([first, *kept]) + "\n")
 
     def write(self, row: dict) -> None:
         if self.main:
             with self.path.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+                file.write(json.dumps(row, allow_nan=False) + "\n")
 
     def rows(self) -> list[dict]:
         return [json.loads(line) for line in self.path.read_text().splitlines()[1:]]
@@ -1410,13 +1423,13 @@ def note_scan(cfg: TrainConfig, sources: list[Source]) -> dict[str, str]:
 def metrics_row(run: Run, result: StepResult, tokens_per_s: float) -> dict:
     parts = {f"loss/{name}": value for name, value in result.losses.items()}
     record, devices = run.record, run.trainer.group.world
-    return {
+    return finite({
         "step": record["step"], **parts, "lr": result.lr, "grad_norm": result.grad_norm,
         "tokens_per_s": round(tokens_per_s, 1),
         "tokens_per_s_device": round(tokens_per_s / devices, 1),
         "moe/max_load": result.max_load,
         "images": record["images"], "tokens": record["tokens"],
-    }  # fmt: skip
+    }, **{"moe/max_load": "the step has no token"})  # fmt: skip
 
 
 def save(run: Run) -> None:
@@ -1464,18 +1477,16 @@ def finish(run: Run) -> None:
     out, cfg = Path(run.cfg.out), run.cfg
     device = str(run.trainer.group.device)
     student = load_student(out / f"step_{cfg.steps:06d}" / "model.pt", device=device)
-    untrained, folded_heads = build_student(cfg, run.trainer.teachers)
-    # as each teacher's mean, so that it starts where a trained one did
-    run.trainer.normalizers.fold_into(untrained.to(device), besides=folded_heads)
+    control = random_control(student, cfg.seed)
     teachers = {t.name: t for t in run.trainer.teachers}
     report = final_report(
-        student, untrained, teachers, run.train_sources[0], run.held_out, limit=1000
+        student, control, teachers, run.train_sources[0], run.held_out, limit=1000
     )
     draw_pca(run, student)
     skipped = run.record["skipped"] | report["skipped"]
     summary = {"steps": cfg.steps, "minutes": run.record["seconds"] / 60, "report": report,
                "skipped": skipped, "config": cfg.identity()}  # fmt: skip
-    write_text(out / "summary.json", json.dumps(summary, indent=1))
+    write_text(out / "summary.json", json.dumps(summary, indent=1, allow_nan=False))
     print(format_table(report))
     print(f"{out / 'pca.png'}  {out / 'curves.png'}  {out / 'summary.json'}")
 
@@ -1525,7 +1536,7 @@ def prepare(cfg: TrainConfig) -> Run:
     Path(cfg.out).mkdir(parents=True, exist_ok=True)
     if group.rank == 0:  # a folder that can't be written to is found out before any work
         fields = {f.name: _plain(getattr(cfg, f.name)) for f in dataclasses.fields(cfg)}
-        write_text(Path(cfg.out) / "config.json", json.dumps(fields, indent=1))
+        write_text(Path(cfg.out) / "config.json", json.dumps(fields, indent=1, allow_nan=False))
     train_sources, held_out = open_sources(cfg)
     scanned, folder = note_scan(cfg, train_sources), agree_on_checkpoint(cfg, group)
     if not folder and group.rank == 0:  # before a restart could take them for this run's

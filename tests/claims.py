@@ -306,7 +306,7 @@ def forward_gflop(config: ModelConfig) -> np.poly1d:
 def variances(reference: FeatureSet, test: FeatureSet) -> dict[str, float]:
     """Variance explained of each head and part, "vit-s/patches"; a constant has 0, all is 1."""
     rows = fidelity(reference, test).items()
-    parts = {name: row["value"] for name, row in rows if name != "student mean"}
+    parts = {name: row["value"] for name, row in rows if name.startswith("student/")}
     return {k.removeprefix("student/").replace(" ", "/"): v for k, v in parts.items()}
 
 
@@ -689,7 +689,7 @@ def run_claim(name: str, seeds: int, folder: Path = FOLDER, quick: bool = False)
         row["seconds"] = time.monotonic() - began
         with (folder / f"{name}.jsonl").open("a") as file:
             short = json.loads(json.dumps(row), parse_float=lambda text: round(float(text), 5))
-            file.write(json.dumps(short) + "\n")
+            file.write(json.dumps(short, allow_nan=False) + "\n")
 
 
 def measure(effect: Effect, rows: list[dict]) -> dict[str, float]:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -102,6 +103,7 @@ def test_flags_change_the_preset():
         (["--teachers", "a=builtin:tiny-dense", "a=builtin:tiny-semantic"], "a"),
         (["--data-weights", "1", "2"], "2"),
         (["--steps", "0"], "steps"),
+        (["--clip", "inf"], "clip=inf"),
         (["--relation", "nonsense"], "nonsense"),
         (["--resume", "/no/such/checkpoint"], "/no/such/checkpoint"),
     ],
@@ -323,6 +325,15 @@ def test_a_teacher_leaves_streams_that_it_does_not_supervise_alone():
     for part in ("semantic/patches", "semantic/summary", "semantic/relation"):
         assert whole.losses[part] == pytest.approx(low.losses[part], rel=1e-5)
     assert whole.losses["dense/patches"] != pytest.approx(low.losses["dense/patches"], rel=1e-3)
+
+
+def test_a_step_without_pictures_is_a_line_of_json():
+    trainer, _ = trainer_of(train.PRESETS["debug"])
+    result = trainer.step(1, [PackedBatch.from_images([], 16)])
+    record = {"step": 1, "images": 0, "tokens": 0}
+    row = train.metrics_row(SimpleNamespace(record=record, trainer=trainer), result, 0.0)
+    text = json.dumps(row, allow_nan=False)
+    assert '"moe/max_load": null' in text and "no token" in row["reason"]
 
 
 def test_a_shifted_student_learns_what_the_teacher_said_of_the_same_place():
