@@ -44,7 +44,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from model import CLIP_RGB, HALF_RGB, load_student, read_checkpoint
-from packing import BadImage, Sample, Source, cache_home, mosaic, resize, to_float
+from packing import BadImage, Box, Sample, Source, cache_home, mosaic, resize, to_float
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean, standard deviation
 NONE = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))  # the network normalises by itself
@@ -567,16 +567,21 @@ class Teacher:
         """B pictures (3, H, W) in [0, 1], of any sizes -> their features."""
         return self.features([self.prepare(image) for image in images])
 
-    def targets(self, samples: list[Sample], sizes: Any = None) -> TeacherOutput:
+    def targets(
+        self, samples: list[Sample], sizes: Any = None, boxes: list[Box | None] | None = None
+    ) -> TeacherOutput:
         """The features of B samples' pictures, computed now.
 
         sizes: (height, width) at which the student sees each; a native teacher then sees no more,
-            and more pictures share a mosaic (RADIO Sec. 2.1 and 2.2). Other kinds have their own.
+            and more pictures share a mosaic (RADIOv2.5: mosaic augmentation). Other kinds have
+            their own.
+        boxes: the part of each picture that this teacher sees (C-RADIOv4 Eq. 1); None: all of it.
         """
+        none: list[None] = [None] * len(samples)
         if sizes is None or self.size_for.kind not in ("native", "canvas"):
-            sizes = [None] * len(samples)
-        pairs = zip(samples, sizes, strict=True)
-        return self([to_float(sample.image, size) for sample, size in pairs])
+            sizes = none
+        parts = zip(samples, sizes, boxes or none, strict=True)
+        return self([to_float(sample.image, size, box) for sample, size, box in parts])
 
     def text(self, texts: list[str]) -> Tensor:
         """n strings -> (n, C) in the space of the summaries, not normalised, for zero-shot."""
@@ -747,9 +752,12 @@ class CachedTeacher(Teacher):
         path = self.folder / f"{uuid.uuid4().hex[:16]}.features"
         write_shard(path, blobs, index | {"records": records})
 
-    def targets(self, samples: list[Sample], sizes: Any = None) -> TeacherOutput:
+    def targets(self, samples: list[Sample], sizes: Any = None, boxes: Any = None) -> TeacherOutput:
         """The stored features of B samples, in float32, of one size each whatever `sizes` are."""
         del sizes
+        if boxes is not None:  # to shift the student's view alone would leave summaries of another
+            raise TeacherError(f"teacher {self.name}: {self.folder} holds features of whole "
+                               "pictures, not of shifted views; pass --cache none")  # fmt: skip
         return self.collect([self._look_up(sample) for sample in samples])
 
     def _look_up(self, sample: Sample) -> Row:

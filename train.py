@@ -178,9 +178,10 @@ class TrainConfig:
     )
     patch_loss: str = option("mse", "feature loss of patches", choices=tuple(losses.KINDS))
     summary_loss: str = option("mse", "feature loss of summaries", choices=(*losses.KINDS, "angle"))
-    shift: int = option(
-        0, "patches by which the student's view is shifted at most; its patches then learn where "
-        "they were, not a teacher's fixed pattern (C-RADIOv4 Eq. 1)"
+    shift: float = option(
+        0.0, "deviation, in patches, of the whole-patch moves of the student's view and each "
+        "teacher's own, so that no fixed pattern of a teacher is learnt (C-RADIOv4 Eq. 1: 0.5); "
+        "0: all see the same. Needs live teachers, --cache none"
     )  # fmt: skip
     relation: str = option("arkd", "relational loss of summaries", choices=("arkd", "rkd", "none"))
     relation_mean: str = option(
@@ -240,6 +241,11 @@ class TrainConfig:
         for name in ("steps", "save_every", "keep", "log_every", "stats_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.shift < 0 or (self.shift and self.cache != "none"):
+            raise ValueError(
+                f"shift={self.shift} with cache={self.cache}: it must be 0 or more, and above 0 "
+                "each teacher sees views that no cache holds; pass --cache none"
+            )
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema={self.ema} must be at least 0 and below 1")
         untils = [stage.until for stage in self.stages]
@@ -603,7 +609,8 @@ class Trainer:
             batch = PackedBatch.cat(packs)
             counts += torch.tensor([len(batch.skipped), len(batch)], device=self.group.device)
             for teacher in self.teachers:
-                target = teacher.targets(batch.samples, batch.sizes)
+                boxes = batch.boxes(teacher.name)
+                target = teacher.targets(batch.samples, batch.sizes, boxes)
                 self.normalizers.update(teacher.name, target)
         bad, good = sum_over_ranks(counts).tolist()
         if not good:
@@ -675,9 +682,12 @@ class Trainer:
 
     def targets(self, batch: PackedBatch) -> dict[str, TeacherOutput]:
         """What the teachers say of a batch's pictures, in the space of the loss."""
-        raw = {t.name: t.targets(batch.samples, batch.sizes) for t in self.teachers}
+        raw = {
+            t.name: t.targets(batch.samples, batch.sizes, batch.boxes(t.name))
+            for t in self.teachers
+        }
         raw = {name: target.to(self.group.device) for name, target in raw.items()}
-        return {name: self.normalizers(name, target, batch.wholes) for name, target in raw.items()}
+        return {name: self.normalizers(name, target, batch.grids) for name, target in raw.items()}
 
     def token_count(self, batch: PackedBatch) -> int:
         return sum(batch.lengths) + self.student.config.prefix * len(batch)
@@ -768,11 +778,10 @@ class Trainer:
         for name, target in targets.items():
             summary_B, patch_B = weights[name]
             patches_MC, maps, how = out.patches[name], target.patches, self.cfg.patch_loss
-            if self.cfg.shift:  # the teacher saw the whole picture, a part of which the student saw
-                maps = [losses.resize_map(*x) for x in zip(maps, batch.wholes, strict=True)]
-                loss_B = losses.shift_loss(
-                    patches_MC, batch.grids, batch.origins, maps, [(0, 0)] * len(maps), how
-                )
+            if batch.views:  # each saw its own part of the picture, all of as many patches
+                maps = [losses.resize_map(*x) for x in zip(maps, batch.grids, strict=True)]
+                ours, theirs = ([v.origin for v in batch.views[key]] for key in ("", name))
+                loss_B = losses.shift_loss(patches_MC, batch.grids, ours, maps, theirs, how)
             else:
                 loss_B = losses.patch_loss(patches_MC, batch.grids, maps, how)
             parts[f"{name}/patches"] = (loss_B * patch_B).sum()
@@ -1319,7 +1328,7 @@ def make_stages(cfg: TrainConfig, sources: list[Source], student: Student, group
         stages.append(
             StepData(
                 partitions, patch, prefix, cfg.seed + number, group.rank, group.world,
-                shift=cfg.shift,
+                shift=cfg.shift, teachers=[head.name for head in student.config.heads],
             )
         )  # fmt: skip
     return stages
@@ -1418,6 +1427,16 @@ def note_scan(cfg: TrainConfig, sources: list[Source]) -> dict[str, str]:
         pictures = [key for key in source.skipped if key.rsplit(".", 1)[-1].lower() in SUFFIXES]
         refuse_bad_fraction(cfg, len(pictures), len(source))
     return skipped
+
+
+def note_registers(config: ModelConfig, teachers: list[Teacher]) -> None:
+    """Name the teachers whose registers no head is asked for; RADIO's form matches none."""
+    unused = {head.name for head in config.heads if not head.registers and config.form == "amoe"}
+    for teacher in teachers if is_main() else ():
+        if teacher.name in unused and teacher.registers:
+            print(f"teacher {teacher.name} has {teacher.registers} registers, the student "
+                  f"{config.registers}: they are matched one to one, so these have no loss; it "
+                  "takes a --model with as many", file=sys.stderr)  # fmt: skip
 
 
 def metrics_row(run: Run, result: StepResult, tokens_per_s: float) -> dict:
@@ -1543,6 +1562,7 @@ def prepare(cfg: TrainConfig) -> Run:
         set_aside(cfg, 0)
     teachers = load_teachers(cfg, [*train_sources, held_out], group)
     trainer = Trainer(cfg, group, teachers)
+    note_registers(trainer.student.config, teachers)
     stages = make_stages(cfg, train_sources, trainer.student, group)
     identity = {**cfg.identity(), "sources": [s.fingerprint() for s in train_sources],
                 "fingerprints": {t.name: t.fingerprint for t in teachers}}  # fmt: skip

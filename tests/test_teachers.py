@@ -894,6 +894,14 @@ def test_a_live_teacher_sees_no_more_pixels_than_the_student(kind, calls):
         assert seen[0][2:] == ((32, 32) if kind == "native" else (64, 64))
 
 
+def test_a_cache_refuses_views_that_it_does_not_hold(tmp_path):
+    cached, samples = CachedTeacher(tiny(), tmp_path), Pictures(1).samples()
+    cached.fill(Pictures(1))
+    assert len(cached.targets(samples, [(32, 32)], None).patches) == 1
+    with pytest.raises(TeacherError, match="pass --cache none"):
+        cached.targets(samples, [(32, 32)], [(0.0, 0.0, 0.5, 0.5)])
+
+
 def test_longer_shard_and_garbage_are_refused(tmp_path):
     cached = CachedTeacher(tiny(), tmp_path)
     cached.fill(Pictures(6))
