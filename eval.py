@@ -4,7 +4,7 @@
         --train openmoji:train:1500 --test openmoji:test:600
 
 `extract` runs all models over a source once and gives a `FeatureSet` with a column per head:
-"teacher/vit-s", "student/vit-s", "student/trunk", and the controls "untrained/..." and "pixels".
+"teacher/vit-s", "student/vit-s", "student/trunk", and the controls "random/..." and "pixels".
 Every protocol scores every column, so teachers, students and controls never differ in code.
 
 Legend: N images, M tokens, (h, w) a grid of tokens, C feature width, K classes, texts or kept
@@ -69,6 +69,23 @@ class RawPixels:
         height, width = fit_size(image.shape[1], image.shape[2], patch=8)
         patches_PX = patchify(resize(image, (height, width)), 8)
         return rearrange(patches_PX - 0.5, "(h w) x -> h w x", h=height // 8)
+
+
+@torch.no_grad()
+def random_control(student: Student, seed: int = 0) -> Student:
+    """Control without training: the student's network with random weights, none of them zero.
+
+    A student as training starts from it would not do. Its blocks begin as the identity, so that it
+    says the same of every picture, and its 20-NN is the order of ties. Matrices that begin as zeros
+    are drawn with the usual deviation of 1 / sqrt(inputs).
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        control = Student(student.config)
+        for weight in control.parameters():
+            if weight.ndim > 1 and not weight.any():
+                nn.init.trunc_normal_(weight, std=weight.shape[-1] ** -0.5)
+    return control.eval().to(next(student.parameters()).device)
 
 
 @torch.no_grad()
@@ -200,12 +217,25 @@ def check_disjoint(train: FeatureSet, test: FeatureSet) -> None:
 # ------------------------------------------------------------------- figures with their intervals
 
 
-def bootstrap(parts_NP: Tensor, statistic: Callable[[Tensor], Tensor], seed: int = 0) -> dict:
+def finite(row: dict[Any, Any], **why: str) -> dict[Any, Any]:
+    """The row with None for each figure that has no denominator, and the reason of those in `why`.
+
+    JSON knows neither nan nor infinity. A mean leaves None out.
+    """
+    lost = [k for k, x in row.items() if isinstance(x, float) and not math.isfinite(x)]
+    reasons = [f"{k}: {why[k]}" for k in lost if k in why]
+    return row | dict.fromkeys(lost) | ({"reason": "; ".join(reasons)} if reasons else {})
+
+
+def bootstrap(
+    parts_NP: Tensor, statistic: Callable[[Tensor], Tensor], seed: int = 0, why: str = ""
+) -> dict[str, Any]:
     """A figure with its 95 % percentile interval over images, of 1,000 draws.
 
     Args:
         parts_NP: what each image adds (hits, intersections, squared errors, ...).
-        statistic: mean parts (..., P) -> figure (...,).
+        statistic: mean parts (..., P) -> figure (...,), not finite where it has no denominator.
+        why: reason for such a value, which is None.
     """
     parts_NP, n = parts_NP.double(), len(parts_NP)
     generator, values = torch.Generator().manual_seed(seed), []
@@ -214,17 +244,27 @@ def bootstrap(parts_NP: Tensor, statistic: Callable[[Tensor], Tensor], seed: int
         picks_RN = torch.randint(n, (100, n), generator=generator)
         times_RN.scatter_add_(1, picks_RN, torch.ones_like(times_RN))
         values.append(statistic(times_RN @ parts_NP / n))
-    low, high = torch.cat(values).nanquantile(torch.tensor([0.025, 0.975]).double()).tolist()
-    return {"value": float(statistic(parts_NP.mean(0))), "low": low, "high": high, "n": n}
+    drawn = torch.cat(values)
+    drawn[~drawn.isfinite()] = torch.nan
+    low, high = drawn.nanquantile(torch.tensor([0.025, 0.975]).double()).tolist()
+    value = float(statistic(parts_NP.mean(0)))
+    return finite({"value": value, "low": low, "high": high, "n": n}, value=why)
 
 
 def accuracy(hits_N: Tensor, targets_N: Tensor | None = None, names: Sequence[str] = ()) -> dict:
     """Share of hits with its interval; with names, per class too."""
     row = bootstrap(hits_N.double()[:, None], lambda means: means[..., 0])
     if names and targets_N is not None:
-        per_class = {name: hits_N[targets_N == i].double() for i, name in enumerate(names)}
-        row["per_class"] = {name: float(hits.mean()) for name, hits in per_class.items()}
+        hits = {name: hits_N[targets_N == i].double() for i, name in enumerate(names)}
+        row |= by_class({name: float(x.mean()) for name, x in hits.items()})
     return row
+
+
+def by_class(figures: dict[Any, float]) -> dict[str, Any]:
+    """What a row says of each class, None for those without a test picture."""
+    found = finite(figures)
+    reason = {"reason": "per_class: null where no test picture is of the class"}
+    return {"per_class": found} | (reason if None in found.values() else {})
 
 
 def class_ids(train: FeatureSet, test: FeatureSet) -> tuple[list[str], Tensor, Tensor]:
@@ -580,15 +620,16 @@ def same_grid(*maps: Tensor) -> list[Tensor]:
 
 
 class Fidelity:
-    """How near features are to a teacher's, beside the constant that says the training mean.
+    """How near features are to a teacher's.
 
-    value     1 - MSE / variance of the teacher's features, every channel scaled by its own
-              deviation in training: the variance explained, each channel counting the same
+    value     1 - MSE / variance of the teacher's held-out features, every channel scaled by its
+              own deviation in training: the variance explained, each channel counting the same
     fidelity  Var(teacher) / MSE as they are, over all elements (RADIOv2.5's mode-switch script)
     centred   cosine after the training mean is taken off both; a bare cosine is mostly that mean
 
     Args:
-        teacher_train: the teacher's features of the training pictures, (M, C) each.
+        teacher_train: the teacher's features of the training pictures, (M, C) each. Their mean is
+            `mean_C`, the best that can be said of every picture alike.
     """
 
     def __init__(self, teacher_train: Sequence[Tensor]):
@@ -601,64 +642,75 @@ class Fidelity:
         self.tiny = 1e-3 * float(variance_C.sum().sqrt())  # a constant has no direction
 
     def parts(self, student_MC: Tensor, teacher_MC: Tensor) -> Tensor:
-        """One image's means over its tokens, so that images weigh the same: 9, then C z-scores."""
+        """One image's means over its tokens, so that images weigh the same: 7, then C z-scores."""
         s_MC, t_MC = student_MC.double(), teacher_MC.double()
         error_MC, off_MC = s_MC - t_MC, t_MC - self.mean_C
         z_MC = off_MC * self.inverse_C
         terms = [(error_MC * self.inverse_C).square(), z_MC.square(), error_MC.square()]
-        terms += [off_MC.square(), t_MC.square(), t_MC, F.cosine_similarity(s_MC, t_MC)]
-        terms += [F.cosine_similarity(self.mean_C[None], t_MC)]
+        terms += [t_MC.square(), t_MC, F.cosine_similarity(s_MC, t_MC)]
         terms += [F.cosine_similarity(s_MC - self.mean_C, off_MC, eps=self.tiny)]
         return torch.cat([torch.stack([x.mean() for x in terms]), z_MC.mean(0)])
 
-    @staticmethod
-    def figures(means: Tensor) -> dict[str, Tensor]:
-        """Every figure (...,), and the constant's, from mean parts (..., P)."""
-        error, constant, mse, mse_constant, square, mean, *cosines = means[..., :9].unbind(-1)
-        # Around the held-out pictures' own mean, so the constant scores a little below 0.
-        spread = constant - means[..., 9:].square().mean(-1)
-        variance = square - mean.square()
-        return {
-            "value": 1 - error / spread,
-            "value_constant": 1 - constant / spread,
-            "fidelity": variance / mse.maximum(1e-12 * variance),
-            "fidelity_constant": variance / mse_constant.maximum(1e-12 * variance),
-            "cosine": cosines[0],
-            "cosine_constant": cosines[1],
-            "centred_cosine": cosines[2],
-        }
+    def report(self, pairs: Iterable[Sequence[Tensor]]) -> dict[str, Any]:
+        """Figures over held-out images, each (student (M, C), teacher (M, C)) on one grid.
 
-    def report(self, pairs: Iterable[Sequence[Tensor]]) -> dict[str, float]:
-        """Figures over held-out images, each (student (M, C), teacher (M, C)) on one grid."""
+        A student of one row, as `mean_C[None]`, says the same of every token.
+        """
         parts_NP = torch.stack([self.parts(student, teacher) for student, teacher in pairs])
-        row = {name: float(x) for name, x in self.figures(parts_NP.mean(0)).items()}
-        return row | bootstrap(parts_NP, lambda means: self.figures(means)["value"])
+        _, square, mse, raw, mean, cosine, centred = parts_NP[:, :7].mean(0).tolist()
+        # Variance is around the held-out pictures' own mean. The interval's draws keep this centre:
+        # around their own means they would vary less, and the interval would lie too low.
+        z_NC = parts_NP[:, 7:]
+        mean_C = z_NC.mean(0)
+        spread_N = parts_NP[:, 1] + (mean_C.square() - 2 * mean_C * z_NC).mean(1)
+        if spread_N.mean() <= 1e-12 * square:  # what is left of equal numbers
+            spread_N = torch.zeros_like(spread_N)
+        variance = raw - mean**2
+        near = {"fidelity": variance / mse if mse else math.inf, "cosine": cosine}
+        row = finite(near | {"centred_cosine": centred}, fidelity="there is no error to divide by")
+        return row | bootstrap(
+            torch.stack([parts_NP[:, 0], spread_N], 1),
+            lambda means: 1 - means[..., 0] / means[..., 1],
+            why="the teacher says the same of all held-out pictures",
+        )
 
 
 def fidelity(train: FeatureSet, test: FeatureSet) -> Rows:
     """Every head against the teacher of its name ("student/vit-s" against "teacher/vit-s").
 
     Returns:
-        a row for each head and part ("student/vit-s summary", "student/vit-s patches"), and the
-        mean of the variance explained over a model's parts ("student mean").
+        a row for each head and part ("student/vit-s summary", "student/vit-s patches"), for a
+        constant, the teacher's mean in training ("constant/vit-s summary", ...), and the mean of
+        the variance explained over a model's parts ("student mean", "constant mean"). The heads of
+        the random control do not answer in a teacher's space and have none.
     """
     rows: Rows = {}
-    heads = {name: f"teacher/{name.partition('/')[2]}" for name in test.patches}
-    for name, teacher in heads.items():
-        if name == teacher or teacher not in test.patches:
+    constants: Rows = {}
+    sides = []
+    for found in (train, test):  # a summary is a map of one token
+        summaries = {name: list(x_NC[:, None, None]) for name, x_NC in found.summary.items()}
+        sides.append({"summary": summaries, "patches": found.patches})
+    for teacher, part in product(test.patches, sides[0]):
+        (known, seen), head = (side[part] for side in sides), teacher.removeprefix("teacher/")
+        names = [x for x in seen if x.partition("/")[2] == head and x != f"random/{head}"]
+        if teacher not in names or len(names) == 1:
             continue
-        if name in test.summary and teacher in test.summary:
-            pairs = zip(test.summary[name].split(1), test.summary[teacher].split(1), strict=True)
-            rows[f"{name} summary"] = Fidelity([train.summary[teacher]]).report(pairs)
-        measure = Fidelity([x.flatten(0, 1) for x in train.patches[teacher]])
-        maps = zip(test.patches[name], test.patches[teacher], strict=True)
-        grids = ([x.flatten(0, 1) for x in same_grid(*pair)] for pair in maps)
-        rows[f"{name} patches"] = measure.report(grids)
+        measure = Fidelity([x.flatten(0, 1) for x in known[teacher]])
+        for name in names:
+            if name != teacher:
+                pairs = zip(seen[name], seen[teacher], strict=True)
+                tokens = ([x.flatten(0, 1) for x in same_grid(*pair)] for pair in pairs)
+                rows[f"{name} {part}"] = measure.report(tokens)
+        same = ((measure.mean_C[None], x.flatten(0, 1)) for x in seen[teacher])
+        constants[f"constant/{head} {part}"] = measure.report(same)
     if not rows:
-        raise ValueError(f"no head is named after a teacher among {sorted(heads)}")
+        raise ValueError(f"no head is named after a teacher among {sorted(test.patches)}")
+    rows |= constants
     for model in sorted({name.partition("/")[0] for name in rows}):
         values = [row["value"] for name, row in rows.items() if name.startswith(f"{model}/")]
-        rows[f"{model} mean"] = {"value": sum(values) / len(values), "parts": len(values)}
+        values = [value for value in values if value is not None] or [math.nan]
+        mean = {"value": sum(values) / len(values), "parts": len(values)}
+        rows[f"{model} mean"] = finite(mean, value="no part has one")
     return rows
 
 
@@ -747,9 +799,9 @@ def segmentation(
     for column, maps in train.patches.items():
         probe, settings = choose_probe(maps, masks, classes, score)
         sums_NP = overlaps(probe, test.patches[column], test_masks, classes)[:, 0]
-        rows[column] = bootstrap(sums_NP, score) | settings
+        rows[column] = bootstrap(sums_NP, score, why="no mask has this class") | settings
         if per_class:
-            rows[column]["per_class"] = iou(sums_NP.sum(0), classes).tolist()
+            rows[column] |= by_class(dict(enumerate(iou(sums_NP.sum(0), classes).tolist())))
     return rows
 
 
@@ -892,14 +944,15 @@ def resolution(
         skipped |= sets[0].skipped
     for column in sets[0].patches:
         rows[f"{column} scale variance"] = scale_variance([x.patches[column] for x in sets])
-    curves: dict[str, list[tuple[float, float]]] = {}
+    curves: dict[str, list[tuple]] = {}
     for size, found in zip(sizes, sets, strict=True):
         for name, row in fidelity(found, found).items():
             head, _, part = name.rpartition(" ")
             if part == "patches":
-                error, near = 1 - row["cosine"], row["fidelity"]
-                rows[f"{head} cosine error {size} px"] = {"value": error, "fidelity": near}
-                curves.setdefault(head, []).append((error, near))
+                near = {"value": 1 - row["cosine"], "fidelity": row["fidelity"]}
+                curves.setdefault(head, []).append(tuple(near.values()))
+                near |= {"reason": row["reason"]} if "reason" in row else {}
+                rows[f"{head} cosine error {size} px"] = near
     if out:
         plot_curves(sizes, curves, out)
     return rows
@@ -921,7 +974,7 @@ def scale_variance(maps_by_size: Sequence[Sequence[Tensor]]) -> dict:
     def ratio(means: Tensor) -> Tensor:
         return means[..., 0] / (means[..., 1] - means[..., 2:].square().mean(-1))
 
-    return bootstrap(torch.stack(parts), ratio)
+    return bootstrap(torch.stack(parts), ratio, why="the features are the same everywhere")
 
 
 def plot_curves(sizes: Sequence[int], curves: Mapping[str, Sequence], out: str) -> None:
@@ -1069,7 +1122,9 @@ def reading(train: Sequence, test: Sequence, grid: Any, train_NQ: Tensor, test_N
     is_asked_NQ = test_NQ >= 0
     is_right_NQ = torch.stack([x.argmax(1) for x in logits], 1).eq(test_NQ) & is_asked_NQ
     parts_NP = torch.stack([is_right_NQ.sum(1), is_asked_NQ.sum(1)], 1)
-    return bootstrap(parts_NP, lambda means: means[..., 0] / means[..., 1])
+    return bootstrap(
+        parts_NP, lambda means: means[..., 0] / means[..., 1], why="no question has an answer"
+    )
 
 
 def train_reader(tokens_NKC: Tensor, answers_NQ: Tensor, steps: int = 300) -> Reader:
@@ -1132,7 +1187,7 @@ def _write_shard(found: FeatureSet, index: Path, mark: str) -> None:
     pictures = [{name: getattr(sample, name) for name in about} for sample in found.samples]
     record = {"made_from": mark, "pictures": pictures, "grids": grids, "skipped": found.skipped}
     part = index.with_suffix(".part")
-    part.write_text(json.dumps(record))
+    part.write_text(json.dumps(record, allow_nan=False))
     os.replace(part, index)
 
 
@@ -1152,15 +1207,16 @@ def identity(model: Any) -> str:
 
 
 def final_report(
-    student: Any, untrained: Any, teachers: Any, train_source: Any, test_source: Any, limit=1500
+    student: Any, control: Any, teachers: Any, train_source: Any, test_source: Any, limit=1500
 ) -> dict[str, Any]:
     """What a training run shows: kNN, fidelity and foreground IoU on held-out pictures.
 
     Args:
+        control: a `random_control` of the student.
         teachers: by the names of the student's heads; cached ones must hold both sources.
         limit: pictures of each source that are used at most, evenly spread.
     """
-    models = {"teacher": teachers, "student": student, "untrained": untrained}
+    models = {"teacher": teachers, "student": student, "random": control}
     models["pixels"] = RawPixels()
     counts = [(source, min(limit, len(source))) for source in (train_source, test_source)]
     some = [Subset(source, [i * len(source) // n for i in range(n)]) for source, n in counts]
@@ -1184,7 +1240,7 @@ def format_table(report: Mapping[str, Rows]) -> str:
         "foreground": "foreground IoU, linear probe",
         "fidelity": "variance of the teacher explained",
     }
-    keys = ("value_constant", "centred_cosine", "fidelity", "fidelity_constant")
+    keys = ("centred_cosine", "fidelity")
     tables = [
         format_rows(title, report[name], keys if name == "fidelity" else ())
         for name, title in titles.items()
@@ -1194,13 +1250,18 @@ def format_table(report: Mapping[str, Rows]) -> str:
 
 
 def format_rows(title: str, rows: Rows, keys: Sequence[str] = ()) -> str:
-    """Rows as a table: name, value, interval, and what else `keys` asks for."""
+    """Rows as a table: name, value, interval, what else `keys` asks for, why one is missing."""
+
+    def shown(value: float | None, width: int) -> str:
+        return f"{'-':>{width}}" if value is None else f"{min(value, 1e6):{width}.3f}"
+
     width = max(map(len, [title, *rows])) + 2
     lines = [f"{title:<{width}}   value   95 % interval" + "".join(f"{key:>19}" for key in keys)]
     for name, row in rows.items():
-        span = f"{row['low']:.3f} to {row['high']:.3f}" if "low" in row else ""
-        more = "".join(f"{min(row[key], 1e6):19.3f}" for key in keys if key in row)
-        lines.append(f"{name:<{width}}{row['value']:8.3f}   {span:<15}{more}")
+        span = f"{row['low']:.3f} to {row['high']:.3f}" if row.get("low") is not None else ""
+        more = "".join(shown(row[key], 19) for key in keys if key in row)
+        line = f"{name:<{width}}{shown(row['value'], 8)}   {span:<15}{more}"
+        lines.append(f"{line}   {row['reason']}" if "reason" in row else line)
     return "\n".join(lines)
 
 
@@ -1251,7 +1312,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--teacher", action="append", default=[], help="NAME=PATH[@layer] or a built-in")
     add("--train", help="SOURCE of the training pictures")
     add("--test", help="SOURCE of the pictures to score, draw or encode")
-    add("--no-controls", action="store_true", help="leave out the untrained student and raw pixels")
+    add("--no-controls", action="store_true", help="leave out the random student and raw pixels")
     add("--size", type=int, help="pictures get the area of a square of this side, px")
     add("--sizes", type=int, nargs="+", default=[], help="several of them (pca, resolution)")
     add("--k", type=int, default=20, help="neighbours")
@@ -1262,7 +1323,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--maps", action="store_true", help="features: write the patch maps too")
     add("--count", type=int, default=8, help="pca: pictures")
     add("--out", default="", help="folder or picture to write")
-    add("--seed", type=int, default=0, help="of the untrained student and built-in drawings")
+    add("--seed", type=int, default=0, help="of the random student and built-in drawings")
     args = parser.parse_args(argv)
     if missing := [name for name in TASKS[args.task][0].split() if not getattr(args, name)]:
         parser.error(f"{args.task} needs {' and '.join(f'--{name}' for name in missing)}")
@@ -1279,9 +1340,7 @@ def load_models(args: argparse.Namespace, device: torch.device) -> dict[str, Any
     if args.student:
         models["student"] = load_student(args.student, device=str(device))
         if controls:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(args.seed)
-                models["untrained"] = Student(models["student"].config).to(device)
+            models["random"] = random_control(models["student"], args.seed)
     return models | ({"pixels": RawPixels()} if controls else {})
 
 
@@ -1298,7 +1357,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         counts = [source and len(source) for source in sources]
         result = {"task": args.task, "n_train": counts[0], "n_test": counts[1], "rows": rows}
         result |= {"skipped": args.skipped, "seconds": round(time.time() - start, 1)}
-        print(re.sub(r"\bNaN\b", "null", json.dumps(result)))
+        print(json.dumps(result, allow_nan=False))
     if dist.is_initialized():
         dist.destroy_process_group()
 

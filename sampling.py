@@ -600,7 +600,7 @@ def write_array(path: Path, array: np.ndarray) -> str:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     part = path.with_suffix(f".{os.getpid()}.part")
-    part.write_text(json.dumps(content, indent=1))
+    part.write_text(json.dumps(content, indent=1, allow_nan=False))
     os.replace(part, path)
 
 
@@ -915,7 +915,7 @@ def report(out: Path, tree: Tree, ids: np.ndarray, counts: dict[str, Any]) -> No
     write_json(out.with_suffix(".report.json"), content)
     if len(ids):
         contact_sheet(out, [np.flatnonzero(path_N[ids] == c)[:10] for c in largest])
-    print(json.dumps(content))
+    print(json.dumps(content, allow_nan=False))
 
 
 def contact_sheet(index: Path, places: list[np.ndarray], side: int = 64) -> None:

@@ -44,7 +44,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from model import CLIP_RGB, HALF_RGB, load_student, read_checkpoint
-from packing import BadImage, Sample, Source, cache_home, mosaic, resize, to_float
+from packing import BadImage, Box, Sample, Source, cache_home, mosaic, resize, to_float
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean, standard deviation
 NONE = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))  # the network normalises by itself
@@ -164,6 +164,9 @@ class Family(NamedTuple):
 
 
 # By the model type in config.json. SigLIP2 of one resolution says "siglip", naflex "siglip2".
+# SAM and SAM2 are read before their necks, which narrow the features for a mask decoder: what SAM's
+# last block gives (1280 wide for ViT-H, as PHI-S Sec. 3 and the RADIO release have it; behind the
+# neck 256), and likewise the last block of SAM2's trunk, a token for 32 x 32 px (we chose).
 CLIP_BLOCKS = "vision_model.encoder.layers"
 FAMILIES = {
     "siglip": Family("SiglipVisionModel", "fixed", HALF_RGB, "encoder.layers"),
@@ -177,7 +180,7 @@ FAMILIES = {
     ),
     "dinov3_vit": Family("DINOv3ViTModel", "native", IMAGENET, "model.layer", class_tokens=1),
     "sam": Family("SamVisionModel", "canvas", IMAGENET, "vision_encoder.layers", None),
-    "sam2": Family("Sam2VisionModel", "canvas", IMAGENET, None, None),  # its neck needs all layers
+    "sam2": Family("Sam2VisionModel", "canvas", IMAGENET, None, None),  # its stages need all layers
 }
 
 
@@ -188,10 +191,8 @@ def read_transformers(family: Family, model: Any, pixels_BCHW: Tensor) -> Readin
     else:
         out = model(pixel_values=pixels_BCHW)
     tokens = out.last_hidden_state
-    if family.model == "Sam2VisionModel":  # Hiera's last stage, (B, h, w, C)
-        return None, tokens, None
     if family.summary is None:
-        return None, rearrange(tokens, "b c h w -> b h w c"), None
+        return None, tokens, None  # (B, h, w, C)
     registers = getattr(model.config, "num_register_tokens", 0)
     start, end = family.class_tokens, family.class_tokens + registers
     h = pixels_BCHW.shape[2] // model.config.patch_size
@@ -227,6 +228,8 @@ def load_transformers(spec: TeacherSpec) -> Backbone:
         sizes = sam2_sizes(tower.backbone_config)
     else:
         network = load_network(spec, family.model, config=tower)
+        if kind == "sam":
+            network.vision_encoder.neck = nn.Identity()
         side = NATIVE_SIDE if family.kind == "native" else tower.image_size
         sizes = SizeRule(family.kind, tower.patch_size, side)
     read = partial(read_transformers, family)
@@ -537,9 +540,10 @@ class Teacher:
         self.fingerprint = self._fingerprint()
         self.network.to(self.device)
         self._text: Callable[[list[str]], Tensor] | None = None
-        side = backbone.sizes.side if backbone.sizes.kind in ("fixed", "canvas") else self.patch
-        with torch.no_grad():  # its widths, off one blank picture
-            ((summary, patches, registers),) = self._read([torch.zeros(3, side, side)])
+        is_canvas, side = backbone.sizes.kind == "canvas", backbone.sizes.side
+        usual = (side, side) if is_canvas else self.size_for(224, 224)
+        with torch.no_grad():  # its widths and its registers, off one blank picture
+            ((summary, patches, registers),) = self._read([torch.zeros(3, *usual)])
         self.dim = patches.shape[-1]
         self.summary_dim = None if summary is None else len(summary)
         self.registers = 0 if registers is None else len(registers)
@@ -552,6 +556,7 @@ class Teacher:
             config = {k: v for k, v in config.to_dict().items() if k not in volatile}
         rule = [type(self.network).__name__, asdict(self.size_for), self.backbone.stats]
         facts = [*rule, str(self.dtype), config, "antialiased bicubic"]
+        facts += ["mean outside the picture"] if self.size_for.kind == "canvas" else []
         total = hashlib.sha256(json.dumps(facts, sort_keys=True, default=repr).encode())
         for key, tensor in sorted(self.network.state_dict().items()):
             total.update(f"{key} {tuple(tensor.shape)}".encode())
@@ -562,16 +567,21 @@ class Teacher:
         """B pictures (3, H, W) in [0, 1], of any sizes -> their features."""
         return self.features([self.prepare(image) for image in images])
 
-    def targets(self, samples: list[Sample], sizes: Any = None) -> TeacherOutput:
+    def targets(
+        self, samples: list[Sample], sizes: Any = None, boxes: list[Box | None] | None = None
+    ) -> TeacherOutput:
         """The features of B samples' pictures, computed now.
 
         sizes: (height, width) at which the student sees each; a native teacher then sees no more,
-            and more pictures share a mosaic (RADIO Sec. 2.1 and 2.2). Other kinds have their own.
+            and more pictures share a mosaic (RADIOv2.5: mosaic augmentation). Other kinds have
+            their own.
+        boxes: the part of each picture that this teacher sees (C-RADIOv4 Eq. 1); None: all of it.
         """
+        none: list[None] = [None] * len(samples)
         if sizes is None or self.size_for.kind not in ("native", "canvas"):
-            sizes = [None] * len(samples)
-        pairs = zip(samples, sizes, strict=True)
-        return self([to_float(sample.image, size) for sample, size in pairs])
+            sizes = none
+        parts = zip(samples, sizes, boxes or none, strict=True)
+        return self([to_float(sample.image, size, box) for sample, size, box in parts])
 
     def text(self, texts: list[str]) -> Tensor:
         """n strings -> (n, C) in the space of the summaries, not normalised, for zero-shot."""
@@ -598,7 +608,9 @@ class Teacher:
         for batch in self._batches(prepared, share_canvas):
             pictures = [prepared[i] for i in batch]
             if self.size_for.kind == "canvas":
-                canvas, boxes = mosaic(pictures, self.size_for.side, self.patch)
+                # its mean where no picture is: 0 after normalisation, as SAM's makers pad
+                mean = self.backbone.stats[0]
+                canvas, boxes = mosaic(pictures, self.size_for.side, self.patch, fill=mean)
                 ((_, map_hwC, _),) = self._read([canvas])
                 found: list[Row] = [(None, map_hwC[y : y + h, x : x + w], None)
                                     for y, x, h, w in boxes]  # fmt: skip
@@ -653,7 +665,7 @@ TAIL = struct.Struct("<QI8s")  # length and crc32 of the index, magic
 
 def write_shard(path: Path, blobs: list[bytes], index: dict[str, Any]) -> None:
     """Blobs, index, tail; written beside `path` and renamed: a kill leaves all of it or nothing."""
-    head = json.dumps(index).encode()
+    head = json.dumps(index, allow_nan=False).encode()
     half = path.with_suffix(".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -740,9 +752,12 @@ class CachedTeacher(Teacher):
         path = self.folder / f"{uuid.uuid4().hex[:16]}.features"
         write_shard(path, blobs, index | {"records": records})
 
-    def targets(self, samples: list[Sample], sizes: Any = None) -> TeacherOutput:
+    def targets(self, samples: list[Sample], sizes: Any = None, boxes: Any = None) -> TeacherOutput:
         """The stored features of B samples, in float32, of one size each whatever `sizes` are."""
         del sizes
+        if boxes is not None:  # to shift the student's view alone would leave summaries of another
+            raise TeacherError(f"teacher {self.name}: {self.folder} holds features of whole "
+                               "pictures, not of shifted views; pass --cache none")  # fmt: skip
         return self.collect([self._look_up(sample) for sample in samples])
 
     def _look_up(self, sample: Sample) -> Row:

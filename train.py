@@ -41,7 +41,16 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
 import losses
-from eval import extract, final_report, first_pictures, format_table, knn, pca_sheet
+from eval import (
+    extract,
+    final_report,
+    finite,
+    first_pictures,
+    format_table,
+    knn,
+    pca_sheet,
+    random_control,
+)
 from model import (
     HALF_RGB,
     MODELS,
@@ -170,9 +179,10 @@ class TrainConfig:
         "mse", "feature loss of patches and registers", choices=tuple(losses.KINDS)
     )
     summary_loss: str = option("mse", "feature loss of summaries", choices=(*losses.KINDS, "angle"))
-    shift: int = option(
-        0, "patches by which the student's view is shifted at most; its patches then learn where "
-        "they were, not a teacher's fixed pattern (C-RADIOv4 Eq. 1)"
+    shift: float = option(
+        0.0, "deviation, in patches, of the whole-patch moves of the student's view and each "
+        "teacher's own, so that no fixed pattern of a teacher is learnt (C-RADIOv4 Eq. 1: 0.5); "
+        "0: all see the same. Needs live teachers, --cache none"
     )  # fmt: skip
     relation: str = option("arkd", "relational loss of summaries", choices=("arkd", "rkd", "none"))
     relation_mean: str = option(
@@ -229,9 +239,17 @@ class TrainConfig:
                 f"data_weights has {len(self.data_weights)} numbers for {len(self.data)} sources; "
                 "pass one per --data SOURCE"
             )
+        for name, value in vars(self).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{name}={value} must be a finite number")
         for name in ("steps", "save_every", "keep", "log_every", "stats_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.shift < 0 or (self.shift and self.cache != "none"):
+            raise ValueError(
+                f"shift={self.shift} with cache={self.cache}: it must be 0 or more, and above 0 "
+                "each teacher sees views that no cache holds; pass --cache none"
+            )
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema={self.ema} must be at least 0 and below 1")
         untils = [stage.until for stage in self.stages]
@@ -513,10 +531,14 @@ class Trainer:
             seen = [self.supervised(t.name, stage, batch) for t in self.teachers]
             counts += torch.tensor([len(batch.skipped), *map(len, seen)])
             for teacher, own in zip(self.teachers, seen, strict=True):
-                samples, sizes = [batch.samples[i] for i in own], [batch.sizes[i] for i in own]
-                target = teacher.targets(samples, sizes).to(self.group.device)
+                boxes = batch.boxes(teacher.name)
+                target = teacher.targets(
+                    [batch.samples[i] for i in own],
+                    [batch.sizes[i] for i in own],
+                    boxes and [boxes[i] for i in own],
+                ).to(self.group.device)
                 try:
-                    spaces[teacher.name].update(target, [batch.wholes[i] for i in own])
+                    spaces[teacher.name].update(target, [batch.grids[i] for i in own])
                 except ValueError as error:
                     raise Standstill(f"statistics of teacher {teacher.name}: {error}") from error
         bad, *good = sum_over_ranks(counts.to(self.group.device)).tolist()
@@ -630,9 +652,12 @@ class Trainer:
 
     def targets(self, batch: PackedBatch) -> dict[str, TeacherOutput]:
         """What the teachers say of a batch's pictures, in the space of the loss."""
-        raw = {t.name: t.targets(batch.samples, batch.sizes) for t in self.teachers}
+        raw = {
+            t.name: t.targets(batch.samples, batch.sizes, batch.boxes(t.name))
+            for t in self.teachers
+        }
         raw = {name: target.to(self.group.device) for name, target in raw.items()}
-        return {name: self.spaces[name](target, batch.wholes) for name, target in raw.items()}
+        return {name: self.spaces[name](target, batch.grids) for name, target in raw.items()}
 
     def token_count(self, batch: PackedBatch) -> int:
         return sum(batch.lengths) + self.student.config.prefix * len(batch)
@@ -723,11 +748,10 @@ class Trainer:
         for name, target in targets.items():
             summary_B, patch_B = weights[name]
             patches_MC, maps, how = out.patches[name], target.patches, self.cfg.patch_loss
-            if self.cfg.shift:  # the teacher saw the whole picture, a part of which the student saw
-                maps = [losses.resize_map(*x) for x in zip(maps, batch.wholes, strict=True)]
-                loss_B = losses.shift_loss(
-                    patches_MC, batch.grids, batch.origins, maps, [(0, 0)] * len(maps), how
-                )
+            if batch.views:  # each saw its own part of the picture, all of as many patches
+                maps = [losses.resize_map(*x) for x in zip(maps, batch.grids, strict=True)]
+                ours, theirs = ([v.origin for v in batch.views[key]] for key in ("", name))
+                loss_B = losses.shift_loss(patches_MC, batch.grids, ours, maps, theirs, how)
             else:
                 loss_B = losses.patch_loss(patches_MC, batch.grids, maps, how)
             parts[f"{name}/patches"] = (loss_B * patch_B).sum()
@@ -1171,12 +1195,13 @@ class Log:
         old = self.path.read_text().splitlines()[1:] if self.path.exists() else []
         whole = [line for line in old if line.endswith("}")]
         kept = [line for line in whole if json.loads(line)["step"] <= last_step]
-        write_text(self.path, "\n".join([json.dumps(header), *kept]) + "\n")
+        first = json.dumps(header, allow_nan=False)
+        write_text(self.path, "\n".join([first, *kept]) + "\n")
 
     def write(self, row: dict) -> None:
         if self.main:
             with self.path.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+                file.write(json.dumps(row, allow_nan=False) + "\n")
 
     def rows(self) -> list[dict]:
         return [json.loads(line) for line in self.path.read_text().splitlines()[1:]]
@@ -1282,7 +1307,7 @@ def make_stages(cfg: TrainConfig, sources: list[Source], student: Student, group
         stages.append(
             StepData(
                 partitions, patch, prefix, cfg.seed + number, group.rank, group.world,
-                shift=cfg.shift,
+                shift=cfg.shift, teachers=[head.name for head in student.config.heads],
             )
         )  # fmt: skip
     return stages
@@ -1386,16 +1411,26 @@ def note_scan(cfg: TrainConfig, sources: list[Source]) -> dict[str, str]:
     return skipped
 
 
+def note_registers(config: ModelConfig, teachers: list[Teacher]) -> None:
+    """Name the teachers whose registers no head is asked for; RADIO's form matches none."""
+    unused = {head.name for head in config.heads if not head.registers and config.form == "amoe"}
+    for teacher in teachers if is_main() else ():
+        if teacher.name in unused and teacher.registers:
+            print(f"teacher {teacher.name} has {teacher.registers} registers, the student "
+                  f"{config.registers}: they are matched one to one, so these have no loss; it "
+                  "takes a --model with as many", file=sys.stderr)  # fmt: skip
+
+
 def metrics_row(run: Run, result: StepResult, tokens_per_s: float) -> dict:
     parts = {f"loss/{name}": value for name, value in result.losses.items()}
     record, devices = run.record, run.trainer.group.world
-    return {
+    return finite({
         "step": record["step"], **parts, "lr": result.lr, "grad_norm": result.grad_norm,
         "tokens_per_s": round(tokens_per_s, 1),
         "tokens_per_s_device": round(tokens_per_s / devices, 1),
         "moe/max_load": result.max_load,
         "images": record["images"], "tokens": record["tokens"],
-    }  # fmt: skip
+    }, **{"moe/max_load": "the step has no token"})  # fmt: skip
 
 
 def save(run: Run) -> None:
@@ -1443,20 +1478,16 @@ def finish(run: Run) -> None:
     out, cfg = Path(run.cfg.out), run.cfg
     device = str(run.trainer.group.device)
     student = load_student(out / f"step_{cfg.steps:06d}" / "model.pt", device=device)
-    untrained, folded_heads = build_student(cfg, run.trainer.teachers)
-    # as each teacher's mean, so that it starts where a trained one did
-    for name, head in untrained.to(device).heads.items():
-        if name not in folded_heads:
-            run.trainer.spaces[name].fold_into(head, is_new=True)
+    control = random_control(student, cfg.seed)
     teachers = {t.name: t for t in run.trainer.teachers}
     report = final_report(
-        student, untrained, teachers, run.train_sources[0], run.held_out, limit=1000
+        student, control, teachers, run.train_sources[0], run.held_out, limit=1000
     )
     draw_pca(run, student)
     skipped = run.record["skipped"] | report["skipped"]
     summary = {"steps": cfg.steps, "minutes": run.record["seconds"] / 60, "report": report,
                "skipped": skipped, "config": cfg.identity()}  # fmt: skip
-    write_text(out / "summary.json", json.dumps(summary, indent=1))
+    write_text(out / "summary.json", json.dumps(summary, indent=1, allow_nan=False))
     print(format_table(report))
     print(f"{out / 'pca.png'}  {out / 'curves.png'}  {out / 'summary.json'}")
 
@@ -1506,13 +1537,14 @@ def prepare(cfg: TrainConfig) -> Run:
     Path(cfg.out).mkdir(parents=True, exist_ok=True)
     if group.rank == 0:  # a folder that can't be written to is found out before any work
         fields = {f.name: _plain(getattr(cfg, f.name)) for f in dataclasses.fields(cfg)}
-        write_text(Path(cfg.out) / "config.json", json.dumps(fields, indent=1))
+        write_text(Path(cfg.out) / "config.json", json.dumps(fields, indent=1, allow_nan=False))
     train_sources, held_out = open_sources(cfg)
     scanned, folder = note_scan(cfg, train_sources), agree_on_checkpoint(cfg, group)
     if not folder and group.rank == 0:  # before a restart could take them for this run's
         set_aside(cfg, 0)
     teachers = load_teachers(cfg, [*train_sources, held_out], group)
     trainer = Trainer(cfg, group, teachers)
+    note_registers(trainer.student.config, teachers)
     stages = make_stages(cfg, train_sources, trainer.student, group)
     identity = {**cfg.identity(), "sources": [s.fingerprint() for s in train_sources],
                 "fingerprints": {t.name: t.fingerprint for t in teachers}}  # fmt: skip

@@ -324,8 +324,9 @@ def test_fidelity_equals_loops():
     z, s = (teacher - mean) / deviation, (student - mean) / deviation
     explained = 1 - (z - s).square().mean() / z.var(0, correction=0).mean()
     assert row["value"] == pytest.approx(float(explained), rel=1e-5)
-    constant = 1 - z.square().mean() / z.var(0, correction=0).mean()
-    assert row["value_constant"] == pytest.approx(float(constant), rel=1e-4)
+    constant = ev.Fidelity([train]).report((train.mean(0)[None], x) for x in teacher.split(1))
+    wanted = 1 - z.square().mean() / z.var(0, correction=0).mean()
+    assert constant["value"] == pytest.approx(float(wanted), rel=1e-4)
     fidelity = teacher.var(correction=0) / (teacher - student).square().mean()
     assert row["fidelity"] == pytest.approx(float(fidelity), rel=1e-5)
     centred = F.cosine_similarity(student - mean, teacher - mean).mean()
@@ -338,16 +339,76 @@ def test_the_training_mean_scores_as_the_constant():
     train, teacher = (torch.randn(n, 5, generator=generator) + 9 for n in (40, 12))
     pairs = [(train.mean(0, keepdim=True), x) for x in teacher.split(1)]
     row = ev.Fidelity([train]).report(pairs)
-    assert row["value"] == pytest.approx(row["value_constant"], abs=1e-5) and row["value"] < 0
-    assert row["fidelity"] == pytest.approx(row["fidelity_constant"], rel=1e-4)
+    found = [ev.FeatureSet(summary={"teacher/a": x}, patches={"teacher/a": []})
+             for x in (train, teacher)]  # fmt: skip
+    found[1].summary["student/a"] = torch.zeros_like(teacher)
+    same = ev.fidelity(*found)["constant/a summary"]
+    assert row["value"] == pytest.approx(same["value"], abs=1e-5) and row["value"] < 0
+    assert row["fidelity"] == pytest.approx(same["fidelity"], rel=1e-4)
     assert row["cosine"] > 0.9 and abs(row["centred_cosine"]) < 1e-3  # the trap
+
+
+@pytest.mark.parametrize("n", [16, 81])
+def test_an_interval_of_the_variance_explained_holds_its_value(n):
+    sides = []
+    for seed in range(12):
+        generator = torch.Generator().manual_seed(seed)
+        train, teacher, noise = (torch.randn(m, 24, generator=generator) for m in (500, n, n))
+        student, measure = 0.6 * teacher + 0.1 * noise, ev.Fidelity([train])
+        row = measure.report(zip(student.split(1), teacher.split(1), strict=True))
+        assert row["low"] < row["value"] < row["high"]
+        sides.append((row["value"] - row["low"]) / (row["high"] - row["value"]))
+        constant = measure.report((measure.mean_C[None], x) for x in teacher.split(1))
+        assert constant["low"] < constant["value"] < constant["high"]
+    assert 0.5 < np.mean(sides) < 2  # in the middle of it
+
+
+def test_the_interval_is_a_bootstrap_about_the_held_out_mean():
+    generator = torch.Generator().manual_seed(0)
+    train, teacher, student = (torch.randn(n, 3, generator=generator) for n in (50, 20, 20))
+    row = ev.Fidelity([train]).report(zip(student.split(1), teacher.split(1), strict=True))
+    scale, rng = train.std(0, correction=0).numpy(), np.random.default_rng(0)
+    error = (((student - teacher).numpy() / scale) ** 2).mean(1)
+    spread = (((teacher - teacher.mean(0)).numpy() / scale) ** 2).mean(1)
+    picks = rng.integers(20, size=(4000, 20))
+    low, high = np.quantile(1 - error[picks].sum(1) / spread[picks].sum(1), [0.025, 0.975])
+    assert (row["low"], row["high"]) == pytest.approx((low, high), abs=0.06)
 
 
 def test_a_dead_channel_is_left_out():
     train = torch.cat([torch.randn(20, 3), torch.zeros(20, 1)], 1)
     teacher = torch.cat([torch.randn(6, 3), torch.ones(6, 1)], 1)
     row = ev.Fidelity([train]).report([(x, x) for x in teacher.split(1)])
-    assert row["value"] == 1 and np.isfinite(row["value_constant"])
+    assert row["value"] == 1 and row["fidelity"] is None and "no error" in row["reason"]
+
+
+def test_a_figure_without_denominator_is_none_with_its_reason_and_no_part_of_a_mean(sets):
+    train, test = only(sets, "teacher/a", "student/a", "teacher/b", "student/b")
+    for found in (train, test):
+        first_C = found.summary["teacher/a"][0]
+        found.summary["teacher/a"] = first_C.expand(len(found.samples), -1)
+    rows = ev.fidelity(train, test)
+    row = rows["student/a summary"]
+    assert row["value"] is row["low"] is row["high"] is None
+    assert row["reason"] == "value: the teacher says the same of all held-out pictures"
+    left = [rows[f"student/{part}"]["value"] for part in ("a patches", "b summary", "b patches")]
+    assert rows["student mean"] == {"value": pytest.approx(np.mean(left)), "parts": 3}
+    assert ev.finite({"value": float("inf"), "n": 2}, value="x") == {
+        "value": None, "n": 2, "reason": "value: x"}  # fmt: skip
+    # no picture is of the third class, and no mask has it
+    some = [i for i in range(30) if i % 3 < 2]
+    less = replace(
+        test, samples=[test.samples[i] for i in some], dense=list(range(20)),
+        summary={k: x[some] for k, x in test.summary.items()},
+        patches={k: [x[i] for i in some] for k, x in test.patches.items()},
+    )  # fmt: skip
+    assert ev.knn(train, less, per_class=True)["teacher/a"]["per_class"]["owl"] is None
+    marks = ev.segmentation(train, less, per_class=True)["teacher/a"]
+    assert marks["per_class"][3] is None and marks["value"] > 0 and "per_class" in marks["reason"]
+    assert ev.scale_variance([[torch.ones(2, 2, 3)]] * 2)["value"] is None
+    table = ev.format_rows("t", rows | {"none": row}, ("fidelity",))
+    assert "       -   " in table and "says the same of all" in table
+    json.dumps([rows, marks], allow_nan=False)
 
 
 def test_grids_are_compared_as_the_losses_do():
@@ -567,17 +628,31 @@ def test_pictures_for_a_sheet_are_those_that_decode(tmp_path):
 
 def test_final_report_has_every_row():
     teachers, student = models()["teacher"], models()["student"]
-    untrained, sources = Heads(a=Network(3), b=Network(4)), (Pictures(60), Pictures(24, seed=1))
-    report = ev.final_report(student, untrained, teachers, *sources, limit=48)
+    control, sources = Heads(a=Network(3), b=Network(4)), (Pictures(60), Pictures(24, seed=1))
+    report = ev.final_report(student, control, teachers, *sources, limit=48)
     assert report["knn"]["pixels"]["n"] == 24
-    rows = {"teacher/a", "student/a", "student/concat", "untrained/b", "pixels", "majority class"}
+    rows = {"teacher/a", "student/a", "student/concat", "random/b", "pixels", "majority class"}
     assert rows <= report["knn"].keys() and report["left out"] == {}
     assert report["fidelity"]["student/a patches"]["value"] == 1
-    assert report["fidelity"]["untrained mean"]["value"] < 0.5
+    assert abs(report["fidelity"]["constant/a patches"]["value"]) < 0.1
+    assert "constant mean" in report["fidelity"] and "random mean" not in report["fidelity"]
     assert report["foreground"]["student/a"] == report["foreground"]["teacher/a"]
     table = ev.format_table(report)
     assert "majority class" in table and "student mean" in table
-    json.dumps(report)
+    json.dumps(report, allow_nan=False)
+
+
+def test_the_random_control_tells_pictures_apart():
+    """A student as training starts from it does not: its blocks are the identity."""
+    fresh = Student(MODELS["test"])
+    control = ev.random_control(fresh, seed=3)
+    found = ev.extract({"fresh": fresh, "random": control}, Pictures(6), dense=0)
+    spread = {name: float(x.std(0).mean() / x.std()) for name, x in found.summary.items()}
+    assert spread["fresh/trunk"] < 1e-5 and spread["random/trunk"] > 0.05
+    again = ev.random_control(fresh, seed=3).state_dict()
+    assert all(torch.equal(x, again[name]) for name, x in control.state_dict().items())
+    weight = control.state_dict()["blocks.0.attn.proj.weight"]
+    assert float(weight.std()) == pytest.approx(weight.shape[1] ** -0.5, rel=0.2)
 
 
 def test_final_report_of_pictures_without_labels_or_masks():
@@ -638,7 +713,7 @@ def test_command_prints_json_last(workplace, capsys):
     ev.main(command(workplace, "knn", "--k", "3"))
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["task"] == "knn" and (result["n_train"], result["n_test"]) == (12, 6)
-    columns = {"teacher/tiny-dense", "student/tiny-dense", "untrained/trunk", "pixels"}
+    columns = {"teacher/tiny-dense", "student/tiny-dense", "random/trunk", "pixels"}
     assert columns <= result["rows"].keys() and result["rows"]["pixels"]["n"] == 6
     ev.main(command(workplace, "pca", "--out", str(workplace / "x.png"), "--sizes", "32", "48"))
     assert (workplace / "x.png").exists()

@@ -30,7 +30,9 @@ from packing import (
     OpenMoji,
     PackedBatch,
     Partition,
+    Sample,
     Sizes,
+    Source,
     StepData,
     Subset,
     decode_image,
@@ -44,6 +46,7 @@ from packing import (
     patchify,
     read_index,
     resize,
+    shifted_views,
     to_float,
     write_index,
 )
@@ -757,26 +760,99 @@ def test_ranks_divide_a_step_and_resuming_changes_nothing():
         StepData(parts, 16, 5, world=3)
 
 
-def test_a_shifted_view_is_a_part_of_its_picture_and_of_nothing_else():
-    parts = one_partition(OpenMoji("train", 60), budget=256)
-    whole, moved = StepData(parts, 16, 5, seed=1), StepData(parts, 16, 5, seed=1, shift=2)
-    origins = set()
-    for step in range(3):
-        for all_of_it, view in zip(whole[step], moved[step], strict=True):
-            assert view.wholes == all_of_it.grids == all_of_it.wholes
-            assert all_of_it.origins == [(0, 0)] * len(all_of_it)
-            pictures = all_of_it.patches_MX.split(all_of_it.lengths)
-            crops = view.patches_MX.split(view.lengths)
-            for picture, full, crop, (h, w), (y, x) in zip(
-                pictures, view.wholes, crops, view.grids, view.origins, strict=True
+def test_views_move_by_whole_patches_each_by_its_own_draw_and_nothing_is_cut():
+    names, moves = ("", "a", "b"), []
+    for i in range(1000):
+        views = shifted_views((6, 9), names, 0.5, torch.Generator().manual_seed(i))
+        origins = np.array([views[name].origin for name in names])
+        moves.append(origins)
+        if views[""].box is None:
+            assert (origins == origins[0]).all()
+            continue
+        boxes = np.array([views[name].box for name in names])
+        sides = np.array([6, 9]) / (boxes[:, 2:] - boxes[:, :2])  # of the picture, in patches
+        np.testing.assert_allclose(sides, sides[:1].repeat(3, 0))
+        np.testing.assert_allclose(sides[0, 0] / 6, sides[0, 1] / 9)  # its aspect
+        places = boxes[:, :2] * sides
+        np.testing.assert_allclose(places - places[0], origins - origins[0], atol=1e-9)
+        assert boxes.min() >= 0 and boxes.max() <= 1
+        used = boxes[:, 2:].max(0) - boxes[:, :2].min(0)  # no larger than it must be
+        assert used.max() == pytest.approx(1)
+    moves = np.array(moves)
+    # P(|N(0, 1)| < 1) = .6827 and P(1 < |N(0, 1)| < 3) = .3146, a half on either side
+    for move, chance in ((0, 0.6827), (1, 0.1573), (-1, 0.1573)):
+        np.testing.assert_allclose((moves == move).mean((0, 2)), chance, atol=0.04)
+    assert 0 < (np.abs(moves) > 1).mean() < 0.01 and np.abs(moves).max() <= 2
+    flat = moves.reshape(len(moves), 6)
+    assert np.abs(np.corrcoef(flat.T) - np.eye(6)).max() < 0.12  # three lookers, two axes
+    for i in range(50):  # where there is little room: any two must overlap
+        origins = [v.origin for v in shifted_views(
+            (2, 3), names, 9.0, torch.Generator().manual_seed(i)).values()]  # fmt: skip
+        assert all(y == 0 and abs(x) <= 1 for y, x in origins)
+
+
+class Ramps(Source):
+    """Pictures whose red says the row and whose green the column, as shares of their sides."""
+
+    name, skipped = "ramps", {}
+
+    def __len__(self):
+        return 60
+
+    def size(self, i):
+        return 80 + 16 * (i % 3), 96
+
+    def record(self, i):
+        return {"key": str(i)}
+
+    def load(self, i, _=None):
+        h, w = self.size(i)
+        image = np.zeros((h, w, 3), np.uint8)
+        image[..., 0] = np.linspace(0, 255, h)[:, None]
+        image[..., 1] = np.linspace(0, 255, w)
+        return Sample(str(i), str(i), image)
+
+
+def test_shifted_views_of_a_batch_agree_on_what_lies_where():
+    parts = one_partition(Ramps(), budget=256)
+    whole = StepData(parts, 16, 5, seed=1)
+    moved, compared = StepData(parts, 16, 5, seed=1, shift=0.5, teachers=["a"]), 0
+    for step in range(2):
+        for plain, batch in zip(whole[step], moved[step], strict=True):
+            assert batch.grids == plain.grids and not plain.views  # of full size
+            assert list(batch.views) == ["", "a"] and plain.boxes("a") is None
+            for i, (picture, (h, w)) in enumerate(
+                zip(batch.patches_MX.split(batch.lengths), batch.grids, strict=True)
             ):
-                assert full[0] - 2 <= h <= full[0] - y and full[1] - 2 <= w <= full[1] - x
-                window = picture.unflatten(0, full)[y : y + h, x : x + w]
-                assert torch.equal(crop.unflatten(0, (h, w)), window)
-                origins.add((y, x))
-    assert len(origins) == 9  # 0, 1 or 2 rows and columns are cut off
-    assert whole.plan(0) == moved.plan(0)  # the same pictures in the same packs
-    assert PackedBatch.cat(moved[0]).origins == [o for batch in moved[0] for o in batch.origins]
+                theirs = to_float(batch.samples[i].image, (16 * h, 16 * w), batch.boxes("a")[i])
+                (y, x), (ty, tx) = (batch.views[name][i].origin for name in ("", "a"))
+                means = [p.unflatten(0, (h, w)).unflatten(-1, (-1, 3)).mean(2)
+                         for p in (picture, patchify(theirs, 16))]  # fmt: skip
+                top, left = max(y, ty), max(x, tx)
+                bottom, right = min(y, ty) + h, min(x, tx) + w
+                ours = means[0][top - y : bottom - y, left - x : right - x, :2]
+                other = means[1][top - ty : bottom - ty, left - tx : right - tx, :2]
+                torch.testing.assert_close(ours, other, atol=0.004, rtol=0)
+                compared += (y, x) != (ty, tx)
+    assert compared > 5 and whole.plan(0) == moved.plan(0)
+
+
+def test_a_view_depends_on_seed_epoch_and_sample_alone():
+    def views(budget, packs, rank, world, seed, steps):
+        parts = one_partition(Ramps(), budget=budget, packs_per_step=packs)
+        data = StepData(parts, 16, 5, seed, rank, world, shift=0.5, teachers=["a"])
+        batch = PackedBatch.cat([b for step in steps(data) for b in data[step]])
+        found = zip(*batch.views.values(), strict=True)
+        return dict(zip((s.key for s in batch.samples), found, strict=True))
+
+    first = lambda data: range(data.steps_in(0))  # noqa: E731
+    second = lambda data: range(data.steps_in(0), data.steps_in(0) + data.steps_in(1))  # noqa: E731
+    one = views(256, 2, 0, 1, 1, first)
+    two = views(128, 2, 0, 2, 1, first) | views(128, 2, 1, 2, 1, first)
+    shared = one.keys() & two.keys()
+    assert len(shared) > 40 and all(one[key] == two[key] for key in shared)
+    for other in (views(256, 2, 0, 1, 1, second), views(256, 2, 0, 1, 2, first)):
+        assert sum(one[key] != other[key] for key in one.keys() & other.keys()) > 20
 
 
 @pytest.mark.slow

@@ -270,11 +270,15 @@ def test_map_family_equals_the_class_by_hand(tmp_path, family, side, patch):
     model = make(tmp_path, family)
     teacher = load_teacher(TeacherSpec("t", str(tmp_path)))
     picture = image(side, side)
+    seen = {}
+    neck = model.vision_encoder.neck if family == "sam" else model.backbone
+    neck.register_forward_hook(lambda _, given, got: seen.update(given=given, got=got))
     with torch.no_grad():
-        hand = model(pixel_values=normalised(picture, family)).last_hidden_state[0]
+        model(pixel_values=normalised(picture, family))
+    hand = seen["given"][0][0] if family == "sam" else seen["got"].last_hidden_state[0]
     out = teacher([picture])
     assert out.summary_BC is None and teacher.summary_dim is None and teacher.patch == patch
-    hand = hand.permute(1, 2, 0) if family == "sam" else hand
+    assert teacher.dim == (SAM_CONFIG["hidden_size"] if family == "sam" else 64)  # before the neck
     torch.testing.assert_close(out.patches[0], hand, atol=1e-5, rtol=1e-5)
     half = teacher([picture[:, :, : side // 2]]).patches[0]
     assert half.shape == (side // patch, side // patch // 2, teacher.dim)
@@ -309,8 +313,36 @@ def test_sam_sees_a_mosaic_and_gives_each_picture_its_cell(tmp_path):
     assert len(runs) == 4 + 7
     sizes = [p.shape for p in shared.patches]
     assert sizes == [p.shape for p in alone.patches]
-    assert sizes[:1] + sizes[5:] == [(4, 3, 12), (8, 4, 12), (8, 2, 12)]
+    assert sizes[:1] + sizes[5:] == [(4, 3, 32), (8, 4, 32), (8, 2, 32)]
     torch.testing.assert_close(shared.patches[5], alone.patches[5], atol=1e-5, rtol=1e-5)
+
+
+def test_an_empty_canvas_is_zero_after_normalisation():
+    seen = []
+
+    def read(_, pixels_BCHW):
+        seen.append(pixels_BCHW[0])
+        return None, pixels_BCHW.movedim(1, -1)[:, ::8, ::8], None
+
+    teacher = Teacher("t", Backbone(torch.nn.Identity(), read, SizeRule("canvas", 8, 64)))
+    teacher([image(24, 16), image(16, 24, seed=1)])  # cells of 32 px, two of four
+    is_empty = torch.ones(64, 64, dtype=torch.bool)
+    is_empty[:24, :16] = is_empty[:16, 32:56] = False
+    assert (seen[-1][:, is_empty] == 0).all() and (seen[-1][:, ~is_empty] != 0).any()
+    # Caches hold features of a grey canvas under this fingerprint; those of other kinds still hold.
+    assert not teacher.fingerprint.startswith("b0270d1d2f1b82cb")
+    assert tiny().fingerprint.startswith("71fe9d36be063683")
+
+
+def test_registers_are_counted_on_a_usual_picture():
+    def read(_, pixels_BCHW):  # a register for each quarter of the patches
+        map_BhwC = reduce(pixels_BCHW, "b c (h p) (w q) -> b h w c", "mean", p=8, q=8)
+        quarters = [x.mean(1) for x in map_BhwC.flatten(1, 2).chunk(4, dim=1)]
+        return None, map_BhwC, torch.stack(quarters, 1)
+
+    for kind in ("native", "area", "fixed"):
+        teacher = Teacher("t", Backbone(torch.nn.Identity(), read, SizeRule(kind, 8, 64)))
+        assert teacher.registers == teacher([image(48, 64)]).registers_BRC.shape[1] == 4
 
 
 RAGGED = [(48, 72), (8, 30), (61, 17), (64, 64), (33, 9), (24, 60)]  # heights and widths
@@ -860,6 +892,14 @@ def test_a_live_teacher_sees_no_more_pixels_than_the_student(kind, calls):
     if kind != "area":
         assert [x.shape for x in out.patches] == [(4, 4, 3)] * 4
         assert seen[0][2:] == ((32, 32) if kind == "native" else (64, 64))
+
+
+def test_a_cache_refuses_views_that_it_does_not_hold(tmp_path):
+    cached, samples = CachedTeacher(tiny(), tmp_path), Pictures(1).samples()
+    cached.fill(Pictures(1))
+    assert len(cached.targets(samples, [(32, 32)], None).patches) == 1
+    with pytest.raises(TeacherError, match="pass --cache none"):
+        cached.targets(samples, [(32, 32)], [(0.0, 0.0, 0.5, 0.5)])
 
 
 def test_longer_shard_and_garbage_are_refused(tmp_path):
