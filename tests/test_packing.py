@@ -801,7 +801,7 @@ def test_a_batch_is_its_pictures_one_after_the_other():
     empty = PackedBatch.from_images([], 16)
     both = PackedBatch.cat([batch, empty, batch])
     assert len(both) == 4 and both.partition_B == [0] * 4 and batch.grids == [(2, 1), (1, 3)]
-    assert both.sizes == [(32, 16), (16, 48)] * 2 and both.wholes == both.grids
+    assert both.wholes == both.grids and both.origins == [(0, 0)] * 4
     assert both.to("cpu").patches_MX.shape == (10, 768)
     with pytest.raises(RuntimeError, match="can't divide axis of length 30 in chunks of 16"):
         PackedBatch.from_images([torch.rand(3, 30, 16)], 16)
