@@ -510,10 +510,9 @@ def test_each_ranks_slice_of_the_gathered_gradient_is_the_whole_gradients():
 
 
 SMALL_SIZES = (1, 2, 4, 8, 12, 20, 24, 28, 36, 44, 52, 100, 144, 244)
-WIDE = [pytest.param(n, marks=pytest.mark.slow) for n in PAPER_SIZES if n > 1152]
 
 
-@pytest.mark.parametrize("n", [*SMALL_SIZES, 384, 768, 1024, 1152, *WIDE])
+@pytest.mark.parametrize("n", [*SMALL_SIZES, *PAPER_SIZES])
 def test_hadamard_is_flat_and_orthogonal(n):
     """12, 20, 44 are Paley I, 28 and 244 with 3^3 and 3^5; 36 and 52 Paley II with 17 and 5^2."""
     H = losses.hadamard(n)
@@ -591,8 +590,10 @@ def test_phi_s_without_a_hadamard_matrix_is_flat_on_average(channels):
     assert_phi_s(anisotropic(400, channels), expect_flat=channels < 3)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("channels", PAPER_SIZES[1:])
+WIDE = [pytest.param(n, marks=pytest.mark.slow) for n in PAPER_SIZES if n > 1024]
+
+
+@pytest.mark.parametrize("channels", [768, 1024, *WIDE])
 def test_phi_s_at_the_teachers_widths(channels):
     generator = torch.Generator().manual_seed(0)
     rows_NC = torch.randn(channels + 50, channels, generator=generator, dtype=torch.float64)
@@ -912,7 +913,6 @@ def test_two_ranks_equal_one(tmp_path):
     torch.testing.assert_close(ranks[1]["mean"], mean)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(30))
 def test_random_grids_agree_with_interpolate_and_with_any_split(seed):
     student_MC, grids, teacher = random_pack(seed, images=8, low=1, high=20)

@@ -503,7 +503,6 @@ def test_packed_equals_alone(config):
         close(together[name], parameter.grad, 2e-5)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("config", [MODELS["test"], radio_config()], ids=["amoe", "radio"])
 def test_packed_equals_alone_many_sizes(config):
     student = lively(config)
