@@ -708,24 +708,16 @@ class Other(teachers.TinyNetwork):
     """Another computation on the same weights."""
 
 
-class Ticking(teachers.TinyNetwork):
-    """The same with a buffer, as batch norms have them."""
-
-    def __init__(self, mean):
-        super().__init__(8, 24)
-        self.register_buffer("mean", torch.tensor(mean))
+def buffered(name, values):
+    """A network with a buffer, as batch norms have them."""
+    network = teachers.TinyNetwork(8, 24)
+    network.register_buffer(name, torch.tensor(values))
+    return network
 
 
 def changed_weight():
     network = teachers.TinyNetwork(8, 24)
     network.embed.weight.data[0, 0, 0, 0] += 1e-3
-    return network
-
-
-def exchanged_weights():
-    """The same numbers under two other names."""
-    network = teachers.TinyNetwork(8, 24)
-    network.embed.bias.data, network.mix.bias.data = network.mix.bias.data, network.embed.bias.data
     return network
 
 
@@ -744,10 +736,17 @@ INGREDIENTS = {  # one change of a backbone at a time, or of what a teacher is l
     "deviation": {"stats": (teachers.IMAGENET[0], (0.5, 0.5, 0.5))},
     "dtype": {"dtype": torch.bfloat16},
     "a weight": {"network": changed_weight()},
-    "names": {"network": exchanged_weights()},
     "class": {"network": Other(8, 24)},
-    "a buffer": {"network": Ticking(1.0)},
-    "its value": {"network": Ticking(2.0)},
+    "a buffer": {"network": buffered("mean", [1.0, 2.0, 3.0, 4.0])},
+    "its value": {"network": buffered("mean", [1.0, 2.0, 3.0, 5.0])},
+    "its shape": {"network": buffered("mean", [[1.0, 2.0], [3.0, 4.0]])},
+    "its name": {"network": buffered("mode", [1.0, 2.0, 3.0, 4.0])},
+    "no weights": {"network": torch.nn.Identity(), "read": cell_means},
+    "no weights in bfloat16": {
+        "network": torch.nn.Identity(),
+        "read": cell_means,
+        "dtype": torch.bfloat16,
+    },
     "heads": {"network": configured(heads=2)},
     "more heads": {"network": configured(heads=4)},
     "epsilon": {"network": configured(heads=4, eps=1e-6)},
