@@ -127,6 +127,31 @@ def test_patch_loss_gradient_reaches_the_student_only():
     assert touched == [False, True, False]
 
 
+TO_TEACHER = {  # losses of (student_BC, teacher_BC), each of which the teacher enters as a constant
+    **{kind: lambda x, y, k=kind: losses.vector_loss(x, y, k) for kind in losses.KINDS},
+    "patches": lambda x, y: losses.patch_loss(x, [(2, 3)], [y.view(2, 3, WIDTH)]),
+    "shift": lambda x, y: losses.shift_loss(x, [(2, 3)], [(0, 0)], [y.view(2, 3, WIDTH)], [(1, 0)]),
+    "angle": lambda x, y: losses.angle_loss(x, y, 0.5),
+    "arkd": losses.arkd,
+    "rkd": losses.rkd,
+}
+
+
+@pytest.mark.parametrize("loss", TO_TEACHER.values(), ids=TO_TEACHER)
+def test_no_gradient_reaches_a_teacher(loss):
+    student_BC, teacher_BC = randn(6, WIDTH).requires_grad_(), randn(6, WIDTH, seed=1)
+    teacher_BC.requires_grad_()
+    loss(student_BC, teacher_BC).sum().backward()
+    assert teacher_BC.grad is None and student_BC.grad.abs().sum() > 0
+
+
+def test_cosine_alone_and_with_a_tenth_of_smooth_l1_by_hand():
+    """Right angles and errors of 3 and 4: both in smooth-L1's linear part, 2.5 and 3.5."""
+    x_BC, y_BC = torch.tensor([[3.0, 0.0]]), torch.tensor([[0.0, 4.0]])
+    assert losses.vector_loss(x_BC, y_BC, "cosine").item() == pytest.approx(1)
+    assert losses.vector_loss(x_BC, y_BC, "am-radio").item() == pytest.approx(0.9 + 0.1 * 3)
+
+
 def test_printed_sum_is_the_mean_times_the_width():
     pack = random_pack(seed=5, images=3)
     torch.testing.assert_close(losses.patch_loss(*pack, "sum"), WIDTH * losses.patch_loss(*pack))
@@ -199,6 +224,16 @@ def test_shift_loss_without_shift_is_the_patch_loss():
     origins = [(2, 1)] * 4
     shifted = losses.shift_loss(student_MC, grids, origins, teacher, origins)
     torch.testing.assert_close(shifted, losses.patch_loss(student_MC, grids, teacher))
+
+
+def test_shift_loss_of_any_kind_is_that_of_the_overlap_by_hand():
+    """Crops of 2 x 3 at (0, 0) and of 2 x 2 at (1, 1) share the row (1, 1), (1, 2)."""
+    student_MC, map_hwC = randn(6, WIDTH), randn(2, 2, WIDTH, seed=1)
+    pairs = [(student_MC[4], map_hwC[0, 0]), (student_MC[5], map_hwC[0, 1])]
+    for kind in losses.KINDS:
+        loss = losses.shift_loss(student_MC, [(2, 3)], [(0, 0)], [map_hwC], [(1, 1)], kind)
+        slow = sum(slow_difference(x, y, kind) for x, y in pairs) / 2
+        assert loss.tolist() == pytest.approx([slow])
 
 
 @pytest.mark.parametrize("origin", [(0, 0), (3, 1), (-2, 2)])
@@ -288,6 +323,28 @@ def test_dispersion_of_one_batch_is_exact():
     dispersion.update(y_BC)
     exact = sum(slow_angle(y, y_BC.mean(0)) ** 2 for y in y_BC) / 50
     assert math.isclose(dispersion.value, exact, rel_tol=1e-9)
+
+
+def test_dispersion_measures_each_batch_against_the_mean_of_all_so_far():
+    y_BC, dispersion = randn(6, WIDTH) + 1, losses.Dispersion(WIDTH)
+    squares = [slow_angle(y, y_BC[:2].mean(0)) ** 2 for y in y_BC[:2]]
+    squares += [slow_angle(y, y_BC.mean(0)) ** 2 for y in y_BC[2:]]
+    for rows_BC in (y_BC[:2], y_BC[2:]):
+        dispersion.update(rows_BC)
+    assert math.isclose(dispersion.value, sum(squares) / 6, rel_tol=1e-9)
+
+
+def test_dispersion_counts_each_summary_once_and_forgets_at_a_restore():
+    one, two = losses.Dispersion(WIDTH), losses.Dispersion(WIDTH)
+    one.update(randn(5, WIDTH))
+    before = {name: x.clone() for name, x in one.state_dict().items()}
+    one.synchronize()  # what is known to all ranks by now is not new any more
+    one.synchronize()
+    two.update(randn(9, WIDTH, seed=1))
+    two.load_state_dict(one.state_dict())
+    for name, x in before.items():
+        torch.testing.assert_close(one.state_dict()[name], x)
+        torch.testing.assert_close(two.state_dict()[name], x)
 
 
 # --------------------------------------------------------------------------------------- ARKD, RKD
@@ -421,6 +478,37 @@ def test_a_students_scale_is_free_over_its_own_mean(name, size):
     assert teacher_BC.grad is None
 
 
+@pytest.mark.parametrize("name", ["arkd", "rkd"])
+def test_summaries_equal_to_rounding_are_duplicates_and_others_are_not(name):
+    """A student whose blocks start as the identity gives all images one summary, to rounding."""
+    base_BC = torch.full((6, WIDTH), 100.0)
+    noise_BC, teacher_BC = randn(6, WIDTH, dtype=torch.float32), randn(6, WIDTH, seed=1)
+    for size, is_apart in ((1e-5, False), (0.05, True)):
+        student_BC = (base_BC + size * noise_BC).requires_grad_()
+        getattr(losses, name)(student_BC, teacher_BC, "teacher").backward()
+        assert bool((student_BC.grad != 0).any()) == is_apart
+
+
+@pytest.mark.parametrize(
+    ("positions", "charged"),
+    [((0, 4, 7, 9), {(0, 1)}), ((0, 2, 7, 13), {(1, 2)}), ((0, 2, 5, 11), set())],
+)
+def test_arkd_medians_by_hand(positions, charged):
+    """Distances 2, 3, 4, 5, 7, 9; the lower middle, 4, is the median and no near pair itself.
+
+    So the pairs 0-1 and 1-2 are near and only pulled, all others, 2-3 among them, only pushed.
+    """
+    teacher_BC, student_BC = line(0, 2, 5, 9), line(*positions).requires_grad_()
+    far_t, far_s = (torch.cdist(x, x).detach() for x in (teacher_BC, student_BC))
+    pairs = list(itertools.combinations(range(4), 2))
+    near = {pair for pair in pairs if far_t[pair] < 4}
+    assert near == {(0, 1), (1, 2)}
+    over = {p: float(far_s[p] - far_t[p]) * (1 if p in near else -1) / 5 for p in pairs}
+    assert {p for p in near if over[p] > 0} == charged
+    expected = sum(0.5 * max(x, 0) ** 2 for x in over.values()) / 6  # the mean distance is 5
+    assert losses.arkd(student_BC, teacher_BC, "teacher").item() == pytest.approx(expected)
+
+
 def test_each_ranks_slice_of_the_gathered_gradient_is_the_whole_gradients():
     student_BC, teacher_BC = randn(8, WIDTH).requires_grad_(), randn(8, WIDTH, seed=1)
     (whole,) = torch.autograd.grad(losses.arkd(student_BC, teacher_BC), student_BC)
@@ -435,10 +523,9 @@ def test_each_ranks_slice_of_the_gathered_gradient_is_the_whole_gradients():
 
 
 SMALL_SIZES = (1, 2, 4, 8, 12, 20, 24, 28, 36, 44, 52, 100, 144, 244)
-WIDE = [pytest.param(n, marks=pytest.mark.slow) for n in PAPER_SIZES if n > 1152]
 
 
-@pytest.mark.parametrize("n", [*SMALL_SIZES, 384, 768, 1024, 1152, *WIDE])
+@pytest.mark.parametrize("n", [*SMALL_SIZES, *PAPER_SIZES])
 def test_hadamard_is_flat_and_orthogonal(n):
     """12, 20, 44 are Paley I, 28 and 244 with 3^3 and 3^5; 36 and 52 Paley II with 17 and 5^2."""
     H = losses.hadamard(n)
@@ -516,8 +603,10 @@ def test_phi_s_without_a_hadamard_matrix_is_flat_on_average(channels):
     assert_phi_s(anisotropic(400, channels), expect_flat=channels < 3)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("channels", PAPER_SIZES[1:])
+WIDE = [pytest.param(n, marks=pytest.mark.slow) for n in PAPER_SIZES if n > 1024]
+
+
+@pytest.mark.parametrize("channels", [768, 1024, *WIDE])
 def test_phi_s_at_the_teachers_widths(channels):
     generator = torch.Generator().manual_seed(0)
     rows_NC = torch.randn(channels + 50, channels, generator=generator, dtype=torch.float64)
@@ -584,6 +673,62 @@ def test_the_rivals_are_their_equations():
         fitted(losses.ChannelStandardize, rows_NC).normalize(rows_NC), channel
     )
     assert torch.equal(losses.Plain(WIDTH).normalize(rows_NC), rows_NC)
+
+
+def test_a_global_deviation_includes_how_the_channels_means_differ():
+    """Channels 0, 2 and 10, 12: mean 6 and deviation sqrt(26); PHI-S sees the spread of 1 alone."""
+    rows_NC = torch.tensor([[0.0, 10.0], [2.0, 12.0]], dtype=torch.float64)
+    found = fitted(losses.GlobalStandardize, rows_NC).normalize(rows_NC)
+    torch.testing.assert_close(found, (rows_NC - 6) / math.sqrt(26))
+    variance_C = fitted(losses.PhiS, rows_NC).normalize(rows_NC).var(0, correction=0)
+    assert float(variance_C.mean()) == pytest.approx(1)
+
+
+def test_phi_is_the_root_of_the_mean_variance_by_hand():
+    """Variances 1 and 49 along the axes: phi = sqrt(25) = 5, and not the mean deviation, 4."""
+    rows_NC = torch.tensor([[1.0, 7], [1, -7], [-1, 7], [-1, -7]], dtype=torch.float64)
+    norm = fitted(losses.PhiS, rows_NC)
+    torch.testing.assert_close(
+        norm.normalize(rows_NC).square().sum(1), torch.full((4,), 2.0).double()
+    )
+    error_NC = norm.denormalize(torch.eye(2).double()) - norm.denormalize(
+        torch.zeros(2, 2).double()
+    )
+    torch.testing.assert_close(error_NC.norm(dim=1), torch.full((2,), 5.0).double())
+
+
+@pytest.mark.parametrize("kind", NORMALIZERS)
+def test_unfolding_undoes_folding(kind):
+    norm, linear = fitted(kind, anisotropic(200, 12)), nn.Linear(5, 24, dtype=torch.float64)
+    before = [p.detach().clone() for p in linear.parameters()]
+    norm.fold_into(linear)
+    assert (kind is losses.Plain) == torch.equal(linear.weight, before[0])
+    norm.unfold_from(linear)
+    for parameter, value in zip(linear.parameters(), before, strict=True):
+        torch.testing.assert_close(parameter.detach(), value)
+
+
+def test_a_large_batch_counts_to_its_last_row():
+    """More rows than are taken in at a time; the last ones differ from all others."""
+    rows_NC = torch.zeros(20_000, 2, dtype=torch.float64)
+    rows_NC[-5000:] = torch.tensor([4.0, 8.0])
+    norm = fitted(
+        losses.ChannelStandardize, rows_NC
+    )  # a quarter: mean x / 4, deviation x sqrt(3) / 4
+    torch.testing.assert_close(norm.denormalize(torch.zeros(2).double()), rows_NC[-1] / 4)
+    expected = torch.full((2,), math.sqrt(3), dtype=torch.float64)
+    torch.testing.assert_close(norm.normalize(rows_NC[-1]), expected)
+
+
+@pytest.mark.parametrize("kind", [losses.PhiS, losses.ChannelStandardize])
+def test_what_never_varied_gives_no_large_targets_when_it_does(kind):
+    """A channel that was constant so far, and then is not quite, must not drown the others."""
+    rows_NC = randn(50, 4)
+    rows_NC[:, 1] = 2
+    norm = fitted(kind, rows_NC)
+    assert norm.normalize(rows_NC + 0.1).abs().max() < 10
+    alone = fitted(kind, rows_NC[:1])  # nothing has varied at all: centred, and no more
+    assert float(alone.normalize(rows_NC[:1] + 0.1).norm()) == pytest.approx(0.2)
 
 
 def test_phi_s_gives_teachers_of_any_scale_the_same_weight():
@@ -706,6 +851,13 @@ def test_adaloss_divides_by_the_running_mean():
     assert other.weight("sam") == ada.weight("sam")
 
 
+def test_adaloss_remembers_about_a_hundred_steps():
+    ada = losses.AdaLoss()
+    for value in (1.0, *[0.0] * 99):
+        ada.update({"x": value})
+    assert 1 / ada.weight("x") == pytest.approx(0.01 * 0.99**99 / (1 - 0.99**100))
+
+
 # -------------------------------------------------------------------------------- two processes
 
 
@@ -774,7 +926,6 @@ def test_two_ranks_equal_one(tmp_path):
     torch.testing.assert_close(ranks[1]["mean"], mean)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(30))
 def test_random_grids_agree_with_interpolate_and_with_any_split(seed):
     student_MC, grids, teacher = random_pack(seed, images=8, low=1, high=20)

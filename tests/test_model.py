@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import math
 import os
 import pickle
 import re
@@ -55,14 +56,9 @@ def radio_config(**changes) -> ModelConfig:
         HeadSpec("sam", 8, None, kind="v1", hidden=16, inner=1, token=1, in_trunk_summary=False),
         HeadSpec("dino", 8, 8, kind="v1", hidden=16, summary_inner=1, token=2),
     )
-    fields = {
-        "heads": heads,
-        "cls_tokens": 3,
-        "registers": 2,
-        "gated_ffn": False,
-        "final_norm": False,
-    }
-    return ModelConfig("radio", 32, 2, 2, 16, 64, position_grid=8, **fields | changes)
+    config = ModelConfig("radio", 32, 2, 2, 16, 64, heads, cls_tokens=3, registers=2,
+                         gated_ffn=False, final_norm=False, position_grid=8)  # fmt: skip
+    return dataclasses.replace(config, **changes)
 
 
 def images(grids, patch=16, seed=0):
@@ -332,6 +328,80 @@ def test_a_file_of_half_the_size_answers_nearly_the_same(tmp_path):
         save_student(student, tmp_path / "half", half=True)
 
 
+def test_a_student_is_saved_whole_or_not_at_all(tmp_path, monkeypatch):
+    student, path = Student(MODELS["test"]), tmp_path / "s.pt"
+    save_student(student, path)
+    before = path.read_bytes()
+
+    def dies(_, target):
+        Path(target).write_bytes(b"half of it")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(model.torch, "save", dies)
+    with pytest.raises(OSError, match="No space"):
+        save_student(student, path)
+    assert path.read_bytes() == before
+
+
+def test_top_k_of_our_own_files_can_be_chosen_and_other_versions_are_refused(tmp_path):
+    save_student(Student(MODELS["test"]), tmp_path / "s.pt")
+    assert load_student(tmp_path / "s.pt").config == MODELS["test"]
+    one = load_student(tmp_path / "s.pt", top_k=1)
+    assert one.config.top_k == one.blocks[0].ffn.top_k == 1
+    content = torch.load(tmp_path / "s.pt", weights_only=True)
+    torch.save(content | {"version": 2}, tmp_path / "s.pt")
+    with pytest.raises(ValueError, match=r"s\.pt.*version 2"):
+        load_student(tmp_path / "s.pt")
+
+
+# ------------------------------------------------------------------------ pretrained trunks
+
+
+def test_a_table_of_another_size_keeps_its_corners_and_its_slope():
+    """A plane stays a plane with the corners in the corners, as bicubic with aligned ones gives."""
+    given, student = lively(radio_config()), lively(radio_config(position_grid=15), seed=1)
+    y, x = torch.meshgrid(torch.arange(8.0), torch.arange(8.0), indexing="ij")
+    given.positions.table_GGD.data = (10 * y + x)[..., None].expand(8, 8, 32).clone()
+    model.adopt(student, given)
+    table = student.positions.table_GGD.detach()
+    assert table.shape == (15, 15, 32)
+    for (i, j), value in {(0, 0): 0, (0, 14): 7, (14, 0): 70, (14, 14): 77, (7, 7): 38.5}.items():
+        torch.testing.assert_close(table[i, j], torch.full((32,), float(value)))
+
+
+def test_a_pretrained_trunk_brings_its_heads_and_each_its_own_cls_token():
+    given = lively(radio_config())
+    clip, sam, dino = given.config.heads
+    narrow = dataclasses.replace(sam, dim=6)  # of another width: it stays as it was
+    student = lively(with_heads(given.config, (dino, clip, narrow)), seed=1)
+    before = {name: x.clone() for name, x in student.state_dict().items()}
+    assert model.adopt(student, given) == {"dino", "clip"}
+    assert [head.token for head in student.config.heads] == [0, 1, 2]
+    ours, theirs = student.prefix_RD, given.prefix_RD
+    assert torch.equal(ours[0], theirs[2]) and torch.equal(ours[1], theirs[0])
+    assert torch.equal(ours[3:], theirs[3:])  # the registers
+    batch = pack(GRIDS)
+    assert torch.equal(
+        student.heads["dino"].patches.last.weight, given.heads["dino"].patches.last.weight
+    )
+    for name, x in student.state_dict().items():
+        assert not name.startswith("heads.sam") or torch.equal(x, before[name])
+    assert student(batch).patches["sam"].shape[1] == 6
+
+
+def test_one_cls_token_starts_them_all_and_what_does_not_fit_is_named():
+    given = lively(radio_config(cls_tokens=1, heads=()))
+    student = lively(radio_config(registers=1), seed=1)
+    last = student.prefix_RD[3].clone()
+    assert model.adopt(student, given) == set()
+    expected = torch.cat([given.prefix_RD[:1].expand(3, -1), given.prefix_RD[1:2]])
+    assert torch.equal(student.prefix_RD, expected) and not torch.equal(student.prefix_RD[3], last)
+    with pytest.raises(ValueError, match=r"embed\.weight is \[32, 768\].*\[32, 192\]"):
+        model.adopt(lively(radio_config(patch=8)), given)
+    with pytest.raises(ValueError, match=r"lacks blocks\.2\."):
+        model.adopt(lively(radio_config(n_layers=3, cls_tokens=1, heads=())), given)
+
+
 # ------------------------------------------------------------------------------ sizes
 
 
@@ -357,6 +427,43 @@ def test_parameter_counts(name, total, trunk, active):
     assert abs(counts["active_trunk"] - active) < tolerance
 
 
+def test_parameters_of_the_test_student_by_hand():
+    expert, head = 2 * 32 * 48 + 48 * 32, lambda c: 48 * c + c + 2 * c + 2 * (c * c + c)
+    block = 2 * 48 + 48 * 3 * 32 + 32 * 48 + 2 + 48 * 4 + 4 * expert  # norms, qkv, proj, sinks, ..
+    trunk = 768 * 48 + 5 * 48 + 2 * block + 48
+    counts = count_parameters(MODELS["test"])
+    assert (counts["block"], counts["trunk"]) == (block, trunk)
+    assert counts["total"] == trunk + head(24) + head(32)
+    idle = 2 * 2 * expert  # two of the four experts in each of two layers
+    assert counts["total"] - counts["active"] == counts["trunk"] - counts["active_trunk"] == idle
+    assert counts["frozen"] == 0 and count_parameters(MODELS["dense-30m"])["frozen"] > 10**7
+    assert counts["total"] == sum(p.numel() for p in Student(MODELS["test"]).parameters())
+
+
+def test_training_bytes_by_hand():
+    """Float32 weights, gradients and two moments: 16 bytes each, and 4 for what is frozen."""
+    config = with_heads(MODELS["test"], (HeadSpec("s", 32, 32, pool=True, pool_hidden=8),))
+    counts = count_parameters(config)
+    state = 16 * (counts["total"] - counts["frozen"]) + 4 * counts["frozen"]
+    pool = 32 + 96 * 32 + 96 + 32 * 32 + 32 + 2 * 32 + 32 * 8 + 8 + 8 * 32 + 32
+    assert counts["frozen"] == pool
+    for devices in (1, 8):
+        assert model.training_bytes(config, devices, sharded=False) == state
+    assert model.training_bytes(config, 1, sharded=True) == state
+    gathered = state / 8 + 8 * counts["block"]
+    assert model.training_bytes(config, 8, sharded=True) == pytest.approx(gathered)
+
+
+def test_flops_by_hand_where_attention_is_half_of_them():
+    """256 patches and 5 prefix tokens, 40 wide: two per weight and token, 4 N^2 D for attention."""
+    config = ModelConfig("amoe", 40, 3, 2, 20, 8, (HeadSpec("a", 6, 6),))
+    weights = 3 * (3 * 40 * 40 + 40 * 40 + 3 * 8 * 40)
+    expected = 2 * 261 * weights + 3 * 4 * 261**2 * 40
+    expected += 2 * 256 * (768 * 40 + 40 * 6 + 6 * 6)  # the embedding, and the head
+    assert model.count_flops(config, 256) == pytest.approx(expected, rel=0.02)
+    assert 3 * 4 * 261**2 * 40 / expected > 0.4
+
+
 def test_size_table_prints_every_model(capsys):
     model.main()
     printed = capsys.readouterr().out
@@ -366,6 +473,14 @@ def test_size_table_prints_every_model(capsys):
 def test_config_contradictions_name_both_values():
     with pytest.raises(ValueError, match=r"top_k=5.*experts=4"):
         dataclasses.replace(MODELS["test"], top_k=5)
+    with pytest.raises(ValueError, match=r"head_dim=18.*multiple of 4"):
+        dataclasses.replace(MODELS["test"], head_dim=18)
+    with pytest.raises(ValueError, match="beyond cls_tokens=2"):
+        radio_config(cls_tokens=2)
+    with pytest.raises(ValueError, match="head names repeat"):
+        radio_config(heads=radio_config().heads[:1] * 2)
+    with pytest.raises(ValueError, match="patch is 8 px, ours 16"):
+        Student(MODELS["test"])(pack([(2, 2)], patch=8))
     with pytest.raises(ValueError, match=r"summary_dim=5.*dim=4"):
         HeadSpec("x", 4, 5)
 
@@ -388,7 +503,6 @@ def test_packed_equals_alone(config):
         close(together[name], parameter.grad, 2e-5)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("config", [MODELS["test"], radio_config()], ids=["amoe", "radio"])
 def test_packed_equals_alone_many_sizes(config):
     student = lively(config)
@@ -417,6 +531,57 @@ def test_radio_training_windows_are_random_and_reproducible():
     size, origin, kept = windows.split([2, 2, 1], dim=1)
     assert size.max() <= 1 and size.prod(1).min() >= 0.09 and (size + origin).max() <= 1 + 1e-6
     assert abs(kept.mean() - 0.9) < 0.02
+
+
+def test_windows_of_the_table_by_hand():
+    """Corners of the window lie on the corner patches; without positions the patches are alone."""
+    positions = lively(radio_config()).positions
+    table, layout = positions.table_GGD.detach(), Layout.of([(3, 4)], 5, torch.device("cpu"))
+
+    def at(*window):
+        with torch.no_grad():
+            return positions(torch.zeros(12, 32), layout, torch.tensor([window]))[0].view(3, 4, 32)
+
+    assert (at(1.0, 1.0, 0.0, 0.0, 0.0) == 0).all()
+    whole, part = at(1.0, 1.0, 0.0, 0.0, 1.0), at(4 / 7, 3 / 7, 2 / 7, 1 / 7, 1.0)
+    for (y, x), (top, left) in {
+        (0, 0): (0, 0),
+        (0, 3): (0, 7),
+        (2, 0): (7, 0),
+        (2, 3): (7, 7),
+    }.items():
+        torch.testing.assert_close(whole[y, x], table[top, left])
+    torch.testing.assert_close(whole[1, 0], (table[3, 0] + table[4, 0]) / 2)  # half way down, 3.5
+    torch.testing.assert_close(part[0], table[2, 1:5], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(part[1:, 3], table[[4, 6], 4], atol=1e-5, rtol=1e-5)
+
+
+def test_windows_are_drawn_as_stated():
+    """A tenth of the area to all of it, aspects 3:4 to 4:3 where it fits, 10 % without any."""
+    windows = model.position_windows(20_000, torch.Generator().manual_seed(0))
+    (height, width, top, left, kept) = windows.T
+    assert sorted(set(kept.tolist())) == [0, 1] and abs(kept.mean() - 0.9) < 0.01
+    inside = (height < 1) & (width < 1)
+    scale, aspect = (height * width).sqrt()[inside], (width / height)[inside]
+    assert abs(scale.min() - math.sqrt(0.1)) < 0.01 and scale.max() > 0.95
+    assert abs(aspect.log().abs().max() - 2 * math.log(4 / 3)) < 0.01
+    assert abs(aspect.log().mean()) < 0.02
+    small = scale < 0.5
+    assert (top + height).max() <= 1 + 1e-6 and (left + width).max() <= 1 + 1e-6
+    free = (top / (1 - height))[inside][small]
+    assert abs(free.mean() - 0.5) < 0.02 and free.min() < 0.01 and free.max() > 0.99
+
+
+def test_upsampled_patches_lie_row_by_row():
+    """A head that says which of its 2 x 2 groups a channel is of."""
+    student = lively(radio_config())
+    last = student.heads["clip"].patches.last
+    last.weight.data.zero_()
+    last.bias.data = torch.arange(4.0).repeat_interleave(12)
+    (found,) = student.encode(images([(2, 3)]))
+    fine = found.patches["clip"]
+    assert fine.shape == (4, 6, 12)
+    assert fine[..., 0].tolist() == [[0, 1] * 3, [2, 3] * 3] * 2
 
 
 def test_position_table_is_the_resized_square_cropped():
@@ -469,6 +634,22 @@ def test_sink_attention_gradients(backend):
         close(a, b, 2e-6)
 
 
+def test_explicit_attention_weighs_half_precision_in_float32():
+    """Logits 96 to 100 over sqrt(8) are exact in float32; bfloat16's own would be off by 12 %."""
+    layout = Layout.of([(1, 5)], 0, torch.device("cpu"))
+    q, k, v = (torch.zeros(5, 1, 8, dtype=torch.bfloat16) for _ in range(3))
+    q[:, 0, 0], k[:, 0, 0] = 1, torch.arange(96, 101)
+    v[torch.arange(5), 0, torch.arange(5)] = 1
+    logits = torch.tensor([*range(96, 101), 98], dtype=torch.float64) / math.sqrt(8)
+    for sinks, expected in ((None, logits[:5].softmax(0)), (logits[5:].bfloat16(), None)):
+        if expected is None:
+            expected = torch.cat([logits[:5], sinks.double()]).softmax(0)[:5]
+        out = attention(q, k, v, layout, sinks, "explicit")
+        assert out.dtype == torch.bfloat16
+        found = out[:, 0, :5].double()
+        torch.testing.assert_close(found, expected.expand(5, 5), rtol=0.006, atol=0)
+
+
 def test_attention_choice():
     q = torch.zeros(4, 2, 16)
     assert model.choose_attention(q) == "flash"
@@ -517,6 +698,26 @@ def test_selection_uses_the_bias_and_the_gate_does_not():
     gates, chosen, counts = moe.route(x)
     assert set(chosen.flatten().tolist()) == {0, 1} and counts.tolist() == [7, 7, 0, 0]
     close(gates, torch.sigmoid(x @ moe.router.weight.T).gather(1, chosen))
+
+
+def test_routing_is_float32_under_autocast():
+    moe, x_ND = lively(MODELS["test"]).blocks[0].ffn, torch.randn(64, 48)
+    with torch.autocast("cpu", torch.bfloat16):
+        gates_NK, chosen_NK, _ = moe.route(x_ND)
+    expected = moe.route(x_ND)
+    assert torch.equal(gates_NK, expected[0]) and torch.equal(chosen_NK, expected[1])
+
+
+def test_a_router_step_by_hand():
+    """Up where an expert has less than the mean, down where more; the bias keeps its own mean."""
+    student = Student(MODELS["test"])
+    student.update_router(torch.tensor([[9, 0, 0, 0], [1, 2, 3, 2]]), 0.1)
+    biases = [block.ffn.expert_bias for block in student.blocks]
+    torch.testing.assert_close(biases[0], torch.tensor([-0.15, 0.05, 0.05, 0.05]))
+    torch.testing.assert_close(biases[1], torch.tensor([0.1, 0, -0.1, 0]))
+    student.update_router(torch.tensor([[5, 5, 5, 5], [0, 0, 4, 4]]), 0.2)
+    torch.testing.assert_close(biases[0], torch.tensor([-0.15, 0.05, 0.05, 0.05]))
+    torch.testing.assert_close(biases[1], torch.tensor([0.3, 0.2, -0.3, -0.2]))
 
 
 def test_gradient_survives_an_expanded_one():
@@ -585,6 +786,96 @@ def test_blocks_start_as_identity():
     assert torch.equal(x, y)
 
 
+STD = {  # of a truncated normal: the cut at +-2 lies far outside
+    "amoe": {"prefix_RD": 0.02, "embed.weight": 0.02, "heads.a.fc1.weight": 0.01},
+    "radio": {"prefix_RD": 0.02, "embed.weight": 0.02, "heads.clip.summary.fc1.weight": 0.02},
+}
+
+
+@pytest.mark.parametrize("experts", [0, 4])
+def test_initial_weights_shrink_with_depth(experts):
+    config = dataclasses.replace(
+        MODELS["test"], dim=192, n_layers=6, ffn_dim=256, experts=experts, top_k=min(2, experts)
+    )
+    torch.manual_seed(0)
+    student = Student(config)
+    for depth, block in enumerate(student.blocks):
+        ffn, small = block.ffn, 0.02 / math.sqrt(2 * (depth + 1))
+        w1 = ffn.w1_EGD if experts else ffn.w1.weight
+        gate, value = w1.chunk(2, dim=-2)
+        wanted = [(block.attn.qkv.weight, small), (value, small), (gate, 0.02)]
+        wanted += [(ffn.router.weight, small)] if experts else []
+        for weight, std in wanted:
+            assert weight.std().item() == pytest.approx(std, rel=0.1)
+        assert 0 < block.attn.sinks.abs().max() < 5 * small
+    for name, std in STD["amoe"].items():
+        assert student.get_parameter(name).std().item() == pytest.approx(std, rel=0.1)
+
+
+def test_initial_weights_of_the_radio_form():
+    torch.manual_seed(0)
+    student = Student(radio_config(dim=192, ffn_dim=384, layer_scale=True))
+    for name, std in STD["radio"].items():
+        assert student.get_parameter(name).std().item() == pytest.approx(std, rel=0.1)
+    for block in student.blocks:
+        for linear in (block.attn.qkv, block.attn.proj, block.ffn.w1, block.ffn.w2):
+            assert linear.weight.std().item() == pytest.approx(0.02, rel=0.1)
+            assert (linear.bias == 0).all()
+        assert (block.scale1 == 1e-5).all() and (block.scale2 == 1e-5).all()
+    assert student.positions.table_GGD.std().item() == pytest.approx(192**-0.5, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("config", "eps"),
+    [
+        (MODELS["test"], 1e-5),
+        (dataclasses.replace(MODELS["test"], norm_weight=False), 2.0**-23),
+        (radio_config(final_norm=True), 1e-6),
+    ],
+    ids=["amoe", "amoe without weights", "radio"],
+)
+def test_norms_of_tokens_as_small_as_their_epsilon(config, eps):
+    """+-sqrt(eps) has the variance eps, so a norm gives 1 / sqrt(2); elsewhere no test sees eps."""
+    student = Student(config)
+    signs = torch.tensor([1.0, -1.0]).repeat(config.dim // 2)[None]
+    for norm in (student.blocks[0].norm1, student.blocks[0].norm2):
+        close(norm(signs * math.sqrt(eps)), signs / math.sqrt(2), 1e-4)
+    eps = eps if config.form == "radio" else 1e-5
+    close(student.norm(signs * math.sqrt(eps)), signs / math.sqrt(2), 1e-4)
+
+
+@pytest.mark.parametrize("config", [MODELS["test"], radio_config()], ids=["amoe", "radio"])
+def test_recomputed_blocks_run_again_in_backward_and_give_the_same_gradients(config):
+    student, batch, runs = lively(config), pack(GRIDS), []
+    for block in student.blocks:
+        block.attn.register_forward_hook(lambda *_: runs.append(1))
+    grads = []
+    for student.recompute in (False, True):
+        runs.clear()
+        out = student(batch)
+        assert len(runs) == 2  # two blocks
+        grads.append(torch.autograd.grad(loss_of(out), list(student.parameters())))
+        assert len(runs) == (4 if student.recompute else 2)
+    for a, b in zip(*grads, strict=True):
+        close(a, b)
+    runs.clear()
+    with torch.no_grad():
+        student(batch)
+    assert len(runs) == 2
+
+
+def test_a_frozen_trunk_gets_no_gradient_and_its_heads_do():
+    student = lively(MODELS["test"])
+    student.frozen_trunk = True
+    out = student(pack(GRIDS))
+    sum(x.square().sum() for x in (*out.summary.values(), *out.patches.values())).backward()
+    for name, parameter in student.named_parameters():
+        assert (parameter.grad is None) != name.startswith("heads."), name
+    assert not out.trunk_MD.requires_grad
+    student.frozen_trunk = False
+    assert student(pack(GRIDS)).trunk_MD.requires_grad
+
+
 def test_nano_trains():
     torch.manual_seed(0)
     student, batch = Student(MODELS["nano"]), pack([(4, 5), (3, 3)])
@@ -620,14 +911,31 @@ def test_encode_sizes_and_budget():
     many = [torch.rand(3, h, w) for h, w in [(1, 1), (1, 5000), (24, 40), (64, 64), (100, 30)]]
     grids = [tuple(f.patches["trunk"].shape[:2]) for f in student.encode(many)]
     assert grids == [(1, 1), (1, 313), (2, 3), (4, 4), (6, 2)]
-    whole = student.encode(many)
-    student.encode_budget = 20
+    whole, packs = student.encode(many), []
+    student.encode_budget = 45  # tokens: 1+5, 313+5, 6+5, 16+5 and 12+5 of them
+    student.register_forward_pre_hook(lambda _, given: packs.append(given[0].lengths))
     for a, b in zip(student.encode(many), whole, strict=True):
         close(a.patches["trunk"], b.patches["trunk"])
+    assert packs == [[1], [313], [6, 16], [12]]
     assert student.encode([]) == []
     small = student.encode([torch.rand(3, 160, 320)], max_tokens=50)[0].patches["trunk"]
     assert small.shape[:2] == (5, 10)
     assert student.encode([torch.rand(3, 64, 64)], keep=3)[0].tokens.shape == (3, 48)
+
+
+def test_encode_resizes_antialiased_and_answers_in_float32():
+    student = lively(MODELS["test"])
+    stripes = (torch.arange(100) % 2).float().expand(3, 100, 100).contiguous()
+    (found,) = student.encode([stripes], max_tokens=4)
+    (grey,) = student.encode([F.interpolate(stripes[None], (32, 32), mode="bicubic", antialias=True)
+                              [0].clamp(0, 1)])  # fmt: skip
+    close(found.patches["trunk"], grey.patches["trunk"])
+    half = student.to(torch.bfloat16).encode([stripes])[0]
+    assert {x.dtype for x in (*half.summary.values(), *half.patches.values())} == {torch.float32}
+    with pytest.raises(ValueError, match="max_tokens=0"):
+        student.encode([stripes], max_tokens=0)
+    with pytest.raises(ValueError, match="a list of images, got one Tensor"):
+        student.encode(stripes)
 
 
 @pytest.mark.parametrize(
@@ -683,6 +991,47 @@ def test_merge_tokens_joins_the_alike_and_keeps_every_region():
         merge_tokens(tokens, (8, 8), 65)
 
 
+def test_merging_by_hand():
+    """2 x 2 tokens: the destination is the last; of the others the most alike goes first."""
+    angles = torch.tensor([60.0, 20.0, 110.0, 0.0]).deg2rad()
+    tokens = torch.tensor([1.0, 5.0, 2.0, 3.0])[:, None] * torch.stack(
+        [angles.cos(), angles.sin()], 1
+    )
+    merged, index = merge_tokens(tokens, (2, 2), 3)
+    assert index.tolist() == [0, 2, 1, 2]
+    close(merged, torch.stack([tokens[0], tokens[2], (tokens[1] + tokens[3]) / 2]))
+    merged, index = merge_tokens(tokens, (2, 2), 2)
+    assert index.tolist() == [1, 1, 0, 1]
+    close(merged, torch.stack([tokens[2], (tokens[0] + tokens[1] + tokens[3]) / 3]))
+
+
+def test_destinations_are_the_middles_of_the_largest_number_of_cells():
+    """Four tokens of 4 x 4 stay by themselves: each group is the twins of one middle."""
+    middles = {(1, 1): 0, (1, 3): 1, (3, 1): 2, (3, 3): 3}
+    tokens = torch.randn(16, 8, generator=torch.Generator().manual_seed(0))
+    apart = torch.eye(8)[[0, 1, 2, 3]] * 9
+    for (y, x), n in middles.items():
+        tokens[4 * y + x] = apart[n]
+    _, index = merge_tokens(tokens, (4, 4), 4)
+    assert [int(index[4 * y + x]) for y, x in middles] == [0, 1, 2, 3]
+    nearest = F.normalize(tokens, dim=1) @ F.normalize(apart, dim=1).T
+    assert index.tolist() == nearest.argmax(1).tolist()
+
+
+@pytest.mark.parametrize(
+    ("grid", "keep", "middles"),
+    [
+        ((4, 4), 4, [5, 7, 13, 15]),
+        ((4, 4), 15, [5, 7, 13, 15]),
+        ((3, 5), 4, [6, 9]),  # cells of 3 x 3 and 3 x 2; of 2 x 2 there would be six
+        ((1, 7), 3, [1, 4, 6]),
+        ((2, 2), 4, [0, 1, 2, 3]),
+    ],
+)
+def test_cell_middles_by_hand(grid, keep, middles):
+    assert model.cell_middles(*grid, keep).tolist() == middles
+
+
 # ------------------------------------------------------------------------------ export
 
 
@@ -695,6 +1044,11 @@ def test_export(config):
         close(found[f"patches.{name}"][0], expected.patches[name])
     for name in expected.summary:
         close(found[f"summary.{name}"][0], expected.summary[name])
+
+
+def test_a_fixed_grid_is_of_whole_patches():
+    with pytest.raises(ValueError, match="48x60 is not a multiple of the patch, 16"):
+        FixedGrid(Student(MODELS["test"]), 48, 60)
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ The rows of the project's fault table that concern pictures, shards and folders 
 """
 
 import io
+import itertools
 import json
 import os
 import resource
@@ -139,6 +140,23 @@ def test_deep_pictures_are_scaled_not_saturated():
         decode_image(encoded(np.full((4, 4), np.nan, np.float32), "TIFF"), "hole.tif")
 
 
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (np.array([[0, 257], [514, 65535]], np.uint16), [[0, 1], [2, 255]]),
+        (np.array([[0, 1], [1, 1]], np.uint16), [[0, 0], [0, 0]]),  # a dark picture stays dark
+        (np.array([[0, 1], [1, 257]], np.int32), [[0, 0], [0, 1]]),
+        (np.array([[0, 0.2], [0.4, 0.8]], np.float32), [[0, 51], [102, 204]]),
+        (np.array([[0, 257], [514, 1]], np.float32), [[0, 1], [2, 0]]),
+        (np.array([[-1, 0], [1, 3]], np.float32), [[0, 64], [128, 255]]),
+        (np.array([[7, 7], [7, 7 + 2**17]], np.float32), [[0, 0], [0, 255]]),
+    ],
+)
+def test_deep_pixels_by_hand(values, expected):
+    pixels = decode_image(encoded(Image.fromarray(values), "TIFF"), "x")
+    assert pixels[..., 0].tolist() == expected and (pixels == pixels[..., :1]).all()
+
+
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF"])
 def test_exif_orientation_is_applied_to_size_and_pixels(form, tmp_path):
     for orientation in range(1, 9):
@@ -161,7 +179,7 @@ def test_the_first_frame_of_an_animation_counts(form):
     assert decode_image(data, form)[4, 4].tolist() == [255, 0, 0]
 
 
-def test_draft_is_faithful_and_at_least_twice_the_target():
+def test_draft_is_faithful_and_at_least_twice_the_target(tmp_path):
     large = smooth_pixels(512, 768)
     data = encoded(large, "JPEG", quality=95)
     drafted = decode_image(data, "x", at_least=(64, 96))
@@ -173,6 +191,28 @@ def test_draft_is_faithful_and_at_least_twice_the_target():
     exif[0x0112] = 6
     turned = encoded(large, "JPEG", exif=exif)
     assert decode_image(turned, "x", at_least=(96, 64)).shape == (192, 128, 3)
+    assert decode_image(turned, "x", at_least=(150, 40)).shape == (384, 256, 3)  # 300 x 80 is half
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "large.jpg").write_bytes(turned)
+    source = open_source(str(tmp_path / "data"))
+    assert source.size(0) == source.load(0).image.shape[:2] == (768, 512)
+    for view in (source, Subset(source, [0])):
+        assert view.load(0, at_least=(96, 64)).image.shape == (192, 128, 3)
+
+
+@pytest.mark.parametrize(
+    ("mask", "reason"),
+    [
+        (random_pixels(12, 10), "grey or has a palette.*RGB"),
+        (random_pixels(10, 12, 1), r"\(10, 12\) pixels, \(12, 10\) at the scan"),
+    ],
+)
+def test_a_mask_that_is_none_is_named(mask, reason, tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "x.png").write_bytes(encoded(random_pixels(12, 10)))
+    (tmp_path / "data" / "x.mask.png").write_bytes(encoded(mask))
+    with pytest.raises(BadImage, match=rf"x\.png.*{reason}"):
+        open_source(str(tmp_path / "data")).load(0)
 
 
 def png_bomb(side: int) -> bytes:
@@ -248,7 +288,12 @@ def test_a_pack_of_bad_pictures_is_an_empty_batch(tmp_path):
     ("size", "options", "expected"),
     [
         ((100, 250), {}, (96, 256)),  # nearest multiples
-        ((120, 24), {}, (128, 32)),  # a half goes up
+        ((40, 72), {}, (48, 80)),  # 2.5 and 4.5 patches: a half goes up, not to the even number
+        ((39, 73), {}, (32, 80)),
+        ((130, 510), {"max_area": 256**2}, (128, 512)),  # just the limit is no more than it
+        ((130, 526), {"max_area": 256**2}, (112, 512)),  # 127.3 x 514.9: floors keep the limit
+        ((130, 126), {"min_area": 128**2, "upsample": True}, (128, 128)),  # nor less
+        ((130, 118), {"min_area": 128**2, "upsample": True}, (144, 128)),  # 134.5 x 121.9
         ((3, 5), {}, (16, 16)),  # at least one patch
         ((512, 512), {"max_area": 256**2}, (256, 256)),
         ((500, 1000), {"max_area": 256**2}, (176, 352)),  # sqrt(2)^-1 * 256 = 181.02, 362.04
@@ -283,6 +328,10 @@ def test_resize_is_antialiased_and_stays_in_range():
     assert resize(image, (33, 47)) is image
     small = resize(image, (16, 16))
     assert small.shape == (3, 16, 16) and small.min() >= 0 and small.max() <= 1
+    edge = (torch.arange(8) > 3).float().expand(3, 8, 8)  # bicubic overshoots on both sides of it
+    for size in ((16, 16), (5, 7)):
+        grown = resize(edge, size)
+        assert grown.min() == 0 and grown.max() == 1
     stripes = (torch.arange(64) % 2).float().expand(3, 64, 64)
     assert (resize(stripes, (16, 16))[:, 4:-4, 4:-4] - 0.5).abs().max() < 0.02
 
@@ -324,6 +373,11 @@ def test_mosaic_through_an_identity_teacher(side, k, missing, varied):
 
 def test_mosaic_takes_mixed_sizes_varies_places_and_refuses_what_does_not_fit():
     images = [torch.rand(3, 32, 64), torch.rand(3, 64, 16)]
+    sheet, boxes = mosaic(images, 128, 16, keyed_generator(0), fill=0.25)
+    for top, left, height, width in boxes:
+        sheet[:, 16 * top : 16 * (top + height), 16 * left : 16 * (left + width)] = 0.25
+    assert (sheet == 0.25).all()
+    assert (mosaic(images, 128, 16)[0][:, 64:] == 0.5).all()  # two of four cells stay grey
     places = {tuple(mosaic(images, 128, 16, keyed_generator(seed))[1]) for seed in range(20)}
     assert len(places) > 10
     with pytest.raises(ValueError, match=r"5 pictures.*2x2"):
@@ -392,6 +446,77 @@ def test_a_scan_is_cached_until_the_folder_changes(tmp_path, monkeypatch):
     for cached in (packing.cache_home() / "scans").iterdir():  # a damaged cache is scanned again
         cached.write_bytes(cached.read_bytes()[:-30])
     assert open_source(str(root)).fingerprint() == changed.fingerprint()
+
+
+SMALL_BMP, TURNED_BMP = (encoded(random_pixels(*size), "BMP") for size in ((32, 64), (64, 32)))
+
+
+@pytest.mark.parametrize("in_tar", [False, True], ids=["folder", "shard"])
+def test_another_picture_of_equal_name_and_size_is_scanned_anew(in_tar, tmp_path):
+    """The time of a file alone tells it; a scan kept by name and size would give the old sizes."""
+    assert len(SMALL_BMP) == len(TURNED_BMP)
+    path = tmp_path / ("a.tar" if in_tar else "data")
+    path.parent.mkdir(exist_ok=True)
+    for second, data in enumerate((SMALL_BMP, TURNED_BMP)):
+        if in_tar:
+            write_shard(path, {"x.bmp": data})
+        else:
+            path.mkdir(exist_ok=True)
+            (path / "x.bmp").write_bytes(data)
+        os.utime(path if in_tar else path / "x.bmp", ns=(10**18, 10**18 + second))
+        source = open_source(str(path))
+        assert source.size(0) == source.load(0).image.shape[:2] == ((32, 64), (64, 32))[second]
+
+
+def test_a_file_that_comes_goes_or_takes_another_name_is_seen(tmp_path):
+    root = write_folder(tmp_path / "data", 3, labels=1)
+    prints = [open_source(str(root)).fingerprint()]
+    (root / "class0" / "0003.png").write_bytes(encoded(random_pixels(9, 9)))
+    prints.append(open_source(str(root)).fingerprint())
+    (root / "class0" / "0003.png").rename(root / "class0" / "0004.png")
+    prints.append(open_source(str(root)).fingerprint())
+    (root / "class0" / "0004.txt").write_text("a caption")
+    prints.append(open_source(str(root)).fingerprint())
+    (root / "class0" / "0004.txt").write_text("another one")
+    prints.append(open_source(str(root)).fingerprint())
+    (root / "class0" / "0004.png").write_bytes(encoded(random_pixels(9, 10)))
+    prints.append(open_source(str(root)).fingerprint())
+    (root / "class0").rename(root / "class1")
+    prints.append(open_source(str(root)).fingerprint())
+    assert len(set(prints)) == len(prints)
+
+
+def test_a_fingerprint_is_of_all_that_a_source_gives():
+    """One change at a time: each must be another source for caches, and for a run that resumes."""
+    drawings = OpenMoji("train", 20)
+    sources = [
+        drawings,
+        OpenMoji("all", 20),
+        OpenMoji("train", 21),
+        OpenMoji("train", 20, seed=1),
+        Subset(drawings, range(20)),
+        Subset(drawings, [0, 1]),
+        Subset(drawings, [0, 2]),
+        Subset(drawings, [1, 0]),
+        Subset(OpenMoji("train", 20, seed=1), [0, 1]),
+    ]
+    prints = [source.fingerprint() for source in sources]
+    assert len(set(prints)) == len(prints)
+    assert Subset(OpenMoji("train", 20), (0, 1)).fingerprint() == prints[5]
+
+
+def test_another_font_is_another_source(monkeypatch):
+    before = OpenMoji("train", 20).fingerprint()
+    monkeypatch.setattr(packing.Path, "read_bytes", lambda _: b"other outlines")
+    assert OpenMoji("train", 20).fingerprint() != before
+
+
+def test_seeds_are_the_same_on_every_machine():
+    """Half of the first 64 bits of a sha256, as a plan must not change between two runs."""
+    digest = packing.hashlib.sha256(b"(3, 'key', 'size')").hexdigest()
+    assert packing.keyed_seed(3, "key", "size") == int(digest[:16], 16) // 2
+    draws = [torch.rand(3, generator=keyed_generator(*key)) for key in ((0, 1), (0, 1), (1, 0))]
+    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
 
 
 def test_a_picture_that_changes_after_the_scan_is_bad(tmp_path):
@@ -559,6 +684,10 @@ def test_index_files_that_are_cut_changed_or_double(tmp_path):
         path.write_bytes(broken)
         with pytest.raises(ValueError, match=r"i\.jsonl: cut or changed"):
             open_source(str(path))
+    header = lines[0].replace(b'"version": 1', b'"version": 2')
+    path.write_bytes(b"".join([header, *lines[1:]]))
+    with pytest.raises(ValueError, match=r"i\.jsonl"):
+        open_source(str(path))
     write_index(path, [source.record(i) for i in (0, 1, 0)])
     index = open_source(str(path))
     assert len(index) == 2 and list(index.skipped) == [source.key(0)]
@@ -573,6 +702,8 @@ def test_hold_out_depends_on_the_keys_alone():
     assert len(train) + len(test) == 400 and 60 < len(test) < 140
     keys = {test.key(i) for i in range(len(test))}
     assert not keys & {train.key(i) for i in range(len(train))}
+    other = hold_out(source, 0.25, seed=2)[1]
+    assert {other.key(i) for i in range(len(other))} != keys
     part = Subset(source, range(100, 200))
     fewer = hold_out(part, 0.25, seed=1)[1]
     assert {fewer.key(i) for i in range(len(fewer))} == keys & {part.key(i) for i in range(100)}
@@ -673,6 +804,7 @@ def test_a_batch_is_its_pictures_one_after_the_other():
     empty = PackedBatch.from_images([], 16)
     both = PackedBatch.cat([batch, empty, batch])
     assert len(both) == 4 and both.partition_B == [0] * 4 and batch.grids == [(2, 1), (1, 3)]
+    assert both.wholes == both.grids and both.origins == [(0, 0)] * 4
     assert both.to("cpu").patches_MX.shape == (10, 768)
     with pytest.raises(RuntimeError, match="can't divide axis of length 30 in chunks of 16"):
         PackedBatch.from_images([torch.rand(3, 30, 16)], 16)
@@ -855,6 +987,65 @@ def test_a_view_depends_on_seed_epoch_and_sample_alone():
         assert sum(one[key] != other[key] for key in one.keys() & other.keys()) > 20
 
 
+def test_a_rank_has_a_contiguous_part_of_a_step():
+    """Four packs over two ranks: the first two are rank 0's, so a rank sees few resolutions."""
+    source = OpenMoji("train", 60)
+    low, high = (Sizes(max_area=side**2) for side in (48, 96))
+    parts = [Partition("low", (Component(source, low),), 64, 2),
+             Partition("high", (Component(source, high),), 128, 2)]  # fmt: skip
+    for rank in (0, 1):
+        packs = StepData(parts, 16, 5, rank=rank, world=2)[1]
+        assert [set(pack.partition_B) for pack in packs] == [{rank}, {rank}]
+        planned = StepData(parts, 16, 5).plan(1)[2 * rank : 2 * rank + 2]
+        assert [[sample.key for sample in pack.samples] for pack in packs] == planned
+
+
+def drawn(data: StepData, epochs: int) -> list[list[str]]:
+    """Keys of every epoch in order; one pack a step, so none is dropped."""
+    starts = [0]
+    for epoch in range(epochs):
+        starts.append(starts[-1] + data.steps_in(epoch))
+    steps = [range(a, b) for a, b in itertools.pairwise(starts)]
+    return [[key for step in epoch for keys in data.plan(step) for key in keys] for epoch in steps]
+
+
+def test_every_pass_over_a_source_has_another_order():
+    """Of 60 pictures beside 20 with weight 1 to 3, an epoch sees 20: three epochs are a pass."""
+    large, small = OpenMoji("train", 60), OpenMoji("test", 20)
+    parts = [Component(large, Sizes(), 1), Component(small, Sizes(), 3)]
+    epochs = drawn(StepData([Partition("p", parts, 512, 1)], 16, 5), 6)
+    seen = [{key for key in epoch if "train" in key} for epoch in epochs]
+    assert [len(keys) for keys in seen] == [20] * 6
+    assert len(set.union(*seen[:3])) == len(set.union(*seen[3:])) == 60
+    assert seen[0] not in seen[3:]  # the second pass is another permutation
+
+
+def test_an_order_depends_on_the_seed_the_epoch_and_the_partitions_name():
+    source = OpenMoji("train", 40)
+
+    def orders(seed: int, name: str) -> list[list[str]]:
+        part = Partition(name, (Component(source, Sizes(choices=(64, 96, 128))),), 512, 1)
+        return drawn(StepData([part], 16, 5, seed), 2)
+
+    found = [*orders(0, "p"), *orders(1, "p"), *orders(0, "q")]
+    assert all(a != b for i, a in enumerate(found) for b in found[:i])
+    assert orders(0, "p") == found[:2] and {*found[0]} == {*found[5]}
+
+
+def test_drawn_sizes_differ_by_seed_and_partition():
+    source = OpenMoji("train", 40)
+
+    def sides(seed: int, name: str) -> dict[str, tuple[int, int]]:
+        sizes = Sizes(choices=(64, 96, 128), upsample=True)
+        data = StepData([Partition(name, (Component(source, sizes),), 512, 1)], 16, 5, seed)
+        batches = [batch for step in range(data.steps_in(0)) for batch in data[step]]
+        return {s.key: grid for b in batches for s, grid in zip(b.samples, b.grids, strict=True)}
+
+    found = [sides(0, "p"), sides(1, "p"), sides(0, "q")]
+    assert found[0] != found[1] != found[2] != found[0]
+    assert {grid for one in found for grid in one.values()} == {(4, 4), (6, 6), (8, 8)}
+
+
 @pytest.mark.slow
 def test_workers_change_nothing(tmp_path):
     root = write_folder(tmp_path / "data", 60)
@@ -1005,6 +1196,28 @@ def test_torchrun_joins_the_group(attempt, tmp_path):
     assert done.returncode == 0, done.stderr
     # Two processes write to one pipe: their lines may run together, their words stay whole.
     assert all(done.stdout.count(f"rank {rank} of 2: 1.0") == 1 for rank in (0, 1)), done.stdout
+
+
+def test_each_attempt_of_torchrun_has_its_own_keys(monkeypatch):
+    """A restarted rank that read a dead one's address would never join."""
+    shared, joined = torch.distributed.HashStore(), []
+    monkeypatch.setattr(packing.dist, "TCPStore", lambda *_, **__: shared)
+    monkeypatch.setattr(packing.dist, "init_process_group", lambda *_, **k: joined.append(k))
+    env = {
+        "RANK": "0",
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "h",
+        "MASTER_PORT": "1",
+    }
+    for attempt in "01":
+        for name, value in {**env, "TORCHELASTIC_RESTART_COUNT": attempt}.items():
+            monkeypatch.setenv(name, value)
+        packing.setup_distributed(7)
+    first, second = (options["store"] for options in joined)
+    first.set("address of rank 1", "dead")
+    assert first.check(["address of rank 1"]) and not second.check(["address of rank 1"])
+    assert [options["timeout"].total_seconds() for options in joined] == [7, 7]
 
 
 def test_without_torchrun_there_is_one_process(monkeypatch):

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 import sampling
-from packing import Group, open_source, write_index
+from packing import BadImage, Group, open_source, write_index
 from sampling import (
     Rows,
     balanced_sample,
@@ -114,6 +114,54 @@ def test_an_empty_cluster_is_refilled():
     assert step(share(x_ND), c_KD).count_K.tolist() in ([50, 50], [50.0, 50.0])
 
 
+@pytest.mark.parametrize(("apart", "is_swap"), [(3.8, True), (4.4, True), (4.6, False)])
+def test_a_swap_must_gain_more_than_half_of_what_the_stand_in_loses(apart, is_swap):
+    """Ten rows at -1 and ten at 1 share a centroid: another one gains 10. Two single rows have a
+    centroid each: without one its row costs apart^2, or half of that once the other moved."""
+    x_N1 = torch.tensor([-1.0, 1.0] * 10 + [100.0, 100 + apart])[:, None]
+    c_K1 = torch.tensor([0.0, 100.0, 100 + apart])[:, None]
+    found = step(share(x_N1), c_K1, second=True)
+    assert found.loss_K[1:].tolist() == pytest.approx([apart**2] * 2, rel=1e-3)
+    moved = sampling.swap_centroids(share(x_N1), found, 1, seeded())
+    assert is_swap == bool((moved[:, 0].abs() == 1).any())
+
+
+def test_kmeans_makes_the_steps_it_is_allowed():
+    class Bar:
+        passes = 0
+
+        def update(self):
+            self.passes += 1
+
+        def set_postfix_str(self, _):
+            pass
+
+    x_ND, _ = zipf_blobs(500, 20, 8, 1.0, 0)
+    for iterations in (0, 3, sampling.SWAPS + 1):  # it may stop of itself only after these
+        bar = Bar()
+        c_KD, found = kmeans(share(x_ND), 10, seeded(), iterations, tolerance=0.0, bar=bar)
+        assert bar.passes == iterations + 1  # the last one assigns
+        assert found.inertia == pytest.approx(step(share(x_ND), c_KD).inertia)
+    bar = Bar()
+    kmeans(share(x_ND), 10, seeded(), 50, tolerance=1.0, bar=bar)  # whatever it gains is too little
+    assert bar.passes == sampling.SWAPS + 3
+
+
+def test_a_thinned_share_counts_the_rows_of_all_processes(monkeypatch):
+    x_ND = torch.randn(1000, 3, generator=seeded())
+    whole = share(x_ND).thin(300, seeded(5))
+    assert 240 < whole.total == len(whole.ids_N) < 360
+    ids, own = [], []
+    for rank in (0, 1):
+        monkeypatch.setattr(sampling.dist, "all_reduce", lambda x: own.append(int(x)))
+        part = Rows.share(x_ND, Group(rank, 2, torch.device("cpu"))).thin(300, seeded(5))
+        ids += part.ids_N.tolist()
+    assert ids == whole.ids_N.tolist() and sum(own) == whole.total
+    monkeypatch.setattr(sampling.dist, "all_reduce", lambda x: x.fill_(sum(own)))
+    part = Rows.share(x_ND, Group(1, 2, torch.device("cpu"))).thin(300, seeded(5))
+    assert part.total == whole.total and len(part.ids_N) == own[1]
+
+
 def test_large_pools_start_from_a_part(monkeypatch):
     x_ND, _ = zipf_blobs(4000, 10, 8, 1.0, 0)
     whole = kmeans(share(x_ND), 10, seeded())[1].inertia
@@ -182,6 +230,25 @@ def test_resampling_spreads_the_clusters():
         return labels[torch.cdist(torch.from_numpy(level.centroids), x_ND).argmin(1).numpy()]
 
     assert entropy(blobs_of_centroids(even), 50) > entropy(blobs_of_centroids(plain), 50)
+
+
+def test_a_round_keeps_the_rows_closest_to_each_mean():
+    """Means 2 and 102: rows 1 and 101 are closest; of two each, 0 and 1, 100 and 101 are left."""
+    x_N1 = torch.tensor([0.0, 1, 5, 100, 101, 105])[:, None]
+    for keep, centroids in (([], [2, 102]), ([1], [1, 101]), ([2], [0.5, 100.5])):
+        (level,) = hierarchical_kmeans(x_N1, [2], keep=[keep])
+        assert sorted(level.centroids[:, 0].tolist()) == pytest.approx(centroids)
+        squares = (x_N1.numpy() - level.centroids[level.assignment]) ** 2  # of all rows, at the end
+        assert level.distance.tolist() == pytest.approx(squares[:, 0].tolist(), abs=1e-3)
+        assert level.inertia == pytest.approx(squares.sum(), abs=1e-2)
+
+
+def test_rounds_when_none_are_given():
+    """Half the mean cluster size, half of that, down to 4; above the finest the closest alone."""
+    assert sampling.default_keep(100, 5, is_finest=True) == [10, 5]
+    assert sampling.default_keep(1000, 31, is_finest=True) == [16, 8, 4]
+    assert sampling.default_keep(35, 5, is_finest=True) == []
+    assert sampling.default_keep(100, 5, is_finest=False) == [1]
 
 
 def test_fit_on_a_sample_then_assign_all():
@@ -377,6 +444,38 @@ def test_near_duplicates_keep_the_first_of_each_cluster():
     assert not near_duplicates(x_ND, np.arange(3000) % 1500, 0.999).any()  # never across clusters
 
 
+def test_a_near_duplicate_is_nearer_than_the_threshold_by_hand():
+    """Cosines to the first: 1, 0.8, 0.6; the third and the fourth have 0.96 with each other."""
+    x_ND = torch.tensor([[1.0, 0], [2, 0], [0.8, 0.6], [0.6, 0.8]])
+    leaf = np.zeros(4, np.int64)
+    for threshold, found in ((0.99, [1]), (0.9, [1, 3]), (0.7, [1, 2, 3]), (1.01, [])):
+        assert np.flatnonzero(near_duplicates(x_ND, leaf, threshold)).tolist() == found
+
+
+def toy_tree():
+    """Leaves at 0, 0 and 9 of one parent, and one at 0 of another; a row each at distance 1."""
+    ones = np.ones(4, np.float32)
+    places, own = np.array([[0.0], [0], [9], [0]], np.float32), np.arange(4, dtype=np.int32)
+    above = sampling.Level(np.zeros((2, 1), np.float32), np.array([0, 0, 0, 1], np.int32), ones)
+    return sampling.Level(places, own, ones), above
+
+
+def test_a_volume_is_shared_by_leaves_of_one_place_and_parent():
+    np.testing.assert_allclose(sampling.leaf_volumes(toy_tree()), [0.5, 0.5, 1, 1])
+    np.testing.assert_allclose(sampling.leaf_volumes(toy_tree()[:1]), [1 / 3, 1 / 3, 1, 1 / 3])
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [([5, 5, 5], 0), ([0, 0, 12], 2 / 3), ([3, 1], 1 / 4), ([1, 2, 3, 4], 1 / 4), ([7], 0)],
+)
+def test_gini_by_hand(sizes, expected):
+    found = sampling.gini(np.array(sizes))
+    differences = sum(abs(a - b) for a in sizes for b in sizes)  # the other definition
+    assert found == pytest.approx(expected, abs=1e-12)
+    assert found == pytest.approx(differences / (2 * len(sizes) * sum(sizes)), abs=1e-12)
+
+
 def test_balance_on_long_tailed_blobs():
     x_ND, labels = zipf_blobs(4000, 50, 32, 1.0, 0)
     tree = hierarchical_kmeans(x_ND, [150, 80, 50])
@@ -484,6 +583,131 @@ def test_from_a_folder_to_an_index(pool, pictures, tmp_path, capsys):
     assert source.load(0).image.shape == (48, 64, 3) and len(originals) == 3
     assert {source.label(i) for i in range(12)} == {"class0", "class1", "class2"}
     assert Image.open(out.with_suffix(".report.png")).size[0] == 640
+
+
+def test_a_report_counts_clusters_by_hand(pool, tmp_path, capsys):
+    run("cluster", pool, "--clusters", 9, 3, "--out", tmp_path / "tree")
+    out = tmp_path / "sample.jsonl"
+    run("sample", pool, tmp_path / "tree", "--target", 12, "--out", out)
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert report == json.loads(out.with_suffix(".report.json").read_text())
+    (fine, coarse), _ = sampling.load_tree(tmp_path / "tree")
+    keys = [r["key"] for r in sampling.Pool(pool).records(np.arange(29))]
+    source = open_source(str(out))
+    drawn = [keys.index(source.key(i)) for i in range(12)]
+    for level, path in zip(report["levels"], (fine.assignment, coarse.assignment[fine.assignment]),
+                           strict=True):  # fmt: skip
+        before = np.bincount(path, minlength=level["clusters"])
+        after = np.bincount(path[drawn], minlength=level["clusters"])
+        assert level["empty"] == (before == 0).sum() and level["largest"] == before.max()
+        assert level["gini_pool"] == pytest.approx(sampling.gini(before), abs=1e-4)
+        assert level["gini_sample"] == pytest.approx(sampling.gini(after), abs=1e-4)
+    rows = [(row["cluster"], row["pool"], row["sample"]) for row in report["largest"]]
+    assert sorted(rows) == list(zip(range(3), before.tolist(), after.tolist(), strict=True))
+    assert [row[1] for row in rows] == sorted(before.tolist(), reverse=True)
+
+
+def test_a_pool_holds_what_the_teacher_says_row_by_row(pool, pictures):
+    source, table = open_source(str(pictures)), sampling.Pool(pool)
+    keys = [record["key"] for record in table.records(np.arange(29))]
+    teacher = sampling.load_teacher(sampling.parse_teacher("t=builtin:tiny-semantic"))
+    samples = {s.key: s for i in range(30) if (s := loaded(source, i))}
+    assert keys == list(samples)
+    expected = teacher.targets(list(samples.values())).summary_BC.half()
+    torch.testing.assert_close(table[:], expected, atol=2e-3, rtol=2e-3)
+    ids = torch.tensor([20, 3, 7, 8, 28, 3])  # of several files, in any order
+    assert torch.equal(table[ids], table[:][ids]) and torch.equal(table[5:20], table[:][5:20])
+    digests = [record["digest"] for record in table.records(np.array([3, 20]))]
+    assert digests == [samples[keys[3]].digest, samples[keys[20]].digest]
+
+
+def loaded(source, i):
+    try:
+        return source.load(i)
+    except BadImage:
+        return None
+
+
+def recoloured(pictures):
+    path = pictures / "class0" / "03.png"
+    Image.new("RGB", Image.open(path).size, "yellow").save(path)
+
+
+CHANGES = {  # what is done to the pictures, and the command's words that are exchanged
+    "nothing": (lambda _: None, {}),
+    "teacher": (lambda _: None, {"t=builtin:tiny-semantic": "t=builtin:tiny-dense"}),
+    "part": (lambda _: None, {8: 11}),
+    "picture": (recoloured, {}),
+    "fewer": (lambda pictures: (pictures / "class0" / "03.png").unlink(), {}),
+    "name": (lambda pictures: (pictures / "class0").rename(pictures / "class9"), {}),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_pool_embedded_anew_equals_a_fresh_one(pool, pictures, tmp_path, change):
+    """Parts of the first run count only where teacher, pictures and rows are the same."""
+    before = json.loads((pool / "pool.json").read_text())
+    alter, words = CHANGES[change]
+    alter(pictures)
+    for out in (pool, tmp_path / "fresh"):
+        run(*(words.get(word, word) for word in embed(pictures, out)))
+    one, two = sampling.Pool(pool), sampling.Pool(tmp_path / "fresh")
+    for manifest in (one.manifest, two.manifest, before):
+        del manifest["skipped"]  # a source may say there that it shrank since its last scan
+    assert one.manifest == two.manifest and (one.manifest != before) == (change != "nothing")
+    assert torch.equal(one[:], two[:])
+    assert one.records(np.arange(len(one))) == two.records(np.arange(len(two)))
+
+
+SETTINGS = (  # a tree of --clusters 6 3 is not of any of these
+    ("--clusters", 6, 2), ("--clusters", 6), ("--seed", 1), ("--fit-rows", 20), ("--splits", 2),
+    ("--iterations", 3), ("--tolerance", 0.1), ("--scores", "bfloat16"),
+    ("--keep", "none", "default"), ("--keep", "default", "2x3"),
+)  # fmt: skip
+
+
+def test_each_setting_and_pool_has_its_own_tree(pool, pictures, tmp_path):
+    command = ("cluster", pool, "--out", tmp_path / "tree", "--clusters", 6, 3)
+    run(*command)
+    before = (tmp_path / "tree" / "tree.json").read_bytes()
+    run(*command)  # the same again is no other
+    for setting in SETTINGS:
+        with pytest.raises(SystemExit, match="other settings"):
+            run(*command, *setting)
+    run(*(str(word).replace("semantic", "dense") for word in embed(pictures, pool)))
+    with pytest.raises(SystemExit, match="other settings"):
+        run(*command)
+    with pytest.raises(SystemExit, match="a tree of another pool"):
+        run("sample", pool, tmp_path / "tree", "--target", 4, "--out", tmp_path / "s.jsonl")
+    assert (tmp_path / "tree" / "tree.json").read_bytes() == before
+
+
+def test_a_picture_is_excluded_by_its_key_or_by_its_digest(pool, tmp_path):
+    run("cluster", pool, "--clusters", 4, "--out", tmp_path / "tree")
+    records = sampling.Pool(pool).records(np.arange(29))
+    (tmp_path / "banned.txt").write_text(f"{records[3]['digest']}\n{records[5]['key']}\nnobody")
+    out = tmp_path / "sample.jsonl"
+    run("sample", pool, tmp_path / "tree", "--target", 99, "--out", out,
+        "--exclude", tmp_path / "banned.txt")  # fmt: skip
+    source = open_source(str(out))
+    drawn = {source.key(i) for i in range(len(source))}
+    assert {r["key"] for r in records} - drawn == {records[3]["key"], records[5]["key"]}
+    assert json.loads(out.with_suffix(".report.json").read_text())["excluded"] == 2
+
+
+def test_keys_of_several_sources_say_which(pictures, tmp_path):
+    sources = [pictures / "class0", pictures / "class2"]
+    run("embed", *sources, *embed("", tmp_path / "pool")[2:])
+    run("cluster", tmp_path / "pool", "--clusters", 4, "--out", tmp_path / "tree")
+    for seed in (0, 0, 1):
+        run("sample", tmp_path / "pool", tmp_path / "tree", "--target", 10, "--seed", seed,
+            "--cap", "class0=3", "--out", tmp_path / f"{seed}.jsonl")  # fmt: skip
+    ours = open_source(str(tmp_path / "0.jsonl"))
+    keys = [ours.key(i) for i in range(len(ours))]
+    assert all(key.split("/")[0] == ours.record(i)["source"] for i, key in enumerate(keys))
+    assert sum(key.startswith("class0/") for key in keys) == 3 and len(keys) == 10
+    other = open_source(str(tmp_path / "1.jsonl"))
+    assert {other.key(i) for i in range(10)} != set(keys)
 
 
 def test_copies_exclusions_caps_and_a_large_target(pool, tmp_path, capsys):
