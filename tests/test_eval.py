@@ -105,6 +105,15 @@ def only(sets, *names):
     return [replace(s, summary=x, patches=y) for s, (x, y) in zip(sets, pick, strict=True)]
 
 
+def labelled(labels, digests=None, **summary):
+    """A feature set of these labels and summaries, without pictures."""
+    empty = np.zeros((0, 0, 3), np.uint8)
+    digests = digests or [f"{labels}{i}" for i in range(len(labels))]
+    pairs = enumerate(zip(labels, digests, strict=True))
+    samples = [Sample(f"p{i}", digest, empty, label) for i, (label, digest) in pairs]
+    return ev.FeatureSet(samples, {name: torch.as_tensor(x) for name, x in summary.items()})
+
+
 # ------------------------------------------------------------------- features
 
 
@@ -134,6 +143,27 @@ def test_bad_pictures_are_named_and_dense_is_spread():
     assert ev.extract(models(), Pictures(2, bad=(0, 1))).samples == []
 
 
+def test_ranks_share_a_source_and_gather_it_in_its_order(monkeypatch):
+    source, parts = Pictures(9, bad=(3,)), [None, None]
+    whole = ev.extract(models(), source, dense=5)
+
+    def gather(everyone, mine):
+        parts[ev.share()[0]] = mine
+        everyone[:] = [part or ({}, {}) for part in parts]
+
+    monkeypatch.setattr(ev.dist, "all_gather_object", gather)
+    for rank in (1, 0):  # the second has what the first one sent
+        monkeypatch.setattr(ev, "share", lambda rank=rank: (rank, 2))
+        found = ev.extract(models(), source, dense=5)
+    assert [sorted(part[0]) for part in parts] == [[0, 2, 4, 6, 8], [1, 5, 7]]
+    assert [s.key for s in found.samples] == [s.key for s in whole.samples]
+    assert (found.skipped, found.dense) == (whole.skipped, whole.dense)
+    for name, x in whole.summary.items():
+        assert torch.equal(x, found.summary[name])
+        both = zip(whole.patches[name], found.patches[name], strict=True)
+        assert all(torch.equal(x, y) for x, y in both)
+
+
 def test_at_size():
     sample = Pictures(1, side=(40, 80)).load(0)
     h, w = sample.image.shape[:2]
@@ -151,6 +181,15 @@ def test_a_picture_in_both_sets_is_refused(sets):
         ev.retrieval(sets[0], sets[0], "bow")
 
 
+def test_a_picture_is_known_by_its_content_not_by_its_name():
+    train = labelled("ab", ["sky", "sea"], m=torch.eye(2))
+    ev.check_disjoint(train, labelled("ab", ["dew", "fog"], m=torch.eye(2)))  # of the same names
+    test = labelled("aab", ["dew", "fog", "sea"], m=torch.eye(3, 2))
+    for protocol in (ev.knn, ev.linear):
+        with pytest.raises(ValueError, match=r"1 pictures are in both .*: p2 \(= p1\)"):
+            protocol(train, test)
+
+
 # ------------------------------------------------------------------- figures
 
 
@@ -162,6 +201,13 @@ def test_bootstrap_covers():
         covered += row["low"] <= 0.7 <= row["high"]
     assert 180 <= covered <= 199
     assert row["value"] == pytest.approx(float(hits.double().mean())) and row["n"] == 80
+
+
+def test_the_interval_is_of_95_percent():
+    """Of the mean of 1,000 uniform figures: 2 * 1.96 * sqrt(1 / 12 / 1000) = 0.0358 wide."""
+    row = ev.bootstrap(torch.arange(1000.0)[:, None] / 1000, lambda means: means[..., 0])
+    assert row["high"] - row["low"] == pytest.approx(0.0358, rel=0.06)
+    assert (row["high"] + row["low"]) / 2 == pytest.approx(row["value"], abs=0.002)
 
 
 def test_per_class_figures(sets):
@@ -189,13 +235,37 @@ def test_knn_votes_equal_a_loop_and_sklearn():
 
 
 def test_majority_class():
-    train, test = ev.FeatureSet(), ev.FeatureSet()
-    empty = np.zeros((0, 0, 3), np.uint8)
-    for found, labels in ((train, "aab"), (test, "abbb")):
-        keys = [f"{labels}-{i}" for i in range(len(labels))]
-        found.samples = [Sample(key, key, empty, x) for key, x in zip(keys, labels, strict=True)]
-        found.summary = {"m": torch.eye(len(labels), 4)}
+    train, test = labelled("aab", m=torch.eye(3, 4)), labelled("abbb", m=torch.eye(4, 4))
     assert ev.knn(train, test)["majority class"]["value"] == 0.25
+
+
+def test_the_nearest_vote_by_hand():
+    """Cosines 0.99, 0.98, 0.98: the nearest is outvoted by the next two, e^(0.01 / 0.07) < 2."""
+    rows = [[x, (1 - x**2) ** 0.5] for x in (0.99, 0.98, 0.98)]
+    train, test = labelled("baa", m=rows), labelled("aaaa", m=[[1.0, 0.0]] * 4)
+    for k, value in ((1, 0), (3, 1), (20, 1)):
+        assert ev.knn(train, test, k)["m"]["value"] == value
+
+
+def test_the_length_of_a_head_is_no_weight(sets):
+    long = []
+    for side in only(sets, "student/a", "student/b"):
+        side.summary["student/b"] = 100 * side.summary["student/b"]
+        long.append(side)
+    assert ev.knn(*long) == ev.knn(*only(sets, "student/a", "student/b"))
+
+
+def test_per_class_accuracy_by_hand():
+    hits, targets = torch.tensor([1, 0, 1, 1]), torch.tensor([0, 0, 1, 1])
+    row = ev.accuracy(hits, targets, ["a", "b"])
+    assert row["value"] == 0.75 and row["per_class"] == {"a": 0.5, "b": 1.0}
+
+
+def test_an_ensemble_by_hand():
+    """Entropies 0.3251 and 0.6931, so the weights are softmax(-1.6254, -3.4657) = .8630, .1370."""
+    heads = {"s/a": torch.tensor([[0.9, 0.1]]), "s/b": torch.tensor([[0.5, 0.5]])}
+    mixed = ev.add_ensembles(heads)["s/ensemble"]
+    torch.testing.assert_close(mixed, torch.tensor([[0.8452, 0.1548]]), atol=1e-4, rtol=0)
 
 
 def test_ensemble_weighs_the_sure_head_only_when_calibrated():
@@ -226,6 +296,49 @@ def test_linear_probe_is_near_sklearn():
     np.testing.assert_allclose(ours, reference.predict_proba(scaled.numpy()), atol=0.02)
 
 
+def test_a_probe_is_at_the_minimum_of_its_loss():
+    generator = torch.Generator().manual_seed(0)
+    x, l2 = 3 * torch.randn(300, 5, generator=generator) + 2, 0.05
+    y = (x[:, :3] + 3 * torch.randn(300, 3, generator=generator)).argmax(1)
+    probe = ev.fit_probe(x, y, 3, [5e-2], [l2])
+    z = (x - x.mean(0)) / x.std(0)
+    weight = (probe.weight_GCK[0] * x.std(0)[:, None]).requires_grad_()
+    bias = (probe.bias_GK[0] + x.mean(0) @ probe.weight_GCK[0]).requires_grad_()
+    loss = F.cross_entropy(z @ weight + bias, y) + l2 / 2 * weight.square().sum()
+    for gradient in torch.autograd.grad(loss, (weight, bias)):
+        assert gradient.abs().max() < 2e-3
+    assert weight.abs().max() > 0.2
+
+
+def test_a_penalty_is_chosen_on_pictures_held_out():
+    """Fifty channels of noise and one that tells: what was fitted is right with any penalty."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(60, 50, generator=generator), torch.arange(60) % 2
+    x[:, 0] += 2 * y
+    train, test = labelled([str(int(k)) for k in y], m=x), labelled(["0", "1"], m=x[:2])
+    fit, held = ev.split(60)
+    assert (len(fit), len(held)) == (48, 12) and sorted([*fit, *held]) == list(range(60))
+    assert ev.linear(train, test)["m"]["l2"] > 0
+
+
+def test_no_setting_depends_on_what_is_tested(sets):
+    train, test = only(sets, "student/a", "student/b")
+    changed = [
+        replace(s, label=LABELS[i // 7 % 3], mask=(s.mask + 1) % 4, caption=NAMES[i // 7 % 3])
+        for i, s in enumerate(test.samples)
+    ]
+    protocols = {
+        "l2": ev.linear,
+        "temperature": lambda *x: ev.zero_shot(*x, "bow"),
+        "learning_rate": ev.segmentation,
+    }
+    for setting, protocol in protocols.items():
+        one, two = (protocol(train, x) for x in (test, replace(test, samples=changed)))
+        assert one != two
+        for name in train.summary:
+            assert one[name][setting] == two[name][setting]
+
+
 # ------------------------------------------------------------------- text
 
 
@@ -248,6 +361,29 @@ def test_ridge_map_recovers_a_linear_one():
     x, y = torch.randn(300, 10, generator=generator), torch.randn(10, 4, generator=generator)
     found = ev.aligned(x, x @ y + 1)(x)
     assert F.cosine_similarity(found - 1, x @ y).min() > 0.99
+
+
+def test_a_ridge_penalty_is_chosen_on_pairs_held_out():
+    """Texts that have nothing to do with the pictures: the largest penalty says their mean."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(40, 30, generator=generator), torch.randn(40, 3, generator=generator)
+    assert (ev.aligned(x, y)(x) - y.mean(0)).square().mean() < 0.2 * y.var()
+
+
+def test_templates_are_averaged_at_unit_length(tmp_path):
+    """Class a: texts at 0 and 90 degrees, one ten times as long; b: at -20. The picture: at 10."""
+
+    def at(degrees, length=1.0):
+        angle = np.radians(degrees)
+        return [float(length * np.cos(angle)), float(length * np.sin(angle))]
+
+    (tmp_path / "prompts.txt").write_text("one {}\ntwo {}\n")
+    rows = {"one a": at(0, 10), "two a": at(90), "one b": at(-20), "two b": at(-20)}
+    np.savez(tmp_path / "t.npz", texts=np.array(list(rows)), embeddings=np.array([*rows.values()]))
+    train = labelled("aabb", **{"student/x": torch.tensor([at(45), at(46), at(-20), at(-21)])})
+    test = labelled("bb", **{"student/x": torch.tensor([at(10), at(10)])})
+    found = ev.zero_shot(train, test, f"x={tmp_path / 't.npz'}", str(tmp_path / "prompts.txt"))
+    assert found["student/x"]["value"] == 1  # 30 degrees to b, 35 to a
 
 
 def test_prompt_files(tmp_path):
@@ -287,6 +423,21 @@ def test_text_files_and_the_tower_cache(tmp_path, monkeypatch):
     embed = ev.text_encoder("clip=folder", [])[1]
     assert embed(["ab", "c"]).tolist() == embed(["ab", "c"]).tolist() == [[2], [1]]
     assert Tower.calls == 1
+
+
+def test_a_tower_of_other_weights_or_texts_is_asked_again(tmp_path, monkeypatch):
+    class Tower:
+        def __init__(self, number):
+            self.fingerprint, self.number = str(number), float(number)
+
+        def text(self, texts):
+            return torch.tensor([[self.number, len(text)] for text in texts])
+
+    monkeypatch.setattr(ev, "cache_home", lambda: tmp_path)
+    for number, texts in ((1, ["x"]), (2, ["x"]), (1, ["xy"]), (1, ["x", "xy"]), (1, ["x"])):
+        monkeypatch.setattr(ev, "load_teacher", lambda _, number=number: Tower(number))
+        found = ev.text_encoder("clip=folder", [])[1](texts).tolist()
+        assert found == [[number, len(text)] for text in texts]
 
 
 def test_zero_shot_and_retrieval_find_what_is_there(sets):
@@ -375,6 +526,35 @@ def test_the_interval_is_a_bootstrap_about_the_held_out_mean():
     assert (row["low"], row["high"]) == pytest.approx((low, high), abs=0.06)
 
 
+def test_fidelity_is_scaled_by_the_training_pictures(sets):
+    train, test = only(sets, "teacher/b", "student/b")
+    scale = torch.linspace(0.5, 3, 12)  # training features of other scales than those tested
+    train.summary["teacher/b"] = train.summary["teacher/b"] * scale + 1
+    train.patches["teacher/b"] = [x * scale + 1 for x in train.patches["teacher/b"]]
+    rows, sides = ev.fidelity(train, test), ("student/b", "teacher/b")
+    known = {"summary": train.summary["teacher/b"].split(1), "patches": train.patches["teacher/b"]}
+    shown = {"summary": [test.summary[x].split(1) for x in sides],
+             "patches": [test.patches[x] for x in sides]}  # fmt: skip
+    for part, maps in known.items():
+        rows_MC = torch.cat([x.reshape(-1, 12) for x in maps]).double()
+        variance, images = rows_MC.var(0, correction=0), zip(*shown[part], strict=True)
+        error, off = [], []
+        for ours, theirs in images:
+            ours, theirs = (x.reshape(-1, 12).double() for x in (ours, theirs))
+            error.append(((ours - theirs).square() / variance).mean(0))
+            off.append(
+                torch.stack(
+                    [
+                        ((theirs - rows_MC.mean(0)) / variance.sqrt()).square().mean(0),
+                        ((theirs - rows_MC.mean(0)) / variance.sqrt()).mean(0),
+                    ]
+                )
+            )
+        square, mean = torch.stack(off).mean(0)
+        expected = 1 - torch.stack(error).mean(0).mean() / (square - mean.square()).mean()
+        assert rows[f"student/b {part}"]["value"] == pytest.approx(float(expected), rel=1e-4)
+
+
 def test_a_dead_channel_is_left_out():
     train = torch.cat([torch.randn(20, 3), torch.zeros(20, 1)], 1)
     teacher = torch.cat([torch.randn(6, 3), torch.ones(6, 1)], 1)
@@ -447,6 +627,49 @@ def test_miou_equals_sklearn_and_void_is_left_out():
     assert ours[4:].isnan().all()
 
 
+def test_iou_by_hand():
+    """Of three classes: hit, labelled, predicted. One that no mask has is no class of the mean."""
+    found = ev.iou(torch.tensor([2, 0, 0, 3, 1, 0, 2, 1, 1]), 3)
+    assert found[:2].tolist() == [2 / 3, 0.0] and found[2].isnan()
+    assert ev.iou(torch.tensor([[4, 1], [2, 2]]).repeat(1, 3), 2).tolist() == [[1, 1], [1, 1]]
+
+
+def test_tokens_are_labelled_by_the_pixel_at_their_centre():
+    mask = torch.arange(16, dtype=torch.uint8).view(4, 4)
+    tokens, labels = ev.token_labels([torch.zeros(2, 2, 3), torch.zeros(4, 4, 3)], [mask, mask])
+    assert labels.tolist() == [5, 7, 13, 15, *range(16)] and tokens.shape == (20, 3)
+
+
+def test_logits_are_resized_between_pixel_centres():
+    """Two tokens over eight pixels, 4 apart: from -3 to 1 the line crosses 0 at pixel 4.5."""
+    probe = ev.Probe(torch.tensor([[[0.0, 1.0]]]), torch.zeros(1, 2))
+    mask = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1]], dtype=torch.uint8)
+    sums = ev.overlaps(probe, [torch.tensor([[[-3.0], [1.0]]])], [mask], 2)
+    assert sums.tolist() == [[[4, 3, 4, 4, 5, 3]]]  # hit, labelled, predicted
+
+
+def test_a_probes_rate_and_threshold_are_chosen_on_pictures_held_out(monkeypatch):
+    """The pictures have sizes of their own, so that the counts tell which ones were used."""
+    generator, fitted, scored = torch.Generator().manual_seed(0), [], []
+    maps = [torch.randn(2, 2 + i, 3, generator=generator) for i in range(10)]
+    masks = [torch.randint(2, (4, 7 + 3**i), generator=generator).byte() for i in range(10)]
+    whole = ev.fit_probe
+
+    def fit_probe(x_MC, *args):
+        fitted.append(len(x_MC))
+        return whole(x_MC, *args)
+
+    def score(sums):
+        scored.extend(sums[:, 2:4].sum(1).tolist())
+        return ev.iou(sums, 2)[..., 1]
+
+    monkeypatch.setattr(ev, "fit_probe", fit_probe)
+    ev.choose_probe(maps, masks, 2, score)
+    fit, held = ev.split(10)
+    assert fitted == [sum(2 * (2 + i) for i in fit)]
+    assert set(scored) == {sum(masks[i].numel() for i in held)}
+
+
 def test_overlap_keeps_settings_apart():
     mask, said = torch.tensor([[0, 1], [1, 1]]), torch.tensor([[[0, 1], [1, 0]], [[1, 1], [1, 1]]])
     want = [[1, 2, 1, 3, 2, 2], [0, 3, 1, 3, 0, 4]]  # hit, labelled, predicted, each of two classes
@@ -456,6 +679,7 @@ def test_overlap_keeps_settings_apart():
 def test_segmentation_finds_the_squares(sets):
     row = ev.segmentation(*only(sets, "teacher/a"), per_class=True)["teacher/a"]
     assert row["value"] > 0.6 and len(row["per_class"]) == 4
+    assert row["value"] == pytest.approx(np.mean(row["per_class"]))
     assert ev.segmentation(*only(sets, "teacher/a"), foreground=True)["teacher/a"]["value"] > 0.7
 
 
@@ -529,7 +753,6 @@ def test_questions(sets):
     assert ev.questions(sets[0], found)[1].tolist() == [[-1, -1, 6, 0]]
 
 
-@pytest.mark.slow
 def test_reading_finds_what_tokens_say_and_where():
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randn(90, 16, 4, generator=generator)
@@ -573,6 +796,43 @@ def test_features_resume_and_refuse_another_source(tmp_path):
     assert [p["key"] for p in index["pictures"]] == ["0-3", "0-4", "0-5"]
     with pytest.raises(ValueError, match="change --out"):
         ev.write_features(parts, Pictures(7, seed=3), out, True, None, shard=3)
+
+
+def test_features_know_all_that_they_were_made_of(tmp_path):
+    def write(weights="w", seed=0, maps=True, size=None, shard=8):
+        pixels = ev.RawPixels()
+        pixels.fingerprint = weights
+        return ev.write_features(
+            {"pixels": pixels}, Pictures(3, seed=seed), str(tmp_path), maps, size, shard
+        )
+
+    assert write() and not write()  # nothing is left to do
+    for change in ({"weights": "v"}, {"seed": 1}, {"maps": False},
+                   {"size": 32}, {"shard": 9}):  # fmt: skip
+        with pytest.raises(ValueError, match="change --out"):
+            write(**change)
+
+
+@pytest.mark.parametrize("broken", ["arrays", "index"])
+def test_features_are_written_whole_or_not_at_all(broken, tmp_path, monkeypatch):
+    pixels = ev.RawPixels()
+    pixels.fingerprint = "fixed"
+
+    def dies(target, _):
+        if broken == "index":
+            target.write_bytes(b"[")
+        else:
+            target.write(b"half")
+        raise OSError("full")
+
+    owner, name = (Path, "write_text") if broken == "index" else (np, "save")
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, dies)
+        with pytest.raises(OSError, match="full"):
+            ev.write_features({"pixels": pixels}, Pictures(3), str(tmp_path), True, None)
+    assert not (tmp_path / "00000.json").exists()
+    assert bool(list(tmp_path.glob("*.npy"))) == (broken == "index")
+    assert ev.write_features({"pixels": pixels}, Pictures(3), str(tmp_path), True, None)
 
 
 def test_identity_sees_every_weight():
@@ -717,6 +977,33 @@ def test_command_prints_json_last(workplace, capsys):
     assert columns <= result["rows"].keys() and result["rows"]["pixels"]["n"] == 6
     ev.main(command(workplace, "pca", "--out", str(workplace / "x.png"), "--sizes", "32", "48"))
     assert (workplace / "x.png").exists()
+
+
+def test_the_last_line_is_json_also_where_a_figure_is_missing(workplace, capsys, monkeypatch):
+    rows = {"NaN of x": {"value": float("nan"), "n": 2}}
+    monkeypatch.setitem(ev.TASKS, "knn", ("train test", lambda *_: rows))
+    ev.main(command(workplace, "knn", "--no-controls"))
+    line = capsys.readouterr().out.splitlines()[-1]
+    found = json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert [row["value"] for row in found["rows"].values()] == [None]
+
+
+def test_the_features_command_writes_maps_of_the_size(workplace, tmp_path, capsys):
+    ev.main(command(workplace, "features", "--out", str(tmp_path), "--maps", "--size", "32"))
+    index = json.loads((tmp_path / "00000.json").read_text())
+    assert len(index["pictures"]) == 6
+    assert {h * w for h, w in index["grids"]["student/trunk"]} <= {4, 6}  # of patches of 16 px
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]["00000.json"]["value"] == 6
+
+
+def test_what_was_not_compared_is_said():
+    from conftest import missing_line
+
+    reasons = ["Skipped: could not import 'sklearn.metrics': No module named 'sklearn'"] * 2
+    reasons += ["Skipped: could not import 'webdataset': No module named 'webdataset'", "no CUDA"]
+    line = missing_line(reasons)
+    assert "sklearn (2 tests), webdataset (1 test): pip install -r requirements-dev" in line
+    assert missing_line(["no CUDA"]) == ""
 
 
 @pytest.mark.parametrize(
