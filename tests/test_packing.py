@@ -373,7 +373,7 @@ def test_mosaic_through_an_identity_teacher(side, k, missing, varied):
 
 def test_mosaic_takes_mixed_sizes_varies_places_and_refuses_what_does_not_fit():
     images = [torch.rand(3, 32, 64), torch.rand(3, 64, 16)]
-    sheet, boxes = mosaic(images, 128, 16, keyed_generator(0), fill=0.25)
+    sheet, boxes = mosaic(images, 128, 16, keyed_generator(0), fill=(0.25,) * 3)
     for top, left, height, width in boxes:
         sheet[:, 16 * top : 16 * (top + height), 16 * left : 16 * (left + width)] = 0.25
     assert (sheet == 0.25).all()
@@ -804,7 +804,7 @@ def test_a_batch_is_its_pictures_one_after_the_other():
     empty = PackedBatch.from_images([], 16)
     both = PackedBatch.cat([batch, empty, batch])
     assert len(both) == 4 and both.partition_B == [0] * 4 and batch.grids == [(2, 1), (1, 3)]
-    assert both.wholes == both.grids and both.origins == [(0, 0)] * 4
+    assert both.views == {} and both.sizes == [(32, 16), (16, 48)] * 2
     assert both.to("cpu").patches_MX.shape == (10, 768)
     with pytest.raises(RuntimeError, match="can't divide axis of length 30 in chunks of 16"):
         PackedBatch.from_images([torch.rand(3, 30, 16)], 16)
