@@ -588,13 +588,13 @@ def test_from_a_folder_to_an_index(pool, pictures, tmp_path, capsys):
 def test_a_report_counts_clusters_by_hand(pool, tmp_path, capsys):
     run("cluster", pool, "--clusters", 9, 3, "--out", tmp_path / "tree")
     out = tmp_path / "sample.jsonl"
-    run("sample", pool, tmp_path / "tree", "--target", 12, "--out", out)
+    run("sample", pool, tmp_path / "tree", "--target", 5, "--out", out)  # of 9 clusters
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert report == json.loads(out.with_suffix(".report.json").read_text())
     (fine, coarse), _ = sampling.load_tree(tmp_path / "tree")
     keys = [r["key"] for r in sampling.Pool(pool).records(np.arange(29))]
     source = open_source(str(out))
-    drawn = [keys.index(source.key(i)) for i in range(12)]
+    drawn = [keys.index(source.key(i)) for i in range(5)]
     for level, path in zip(report["levels"], (fine.assignment, coarse.assignment[fine.assignment]),
                            strict=True):  # fmt: skip
         before = np.bincount(path, minlength=level["clusters"])
@@ -693,6 +693,21 @@ def test_a_picture_is_excluded_by_its_key_or_by_its_digest(pool, tmp_path):
     drawn = {source.key(i) for i in range(len(source))}
     assert {r["key"] for r in records} - drawn == {records[3]["key"], records[5]["key"]}
     assert json.loads(out.with_suffix(".report.json").read_text())["excluded"] == 2
+
+
+def test_near_duplicates_are_left_out_and_counted(pictures, tmp_path):
+    for name in ("00", "09"):
+        copy = pictures / "class2" / f"copy of {name}.png"
+        copy.write_bytes((pictures / "class0" / f"{name}.png").read_bytes())
+    run(*embed(pictures, tmp_path / "pool"))
+    run("cluster", tmp_path / "pool", "--clusters", 1, "--out", tmp_path / "tree")
+    out = tmp_path / "sample.jsonl"
+    run("sample", tmp_path / "pool", tmp_path / "tree", "--target", 31, "--dedup", 0.999999,
+        "--out", out)  # fmt: skip
+    source = open_source(str(out))
+    keys = {source.key(i) for i in range(len(source))}
+    assert len(keys) == 29 and not any("copy" in key for key in keys)
+    assert json.loads(out.with_suffix(".report.json").read_text())["duplicates"] == 2
 
 
 def test_keys_of_several_sources_say_which(pictures, tmp_path):
