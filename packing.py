@@ -32,7 +32,7 @@ import tarfile
 import unicodedata
 import warnings
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import cache, lru_cache
@@ -58,6 +58,7 @@ EXIF_ORIENTATION, SIDEWAYS = 274, (5, 6, 7, 8)
 Record = dict[str, Any]
 Skipped = dict[str, str]  # key or file -> reason
 Size = tuple[int, int]  # height, width
+Prepare = Callable[[np.ndarray, Size, Any], Tensor]  # see `StepData`
 
 
 class BadImage(ValueError):
@@ -233,7 +234,8 @@ def mosaic(
         raise ValueError(f"{len(images)} pictures, but {canvas=} has {k}x{k} cells of that size")
     cell = canvas // patch // k
     order = torch.arange(k * k) if generator is None else torch.randperm(k * k, generator=generator)
-    sheet, boxes = torch.tensor(fill)[:, None, None].repeat(1, canvas, canvas), []
+    ground_311 = torch.tensor(fill, device=images[0].device)[:, None, None]
+    sheet, boxes = ground_311.repeat(1, canvas, canvas), []
     for image, slot in zip(images, order.tolist(), strict=False):
         height, width = image.shape[1] // patch, image.shape[2] // patch
         top, left = slot // k * cell, slot % k * cell
@@ -771,6 +773,13 @@ def shifted_views(
     return {n: View((y, x), box) for n, (y, x), box in zip(names, origins, boxes, strict=True)}
 
 
+def to_device(x: Tensor, device: torch.device | str) -> Tensor:
+    """A copy that the host does not wait for: one to CUDA goes on alone from pinned memory."""
+    if torch.device(device).type == "cuda" and x.device.type == "cpu":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
+
+
 @dataclass
 class PackedBatch:
     """Pictures of many sizes as one sequence of patches; may be empty."""
@@ -783,6 +792,8 @@ class PackedBatch:
     skipped: Skipped = field(default_factory=dict)  # pictures of this pack that did not decode
     # by teacher, and "" for the student: its view of each picture; nothing if all see the whole
     views: dict[str, list[View]] = field(default_factory=dict)
+    # by teacher: the pictures as it sees them, in one row of numbers, and their sizes in pixels
+    pixels: dict[str, tuple[Tensor, list[Size]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.partition_B = self.partition_B or [0] * len(self.grids)
@@ -807,6 +818,9 @@ class PackedBatch:
             joined.skipped |= batch.skipped
             for name, views in batch.views.items():
                 joined.views.setdefault(name, []).extend(views)
+        for name in batches[0].pixels:
+            rows, sizes = zip(*(batch.pixels[name] for batch in batches), strict=True)
+            joined.pixels[name] = torch.cat(rows), list(itertools.chain(*sizes))
         return joined
 
     def __len__(self) -> int:
@@ -826,11 +840,34 @@ class PackedBatch:
         """The part of each picture that a teacher sees; None: all see all of them."""
         return [view.box for view in self.views[name]] if self.views else None
 
+    def with_pixels(self, pixels: Mapping[str, list[Tensor]]) -> "PackedBatch":
+        """The same with the pictures (3, H, W) that each teacher sees, all in one storage: a
+        loader's worker hands each storage over as an open file, of which there may be 1024."""
+        rows = [
+            torch.cat([x.flatten() for x in (self.patches_MX[:0], *xs)]) for xs in pixels.values()
+        ]
+        parts = [self.patches_MX.flatten(), *rows]
+        patches, *rows = torch.cat(parts).split([part.numel() for part in parts])
+        sizes = [[(x.shape[1], x.shape[2]) for x in xs] for xs in pixels.values()]
+        named = dict(zip(pixels, zip(rows, sizes, strict=True), strict=True))
+        return replace(self, patches_MX=patches.view_as(self.patches_MX), pixels=named)
+
+    def seen(self, name: str) -> list[Tensor]:
+        """The pictures as a teacher sees them, each (3, H, W)."""
+        row, sizes = self.pixels[name]
+        pictures = row.split([3 * height * width for height, width in sizes])
+        return [x.unflatten(0, (3, *size)) for x, size in zip(pictures, sizes, strict=True)]
+
+    def map(self, move: Callable[[Tensor], Tensor]) -> "PackedBatch":
+        """The same with its tensors moved; what is still on the host stays there."""
+        pixels = {name: (move(row), sizes) for name, (row, sizes) in self.pixels.items()}
+        return replace(self, patches_MX=move(self.patches_MX), pixels=pixels)
+
     def to(self, device: torch.device | str) -> "PackedBatch":
-        return replace(self, patches_MX=self.patches_MX.to(device, non_blocking=True))
+        return self.map(lambda x: to_device(x, device))
 
     def pin_memory(self) -> "PackedBatch":  # the loader's pinning thread calls it
-        return replace(self, patches_MX=self.patches_MX.pin_memory())
+        return self.map(Tensor.pin_memory)
 
 
 def pack(
@@ -1030,18 +1067,20 @@ class StepData(Dataset):
     ranks form low- and high-resolution groups, and one rank has micro-batches of one step. Every
     partition goes through its own epochs.
 
-    `prefix` counts an image's tokens besides its patches. `shift` is the deviation, in patches, by
-    which the views of the student and of each of the `teachers` move, see `shifted_views`.
+    `prefix` counts an image's tokens besides its patches. `teachers` makes what each one sees of a
+    picture, (3, H, W), from its pixels, the size at which the student sees it, and the part.
+    `shift` is the deviation, in patches, by which the views of the student and of each of them
+    move, see `shifted_views`.
     """
 
     def __init__(self, partitions: Sequence[Partition], patch: int, prefix: int, seed: int = 0,
                  rank: int = 0, world: int = 1, lookahead: int = 64,
-                 shift: float = 0.0, teachers: Sequence[str] = ()):  # fmt: skip
+                 shift: float = 0.0, teachers: Mapping[str, Prepare] | None = None):  # fmt: skip
         packs = sum(partition.packs_per_step for partition in partitions)
         if packs % world:
             raise ValueError(f"{packs} packs per step do not divide over {world=} processes")
         self.partitions, self.patch = tuple(partitions), patch
-        self.shift, self.viewers = shift, ("", *teachers)
+        self.shift, self.teachers = shift, dict(teachers or {})
         self._streams = [_Stream(p, patch, prefix, seed, lookahead) for p in partitions]
         self._part = slice(rank * packs // world, (rank + 1) * packs // world)
         self._seed = seed
@@ -1055,8 +1094,9 @@ class StepData(Dataset):
         return [self._load(step, number, items) for number, items in self._row(step)[self._part]]
 
     def _load(self, step: int, number: int, items: np.ndarray) -> PackedBatch:
-        images, samples, skipped = [], [], Skipped()
-        views: dict[str, list[View]] = {name: [] for name in self.viewers if self.shift}
+        images, samples, skipped, names = [], [], Skipped(), ("", *self.teachers)
+        views: dict[str, list[View]] = {name: [] for name in names if self.shift}
+        pixels: dict[str, list[Tensor]] = {name: [] for name in self.teachers}
         epoch, _ = self._streams[number].locate(step)
         for component, i, h, w in items.tolist():
             source = self.partitions[number].components[component].source
@@ -1067,16 +1107,19 @@ class StepData(Dataset):
                 skipped[source.key(i)] = str(error)
             else:
                 samples.append(sample)
-                box = None
+                found = dict.fromkeys(names, View((0, 0), None))
                 if self.shift:
                     generator = keyed_generator(self._seed, epoch, sample.key, "shift")
-                    found = shifted_views((h, w), self.viewers, self.shift, generator)
-                    box = found[""].box
-                    for name, view in found.items():
-                        views[name].append(view)
-                images.append(to_float(sample.image, size, box))
+                    found = shifted_views((h, w), names, self.shift, generator)
+                for name in views:
+                    views[name].append(found[name])
+                images.append(to_float(sample.image, size, found[""].box))
+                for name, prepare in self.teachers.items():
+                    pixels[name].append(prepare(sample.image, size, found[name].box))
         batch = PackedBatch.from_images(images, self.patch, samples)
-        return replace(batch, partition_B=[number] * len(images), skipped=skipped, views=views)
+        partition_B = [number] * len(images)
+        batch = replace(batch, partition_B=partition_B, skipped=skipped, views=views)
+        return batch.with_pixels(pixels) if pixels else batch
 
     def steps_in(self, epoch: int) -> int:
         """Steps in an epoch of the first partition."""
@@ -1115,25 +1158,41 @@ class Group:
     device: torch.device
 
 
-def setup_distributed(pg_timeout: float = 600.0) -> Group:
+def setup_distributed(pg_timeout: float = 600.0, device: str = "auto") -> Group:
     """Join the processes that torchrun started; without torchrun, be rank 0 of 1.
 
     Args:
         pg_timeout: seconds that a collective waits for a silent process.
+        device: cpu, cuda (a GPU for each process of this machine), or auto: cuda if there is one.
+    Raises: ValueError without a GPU for every process.
     """
     env, timeout = os.environ, timedelta(seconds=pg_timeout)
     rank, world = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(env.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
+    group = Group(rank, world, choose_device(device, int(env.get("LOCAL_WORLD_SIZE", 1))))
     if "RANK" not in env:
-        return Group(rank, world, device)
+        return group
     is_master = rank == 0 and env.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     address = env["MASTER_ADDR"], int(env["MASTER_PORT"])
     store = dist.TCPStore(*address, world, is_master=is_master, timeout=timeout)
     # a restarted rank must not find the addresses of the dead ones: each attempt has its own keys
     attempt = dist.PrefixStore(f"attempt{env.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=attempt, rank=rank, world_size=world, timeout=timeout)
-    return Group(rank, world, device)
+    # numbers that are on the host are summed there: NCCL would wait for the device
+    on_gpu = {"backend": "cpu:gloo,cuda:nccl", "device_id": group.device}
+    how: Any = on_gpu if group.device.type == "cuda" else {"backend": "gloo"}
+    dist.init_process_group(store=attempt, rank=rank, world_size=world, timeout=timeout, **how)
+    return group
+
+
+def choose_device(device: str, processes: int) -> torch.device:
+    """This process's device, its own GPU where that is CUDA; see `setup_distributed`."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device == "cpu" or (device == "auto" and not gpus):
+        return torch.device("cpu")
+    if processes > gpus:
+        raise ValueError(
+            f"{processes} processes on this machine, but {gpus} GPUs: pass --nproc-per-node "
+            f"{max(gpus, 1)} to torchrun, or --device cpu"
+        )
+    chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    torch.cuda.set_device(chosen)
+    return chosen

@@ -43,8 +43,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from model import CLIP_RGB, HALF_RGB, load_student, read_checkpoint
-from packing import BadImage, Box, Sample, Source, cache_home, mosaic, resize, to_float
+from model import CLIP_RGB, HALF_RGB, autocast, load_student, read_checkpoint
+from packing import BadImage, Box, Sample, Source, cache_home, mosaic, resize, to_device, to_float
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean, standard deviation
 NONE = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))  # the network normalises by itself
@@ -89,9 +89,9 @@ class TeacherOutput:
     def to(self, device: torch.device | str) -> "TeacherOutput":
         """The same on another device."""
         summary, registers = (
-            x if x is None else x.to(device) for x in (self.summary_BC, self.registers_BRC)
+            x if x is None else to_device(x, device) for x in (self.summary_BC, self.registers_BRC)
         )
-        return TeacherOutput(summary, [p.to(device) for p in self.patches], registers)
+        return TeacherOutput(summary, [to_device(p, device) for p in self.patches], registers)
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,11 @@ class SizeRule:
     kind: str
     patch: int
     side: int
+
+    def view(self, image_u8: np.ndarray, size: Any = None, box: Box | None = None) -> Tensor:
+        """A picture (H, W, 3) as the teacher sees it; `size`, `box`: see `Teacher.targets`."""
+        image_CHW = to_float(image_u8, size if self.kind in ("native", "canvas") else None, box)
+        return resize(image_CHW, self(*image_CHW.shape[1:]))
 
     def __call__(self, height: int, width: int) -> tuple[int, int]:
         """(height, width) of a picture -> (height, width) that the teacher sees, in pixels."""
@@ -410,6 +415,7 @@ def load_torch(path: str) -> Backbone:
     if "features.18.0.weight" in weights:
         return Backbone(MobileNetV2(weights), read_cnn, SizeRule("area", 32, 192))
     student = load_student(path)
+    student.precision = "fp32"  # the dtype of the weights decides, as in any teacher
     sizes = SizeRule("native", student.config.patch, NATIVE_SIDE)
     return Backbone(student, read_student, sizes, stats=NONE)
 
@@ -539,6 +545,8 @@ class Teacher:
         self.network = backbone.network.to(self.dtype).eval().requires_grad_(False)
         self.fingerprint = self._fingerprint()
         self.network.to(self.device)
+        self.stats_23 = torch.tensor(backbone.stats, device=self.device)  # mean, deviation
+        self.precision = "fp32"  # see `model.autocast`: that of the weights, unless told otherwise
         self._text: Callable[[list[str]], Tensor] | None = None
         is_canvas, side = backbone.sizes.kind == "canvas", backbone.sizes.side
         usual = (side, side) if is_canvas else self.size_for(224, 224)
@@ -578,10 +586,8 @@ class Teacher:
         boxes: the part of each picture that this teacher sees (C-RADIOv4 Eq. 1); None: all of it.
         """
         none: list[None] = [None] * len(samples)
-        if sizes is None or self.size_for.kind not in ("native", "canvas"):
-            sizes = none
-        parts = zip(samples, sizes, boxes or none, strict=True)
-        return self([to_float(sample.image, size, box) for sample, size, box in parts])
+        parts = zip(samples, sizes or none, boxes or none, strict=True)
+        return self.features([self.size_for.view(s.image, size, box) for s, size, box in parts])
 
     def text(self, texts: list[str]) -> Tensor:
         """n strings -> (n, C) in the space of the summaries, not normalised, for zero-shot."""
@@ -637,9 +643,11 @@ class Teacher:
 
     def _read(self, pictures: list[Tensor]) -> list[Row]:
         """Normalise pictures of one size, run, and give float32 back."""
-        mean, std = torch.tensor(self.backbone.stats, device=self.device)[..., None, None]
-        pixels_BCHW = (torch.stack(pictures).to(self.device) - mean) / std
-        parts = self.backbone.read(self.network, pixels_BCHW.to(self.dtype))
+        mean, std = self.stats_23[..., None, None]
+        pixels_BCHW = torch.stack([to_device(picture, self.device) for picture in pictures])
+        with autocast(self.device, self.precision):
+            normal_BCHW = ((pixels_BCHW - mean) / std).to(self.dtype)
+            parts = self.backbone.read(self.network, normal_BCHW)
         columns = ([None] * len(pictures) if part is None else part.float() for part in parts)
         return list(zip(*columns, strict=True))
 
@@ -758,10 +766,18 @@ class CachedTeacher(Teacher):
         if boxes is not None:  # to shift the student's view alone would leave summaries of another
             raise TeacherError(f"teacher {self.name}: {self.folder} holds features of whole "
                                "pictures, not of shifted views; pass --cache none")  # fmt: skip
-        return self.collect([self._look_up(sample) for sample in samples])
+        found = [self._look_up(sample) for sample in samples]
+        row = torch.cat([torch.zeros(0, dtype=torch.float16), *(flat for flat, _ in found)])
+        pictures = to_device(row, self.device).float().split([len(flat) for flat, _ in found])
+        rows, vectors = [], [self.summary_dim or 0, self.registers * self.dim]
+        for flat, (_, grid) in zip(pictures, found, strict=True):
+            summary_C, registers, patches = flat.split([*vectors, len(flat) - sum(vectors)])
+            registers_RC = registers.view(self.registers, self.dim)
+            rows.append((summary_C, patches.view(*grid, self.dim), registers_RC))
+        return self.collect(rows)
 
-    def _look_up(self, sample: Sample) -> Row:
-        """The features of one picture, checked against their crc32."""
+    def _look_up(self, sample: Sample) -> tuple[Tensor, tuple[int, int]]:
+        """The features of one picture, end to end in float16, checked against their crc32; grid."""
         if sample.digest not in self._records:
             self.refresh()  # another rank or run may have written it
         if sample.digest not in self._records:
@@ -774,9 +790,7 @@ class CachedTeacher(Teacher):
         blob = self._shards[path][offset : offset + 2 * sum(sizes)].tobytes()
         if zlib.crc32(blob) != crc:
             raise TeacherError(f"{path} is damaged at {sample.key!r}; {DELETE}")
-        flat = torch.frombuffer(bytearray(blob), dtype=torch.float16).float()
-        summary_C, registers, patches = flat.to(self.device).split(sizes)
-        return summary_C, patches.view(h, w, self.dim), registers.view(self.registers, self.dim)
+        return torch.frombuffer(bytearray(blob), dtype=torch.float16), (h, w)
 
 
 def fill_caches(caches: list[CachedTeacher], source: Source) -> dict[str, str]:

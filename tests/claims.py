@@ -276,7 +276,7 @@ def distil(name: str, arm: str, seed: int, quick: bool) -> dict[str, Any]:
     trainer = Trainer(cfg, GROUP, teachers)
     if arm in claim.positions:
         trainer.student.positions = claim.positions[arm](trainer.student.config)
-    stages = make_stages(cfg, [train], trainer.student, GROUP)
+    stages = make_stages(cfg, [train], trainer.student, GROUP, trainer.teachers)
     looks = {round(cfg.steps * part) for part in (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1)}
     history, dynamics, gflop, cost = [], [], 0.0, forward_gflop(trainer.student.config)
     for stage, ((first, last), data) in enumerate(zip(cfg.stage_bounds(), stages, strict=True)):

@@ -1,5 +1,6 @@
-"""What the tests could not compare is said, in one line, at the end."""
+"""What the tests could not compare is said at the end; the GPU is hidden without `-m gpu`."""
 
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -18,3 +19,9 @@ def pytest_terminal_summary(terminalreporter) -> None:
     reasons = [str(r.longrepr[2] if isinstance(r.longrepr, tuple) else r.longrepr) for r in skipped]
     if line := missing_line(reasons):
         terminalreporter.write_line(line, yellow=True)
+
+
+def pytest_configure(config) -> None:
+    """The GPU is hidden from all tests but those of `pytest -m gpu`, from their processes, too."""
+    if not re.search(r"(?<!not )\bgpu\b", config.option.markexpr):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""

@@ -949,7 +949,7 @@ class Ramps(Source):
 def test_shifted_views_of_a_batch_agree_on_what_lies_where():
     parts = one_partition(Ramps(), budget=256)
     whole = StepData(parts, 16, 5, seed=1)
-    moved, compared = StepData(parts, 16, 5, seed=1, shift=0.5, teachers=["a"]), 0
+    moved, compared = StepData(parts, 16, 5, seed=1, shift=0.5, teachers={"a": to_float}), 0
     for step in range(2):
         for plain, batch in zip(whole[step], moved[step], strict=True):
             assert batch.grids == plain.grids and not plain.views  # of full size
@@ -973,7 +973,7 @@ def test_shifted_views_of_a_batch_agree_on_what_lies_where():
 def test_a_view_depends_on_seed_epoch_and_sample_alone():
     def views(budget, packs, rank, world, seed, steps):
         parts = one_partition(Ramps(), budget=budget, packs_per_step=packs)
-        data = StepData(parts, 16, 5, seed, rank, world, shift=0.5, teachers=["a"])
+        data = StepData(parts, 16, 5, seed, rank, world, shift=0.5, teachers={"a": to_float})
         batch = PackedBatch.cat([b for step in steps(data) for b in data[step]])
         found = zip(*batch.views.values(), strict=True)
         return dict(zip((s.key for s in batch.samples), found, strict=True))
@@ -1225,6 +1225,33 @@ def test_without_torchrun_there_is_one_process(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     group = packing.setup_distributed()
     assert (group.rank, group.world) == (0, 1) and not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("gpus", "processes", "device", "expected"),
+    [
+        (0, 2, "auto", "cpu"),
+        (2, 4, "cpu", "cpu"),
+        (2, 2, "auto", "cuda:1"),
+        (2, 2, "cuda", "cuda:1"),
+        (2, 4, "auto", "4 processes on this machine, but 2 GPUs: pass --nproc-per-node 2"),
+        (0, 1, "cuda", "1 processes on this machine, but 0 GPUs: pass .*or --device cpu"),
+    ],
+)
+def test_every_process_has_its_own_gpu_or_the_line_says_so(
+    gpus, processes, device, expected, monkeypatch
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    if "GPUs" in expected:
+        with pytest.raises(ValueError, match=expected):
+            packing.choose_device(device, processes)
+        return
+    found = packing.choose_device(device, processes)
+    assert str(found) == expected and chosen == [found] * (found.type == "cuda")
 
 
 # ---- fuzz

@@ -275,7 +275,7 @@ def trainer_of(cfg: train.TrainConfig) -> tuple[train.Trainer, list]:
     sources, _ = train.open_sources(cfg)
     teachers = [train.load_teacher(train.parse_teacher(text)) for text in cfg.teachers]
     trainer = train.Trainer(cfg, CPU, teachers)
-    stages = train.make_stages(cfg, sources, trainer.student, CPU)
+    stages = train.make_stages(cfg, sources, trainer.student, CPU, trainer.teachers)
     trainer.fit_normalizers(stages[0])
     return trainer, stages
 
