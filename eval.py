@@ -1263,6 +1263,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--count", type=int, default=8, help="pca: pictures")
     add("--out", default="", help="folder or picture to write")
     add("--seed", type=int, default=0, help="of the untrained student and built-in drawings")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to compute")
     args = parser.parse_args(argv)
     if missing := [name for name in TASKS[args.task][0].split() if not getattr(args, name)]:
         parser.error(f"{args.task} needs {' and '.join(f'--{name}' for name in missing)}")
@@ -1274,6 +1275,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 def load_models(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     specs = [t if "=" in t else f"{t}=builtin:{t}" for t in args.teacher]
     teachers = [load_teacher(parse_teacher(spec), device) for spec in specs]
+    for teacher in teachers:
+        teacher.precision = "auto"  # as the students: bf16 on CUDA
     models: dict[str, Any] = {"teacher": {t.name: t for t in teachers}} if teachers else {}
     controls = not args.no_controls and args.task not in ("pca", "features")
     if args.student:
@@ -1287,8 +1290,9 @@ def load_models(args: argparse.Namespace, device: torch.device) -> dict[str, Any
 
 def main(argv: Sequence[str] | None = None) -> None:
     args, start = parse_args(argv), time.time()
-    group, args.skipped = setup_distributed(), {}
+    args.skipped = {}
     try:
+        group = setup_distributed(device=args.device)
         sources = [spec and open_source(spec, args.seed) for spec in (args.train, args.test)]
         rows = TASKS[args.task][1](args, load_models(args, group.device), *sources)
     except (ValueError, OSError, ImportError) as error:

@@ -22,8 +22,9 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import cache, cached_property, partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from packing import PackedBatch, fit_size, resize, to_float, to_rgb
+from packing import PackedBatch, fit_size, resize, to_device, to_float, to_rgb
 
 HALF_RGB = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))  # mean, std
 CLIP_RGB = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
@@ -117,8 +118,9 @@ class ModelConfig:
     def __post_init__(self):
         if self.form not in ("amoe", "radio"):
             raise ValueError(f"form {self.form!r} is neither 'amoe' nor 'radio'")
-        if self.form == "amoe" and self.head_dim % 4:
-            raise ValueError(f"head_dim={self.head_dim} is not a multiple of 4 (half is rotated)")
+        if self.head_dim % 8 or not 0 < self.head_dim <= 256:  # the rotation wants multiples of 4
+            raise ValueError(f"head_dim={self.head_dim} is not a multiple of 8 up to 256: no CUDA "
+                             "attention kernel takes it")  # fmt: skip
         if bool(self.experts) != bool(self.top_k) or not 0 <= self.top_k <= self.experts:
             raise ValueError(f"top_k={self.top_k} does not fit experts={self.experts}")
         if self.form == "radio" and (self.experts or not self.position_grid):
@@ -217,7 +219,9 @@ class Layout:
     rank_B: Tensor  # place of each image of the caller's order among the sorted ones
     patches_M: Tensor  # rows of the patches among the sorted tokens, caller's order
     row_column_M2: Tensor  # each patch's integer place in its image, caller's order
-    grid_M2: Tensor  # (rows, columns) of the image that the patch belongs to
+    image_M: Tensor  # the image that the patch belongs to, caller's order
+    grid_M2: Tensor  # (rows, columns) of that image
+    ends_B: Tensor  # int32, start of the first sorted image and end of each: for varlen kernels
 
     @classmethod
     def of(cls, grids: list[tuple[int, int]], prefix: int, device: torch.device) -> Layout:
@@ -230,6 +234,7 @@ class Layout:
         start_B = torch.empty(count, dtype=torch.int64)  # first sorted row of each image
         start_B[order_B] = (patches_B[order_B] + prefix).cumsum(0) - patches_B[order_B] - prefix
         image_M = torch.repeat_interleave(torch.arange(count), patches_B)
+        ends_B = torch.tensor([0, *lengths]).cumsum(0).int()
         nth_M = torch.arange(len(image_M)) - (patches_B.cumsum(0) - patches_B)[image_M]
         columns_M = grid_B2[image_M, 1]
         prefix_BR = start_B[:, None] + torch.arange(prefix)
@@ -237,9 +242,9 @@ class Layout:
         gather_N = torch.empty(count * prefix + len(image_M), dtype=torch.int64)
         gather_N[torch.cat([prefix_BR.flatten(), patches_M])] = torch.arange(len(gather_N))
         row_column_M2 = torch.stack([nth_M // columns_M, nth_M % columns_M], dim=1)
-        tensors = (gather_N, prefix_BR, order_B.argsort(), patches_M, row_column_M2,
-                   grid_B2[image_M])  # fmt: skip
-        return cls(grids, lengths, *(tensor.to(device, non_blocking=True) for tensor in tensors))
+        tensors = (gather_N, prefix_BR, order_B.argsort(), patches_M, row_column_M2, image_M,
+                   grid_B2[image_M], ends_B)  # fmt: skip
+        return cls(grids, lengths, *(to_device(tensor, device) for tensor in tensors))
 
     def by_length(self, x: Tensor) -> list[Tensor]:
         """Sorted tokens (N, ...) as one batch (b, n, ...) for each length that occurs.
@@ -251,28 +256,12 @@ class Layout:
         pairs = zip(runs, counts.values(), strict=True)
         return [run.unflatten(0, (count, -1)) for run, count in pairs]
 
-    @cached_property
-    def ends_B(self) -> Tensor:
-        """Start of the first image and end of each, int32: what varlen kernels want."""
-        ends = torch.tensor([0, *self.lengths]).cumsum(0)
-        return ends.to(self.gather_N.device, torch.int32, non_blocking=True)
-
-    @cached_property
-    def block_mask(self) -> Any:
-        """flex_attention's mask: a token sees its own image."""
-        from torch.nn.attention.flex_attention import create_block_mask
-
-        device, count = self.gather_N.device, len(self.gather_N)
-        image_N = torch.arange(len(self.lengths)).repeat_interleave(torch.tensor(self.lengths))
-        image_N = image_N.to(device)
-        same_image = lambda b, h, i, j: image_N[i] == image_N[j]  # noqa: ARG005, E731
-        return create_block_mask(same_image, None, None, count, count, device=device)
-
 
 # ---- Attention: one function, several backends
 
 
-ATTENTION = ("auto", "flash", "explicit", "varlen", "flex")
+# Float32 on CUDA goes by "efficient", as no varlen kernel takes it.
+ATTENTION = ("auto", "flash", "explicit", "varlen", "efficient")
 
 
 def cpu_flash(*qkv_BHNA: Tensor):
@@ -280,6 +269,26 @@ def cpu_flash(*qkv_BHNA: Tensor):
     out_BHNA, lse_BHN = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*qkv_BHNA)
     backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
     return out_BHNA, lse_BHN, lambda *saved: backward(*saved, 0.0, False)
+
+
+def cuda_efficient(*qkv_BHNA: Tensor):
+    """torch's memory-efficient CUDA kernel on images of equal length: the same three.
+
+    It is the one that takes float32. Rows of its log-sum-exp are padded to whole 32, with infinity.
+    """
+    ops, length = torch.ops.aten, qkv_BHNA[0].shape[2]
+    forward = ops._scaled_dot_product_efficient_attention
+    out_BHNA, padded_BHN, *rng = forward(*qkv_BHNA, None, compute_log_sumexp=True)
+
+    def backward(grad_BHNA: Tensor, *saved: Tensor):
+        *tensors, lse_BHN = saved
+        padding = (0, padded_BHN.shape[2] - length)
+        lse_BHN = F.pad(lse_BHN, padding, value=math.inf)
+        run = ops._scaled_dot_product_efficient_attention_backward
+        needed = [True, True, True, False]
+        return run(grad_BHNA, *tensors[:3], None, tensors[3], lse_BHN, *rng, 0.0, needed)[:3]
+
+    return out_BHNA, padded_BHN[..., :length], backward
 
 
 def cuda_varlen(layout: Layout, *qkv_1HNA: Tensor):
@@ -338,27 +347,11 @@ def explicit_attention(q_BHNA, k_BHNA, v_BHNA, sinks_H: Tensor | None) -> Tensor
     return logits_BHNN.softmax(-1)[..., : k_BHNA.shape[2]].to(v_BHNA.dtype) @ v_BHNA
 
 
-@cache
-def _compiled_flex() -> Any:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention, dynamic=True)
-
-
-def flex_attention(qkv_1HNA: list[Tensor], sinks_H: Tensor | None, layout: Layout) -> Tensor:
-    """flex_attention over the whole pack; its backward does carry the gradient of lse. CUDA."""
-    out_1HNA, lse_1HN = _compiled_flex()(*qkv_1HNA, block_mask=layout.block_mask, return_lse=True)
-    if sinks_H is None:
-        return out_1HNA
-    gate_1HN = torch.sigmoid(lse_1HN - sinks_H.float()[:, None])
-    return out_1HNA * gate_1HN[..., None].to(out_1HNA.dtype)
-
-
 def choose_attention(q_NHA: Tensor) -> str:
     """The fastest backend that is exact for this device and dtype."""
     is_half = q_NHA.dtype in (torch.bfloat16, torch.float16)
     if q_NHA.device.type == "cuda":
-        return "varlen" if is_half else "flex"  # varlen has no float32 kernel
+        return "varlen" if is_half else "efficient"
     if q_NHA.device.type != "cpu" or (is_half and q_NHA.requires_grad):
         return "explicit"  # the CPU flash backward gains nothing from bfloat16
     return "flash"
@@ -371,13 +364,17 @@ def attention(
 ) -> Tensor:  # fmt: skip
     """Attention of every token to the tokens of its own image; `out_NHA`.
 
-    Every backend has the exact gradient of the sinks. AMoE 1.2, RADIO 1.
+    Every backend has the exact gradient of the sinks. Raises: ValueError for mixed dtypes.
+    AMoE: attention sinks; RADIOv2.5: ViT
     """
+    if not q_NHA.dtype == k_NHA.dtype == v_NHA.dtype:
+        dtypes = f"q {q_NHA.dtype}, k {k_NHA.dtype}, v {v_NHA.dtype}"
+        raise ValueError(f"attention takes one dtype, got {dtypes}; cast all to that of v")
     if not layout.lengths:  # the sinks keep their place in the graph: DDP waits for every gradient
         return v_NHA if sinks_H is None else v_NHA + 0 * sinks_H.sum()
     backend = choose_attention(q_NHA) if backend == "auto" else backend
     qkv, outputs = (q_NHA, k_NHA, v_NHA), []
-    if backend in ("varlen", "flex"):  # these know where images end: the pack is one sequence
+    if backend == "varlen":  # it knows where images end: the pack is one sequence
         runs = [tuple(x_NHA[None] for x_NHA in qkv)]
     else:
         runs = list(zip(*(layout.by_length(x_NHA) for x_NHA in qkv), strict=True))
@@ -386,10 +383,9 @@ def attention(
         if backend == "explicit":
             q_BHNA, k_BHNA, v_BHNA = qkv_BHNA
             out_BHNA = explicit_attention(q_BHNA, k_BHNA, v_BHNA, sinks_H)
-        elif backend == "flex":
-            out_BHNA = flex_attention(qkv_BHNA, sinks_H, layout)
         else:
-            kernel = partial(cuda_varlen, layout) if backend == "varlen" else cpu_flash
+            kernels = {"flash": cpu_flash, "efficient": cuda_efficient}
+            kernel = kernels.get(backend, partial(cuda_varlen, layout))
             out_BHNA = FlashSinkAttention.apply(*qkv_BHNA, sinks_H, kernel)
         outputs.append(rearrange(out_BHNA, "b h n a -> (b n) h a"))
     return torch.cat(outputs)
@@ -458,7 +454,9 @@ class GoldenPositions(KeepsFloat32):
 
         CLS and registers are not rotated.
         """
-        angles_MHJ = torch.einsum("mc,hjc->mhj", self.coordinates(layout), self.freqs_HJ2)
+        # By single products: autocast would round those of an einsum to bfloat16.
+        y_M11, x_M11 = self.coordinates(layout).T[..., None, None]
+        angles_MHJ = y_M11 * self.freqs_HJ2[..., 0] + x_M11 * self.freqs_HJ2[..., 1]
         angles_NHJ = angles_MHJ.new_zeros(len(layout.gather_N), *angles_MHJ.shape[1:])
         angles_NHJ = angles_NHJ.index_copy(0, layout.patches_M, angles_MHJ)
         return patches_MD, (angles_NHJ.cos(), angles_NHJ.sin())
@@ -486,9 +484,8 @@ class TablePositions(nn.Module):
             # The table resized to the square of the longer side (pixel centres), top-left part.
             yx_M2 = (layout.row_column_M2 + 0.5) * (side / grid_M2.amax(1, keepdim=True)) - 0.5
             return patches_MD + self.sample(yx_M2.clamp(0, side - 1)).to(patches_MD.dtype), None
-        areas = torch.tensor([h * w for h, w in layout.grids])
-        windows_M5 = windows_B5.repeat_interleave(areas.to(windows_B5.device), 0)
-        size_M2, origin_M2, kept_M1 = windows_M5.to(patches_MD.device).split([2, 2, 1], dim=1)
+        windows_M5 = to_device(windows_B5, patches_MD.device).index_select(0, layout.image_M)
+        size_M2, origin_M2, kept_M1 = windows_M5.split([2, 2, 1], dim=1)
         unit_M2 = layout.row_column_M2 / (grid_M2 - 1).clamp(min=1)
         positions_MD = self.sample((origin_M2 + unit_M2 * size_M2) * (side - 1)) * kept_M1
         return patches_MD + positions_MD.to(patches_MD.dtype), None
@@ -546,7 +543,8 @@ class Attention(nn.Module):
         q_NHA, k_NHA, v_NHA = qkv_NSHA.unbind(1)
         if self.rotary:
             qk_NSHA = F.rms_norm(qkv_NSHA[:, :2], (self.head_dim,))
-            q_NHA, k_NHA = rotate(qk_NSHA, rotation).unbind(1)
+            # CUDA's autocast computes the norm in float32, and no kernel takes two dtypes.
+            q_NHA, k_NHA = rotate(qk_NSHA, rotation).to(v_NHA.dtype).unbind(1)
         out_NHA = attention(q_NHA, k_NHA, v_NHA, layout, self.sinks, self.backend)
         return self.proj(rearrange(out_NHA, "n h a -> n (h a)"))
 
@@ -796,6 +794,13 @@ class AdapterHead(nn.Module):
 # ---- The student
 
 
+def autocast(device: torch.device, precision: str = "auto") -> Any:
+    """Arithmetic in 'bf16' or 'fp32'; 'auto': bf16 on CUDA, elsewhere as the caller has it."""
+    if precision == "auto" and device.type != "cuda":
+        return nullcontext()
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision != "fp32")
+
+
 @dataclass
 class StudentOutput:
     """What the student says of a pack; images and patches in the order of the pack."""
@@ -817,18 +822,23 @@ class Features:
     tokens: Tensor | None = None
 
 
-class Student(nn.Module):
+class Student(KeepsFloat32):
     """The student of `config`; see `ModelConfig` for the choices and `MODELS` for the sizes."""
 
     feature_mean_D: Tensor
     feature_tx_DD: Tensor
+    pixel_stats_2X: Tensor
+    float32_buffers = ("pixel_stats_2X",)
     encode_budget = 16384  # tokens of one inference pass: bounds the memory of `encode`
+    precision = "auto"  # of `encode`, see `autocast`
     frozen_trunk = False  # True: only the heads get gradients (RADIO 4: the first steps)
     recompute = False  # True: blocks keep no activations and run again in backward
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
+        rgb = torch.tensor([config.pixel_mean, config.pixel_std], device="cpu")  # never meta
+        self.register_buffer("pixel_stats_2X", rgb.repeat(1, config.patch**2), persistent=False)
         self.embed = nn.Linear(3 * config.patch**2, config.dim, bias=config.patch_bias)
         self.prefix_RD = nn.Parameter(torch.empty(config.prefix, config.dim))
         self.positions = (GoldenPositions if config.form == "amoe" else TablePositions)(config)
@@ -867,7 +877,7 @@ class Student(nn.Module):
 
     def trunk(self, patches_MX: Tensor, layout: Layout, windows_B5: Tensor | None):
         """Sorted tokens x_ND after the last block and norm, and counts_LE of the experts."""
-        x_MX = normalise_pixels(patches_MX, self.config).to(self.embed.weight.dtype)
+        x_MX = normalise_pixels(patches_MX, self.pixel_stats_2X).to(self.embed.weight.dtype)
         patches_MD, rotation = self.positions(self.embed(x_MX), layout, windows_B5)
         prefix_ND = repeat(self.prefix_RD, "r d -> (b r) d", b=len(layout.grids))
         # Under autocast too, the residual stream keeps the precision of the weights.
@@ -889,7 +899,7 @@ class Student(nn.Module):
         patches_MD = x_ND.index_select(0, layout.patches_M)
         if self.config.feature_normalizer:
             patches_MD = (patches_MD - self.feature_mean_D) @ self.feature_tx_DD.T
-        summary_BD = rearrange(prefix_BRD[:, list(self.config.summary_tokens)], "b r d -> b (r d)")
+        summary_BD = torch.cat([prefix_BRD[:, i] for i in self.config.summary_tokens], dim=1)
         out = StudentOutput(summary_BD, patches_MD, {}, {}, {}, counts_LE)
         for name, head in self.heads.items():
             values = head(prefix_BRD, patches_MD, layout)
@@ -918,7 +928,7 @@ class Student(nn.Module):
     def encode(
         self, images: Sequence[Any], max_tokens: int | None = None, keep: int | None = None
     ) -> list[Features]:
-        """Features of images of any mix of sizes, in float32.
+        """Features of images of any mix of sizes, in float32 (computed in bf16 on CUDA).
 
         Args:
             images: PIL images, uint8 arrays (H, W, 3), float tensors (3, H, W) in [0, 1]. Each side
@@ -950,8 +960,9 @@ class Student(nn.Module):
 
     def encode_pack(self, pack: list[Tensor], keep: int | None) -> list[Features]:
         """Features of one pack of images whose sides are multiples of the patch."""
-        batch = PackedBatch.from_images(pack, self.config.patch)
-        results = self.unpack(self(batch.to(self.prefix_RD.device)), batch.grids)
+        batch, device = PackedBatch.from_images(pack, self.config.patch), self.prefix_RD.device
+        with autocast(device, self.precision):
+            results = self.unpack(self(batch.to(device)), batch.grids)
         for result, grid in zip(results, batch.grids, strict=True):
             if keep is not None:
                 result.tokens, _ = merge_tokens(result.patches["trunk"].flatten(0, 1), grid, keep)
@@ -1012,12 +1023,9 @@ def siglino_size(height: int, width: int, min_pixels=128**2, max_pixels=256**2) 
     return fit_size(height, width, 16, min_pixels, max_pixels, upsample=True)
 
 
-def normalise_pixels(patches_MX: Tensor, config: ModelConfig) -> Tensor:
+def normalise_pixels(patches_MX: Tensor, stats_2X: Tensor) -> Tensor:
     """(pixel - mean) / std per channel; channels are the innermost of a patch."""
-    pixels = patches_MX.shape[-1] // 3
-    mean_X, std_X = (
-        patches_MX.new_tensor(rgb).repeat(pixels) for rgb in (config.pixel_mean, config.pixel_std)
-    )
+    mean_X, std_X = stats_2X.to(patches_MX.dtype)
     return (patches_MX - mean_X) / std_X
 
 

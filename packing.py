@@ -731,6 +731,13 @@ def open_source(spec: str, seed: int = 0) -> Source:
 # ---- packed batches
 
 
+def to_device(x: Tensor, device: torch.device | str) -> Tensor:
+    """A copy that the host does not wait for: one to CUDA goes on alone from pinned memory."""
+    if torch.device(device).type == "cuda" and x.device.type == "cpu":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
+
+
 @dataclass
 class PackedBatch:
     """Pictures of many sizes as one sequence of patches; may be empty."""
@@ -785,7 +792,7 @@ class PackedBatch:
         return [(h * self.patch, w * self.patch) for h, w in self.wholes]
 
     def to(self, device: torch.device | str) -> "PackedBatch":
-        return replace(self, patches_MX=self.patches_MX.to(device, non_blocking=True))
+        return replace(self, patches_MX=to_device(self.patches_MX, device))
 
     def pin_memory(self) -> "PackedBatch":  # the loader's pinning thread calls it
         return replace(self, patches_MX=self.patches_MX.pin_memory())
@@ -1078,25 +1085,39 @@ class Group:
     device: torch.device
 
 
-def setup_distributed(pg_timeout: float = 600.0) -> Group:
+def setup_distributed(pg_timeout: float = 600.0, device: str = "auto") -> Group:
     """Join the processes that torchrun started; without torchrun, be rank 0 of 1.
 
     Args:
         pg_timeout: seconds that a collective waits for a silent process.
+        device: cpu, cuda (a GPU for each process of this machine), or auto: cuda if there is one.
+    Raises: ValueError without a GPU for every process.
     """
     env, timeout = os.environ, timedelta(seconds=pg_timeout)
     rank, world = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(env.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
+    group = Group(rank, world, choose_device(device, int(env.get("LOCAL_WORLD_SIZE", 1))))
     if "RANK" not in env:
-        return Group(rank, world, device)
+        return group
     is_master = rank == 0 and env.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     address = env["MASTER_ADDR"], int(env["MASTER_PORT"])
     store = dist.TCPStore(*address, world, is_master=is_master, timeout=timeout)
     # a restarted rank must not find the addresses of the dead ones: each attempt has its own keys
     attempt = dist.PrefixStore(f"attempt{env.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=attempt, rank=rank, world_size=world, timeout=timeout)
-    return Group(rank, world, device)
+    # numbers that are on the host are summed there: NCCL would wait for the device
+    on_gpu = {"backend": "cpu:gloo,cuda:nccl", "device_id": group.device}
+    how: Any = on_gpu if group.device.type == "cuda" else {"backend": "gloo"}
+    dist.init_process_group(store=attempt, rank=rank, world_size=world, timeout=timeout, **how)
+    return group
+
+
+def choose_device(device: str, processes: int) -> torch.device:
+    """This process's device, its own GPU where that is CUDA; see `setup_distributed`."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device == "cpu" or (device == "auto" and not gpus):
+        return torch.device("cpu")
+    if processes > gpus:
+        raise ValueError(f"{processes} processes on this machine, but {gpus} GPUs: pass "
+                         f"--nproc-per-node {max(gpus, 1)} to torchrun, or --device cpu")  # fmt: skip
+    chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    torch.cuda.set_device(chosen)
+    return chosen

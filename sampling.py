@@ -1009,6 +1009,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         add[f]("tree", type=Path, help="folder that cluster or assign wrote")
     for f in (embed, cluster, assign, sample):
         add[f]("--out", type=Path, required=True, help="folder (sample: index file) to write")
+    for f in (embed, cluster, assign, plan):
+        add[f]("--device", default="auto", choices=("auto", "cpu", "cuda"), help="to compute on")
     for f in (cluster, plan):
         add[f]("--clusters", type=int, nargs="+", required=True, help="per level, finest first")
         add[f](
@@ -1045,8 +1047,9 @@ COMMANDS = (embed, cluster, sample, assign, plan)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args, group = parse_args(argv), setup_distributed()
+    args = parse_args(argv)
     try:
+        group = setup_distributed(device=getattr(args, "device", "cpu"))
         {f.__name__: f for f in COMMANDS}[args.command](args, group)
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"sampling.py {args.command}: {error}")

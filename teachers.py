@@ -43,8 +43,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from model import CLIP_RGB, HALF_RGB, load_student, read_checkpoint
-from packing import BadImage, Sample, Source, cache_home, mosaic, resize, to_float
+from model import CLIP_RGB, HALF_RGB, autocast, load_student, read_checkpoint
+from packing import BadImage, Sample, Source, cache_home, mosaic, resize, to_device, to_float
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean, standard deviation
 NONE = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))  # the network normalises by itself
@@ -407,6 +407,7 @@ def load_torch(path: str) -> Backbone:
     if "features.18.0.weight" in weights:
         return Backbone(MobileNetV2(weights), read_cnn, SizeRule("area", 32, 192))
     student = load_student(path)
+    student.precision = "fp32"  # the dtype of the weights decides, as in any teacher
     sizes = SizeRule("native", student.config.patch, NATIVE_SIDE)
     return Backbone(student, read_student, sizes, stats=NONE)
 
@@ -536,6 +537,8 @@ class Teacher:
         self.network = backbone.network.to(self.dtype).eval().requires_grad_(False)
         self.fingerprint = self._fingerprint()
         self.network.to(self.device)
+        self.stats_23 = torch.tensor(backbone.stats, device=self.device)  # mean, deviation
+        self.precision = "fp32"  # see `model.autocast`: that of the weights, unless told otherwise
         self._text: Callable[[list[str]], Tensor] | None = None
         side = backbone.sizes.side if backbone.sizes.kind in ("fixed", "canvas") else self.patch
         with torch.no_grad():  # its widths, off one blank picture
@@ -625,9 +628,11 @@ class Teacher:
 
     def _read(self, pictures: list[Tensor]) -> list[Row]:
         """Normalise pictures of one size, run, and give float32 back."""
-        mean, std = torch.tensor(self.backbone.stats, device=self.device)[..., None, None]
-        pixels_BCHW = (torch.stack(pictures).to(self.device) - mean) / std
-        parts = self.backbone.read(self.network, pixels_BCHW.to(self.dtype))
+        mean, std = self.stats_23[..., None, None]
+        pixels_BCHW = torch.stack([to_device(picture, self.device) for picture in pictures])
+        with autocast(self.device, self.precision):
+            normal_BCHW = ((pixels_BCHW - mean) / std).to(self.dtype)
+            parts = self.backbone.read(self.network, normal_BCHW)
         columns = ([None] * len(pictures) if part is None else part.float() for part in parts)
         return list(zip(*columns, strict=True))
 

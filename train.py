@@ -52,6 +52,7 @@ from model import (
     StudentOutput,
     TablePositions,
     adopt,
+    autocast,
     copy_pool,
     load_student,
     position_windows,
@@ -203,6 +204,10 @@ class TrainConfig:
     router_rate: float = option(1e-3, "expert-bias step of load balancing (AMoE Sec. 1.4)")
     parallel: str = option(
         "ddp", "copies of the weights, or shards of them (FSDP2)", choices=("ddp", "fsdp"),
+        control=True,
+    )  # fmt: skip
+    device: str = option(
+        "auto", "where to compute; auto: cuda if there is one", choices=("auto", "cpu", "cuda"),
         control=True,
     )  # fmt: skip
     precision: str = option(
@@ -575,8 +580,7 @@ class Trainer:
             if isinstance(head, AdapterHead):
                 head.to_teacher = self.normalizers.parts[name, "patches"].denormalize
         self.ada = losses.AdaLoss()
-        is_bf16 = cfg.precision == "bf16" or (cfg.precision, group.device.type) == ("auto", "cuda")
-        self.autocast = torch.autocast(group.device.type, torch.bfloat16, enabled=is_bf16)
+        self.autocast = autocast(group.device, cfg.precision)
 
     def fit_normalizers(self, data: StepData) -> None:
         """Estimate the targets' statistics over the first steps' pictures, before step 1.
@@ -1439,6 +1443,7 @@ def look(run: Run, pictures: int = 500) -> dict[str, float]:
     out, group = Path(run.cfg.out), run.trainer.group
     newest = out / f"step_{run.record['step']:06d}" / "model.pt"
     student = load_student(newest, device=str(group.device))
+    student.precision = run.cfg.precision
     sources = (run.train_sources[0], run.held_out)
     some = [Subset(s, range(0, len(s), max(1, len(s) // pictures))) for s in sources]
     train, test = (extract({"student": student}, source, 0) for source in some)
@@ -1465,6 +1470,7 @@ def finish(run: Run) -> None:
     device = str(run.trainer.group.device)
     student = load_student(out / f"step_{cfg.steps:06d}" / "model.pt", device=device)
     untrained, folded_heads = build_student(cfg, run.trainer.teachers)
+    student.precision = untrained.precision = cfg.precision
     # as each teacher's mean, so that it starts where a trained one did
     run.trainer.normalizers.fold_into(untrained.to(device), besides=folded_heads)
     teachers = {t.name: t for t in run.trainer.teachers}
@@ -1519,7 +1525,7 @@ def load_teachers(cfg: TrainConfig, sources: list[Source], group: Group) -> list
 def prepare(cfg: TrainConfig) -> Run:
     """Everything up to the first step: process group, data, teachers, student, resume."""
     need("matplotlib", "curves.png")
-    group = setup_distributed(cfg.pg_timeout)
+    group = setup_distributed(cfg.pg_timeout, cfg.device)
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     torch.set_num_threads(cfg.threads or max(1, (os.cpu_count() or 1) // local_world))
     Path(cfg.out).mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,7 @@
 """What all tests share."""
 
 import os
+import re
 
 
 def pytest_configure(config) -> None:
@@ -8,6 +9,6 @@ def pytest_configure(config) -> None:
 
 
 def hide_gpu(config) -> None:
-    """Tests run on the CPU wherever they run, but for those that `-m gpu` asks for."""
-    if "gpu" not in config.option.markexpr.replace("not gpu", ""):
+    """From all tests but those of `pytest -m gpu`, and from the processes that they start."""
+    if not re.search(r"(?<!not )\bgpu\b", config.option.markexpr):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""

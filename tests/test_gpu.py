@@ -13,6 +13,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import emulated_cuda
@@ -124,17 +125,26 @@ def test_the_device_is_named(capsys):
 # ---- Attention
 
 
-def softmax_with_sinks(qkv, lengths, sinks_H) -> Tensor:
-    """The definition in float64, one image after the other."""
+LENGTHS = [1, 5, 261, 2309]
+
+
+@cache
+def right_attention(width: int, has_sinks: bool) -> tuple[list[Tensor], Tensor, list[Tensor]]:
+    """Inputs q, k, v (and sinks) and an output's gradient, which bfloat16 and float16 hold both,
+    with the softmax's output and gradients in float64, one image after the other."""
+    half = torch.randn(4, sum(LENGTHS), 2, width).to(torch.bfloat16).to(torch.float16).to(CUDA)
+    sinks = [torch.tensor([3.0, -1.0], device=CUDA)] if has_sinks else []
+    inputs = [x.double().requires_grad_() for x in (*half[:3], *sinks)]
     outs = []
-    for q, k, v in zip(*(x.split(lengths) for x in qkv), strict=True):
-        logits_HNN = torch.einsum("nha,mha->hnm", q, k) / q.shape[-1] ** 0.5
-        if sinks_H is not None:
+    for q, k, v in zip(*(x.split(LENGTHS) for x in inputs[:3]), strict=True):
+        logits_HNN = torch.einsum("nha,mha->hnm", q, k) / width**0.5
+        for sinks_H in inputs[3:]:
             sinks_HN1 = sinks_H[:, None, None].expand(-1, len(q), 1)
             logits_HNN = torch.cat([logits_HNN, sinks_HN1], dim=-1)
         weights_HNN = logits_HNN.softmax(-1)[..., : len(q)]
         outs.append(torch.einsum("hnm,mha->nha", weights_HNN, v))
-    return torch.cat(outs)
+    out, grad = torch.cat(outs), half[3].double()
+    return [*inputs, grad], out.detach(), list(torch.autograd.grad(out, inputs, grad))
 
 
 @on_gpu(ATTEND)
@@ -148,18 +158,16 @@ def softmax_with_sinks(qkv, lengths, sinks_H) -> Tensor:
 def test_attention_against_float64(backend, dtype, tolerance, width, has_sinks):
     """Outputs and all gradients, images of 1, 5, 261 and 2309 tokens in one pack."""
     layout = Layout.of([(1, 1), (1, 5), (9, 29), (1, 2309)], 0, CUDA)
-    qkv = [x.to(dtype) for x in torch.randn(3, sum(layout.lengths), 2, width)]
-    sinks = torch.tensor([3.0, -1.0]) if has_sinks else None
-    grad = torch.randn(qkv[0].shape).to(dtype)
-    right = [x.double().requires_grad_() for x in (*qkv, *([sinks] if has_sinks else []))]
-    ours = [x.detach().to(CUDA).requires_grad_() for x in (*qkv, *([sinks] if has_sinks else []))]
-    expected = softmax_with_sinks(right[:3], layout.lengths, right[3] if has_sinks else None)
-    got = attention(*ours[:3], layout, ours[3] if has_sinks else None, backend)
+    assert layout.lengths == LENGTHS
+    (*inputs, grad), expected, right_grads = right_attention(width, has_sinks)
+    ours = [x.detach().to(dtype).requires_grad_() for x in inputs]
+    sinks = ours[3].detach().float().requires_grad_() if has_sinks else None
+    got = attention(*ours[:3], layout, sinks, backend)
     assert got.dtype == dtype
     assert apart(got, expected) < tolerance
-    ours_grads = torch.autograd.grad(got, ours, grad.to(CUDA))
-    right_grads = torch.autograd.grad(expected, right, grad.double())
-    for name, x, y in zip("qkvs", ours_grads, right_grads, strict=False):
+    wanted = [*ours[:3], *([sinks] if has_sinks else [])]
+    grads = torch.autograd.grad(got, wanted, grad.to(dtype))
+    for name, x, y in zip("qkvs", grads, right_grads, strict=False):
         assert apart(x, y) < tolerance, name
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import math
 import os
 import pickle
 import re
@@ -477,10 +478,88 @@ def test_attention_choice():
         Student(MODELS["test"]).use(attention="x")
 
 
+def test_attention_refuses_two_dtypes():
+    layout, (q, k, v, sinks) = attention_inputs()
+    with pytest.raises(ValueError, match=r"q torch.float32, k torch.float32, v torch.bfloat16"):
+        attention(q, k, v.bfloat16(), layout, sinks)
+
+
+def efficient_forward(q, k, v, bias, compute_log_sumexp):
+    """CUDA's memory-efficient kernel by its definition: its log-sum-exp is padded to whole 32."""
+    assert bias is None and compute_log_sumexp and all(x.stride(-1) == 1 for x in (q, k, v))
+    logits = q @ k.mT / q.shape[-1] ** 0.5
+    lse = F.pad(logits.logsumexp(-1), (0, -q.shape[2] % 32), value=math.inf)
+    return logits.softmax(-1) @ v, lse, torch.zeros(()), torch.zeros(())
+
+
+def efficient_backward(grad, q, k, v, bias, out, lse, seed, offset, dropout, needed):
+    assert bias is None and seed.ndim == offset.ndim == dropout == 0 and not needed[3]
+    assert lse.shape[2] % 32 == 0 and lse.is_contiguous()
+    assert (lse[..., q.shape[2] :] == math.inf).all(), "rows of padding would enter"
+    weight = (q @ k.mT / q.shape[-1] ** 0.5 - lse[..., : q.shape[2], None]).exp()
+    slope = weight * (grad @ v.mT - (grad * out).sum(-1, keepdim=True)) / q.shape[-1] ** 0.5
+    return slope @ k, slope.mT @ q, weight.mT @ grad, torch.zeros(0)
+
+
+@pytest.mark.parametrize("has_sinks", [True, False])
+def test_the_memory_efficient_kernel_has_the_sinks_gradient(has_sinks, monkeypatch):
+    """What float32 takes on CUDA, with torch's kernel written out as its callers must use it."""
+    for name, kernel in (("", efficient_forward), ("_backward", efficient_backward)):
+        name = f"_scaled_dot_product_efficient_attention{name}"
+        monkeypatch.setattr(torch.ops.aten, name, kernel, raising=False)
+    layout, inputs = attention_inputs()
+    if not has_sinks:
+        inputs[3] = torch.tensor([-math.inf, -math.inf])
+    used = inputs[: 3 + has_sinks]
+    expected = reference_attention(layout, *inputs)
+    wanted = torch.autograd.grad(expected.square().sum(), used)
+    out = attention(*inputs[:3], layout, inputs[3] if has_sinks else None, "efficient")
+    close(out, expected, 2e-6)
+    for a, b in zip(torch.autograd.grad(out.square().sum(), used), wanted, strict=True):
+        close(a, b, 3e-6)
+
+
+def test_attention_gets_one_dtype_where_autocast_norms_in_float32(monkeypatch):
+    """CUDA's autocast computes rms_norm in float32, the CPU's does not; kernels take one dtype."""
+    norm, seen = F.rms_norm, []
+    monkeypatch.setattr(F, "rms_norm", lambda x, *rest: norm(x.float(), *rest))
+    spy = lambda q, k, v, *_: seen.append({x.dtype for x in (q, k, v)}) or v  # noqa: E731
+    monkeypatch.setattr(model, "attention", spy)
+    with torch.autocast("cpu", torch.bfloat16):
+        Student(MODELS["test"])(pack(GRIDS))
+    assert seen == [{torch.bfloat16}] * 2
+
+
+def test_cuda_takes_no_flex():
+    q = dataclasses.make_dataclass("Q", ["dtype", "device", "requires_grad"])
+    for dtype, backend in ((torch.bfloat16, "varlen"), (torch.float32, "efficient")):
+        assert model.choose_attention(q(dtype, torch.device("cuda"), True)) == backend
+
+
+@pytest.mark.parametrize("head_dim", [20, 264, 0])
+def test_head_widths_that_no_kernel_takes_are_refused(head_dim):
+    for config in (MODELS["test"], MODELS["radio-b"]):
+        with pytest.raises(ValueError, match=f"head_dim={head_dim} is not a multiple of 8"):
+            dataclasses.replace(config, head_dim=head_dim)
+
+
+def test_autocast_keeps_the_angles():
+    """Up to 50 rad: bfloat16 would round them by as much as 0.2."""
+    layout, positions = Layout.of([(48, 48)], 5, torch.device("cpu")), Student(MODELS["test"])
+    positions = positions.positions
+    with torch.autocast("cpu", torch.bfloat16):
+        _, (cos_NHJ, sin_NHJ) = positions(None, layout, None)
+    grid = torch.linspace(-1, 1, 48, dtype=torch.float64)
+    yx_M2 = torch.cartesian_prod(grid, grid)
+    angles = torch.einsum("mc,hjc->mhj", yx_M2, positions.freqs_HJ2.double())
+    close(cos_NHJ[5:], angles.cos().float(), 1e-5)
+    close(sin_NHJ[5:], angles.sin().float(), 1e-5)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize(
-    ("backend", "dtype"), [("varlen", torch.bfloat16), ("flex", torch.float32)]
+    ("backend", "dtype"), [("varlen", torch.bfloat16), ("efficient", torch.float32)]
 )
 def test_cuda_attention_gradients(backend, dtype):
     _, inputs = attention_inputs()

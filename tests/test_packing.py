@@ -937,6 +937,33 @@ def test_without_torchrun_there_is_one_process(monkeypatch):
     assert (group.rank, group.world) == (0, 1) and not torch.distributed.is_initialized()
 
 
+@pytest.mark.parametrize(
+    ("gpus", "processes", "device", "expected"),
+    [
+        (0, 2, "auto", "cpu"),
+        (2, 4, "cpu", "cpu"),
+        (2, 2, "auto", "cuda:1"),
+        (2, 2, "cuda", "cuda:1"),
+        (2, 4, "auto", "4 processes on this machine, but 2 GPUs: pass --nproc-per-node 2"),
+        (0, 1, "cuda", "1 processes on this machine, but 0 GPUs: pass .*or --device cpu"),
+    ],
+)
+def test_every_process_has_its_own_gpu_or_the_line_says_so(
+    gpus, processes, device, expected, monkeypatch
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    if "GPUs" in expected:
+        with pytest.raises(ValueError, match=expected):
+            packing.choose_device(device, processes)
+        return
+    found = packing.choose_device(device, processes)
+    assert str(found) == expected and chosen == [found] * (found.type == "cuda")
+
+
 # ---- fuzz
 
 
