@@ -16,6 +16,7 @@ import collections
 import contextlib
 import ctypes
 import hashlib
+import itertools
 import math
 import os
 import subprocess
@@ -164,14 +165,14 @@ class Emulated(torch.Tensor):
         return self.real.__reduce_ex__(protocol)
 
     @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # noqa: ARG003
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         return run(func, args, kwargs or {})
 
 
 class Device(TorchDispatchMode):
     """While it is on, device="cuda" makes emulated tensors."""
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ARG002
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         return run(func, args, kwargs or {})
 
 
@@ -251,8 +252,7 @@ def demand_alike(kernel: str, multiple: int, *tensors: torch.Tensor) -> None:
 
 
 def images(ends_B: torch.Tensor) -> Iterator[slice]:
-    ends = ends_B.tolist()
-    return (slice(a, b) for a, b in zip(ends, ends[1:], strict=False))
+    return (slice(start, stop) for start, stop in itertools.pairwise(ends_B.tolist()))
 
 
 def varlen(q, k, v, ends_B, _ends, _longest, _longest_k, *_):
@@ -318,6 +318,7 @@ KERNELS: dict[str, Callable] = {
 
 # ---- torch.cuda as the project and torch's own code ask it
 
+
 def pin_memory(x: torch.Tensor, *_: Any) -> torch.Tensor:
     copy = x.clone()
     copy.was_pinned = True
@@ -338,7 +339,8 @@ def install() -> None:
         "synchronize": lambda *_: note("synchronize"), "manual_seed_all": lambda _: None,
         "get_rng_state": lambda *_: torch.get_rng_state(), "set_rng_state": lambda *_: None,
         "_exchange_device": lambda _: 0, "_maybe_exchange_device": lambda _: 0,
-        "empty_cache": lambda: None,
+        "empty_cache": lambda: None, "reset_peak_memory_stats": lambda *_: None,
+        "memory_allocated": lambda *_: 0, "max_memory_allocated": lambda *_: 0,
     }  # fmt: skip
     for name, stub in stubs.items():
         setattr(torch.cuda, name, stub)
