@@ -73,9 +73,8 @@ def vector_loss(student_BC: Tensor, teacher_BC: Tensor, kind: str = "mse") -> Te
 @functools.cache
 def _axis_weights(size: int, target: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """(target, size): how an axis is resized, read off its unit vectors."""
-    eye = torch.eye(size, dtype=torch.float64)[None, None]
-    matrix = F.interpolate(eye, (target, size), mode="bilinear", antialias=True)[0, 0]
-    return matrix.to(device, dtype)
+    eye = torch.eye(size, dtype=torch.float64, device=device)[None, None]
+    return F.interpolate(eye, (target, size), mode="bilinear", antialias=True)[0, 0].to(dtype)
 
 
 def resize_map(x_hwC: Tensor, grid: Grid) -> Tensor:
@@ -126,10 +125,10 @@ def patch_loss(
     pairs = [align(x.unflatten(0, grid), y.detach().to(x)) for x, grid, y in images]
     student_MC = torch.cat([x.flatten(0, 1) for x, _ in pairs])
     token_M = _difference(student_MC, torch.cat([y.flatten(0, 1) for _, y in pairs]), kind)
-    tokens_B = torch.tensor([x.shape[0] * x.shape[1] for x, _ in pairs])
-    image_M = torch.arange(len(pairs)).repeat_interleave(tokens_B).to(token_M.device)
-    total_B = token_M.new_zeros(len(pairs)).index_add(0, image_M, token_M)
-    return total_B / tokens_B.to(total_B)
+    # No index of images that the device would have to be given first, and no sum of floats whose
+    # order depends on it.
+    means = [token_P.mean() for token_P in token_M.split([x.shape[:2].numel() for x, _ in pairs])]
+    return torch.stack(means)
 
 
 def shift_loss(
@@ -195,9 +194,11 @@ class Dispersion:
     def __init__(self, channels: int, device: torch.device | str = "cpu"):
         # Count, sum of squared angles, sum of summaries: known to all ranks, and seen here since.
         self.sums = torch.zeros(2, 2 + channels, dtype=torch.float64, device=device)
+        self.is_empty = True  # known without waiting for the device
 
     def update(self, teacher_BC: Tensor) -> None:
         y_BC = teacher_BC.detach().to(self.sums)
+        self.is_empty = self.is_empty and not len(y_BC)
         self.sums[1, 0] += len(y_BC)
         self.sums[1, 2:] += y_BC.sum(0)
         self.sums[1, 1] += _angle(y_BC, self.sums.sum(0)[None, 2:]).square().sum()
@@ -210,7 +211,7 @@ class Dispersion:
     @property
     def value(self) -> Tensor:
         count, squares = self.sums.sum(0)[:2]
-        if count == 0:
+        if self.is_empty:
             raise ValueError("no summaries yet; call update(teacher_BC) first")
         return squares / count
 
@@ -219,6 +220,7 @@ class Dispersion:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.sums[0], self.sums[1] = state["sums"], 0.0
+        self.is_empty = not state["sums"][0]
 
 
 # ----------------------------------------------------------------------- relations in the batch
@@ -232,15 +234,20 @@ def _pair_distances(x_BC: Tensor) -> Tensor:
     """
     norm_B = x_BC.detach().double().square().sum(1)
     x_BC = x_BC.double() - x_BC.detach().double().mean(0)
-    square_B = x_BC.square().sum(1)
-    is_pair_BB = torch.ones(len(x_BC), len(x_BC), dtype=torch.bool, device=x_BC.device).triu(1)
-    size_Q = (square_B[:, None] + square_B)[is_pair_BB]
-    square_Q = size_Q - 2 * (x_BC @ x_BC.T)[is_pair_BB]
-    # Nearer than a network's float32 rounding, two are duplicates, and their direction is noise:
-    # so are all summaries of a student whose blocks start as the identity.
-    is_apart_Q = square_Q > 1e-10 * (norm_B[:, None] + norm_B)[is_pair_BB]
-    # The inner `where` keeps sqrt's infinite slope at 0 out of the graph.
-    return torch.where(is_apart_Q, torch.where(is_apart_Q, square_Q, 1.0).sqrt(), 0.0)
+    square_B, distances = x_BC.square().sum(1), []
+    for start in range(0, max(len(x_BC), 1), 1024):  # a block of rows at a time: less memory
+        rows, rest = slice(start, start + 1024), slice(start, None)
+        # By indices: a mask of the triangle makes the host wait to learn how many pairs it holds.
+        i_Q, j_Q = torch.triu_indices(len(x_BC[rows]), len(x_BC[rest]), 1, device=x_BC.device)
+        square_RB = square_B[rows, None] + square_B[rest] - 2 * (x_BC[rows] @ x_BC[rest].T)
+        square_Q = square_RB.flatten().index_select(0, i_Q * square_RB.shape[1] + j_Q)
+        # Nearer than a network's float32 rounding, two are duplicates, and their direction is
+        # noise: so are all summaries of a student whose blocks start as the identity.
+        is_same_Q = square_Q <= 1e-10 * (norm_B[rows][i_Q] + norm_B[rest][j_Q])
+        # The first fill keeps sqrt's infinite slope at 0 out of the graph.
+        root_Q = square_Q.masked_fill_(is_same_Q, 1.0).sqrt_()
+        distances.append(root_Q.masked_fill(is_same_Q, 0.0))
+    return torch.cat(distances)
 
 
 def _relations(student_BC: Tensor, teacher_BC: Tensor, normalizer: str) -> tuple[Tensor, Tensor]:
