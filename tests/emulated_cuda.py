@@ -296,6 +296,7 @@ def efficient(q, k, v, bias, wants_lse, *_, scale=None):
 
 
 def efficient_backward(grad, q, k, v, _bias, out, lse_BHN, *_, **__):
+    grad = grad.contiguous()  # as the kernel's own caller does
     demand_alike("efficient backward", 16 // q.element_size(), grad, q, k, v, out)
     is_whole = lse_BHN.dtype == torch.float32 and lse_BHN.shape[2] == padded(q.shape[2])
     demand(is_whole, "efficient backward", "log-sum-exp in rows of 32", lse_BHN)

@@ -396,14 +396,15 @@ def host_waits() -> Iterator[list[str]]:
 @on_gpu(*STUDENT)
 @both_forms
 def test_a_step_waits_for_the_device_once(form, monkeypatch):
+    """For its report. 1 is the ceiling of a step that is not logged, 2 of one that is."""
     the_form(form, monkeypatch)
     trainer, packs = make_trainer(PRESETS["debug"], CUDA)
-    for step in (1, 2):  # what is made once: optimizer state, constants on the device
+    for step in (1, 2):  # what is made once: the optimizer's state, constants on the device
         trainer.step(step, next(packs))
     batches = next(packs)
     with host_waits() as waits:
         trainer.step(3, batches)
-    assert len(waits) <= 2, waits
+    assert len(waits) <= 1, "\n".join(waits)
 
 
 @on_gpu(*STUDENT)
@@ -449,14 +450,26 @@ def test_the_debug_preset_whole(tmp_path, capsys):
 # ---- What goes with it
 
 
+TASKS = {"knn": [], "linear": [], "zero-shot": ["--text", "bow", "--prompts", "captions"],
+         "retrieval": ["--text", "bow"], "segmentation": ["--foreground"], "merging": [],
+         "resolution": ["--sizes", "48", "64"], "pca": ["--count", "2"], "features": []}  # fmt: skip
+
+
 @on_gpu(*STUDENT)
-@pytest.mark.parametrize("task", ["knn", "linear", "fidelity", "retrieval"])
-def test_evaluation_tasks(task, capsys):
-    given = ["--student", str(ROOT / "docs" / "student.pt"), "--train", "openmoji:train:40",
-             "--test", "openmoji:test:40", "--teacher", "tiny=builtin:tiny-dense"]  # fmt: skip
-    evaluation.main([task, *given])
-    ours = capsys.readouterr().out
-    assert task in ours.lower() or "student" in ours
+@pytest.mark.parametrize("task", TASKS)
+def test_evaluation_tasks_score_as_on_cpu(task, tmp_path, capsys):
+    """The shipped student in bf16; one of 30 pictures may fall on the other side."""
+    given = ["--student", str(ROOT / "docs" / "student.pt"), "--train", "openmoji:train:150",
+             "--test", "openmoji:test:30", "--size", "64", "--no-controls", *TASKS[task]]  # fmt: skip
+    scores = []
+    for device in ("cuda", "cpu"):
+        out = tmp_path / f"{device}.png" if task in ("pca", "resolution") else tmp_path / device
+        evaluation.main([task, *given, "--device", device, "--out", str(out)])
+        scores.append(json.loads(capsys.readouterr().out.splitlines()[-1])["rows"])
+        assert out.exists() == (task in ("pca", "resolution", "features"))
+    for name, row in scores[1].items():
+        if task not in ("pca", "features"):
+            assert scores[0][name]["value"] == pytest.approx(row["value"], abs=0.05, rel=0.05), name
 
 
 @on_gpu()
