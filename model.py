@@ -572,6 +572,30 @@ class Mlp(nn.Module):
 EXPERTS = ("auto", "grouped", "sorted", "dense")
 
 
+def collect(y_SD: Tensor, order_S: Tensor, top_k: int) -> Tensor:
+    """Sum the K rows of each token, which lie sorted by expert: without atomics, in a fixed order.
+
+    Args: order_S: which (token, choice) pair, counted row by row, each row is of.
+    """
+    place_S = torch.empty_like(order_S)
+    place_S.scatter_(0, order_S, torch.arange(len(order_S), device=order_S.device))
+    return y_SD.index_select(0, place_S).unflatten(0, (-1, top_k)).sum(1)
+
+
+class Dispatch(torch.autograd.Function):
+    """Copy each token's row to its K experts; the gradient of that is `collect`."""
+
+    @staticmethod
+    def forward(ctx, x_ND, order_S, top_k):
+        ctx.save_for_backward(order_S)
+        ctx.top_k = top_k
+        return x_ND.index_select(0, order_S // top_k)
+
+    @staticmethod
+    def backward(ctx, grad_SD):
+        return collect(grad_SD, *ctx.saved_tensors, ctx.top_k), None, None
+
+
 class MoE(KeepsFloat32):
     """Token-choice mixture of gated SiLU experts, no token dropped, no shared expert. AMoE 1.4."""
 
@@ -606,10 +630,13 @@ class MoE(KeepsFloat32):
         if self.backend == "dense":
             return self.run_dense(x_ND, gates_NK, chosen_NK), counts_E
         order_S = chosen_NK.flatten().argsort(stable=True)  # pairs sorted by expert
-        token_S = order_S // self.top_k
-        gates_S1 = gates_NK.flatten()[order_S, None].to(x_ND.dtype)
-        y_SD = self.run_sorted(x_ND.index_select(0, token_S), gates_S1, counts_E)
-        return torch.zeros_like(x_ND).index_add(0, token_S, y_SD.to(x_ND.dtype)), counts_E
+        dtype, device = x_ND.dtype, x_ND.device.type
+        if torch.is_autocast_enabled(device):  # it does not know grouped_mm
+            dtype = torch.get_autocast_dtype(device)  # before the gather: K rows of each are kept
+        x_SD = Dispatch.apply(x_ND.to(dtype), order_S, self.top_k)
+        gates_S1 = gates_NK.flatten().index_select(0, order_S)[:, None].to(dtype)
+        y_SD = self.run_sorted(x_SD, gates_S1, counts_E)
+        return collect(y_SD, order_S, self.top_k).to(x_ND.dtype), counts_E
 
     @torch.compiler.disable  # torch 2.13 traces grouped_mm in bfloat16 only
     def run_sorted(self, x_SD: Tensor, gates_S1: Tensor, counts_E: Tensor) -> Tensor:
@@ -617,15 +644,13 @@ class MoE(KeepsFloat32):
 
         The gate belongs after the expert; w2 is linear, so before w2 is the same and narrower.
         """
-        if torch.is_autocast_enabled(x_SD.device.type):  # it does not know grouped_mm
-            x_SD = x_SD.to(torch.get_autocast_dtype(x_SD.device.type))
         width = 16 // x_SD.element_size()  # grouped_mm wants rows of whole 16 bytes
         aligned = not (self.w1_EGD.shape[2] % width or self.w2_EDF.shape[2] % width)
         if self.backend == "grouped" or (self.backend == "auto" and aligned):
             ends_E = counts_E.cumsum(0).to(torch.int32)
             w1_EDG, w2_EFD = self.w1_EGD.to(x_SD.dtype).mT, self.w2_EDF.to(x_SD.dtype).mT
             hidden_SF = gated(F.grouped_mm(x_SD, w1_EDG, offs=ends_E))
-            return F.grouped_mm(hidden_SF * gates_S1.to(x_SD.dtype), w2_EFD, offs=ends_E)
+            return F.grouped_mm(hidden_SF * gates_S1, w2_EFD, offs=ends_E)
         # unbind once: w[e] in a loop would allocate a full-size gradient for every expert
         w1s, w2s, counts = self.w1_EGD.unbind(0), self.w2_EDF.unbind(0), counts_E.tolist()
         runs = zip(x_SD.split(counts), gates_S1.split(counts), w1s, w2s, strict=True)

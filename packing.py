@@ -32,7 +32,7 @@ import tarfile
 import unicodedata
 import warnings
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import cache, lru_cache
@@ -58,6 +58,7 @@ EXIF_ORIENTATION, SIDEWAYS = 274, (5, 6, 7, 8)
 Record = dict[str, Any]
 Skipped = dict[str, str]  # key or file -> reason
 Size = tuple[int, int]  # height, width
+View = Callable[[np.ndarray, Size], Tensor]  # see `StepData`
 
 
 class BadImage(ValueError):
@@ -222,7 +223,7 @@ def mosaic(
         raise ValueError(f"{len(images)} pictures, but {canvas=} has {k}x{k} cells of that size")
     cell = canvas // patch // k
     order = torch.arange(k * k) if generator is None else torch.randperm(k * k, generator=generator)
-    sheet, boxes = torch.full((3, canvas, canvas), fill), []
+    sheet, boxes = torch.full((3, canvas, canvas), fill, device=images[0].device), []
     for image, slot in zip(images, order.tolist(), strict=False):
         height, width = image.shape[1] // patch, image.shape[2] // patch
         top, left = slot // k * cell, slot % k * cell
@@ -750,6 +751,8 @@ class PackedBatch:
     skipped: Skipped = field(default_factory=dict)  # pictures of this pack that did not decode
     origins: list[Size] = field(default_factory=list)  # (row, column) of a view in its picture
     wholes: list[Size] = field(default_factory=list)  # (h, w) of that picture
+    # by name: the pictures as a teacher sees them, in one row of pixels, and their sizes in pixels
+    views: dict[str, tuple[Tensor, list[Size]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.partition_B = self.partition_B or [0] * len(self.grids)
@@ -776,6 +779,9 @@ class PackedBatch:
             joined.origins += batch.origins
             joined.wholes += batch.wholes
             joined.skipped |= batch.skipped
+        for name in batches[0].views:
+            rows, sizes = zip(*(batch.views[name] for batch in batches), strict=True)
+            joined.views[name] = torch.cat(rows), list(itertools.chain(*sizes))
         return joined
 
     def __len__(self) -> int:
@@ -791,11 +797,34 @@ class PackedBatch:
         """(height, width) in pixels of the pictures that the views are of."""
         return [(h * self.patch, w * self.patch) for h, w in self.wholes]
 
+    def with_views(self, views: Mapping[str, list[Tensor]]) -> "PackedBatch":
+        """The same with the pictures (3, H, W) that each teacher sees, all in one storage: a
+        loader's worker hands each storage over as an open file, of which there may be 1024."""
+        rows = [
+            torch.cat([x.flatten() for x in (self.patches_MX[:0], *xs)]) for xs in views.values()
+        ]
+        parts = [self.patches_MX.flatten(), *rows]
+        patches, *rows = torch.cat(parts).split([part.numel() for part in parts])
+        sizes = [[(x.shape[1], x.shape[2]) for x in xs] for xs in views.values()]
+        named = dict(zip(views, zip(rows, sizes, strict=True), strict=True))
+        return replace(self, patches_MX=patches.view_as(self.patches_MX), views=named)
+
+    def view(self, name: str) -> list[Tensor]:
+        """The pictures as a teacher sees them, each (3, H, W)."""
+        row, sizes = self.views[name]
+        pictures = row.split([3 * height * width for height, width in sizes])
+        return [x.unflatten(0, (3, *size)) for x, size in zip(pictures, sizes, strict=True)]
+
+    def map(self, move: Callable[[Tensor], Tensor]) -> "PackedBatch":
+        """The same with its tensors moved; what is still on the host stays there."""
+        views = {name: (move(row), sizes) for name, (row, sizes) in self.views.items()}
+        return replace(self, patches_MX=move(self.patches_MX), views=views)
+
     def to(self, device: torch.device | str) -> "PackedBatch":
-        return replace(self, patches_MX=to_device(self.patches_MX, device))
+        return self.map(lambda x: to_device(x, device))
 
     def pin_memory(self) -> "PackedBatch":  # the loader's pinning thread calls it
-        return replace(self, patches_MX=self.patches_MX.pin_memory())
+        return self.map(Tensor.pin_memory)
 
 
 def pack(
@@ -995,17 +1024,20 @@ class StepData(Dataset):
     ranks form low- and high-resolution groups, and one rank has micro-batches of one step. Every
     partition goes through its own epochs.
 
-    `prefix` counts an image's tokens besides its patches. `shift` moves the student's view by up to
-    so many patches each way (C-RADIOv4 Eq. 1): what leaves it is cut, so packs are less full.
+    `prefix` counts an image's tokens besides its patches. `views` makes what each teacher sees,
+    (3, H, W), of a picture and the size at which the student sees it. `shift` moves the student's
+    view by up to so many patches each way (C-RADIOv4 Eq. 1): what leaves it is cut, so packs are
+    less full.
     """
 
     def __init__(self, partitions: Sequence[Partition], patch: int, prefix: int, seed: int = 0,
                  rank: int = 0, world: int = 1, lookahead: int = 64,
-                 shift: int = 0):  # fmt: skip
+                 shift: int = 0, views: Mapping[str, View] | None = None):  # fmt: skip
         packs = sum(partition.packs_per_step for partition in partitions)
         if packs % world:
             raise ValueError(f"{packs} packs per step do not divide over {world=} processes")
         self.partitions, self.patch, self.shift = tuple(partitions), patch, shift
+        self.views = dict(views or {})
         self._streams = [_Stream(p, patch, prefix, seed, lookahead) for p in partitions]
         self._part = slice(rank * packs // world, (rank + 1) * packs // world)
         self._seed = seed
@@ -1020,6 +1052,7 @@ class StepData(Dataset):
 
     def _load(self, step: int, number: int, items: np.ndarray) -> PackedBatch:
         images, samples, skipped, origins, wholes = [], [], Skipped(), [], []
+        views: dict[str, list[Tensor]] = {name: [] for name in self.views}
         for component, i, h, w in items.tolist():
             source = self.partitions[number].components[component].source
             size = h * self.patch, w * self.patch
@@ -1033,9 +1066,12 @@ class StepData(Dataset):
                 images.append(to_float(sample.image, size)[:, rows, columns])
                 origins.append((y, x))
                 wholes.append((h, w))
+                for name, view in self.views.items():
+                    views[name].append(view(sample.image, size))
         batch = PackedBatch.from_images(images, self.patch, samples)
-        return replace(batch, partition_B=[number] * len(images), skipped=skipped,
-                       origins=origins, wholes=wholes)  # fmt: skip
+        batch = replace(batch, partition_B=[number] * len(images), skipped=skipped,
+                        origins=origins, wholes=wholes)  # fmt: skip
+        return batch.with_views(views) if views else batch
 
     def _view(self, step: int, key: str, grid: Size) -> tuple[Size, list[slice]]:
         """A view's first patch in its picture's grid, and its pixels along both axes."""
@@ -1116,8 +1152,10 @@ def choose_device(device: str, processes: int) -> torch.device:
     if device == "cpu" or (device == "auto" and not gpus):
         return torch.device("cpu")
     if processes > gpus:
-        raise ValueError(f"{processes} processes on this machine, but {gpus} GPUs: pass "
-                         f"--nproc-per-node {max(gpus, 1)} to torchrun, or --device cpu")  # fmt: skip
+        raise ValueError(
+            f"{processes} processes on this machine, but {gpus} GPUs: pass --nproc-per-node "
+            f"{max(gpus, 1)} to torchrun, or --device cpu"
+        )
     chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     torch.cuda.set_device(chosen)
     return chosen

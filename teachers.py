@@ -89,9 +89,9 @@ class TeacherOutput:
     def to(self, device: torch.device | str) -> "TeacherOutput":
         """The same on another device."""
         summary, registers = (
-            x if x is None else x.to(device) for x in (self.summary_BC, self.registers_BRC)
+            x if x is None else to_device(x, device) for x in (self.summary_BC, self.registers_BRC)
         )
-        return TeacherOutput(summary, [p.to(device) for p in self.patches], registers)
+        return TeacherOutput(summary, [to_device(p, device) for p in self.patches], registers)
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,11 @@ class SizeRule:
     kind: str
     patch: int
     side: int
+
+    def view(self, image_u8: np.ndarray, size: Any = None) -> Tensor:
+        """A picture (H, W, 3) as the teacher sees it; `size`: see `Teacher.targets`."""
+        image_CHW = to_float(image_u8, size if self.kind in ("native", "canvas") else None)
+        return resize(image_CHW, self(*image_CHW.shape[1:]))
 
     def __call__(self, height: int, width: int) -> tuple[int, int]:
         """(height, width) of a picture -> (height, width) that the teacher sees, in pixels."""
@@ -571,10 +576,8 @@ class Teacher:
         sizes: (height, width) at which the student sees each; a native teacher then sees no more,
             and more pictures share a mosaic (RADIO Sec. 2.1 and 2.2). Other kinds have their own.
         """
-        if sizes is None or self.size_for.kind not in ("native", "canvas"):
-            sizes = [None] * len(samples)
-        pairs = zip(samples, sizes, strict=True)
-        return self([to_float(sample.image, size) for sample, size in pairs])
+        pairs = zip(samples, sizes or [None] * len(samples), strict=True)
+        return self.features([self.size_for.view(sample.image, size) for sample, size in pairs])
 
     def text(self, texts: list[str]) -> Tensor:
         """n strings -> (n, C) in the space of the summaries, not normalised, for zero-shot."""
@@ -748,10 +751,18 @@ class CachedTeacher(Teacher):
     def targets(self, samples: list[Sample], sizes: Any = None) -> TeacherOutput:
         """The stored features of B samples, in float32, of one size each whatever `sizes` are."""
         del sizes
-        return self.collect([self._look_up(sample) for sample in samples])
+        found = [self._look_up(sample) for sample in samples]
+        row = torch.cat([torch.zeros(0, dtype=torch.float16), *(flat for flat, _ in found)])
+        pictures = to_device(row, self.device).float().split([len(flat) for flat, _ in found])
+        rows, vectors = [], [self.summary_dim or 0, self.registers * self.dim]
+        for flat, (_, grid) in zip(pictures, found, strict=True):
+            summary_C, registers, patches = flat.split([*vectors, len(flat) - sum(vectors)])
+            registers_RC = registers.view(self.registers, self.dim)
+            rows.append((summary_C, patches.view(*grid, self.dim), registers_RC))
+        return self.collect(rows)
 
-    def _look_up(self, sample: Sample) -> Row:
-        """The features of one picture, checked against their crc32."""
+    def _look_up(self, sample: Sample) -> tuple[Tensor, tuple[int, int]]:
+        """The features of one picture, end to end in float16, checked against their crc32; grid."""
         if sample.digest not in self._records:
             self.refresh()  # another rank or run may have written it
         if sample.digest not in self._records:
@@ -764,9 +775,7 @@ class CachedTeacher(Teacher):
         blob = self._shards[path][offset : offset + 2 * sum(sizes)].tobytes()
         if zlib.crc32(blob) != crc:
             raise TeacherError(f"{path} is damaged at {sample.key!r}; {DELETE}")
-        flat = torch.frombuffer(bytearray(blob), dtype=torch.float16).float()
-        summary_C, registers, patches = flat.to(self.device).split(sizes)
-        return summary_C, patches.view(h, w, self.dim), registers.view(self.registers, self.dim)
+        return torch.frombuffer(bytearray(blob), dtype=torch.float16), (h, w)
 
 
 def fill_caches(caches: list[CachedTeacher], source: Source) -> dict[str, str]:

@@ -24,7 +24,7 @@ from collections.abc import Collection, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -76,6 +76,7 @@ from packing import (
     make_loader,
     open_source,
     setup_distributed,
+    to_device,
 )
 from teachers import (
     CachedTeacher,
@@ -210,6 +211,9 @@ class TrainConfig:
         "auto", "where to compute; auto: cuda if there is one", choices=("auto", "cpu", "cuda"),
         control=True,
     )  # fmt: skip
+    deterministic: bool = option(
+        False, "ask torch for the same bits in every run on CUDA, where it has them", control=True
+    )
     precision: str = option(
         "auto", "arithmetic; auto: bf16 on CUDA, else fp32", choices=("auto", "fp32", "bf16")
     )
@@ -527,7 +531,7 @@ def gather_rows(rows_BC: Tensor, group: Group) -> tuple[Tensor, slice]:
     """All ranks' rows in rank order, without gradient, and where this rank's own lie."""
     if group.world == 1:
         return rows_BC, slice(0, len(rows_BC))
-    sizes = torch.zeros(group.world, dtype=torch.int64, device=rows_BC.device)
+    sizes = torch.zeros(group.world, dtype=torch.int64)  # on the host, see `setup_distributed`
     sizes[group.rank] = len(rows_BC)
     counts = sum_over_ranks(sizes).tolist()
     padded = rows_BC.new_zeros(max(counts), rows_BC.shape[1])
@@ -546,6 +550,14 @@ def merge_skipped(parts: list[dict[str, str]], any_rank: bool, group: Group) -> 
         dist.all_gather_object(everyone, parts)
         parts = [part for rank in everyone for part in rank]
     return {key: reason for part in parts for key, reason in part.items()}
+
+
+class Weights(NamedTuple):
+    """What each image of a micro-batch counts in a teacher's losses."""
+
+    summary_B: Tensor
+    patch_B: Tensor
+    is_taught: list[float]  # 0 where the teacher does not supervise the image's stream
 
 
 @dataclass
@@ -589,13 +601,14 @@ class Trainer:
         rotation; estimating first costs only the teachers and keeps the targets still (we chose).
         """
         steps = min(self.cfg.stats_steps, data.steps_in(0))
-        loader = make_loader(data, 0, steps, self.cfg.workers)
-        counts = torch.zeros(2, dtype=torch.int64, device=self.group.device)  # broken, good
+        pin = self.group.device.type == "cuda"
+        loader = make_loader(data, 0, steps, self.cfg.workers, pin)
+        counts = torch.zeros(2, dtype=torch.int64)  # broken, good
         for packs in progress(loader, "teacher statistics", self.group, total=steps):
-            batch = PackedBatch.cat(packs)
-            counts += torch.tensor([len(batch.skipped), len(batch)], device=self.group.device)
+            batch = PackedBatch.cat([pack.to(self.group.device) for pack in packs])
+            counts += torch.tensor([len(batch.skipped), len(batch)])
             for teacher in self.teachers:
-                target = teacher.targets(batch.samples, batch.sizes)
+                target = self.ask(teacher, batch)
                 self.normalizers.update(teacher.name, target)
         bad, good = sum_over_ranks(counts).tolist()
         if not good:
@@ -624,10 +637,8 @@ class Trainer:
         """
         self.student.frozen_trunk = step <= self.cfg.frozen_steps
         size = self.cfg.micro_packs or len(packs)
-        micros = [
-            PackedBatch.cat(packs[i : i + size]).to(self.group.device)
-            for i in range(0, len(packs), size)
-        ]
+        packs = [pack.to(self.group.device) for pack in packs]  # one by one, as they are pinned
+        micros = [PackedBatch.cat(packs[i : i + size]) for i in range(0, len(packs), size)]
         targets = [self.targets(m) for m in micros]
         weights = self.image_weights(self.cfg.stage_at(step).streams, micros)
         shares, counts_LE = self.backward(step, micros, targets, weights)
@@ -635,13 +646,14 @@ class Trainer:
         grad_norm = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
         images, tokens = sum(map(len, micros)), sum(self.token_count(m) for m in micros)
         bad = sum(len(m.skipped) for m in micros)
-        counts = torch.tensor([images, tokens, bad, stop], device=grad_norm.device)
-        loads_LE = counts.new_ones(1, 1) if counts_LE is None else sum_over_ranks(counts_LE)
+        counts = sum_over_ranks(torch.tensor([images, tokens, bad, stop]))  # known to the host
+        images, tokens, bad, stop = counts.tolist()
+        loads_LE = grad_norm.new_ones(1, 1) if counts_LE is None else sum_over_ranks(counts_LE)
         max_load = (loads_LE.max(1).values / loads_LE.float().mean(1)).max()
         alike = torch.stack([grad_norm, max_load]) / self.group.world  # on all ranks
-        report = torch.cat([torch.stack([*shares.values(), *alike]).double(), counts.double()])
-        # the one moment of a step at which the host waits for the losses
-        *values, grad_norm, max_load, images, tokens, bad, stop = sum_over_ranks(report).tolist()
+        report = sum_over_ranks(torch.stack([*shares.values(), *alike]).double())
+        # the one moment of a step at which the host waits for the device
+        *values, grad_norm, max_load = report.tolist()
         parts = dict(zip(shares, values, strict=True))
         if not math.isfinite(sum(values)) or not math.isfinite(grad_norm):
             raise Standstill(self.blame(step, parts, grad_norm, micros, targets))
@@ -656,9 +668,8 @@ class Trainer:
         self.ada.update(parts)
         skipped = merge_skipped([m.skipped for m in micros], bad > 0, self.group)
         return StepResult(
-            {"total": total, **parts}, grad_norm, lr, round(images), round(tokens),
-            max_load, skipped, round(stop),
-        )  # fmt: skip
+            {"total": total, **parts}, grad_norm, lr, images, tokens, max_load, skipped, stop
+        )
 
     def weight(self, loss: str) -> float:
         """Weight of a part of the loss; the paper's are all 1 (AMoE Sec. 2.1, PHI-S Sec. 3)."""
@@ -667,25 +678,29 @@ class Trainer:
 
     def targets(self, batch: PackedBatch) -> dict[str, TeacherOutput]:
         """What the teachers say of a batch's pictures, in the space of the loss."""
-        raw = {t.name: t.targets(batch.samples, batch.sizes) for t in self.teachers}
-        raw = {name: target.to(self.group.device) for name, target in raw.items()}
+        raw = {t.name: self.ask(t, batch).to(self.group.device) for t in self.teachers}
         return {name: self.normalizers(name, target, batch.wholes) for name, target in raw.items()}
+
+    def ask(self, teacher: Teacher, batch: PackedBatch) -> TeacherOutput:
+        """A teacher's own features of a batch's pictures, from the views that the loader made."""
+        if teacher.name in batch.views:
+            return teacher.features(batch.view(teacher.name))
+        return teacher.targets(batch.samples, batch.sizes)
 
     def token_count(self, batch: PackedBatch) -> int:
         return sum(batch.lengths) + self.student.config.prefix * len(batch)
 
     def image_weights(self, streams: tuple[Stream, ...], micros: list[PackedBatch]) -> list[dict]:
-        """Per micro-batch and teacher: the weights of each image's (summary, patches) loss.
+        """Per micro-batch and teacher: the `Weights` of its images, made on the host.
 
         AMoE Sec. 2.1: 1 / (images on all ranks), whatever an image's size and wherever it landed.
         average="partition" (RADIO Sec. 2.1) does so within each stream and then over the streams;
         with "token" patches count by their number (the ablation). A teacher that does not supervise
         an image's stream gives it 0.
         """
-        device = self.group.device
-        partitions = [torch.tensor(m.partition_B, dtype=torch.int64, device=device) for m in micros]
-        sizes = [torch.tensor(m.lengths, dtype=torch.float64, device=device) for m in micros]
-        totals = torch.zeros(2, len(streams), dtype=torch.float64, device=device)
+        partitions = [torch.tensor(m.partition_B, dtype=torch.int64) for m in micros]
+        sizes = [torch.tensor(m.lengths, dtype=torch.float64) for m in micros]
+        totals = torch.zeros(2, len(streams), dtype=torch.float64)
         for partition_B, size_B in zip(partitions, sizes, strict=True):
             totals[0].index_add_(0, partition_B, torch.ones_like(size_B))
             totals[1].index_add_(0, partition_B, size_B)
@@ -699,9 +714,11 @@ class Trainer:
                 image_S = taught_S / images_S.clamp(min=1) / len(streams)
             token_S = taught_S / (taught_S * tokens_S).sum().clamp(min=1)
             for micro, partition_B, size_B in zip(result, partitions, sizes, strict=True):
-                summary_B = image_S[partition_B].float()
-                patch_B = (token_S[partition_B] * size_B).float()
-                micro[name] = summary_B, patch_B if self.cfg.average == "token" else summary_B
+                summary_B = patch_B = image_S[partition_B].float()
+                if self.cfg.average == "token":
+                    patch_B = (token_S[partition_B] * size_B).float()
+                both_2B = to_device(torch.stack([summary_B, patch_B]), self.group.device)
+                micro[name] = Weights(both_2B[0], both_2B[1], taught_S[partition_B].tolist())
         return result
 
     def forward(self, step: int, batch: PackedBatch) -> StudentOutput:
@@ -710,7 +727,7 @@ class Trainer:
         if isinstance(self.student.positions, TablePositions) and self.cfg.windows:
             keys = [(self.cfg.seed, step, sample.key, "window") for sample in batch.samples]
             rows = [position_windows(1, keyed_generator(*key)) for key in keys]
-            windows_B5 = torch.cat([torch.zeros(0, 5), *rows]).to(self.group.device)
+            windows_B5 = torch.cat([torch.zeros(0, 5), *rows])
         with self.autocast:
             return self.model(batch, windows_B5)
 
@@ -758,7 +775,7 @@ class Trainer:
         """This rank's share of each teacher's patch, summary and register loss (AMoE Sec. 2.1)."""
         parts, kind = {}, self.cfg.summary_loss
         for name, target in targets.items():
-            summary_B, patch_B = weights[name]
+            summary_B, patch_B, _ = weights[name]
             patches_MC, maps, how = out.patches[name], target.patches, self.cfg.patch_loss
             if self.cfg.shift:  # the teacher saw the whole picture, a part of which the student saw
                 maps = [losses.resize_map(*x) for x in zip(maps, batch.wholes, strict=True)]
@@ -790,15 +807,17 @@ class Trainer:
         mean = usual if self.cfg.relation_mean == "auto" else self.cfg.relation_mean
         result = {}
         for name in (teacher.name for teacher in self.teachers if teacher.summary_dim is not None):
-            is_taught_B = torch.cat([micro[name][0] for micro in weights]) > 0
+            is_taught_B = torch.tensor([x for micro in weights for x in micro[name].is_taught])
+            taught_K = to_device(is_taught_B.nonzero()[:, 0], self.group.device)
             own_BC = torch.cat([summaries[name] for summaries in own]).float()
-            student_BC, mine = gather_rows(own_BC[is_taught_B], self.group)
             target_BC = torch.cat([target[name].summary_BC for target in targets])
-            teacher_BC, _ = gather_rows(target_BC[is_taught_B], self.group)
+            pairs_KC = torch.cat([own_BC, target_BC], dim=1).index_select(0, taught_K)
+            pairs_KC, mine = gather_rows(pairs_KC, self.group)
+            student_BC, teacher_BC = pairs_KC.split([own_BC.shape[1], target_BC.shape[1]], dim=1)
             student_BC = student_BC.detach().requires_grad_()
             loss = compare(student_BC, teacher_BC, mean)
             (grad_BC,) = torch.autograd.grad(loss, student_BC)
-            whole_BC = torch.zeros_like(own_BC).index_put((is_taught_B,), grad_BC[mine])
+            whole_BC = torch.zeros_like(own_BC).index_copy(0, taught_K, grad_BC[mine])
             sizes = [len(summaries[name]) for summaries in own]
             result[name] = (loss.detach() / self.group.world, whole_BC.split(sizes))
         return result
@@ -952,7 +971,10 @@ def distribute(cfg: TrainConfig, student: Student, group: Group) -> Any:
     if cfg.parallel == "ddp":
         # buffers change alike on all ranks; a frozen trunk's parameters get no gradient
         return nn.parallel.DistributedDataParallel(
-            student, broadcast_buffers=False, find_unused_parameters=cfg.frozen_steps > 0
+            student,
+            broadcast_buffers=False,
+            find_unused_parameters=cfg.frozen_steps > 0,
+            gradient_as_bucket_view=True,
         )
     # Weights are gathered in float32 and autocast rounds them where it is safe: gathering bf16
     # would halve the traffic, but round the routers and the residual stream, too.
@@ -1285,8 +1307,13 @@ def at_least(source: Source, side: int) -> Subset:
     return Subset(source, [i for i, area in enumerate(areas) if area >= side**2])
 
 
-def make_stages(cfg: TrainConfig, sources: list[Source], student: Student, group: Group):
-    """One `StepData` per stage; each stage starts its own epoch 0."""
+def make_stages(cfg: TrainConfig, sources: list[Source], student: Student, group: Group,
+                teachers: Collection[Teacher] = ()):  # fmt: skip
+    """One `StepData` per stage; each stage starts its own epoch 0.
+
+    What live `teachers` see of the pictures is made with them, in the loader's workers.
+    """
+    views = {t.name: t.size_for.view for t in teachers if not isinstance(t, CachedTeacher)}
     patch, prefix = student.config.patch, student.config.prefix
     shares = cfg.data_weights or tuple(float(len(s)) for s in sources)
     mix = list(zip(sources, shares, strict=True))
@@ -1310,7 +1337,7 @@ def make_stages(cfg: TrainConfig, sources: list[Source], student: Student, group
         stages.append(
             StepData(
                 partitions, patch, prefix, cfg.seed + number, group.rank, group.world,
-                shift=cfg.shift,
+                shift=cfg.shift, views=views,
             )
         )  # fmt: skip
     return stages
@@ -1526,6 +1553,9 @@ def prepare(cfg: TrainConfig) -> Run:
     """Everything up to the first step: process group, data, teachers, student, resume."""
     need("matplotlib", "curves.png")
     group = setup_distributed(cfg.pg_timeout, cfg.device)
+    if cfg.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+        torch.use_deterministic_algorithms(True)
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     torch.set_num_threads(cfg.threads or max(1, (os.cpu_count() or 1) // local_world))
     Path(cfg.out).mkdir(parents=True, exist_ok=True)
@@ -1538,7 +1568,7 @@ def prepare(cfg: TrainConfig) -> Run:
         set_aside(cfg, 0)
     teachers = load_teachers(cfg, [*train_sources, held_out], group)
     trainer = Trainer(cfg, group, teachers)
-    stages = make_stages(cfg, train_sources, trainer.student, group)
+    stages = make_stages(cfg, train_sources, trainer.student, group, teachers)
     identity = {**cfg.identity(), "sources": [s.fingerprint() for s in train_sources],
                 "fingerprints": {t.name: t.fingerprint for t in teachers}}  # fmt: skip
     record: dict[str, Any] = {"step": 0, "seconds": 0.0, "images": 0, "tokens": 0, "bad": 0,
