@@ -8,6 +8,7 @@ without an API that the project uses skips what needs it, by name.
 import dataclasses
 import importlib
 import json
+import socket
 import subprocess
 import sys
 import warnings
@@ -36,7 +37,7 @@ from model import (
     load_student,
     merge_tokens,
 )
-from packing import Group, PackedBatch, make_loader
+from packing import Group, PackedBatch, make_loader, setup_distributed
 from sampling import Rows, kmeans
 from train import PRESETS, TrainConfig, Trainer
 
@@ -328,17 +329,16 @@ def make_trainer(cfg: TrainConfig, device: torch.device) -> tuple[Trainer, Itera
     exact = dataclasses.replace(cfg, precision="fp32")
     teachers = train.load_teachers(exact, [*sources, held_out], group)
     trainer = Trainer(cfg, group, teachers)
+    for parameter in (p for p in trainer.student.blocks.parameters() if p.requires_grad):
+        drawn = 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+        parameter.data.copy_(drawn)  # a fresh student's blocks are the identity
     data = train.make_stages(cfg, sources, trainer.student, group)[0]
     trainer.fit_normalizers(data)
     return trainer, make_loader(data, 0, 8, 0, device.type == "cuda")
 
 
 def step_losses(cfg: TrainConfig, device: torch.device, steps: int = 3) -> list[dict]:
-    """Of a student whose every block has an effect: a fresh one's are the identity."""
     trainer, packs = make_trainer(cfg, device)
-    for parameter in (p for p in trainer.student.blocks.parameters() if p.requires_grad):
-        drawn = 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
-        parameter.data.copy_(drawn)
     return [trainer.step(i, next(packs)).losses for i in range(1, steps + 1)]
 
 
@@ -452,15 +452,17 @@ def test_the_debug_preset_whole(tmp_path, capsys):
 
 TASKS = {"knn": [], "linear": [], "zero-shot": ["--text", "bow", "--prompts", "captions"],
          "retrieval": ["--text", "bow"], "segmentation": ["--foreground"], "merging": [],
-         "resolution": ["--sizes", "48", "64"], "pca": ["--count", "2"], "features": []}  # fmt: skip
+         "resolution": ["--sizes", "48", "64"], "pca": ["--count", "2"],
+         "features": []}  # fmt: skip
 
 
 @on_gpu(*STUDENT)
 @pytest.mark.parametrize("task", TASKS)
 def test_evaluation_tasks_score_as_on_cpu(task, tmp_path, capsys):
     """The shipped student in bf16; one of 30 pictures may fall on the other side."""
-    given = ["--student", str(ROOT / "docs" / "student.pt"), "--train", "openmoji:train:150",
-             "--test", "openmoji:test:30", "--size", "64", "--no-controls", *TASKS[task]]  # fmt: skip
+    given = ["--student", str(ROOT / "docs" / "student.pt"), "--no-controls", "--size", "64",
+             "--train", "openmoji:train:150", "--test", "openmoji:test:30"]  # fmt: skip
+    given += TASKS[task]
     scores = []
     for device in ("cuda", "cpu"):
         out = tmp_path / f"{device}.png" if task in ("pca", "resolution") else tmp_path / device
@@ -542,37 +544,51 @@ def test_compiled_blocks_train_alike():
 
 
 @on_gpu(*STUDENT, "fully_shard", really=True)
-def test_nccl_with_fsdp2_lamb_ema_and_clipping(tmp_path):
-    """One process, everything that several would run: the losses are those without any of it."""
-    import torch.distributed as dist
+def test_one_process_of_nccl_trains_as_none(monkeypatch):
+    check_sharded(CUDA, monkeypatch)
 
+
+@pytest.mark.slow
+def test_one_process_of_gloo_trains_as_none(monkeypatch):
+    """The same check where there is no GPU."""
+    check_sharded(CPU, monkeypatch)
+
+
+def check_sharded(device: torch.device, monkeypatch) -> None:
+    """FSDP2, LAMB, a running mean and clipping in a process group of one, saved and loaded."""
     cfg = dataclasses.replace(
         PRESETS["debug"], parallel="fsdp", optimizer="lamb", ema=0.9, clip=0.1
     )
-    right = step_losses(cfg, CUDA)
-    store = dist.FileStore(str(tmp_path / "store"), 1)
-    torch.cuda.set_device(CUDA)
-    dist.init_process_group("nccl", store=store, rank=0, world_size=1, device_id=CUDA)
+    right = step_losses(cfg, device)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for name, value in {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1,
+                        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():  # fmt: skip
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(train, "distribute", shard)
+    setup_distributed(device=device.type)
     try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(train, "distribute", shard)
-            trainer, packs = make_trainer(cfg, CUDA)
-            ours = [trainer.step(i, next(packs)).losses for i in range(1, 4)]
-            state = trainer.state_dict()
-            again, _ = make_trainer(cfg, CUDA)
-            again.load_state_dict(state)
+        trainer, packs = make_trainer(cfg, device)
+        for step, losses_right in enumerate(right, start=1):
+            ours = trainer.step(step, next(packs)).losses
+            assert ours["total"] == pytest.approx(losses_right["total"], rel=1e-3)
+        state, batches = trainer.state_dict(), next(packs)
+        again = Trainer(cfg, trainer.group, trainer.teachers)
+        again.load_state_dict(state)
+        for name, mean in again.average.items():
+            assert torch.equal(train.whole(mean), state["average"][name]), name
+        both = [each.step(4, batches).losses["total"] for each in (trainer, again)]
+        assert both[0] == pytest.approx(both[1], rel=1e-5)
     finally:
-        dist.destroy_process_group()
-    for x, y in zip(ours, right, strict=True):
-        assert x["total"] == pytest.approx(y["total"], rel=1e-3)
+        torch.distributed.destroy_process_group()
 
 
 def shard(_cfg: TrainConfig, student: Student, _group: Group) -> Student:
-    from torch.distributed.fsdp import fully_shard
-
+    """`train.distribute` leaves a single process alone."""
     for block in student.blocks:
-        fully_shard(block)
-    return fully_shard(student)
+        train.fully_shard(block)
+    return train.fully_shard(student)
 
 
 @on_gpu(*STUDENT, really=True)
