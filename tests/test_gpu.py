@@ -97,8 +97,11 @@ ATTEND, STUDENT = "varlen_attn", ("varlen_attn", "grouped_mm")
 
 
 @pytest.fixture(autouse=True)
-def seed():
+def fresh_start():
+    """A seed, and nothing left of a run with --deterministic."""
     torch.manual_seed(0)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 def apart(ours: Tensor, right: Tensor) -> float:
