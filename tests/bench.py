@@ -1,6 +1,7 @@
 """Speed as ratios, each taken in one interleaved run: `python tests/bench.py [row ...]`.
 
-A row is a function of `ROWS` that yields `Row`s. To add one, write the function and list it.
+The row `gpu` is bench_gpu.py, on a CUDA device; without a name all others run. A row is a function
+of `ROWS` that yields `Row`s. To add one, write the function and list it.
 One thread (row 10: two), medians; a ratio above 1 means that ours is better, unless the row says
 otherwise.
 """
@@ -26,7 +27,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from model import MODELS, Layout, ModelConfig, MoE, Student, attention
-from packing import PackedBatch, StepData, make_loader, pack
+from packing import PackedBatch, StepData, make_loader, pack, patchify
 from sampling import SOLO, Rows, kmeans, step
 from teachers import (
     CachedTeacher,
@@ -109,22 +110,23 @@ def padded_forward(
     student: Student, images: list[torch.Tensor], attend: Callable[..., torch.Tensor]
 ) -> list[torch.Tensor]:
     """The same weights on a batch padded to the longest image, padding masked: trunk patches."""
-    config, count = student.config, len(images)
+    config, count, device = student.config, len(images), student.prefix_RD.device
     grids = [(x.shape[1] // config.patch, x.shape[2] // config.patch) for x in images]
-    layouts = [Layout.of([grid], config.prefix, torch.device("cpu")) for grid in grids]
+    layouts = [Layout.of([grid], config.prefix, device) for grid in grids]
     longest = max(h * w for h, w in grids) + config.prefix
-    x_BND = torch.zeros(count, longest, config.dim)
-    is_real_BN = torch.zeros(count, longest, dtype=torch.bool)
-    cos = torch.ones(count, longest, config.n_heads, config.head_dim // 4)
+    x_BND = torch.zeros(count, longest, config.dim, device=device)
+    is_real_BN = torch.zeros(count, longest, dtype=torch.bool, device=device)
+    cos = torch.ones(count, longest, config.n_heads, config.head_dim // 4, device=device)
     sin = torch.zeros_like(cos)
     for i, (image, layout) in enumerate(zip(images, layouts, strict=True)):
-        patches = PackedBatch.from_images([image], config.patch).patches_MX
+        patches = patchify(image, config.patch)
         length = len(patches) + config.prefix
         x_BND[i, : config.prefix] = student.prefix_RD
         x_BND[i, config.prefix : length] = student.embed((patches - 0.5) / 0.5)
         cos[i, :length], sin[i, :length] = student.positions(x_BND, layout, None)[1]
         is_real_BN[i, :length] = True
-    hidden = torch.zeros(count, 1, 1, longest).masked_fill(~is_real_BN[:, None, None], -torch.inf)
+    hidden = torch.zeros_like(is_real_BN, dtype=torch.float32).masked_fill(~is_real_BN, -torch.inf)
+    hidden = hidden[:, None, None]
     for block in student.blocks:
         attn = block.attn
         qkv = attn.qkv(block.norm1(x_BND)).unflatten(-1, (3, config.n_heads, config.head_dim))
@@ -132,13 +134,13 @@ def padded_forward(
         quarter = config.head_dim // 4
         still, a, b = qk.split([2 * quarter, quarter, quarter], dim=-1)
         c, s = cos[:, :, None], sin[:, :, None]
-        qk = torch.cat([still, a * c - b * s, a * s + b * c], dim=-1)
+        qk = torch.cat([still, a * c - b * s, a * s + b * c], dim=-1).to(qkv.dtype)
         q, k = qk.transpose(1, 3).unbind(2)
         # the sink as one more key: logit s by the mask, value zero
         sinks = attn.sinks[:, None, None].expand(count, -1, 1, 1)
         mask = torch.cat([hidden.expand(-1, config.n_heads, -1, -1), sinks], -1)
         k, v = (F.pad(x, (0, 0, 0, 1)) for x in (k, qkv[:, :, 2].transpose(1, 2)))
-        y = attend(q, k, v, mask)
+        y = attend(q, k, v, mask.to(q.dtype))
         y = y.transpose(1, 2).flatten(2)
         x_BND = x_BND + attn.proj(y)
         y = block.ffn(block.norm2(x_BND).flatten(0, 1))[0]
@@ -541,6 +543,14 @@ def kmeans_step() -> Iterator[Row]:
         yield Row(7, what, ours, other, "ms", ours / other, "1.2", "1")
 
 
+def on_gpu() -> Iterator[Row]:
+    """What needs a CUDA device; its rows have no number, floor or aim yet."""
+    sys.modules["bench"] = sys.modules[__name__]  # bench_gpu takes from this very module
+    from bench_gpu import rows
+
+    return rows()
+
+
 ROWS: dict[str, Callable[[], Iterator[Row]]] = {
     "packed": lambda: packed_forward("dense", replace(MODELS["dense-30m"], n_layers=4, heads=())),
     "packed-moe": lambda: packed_forward("MoE", replace(MODELS["amoe-0.3b"], n_layers=2, heads=())),
@@ -554,13 +564,14 @@ ROWS: dict[str, Callable[[], Iterator[Row]]] = {
     "loader": loader,
     "overhead": overhead,
     "processes": two_processes,
+    "gpu": on_gpu,
 }
 
 
 def main() -> None:
     torch.set_num_threads(1)
     print(f"{'#':>2} {'what':<66}{'ours':>10}{'other':>10}{'unit':>6}{'ratio':>8}  floor   aim")
-    for name in sys.argv[1:] or ROWS:
+    for name in sys.argv[1:] or (name for name in ROWS if name != "gpu"):
         for row in ROWS[name]():
             print(
                 f"{row.number:>2} {row.what:<66}{row.ours:10.2f}{row.other:10.2f}{row.unit:>6}"
