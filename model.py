@@ -25,13 +25,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from einops import EinopsError, rearrange, repeat
+from einops import rearrange, repeat
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -1169,16 +1170,16 @@ def load_student(path: str | Path, top_k: int | None = None, device: str = "cpu"
     content = read_checkpoint(path)
     try:
         if content.get("format") == FORMAT:
-            config, file, convert = read_ours(content)
+            config, state = read_ours(content)
         elif isinstance(content.get("args"), argparse.Namespace):
-            config, file, convert = read_radio(content)
+            config, state = read_radio(content)
         else:
-            config, file, convert = read_siglino(content)
+            config, state = read_siglino(content)
         if top_k is not None and config.experts:
             config = replace(config, top_k=top_k)
-        return file.assemble(config, convert).to(device)
+        return assemble(config, state).to(device)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -1197,277 +1198,266 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     return content
 
 
-Tensors = dict[str, Tensor]
-Rows = list[tuple[str, str]]
-Convert = Callable[[str, Tensor, ModelConfig], Tensor]
+class Weights(dict[str, Tensor]):
+    """A file's tensors by name; a name that is not there is an error of its own."""
 
+    def __missing__(self, key: str) -> Tensor:
+        raise ValueError(f"missing key {key}")
 
-class Weights:
-    """A file's tensors, and a table with rows (our name, the file's name) to find ours in them.
+    def take(self, key: str) -> Tensor:
+        """The tensor of that name, which is then gone."""
+        tensor = self[key]
+        del self[key]
+        return tensor
 
-    `*` stands for one part of a name, and a name without a row is the same on both sides. Where
-    ours has several rows, it is the file's tensors joined along axis -2, in this order.
-    """
+    def join(self, ours: str, parts: Sequence[str], dim: int = 0) -> None:
+        """The parts as one tensor of our name, where the file has the first of them."""
+        if parts[0] in self:
+            self[ours] = torch.cat([self.take(part) for part in parts], dim)
 
-    def __init__(self, tensors: Tensors, rows: Rows):
-        self.tensors, self.rows = tensors, rows
-        self.ours = {name: x for key, x in tensors.items() for name in self.translate(key, 1, 0)}
+    def renamed(self, rules: Sequence[tuple[str, Any]]) -> Weights:
+        """Names after all (pattern, replacement) in this order."""
+        names = {key: key for key in self}
+        for pattern, ours in rules:
+            names = {key: re.sub(pattern, ours, name) for key, name in names.items()}
+        if double := [name for name, n in Counter(names.values()).items() if n > 1]:
+            raise ValueError(f"two tensors for {double[0]}")
+        return Weights({names[key]: x for key, x in self.items()})
 
-    def translate(self, name: str, source: int, target: int) -> list[str]:
-        """A name of column `source` of the table in column `target`."""
-        found = []
-        for row in self.rows:
-            if match := re.fullmatch(re.escape(row[source]).replace(r"\*", "([^.]+)"), name):
-                found.append(row[target].replace("*", "{}").format(*match.groups()))
-        return found or [name]
-
-    def find(self, pattern: str) -> dict[str, Tensor]:
-        """The tensors of ours whose names fit a pattern with `*`."""
-        regex = re.escape(pattern).replace(r"\*", "[^.]+")
-        return {name: x for name, x in self.ours.items() if re.fullmatch(regex, name)}
-
-    def size(self, pattern: str, axis: int) -> int:
-        """A size as most tensors that fit have it: one odd tensor is to be named, not obeyed."""
-        sizes = [x.shape[axis] for x in self.find(pattern).values() if -x.ndim <= axis < x.ndim]
-        if not sizes:
-            example = self.translate(pattern.replace("*", "0"), 0, 1)
-            raise ValueError(f"missing key {' and '.join(example)}")
-        return Counter(sizes).most_common(1)[0][0]
-
-    def count(self, pattern: str) -> int:
-        """One more than the largest number that stands right after the pattern."""
-        numbers = (re.match(re.escape(pattern) + r"(\d+)\.", name) for name in self.ours)
+    def count(self, prefix: str) -> int:
+        """One more than the largest number that follows a prefix."""
+        numbers = (re.match(re.escape(prefix) + r"(\d+)\.", key) for key in self)
         return 1 + max((int(found[1]) for found in numbers if found), default=-1)
 
-    def assemble(self, config: ModelConfig, convert: Convert) -> Student:
-        """Build the student, or name all that does not fit and build nothing."""
-        with torch.device("meta"):
-            student = Student(config)
-        state, problems, unexpected = {}, [], set(self.tensors)
-        for name, wanted in student.state_dict().items():
-            keys = self.translate(name, 0, 1)
-            unexpected -= set(keys)
-            if missing := [key for key in keys if key not in self.tensors]:
-                problems += [f"missing key {key}" for key in missing]
-                continue
-            parts = [self.tensors[key].float() for key in keys]
-            try:
-                joined = torch.cat(parts, dim=-2) if len(parts) > 1 else parts[0]
-                state[name] = convert(name, joined, config).contiguous()
-                fits = state[name].shape == wanted.shape
-            except (RuntimeError, EinopsError, IndexError):
-                fits = False
-            if not fits:
-                found = ", ".join(f"{key} {tuple(self.tensors[key].shape)}" for key in keys)
-                problems.append(f"wrong shape: {found} for {name} {tuple(wanted.shape)}")
-        problems += [f"unexpected key {key}" for key in sorted(unexpected)]
-        if problems:
-            raise ValueError("; ".join(problems))
-        student.load_state_dict(state, assign=True)
-        return student
+
+def assemble(config: ModelConfig, state: Weights) -> Student:
+    """A student with exactly these tensors, in float32; torch names all that does not fit."""
+    with torch.device("meta"):
+        student = Student(config)
+    student.load_state_dict({key: x.float() for key, x in state.items()}, assign=True)
+    return student
 
 
-def read_ours(content: dict[str, Any]) -> tuple[ModelConfig, Weights, Convert]:
+def read_ours(content: dict[str, Any]) -> tuple[ModelConfig, Weights]:
     """A file of `save_student`."""
     if content.get("version") != 1:
         raise ValueError(f"format version {content.get('version')!r}, this code reads 1")
     heads = tuple(HeadSpec(**head) for head in content["config"]["heads"])
     config = ModelConfig(**content["config"] | {"heads": heads})
-    return config, Weights(content["state_dict"], []), lambda _, x, __: x
+    return config, Weights(content["state_dict"])
 
 
-SIGLINO_ROWS: Rows = [
-    ("embed.weight", "img_projector.weight"),
-    ("prefix_RD", "cls_token"),
-    ("prefix_RD", "storage_tokens"),
-    ("positions.freqs_HJ2", "freqs_cis_golden"),
-    ("blocks.*.norm1.weight", "layers.*.attention_norm.weight"),
-    ("blocks.*.norm2.weight", "layers.*.ffn_norm.weight"),
-    ("blocks.*.attn.qkv.weight", "layers.*.attention.wq.weight"),
-    ("blocks.*.attn.qkv.weight", "layers.*.attention.wk.weight"),
-    ("blocks.*.attn.qkv.weight", "layers.*.attention.wv.weight"),
-    ("blocks.*.attn.proj.weight", "layers.*.attention.wo.weight"),
-    ("blocks.*.attn.sinks", "layers.*.attention.sinks"),
-    ("blocks.*.ffn.router.weight", "layers.*.moe.router.gate.weight"),
-    ("blocks.*.ffn.expert_bias", "layers.*.moe.expert_bias"),
-    ("blocks.*.ffn.w1_EGD", "layers.*.moe.experts.w1"),
-    ("blocks.*.ffn.w1_EGD", "layers.*.moe.experts.w3"),
-    ("blocks.*.ffn.w2_EDF", "layers.*.moe.experts.w2"),
-    ("blocks.*.ffn.w1.weight", "layers.*.feed_forward.w1.weight"),
-    ("blocks.*.ffn.w1.weight", "layers.*.feed_forward.w3.weight"),
-    ("blocks.*.ffn.w2.weight", "layers.*.feed_forward.w2.weight"),
-    ("heads.*.fc1.*", "*_adapter.fc1.*"),
-    ("heads.*.norm.*", "*_adapter.norm.*"),
-    ("heads.*.last.*", "*_adapter.fc2.*"),
-    ("heads.*.pool.probe_1C", "*_multihead_attention_pooling_head.probe"),
-    ("heads.*.pool.qkv.*", "*_multihead_attention_pooling_head.attention.in_proj_*"),
-    ("heads.*.pool.proj.*", "*_multihead_attention_pooling_head.attention.out_proj.*"),
-    ("heads.*.pool.norm.*", "*_multihead_attention_pooling_head.layernorm.*"),
-    ("heads.*.pool.fc1.*", "*_multihead_attention_pooling_head.mlp.fc1.*"),
-    ("heads.*.pool.fc2.*", "*_multihead_attention_pooling_head.mlp.fc2.*"),
+POOL = [  # SigLIP's pooling head, in the release as in transformers
+    (r"\battention\.in_proj_", "qkv."),
+    (r"\battention\.out_proj\.", "proj."),
+    (r"\blayernorm\.", "norm."),
+    (r"\bmlp\.fc", "fc"),
+    (r"\bprobe$", "probe_1C"),
+]
+SIGLINO = [
+    (r"^img_projector\.", "embed."),
+    (r"^freqs_cis_golden$", "positions.freqs_HJ2"),
+    (r"^layers\.", "blocks."),
+    (r"\.attention_norm\.", ".norm1."),
+    (r"\.ffn_norm\.", ".norm2."),
+    (r"^(blocks\.\d+)\.attention\.wo\.", r"\1.attn.proj."),
+    (r"^(blocks\.\d+)\.attention\.sinks$", r"\1.attn.sinks"),
+    (r"\.moe\.router\.gate\.", ".ffn.router."),
+    (r"\.moe\.experts\.w([13])$", r".ffn.w\1_EGD"),
+    (r"\.moe\.experts\.w2$", ".ffn.w2_EDF"),
+    (r"\.moe\.", ".ffn."),
+    # The dense sizes' name for their MLP is not in the papers: any one with w1 to w3 will do.
+    (r"^(blocks\.\d+)\.(?!attention\.|ffn\.)\w+\.w([123])\.", r"\1.ffn.w\2."),
+    (r"^(\w+)_adapter\.fc2\.", r"heads.\1.last."),
+    (r"^(\w+)_adapter\.", r"heads.\1."),
+    (r"^(\w+)_multihead_attention_pooling_head\.", r"heads.\1.pool."),
+    *POOL,
 ]
 
 
-def read_siglino(content: dict[str, Any]) -> tuple[ModelConfig, Weights, Convert]:
-    """A released AMoE / SigLino file: AMoE 1.1 to 1.7."""
-    # The dense sizes' name for their MLP is not in the papers: any one with w1 to w3 will do.
-    mlp = re.compile(r"^(layers\.\d+\.)(?!attention|moe)\w+(\.w[123]\.)")
-    tensors = {
-        mlp.sub(r"\1feed_forward\2", key): value
-        for key, value in content.get("state_dict", content).items()
-        if isinstance(value, Tensor) and not key.startswith("layer_norm_dinov3.")  # never called
-    }
-    if not any(key.startswith(("img_projector.", "layers.", "cls_token")) for key in tensors):
+def read_siglino(content: dict[str, Any]) -> tuple[ModelConfig, Weights]:
+    """A released AMoE / SigLino file. AMoE release, configs.py and model.py."""
+    tensors = content.get("state_dict", content).items()
+    unused = "layer_norm_dinov3."  # in every file, never called
+    file = Weights({k: x for k, x in tensors if isinstance(x, Tensor) and not k.startswith(unused)})
+    if not any(key.startswith(("img_projector.", "layers.", "cls_token")) for key in file):
         raise ValueError("neither our checkpoint nor a SigLino or RADIO release")
-    file = Weights(tensors, SIGLINO_ROWS)
+    x = file.renamed(SIGLINO)
+    registers = [x.take("storage_tokens")[0]] if "storage_tokens" in x else []
+    x["prefix_RD"] = torch.cat([x.take("cls_token")[0], *registers])
+    dim, inner = x["blocks.0.attn.proj.weight"].shape
+    n_heads, layers = len(x["blocks.0.attn.sinks"]), x.count("blocks.")
+    for i in range(layers):
+        qkv = [x.take(f"blocks.{i}.attention.w{part}.weight") for part in "qkv"]
+        x[f"blocks.{i}.attn.qkv.weight"] = join_qkv(qkv, n_heads)
+        for w1, w3 in (("w1_EGD", "w3_EGD"), ("w1.weight", "w3.weight")):  # gate, then value
+            x.join(f"blocks.{i}.ffn.{w1}", [f"blocks.{i}.ffn.{w}" for w in (w1, w3)], dim=-2)
     heads = []
-    for name in dict.fromkeys(key.split(".")[1] for key in file.ours if key.startswith("heads.")):
-        dim, pool = file.size(f"heads.{name}.norm.*", 0), f"heads.{name}.pool."
-        if any(key.startswith(pool) for key in file.ours):
-            hidden = file.size(pool + "fc1.*", 0)
-            heads.append(HeadSpec(name, dim, dim, pool=True, pool_hidden=hidden))
+    for name in dict.fromkeys(key.split(".")[1] for key in x if key.startswith("heads.")):
+        width, probe = len(x[f"heads.{name}.norm.weight"]), f"heads.{name}.pool.probe_1C"
+        if probe in x:
+            x[probe], hidden = x[probe][0], len(x[f"heads.{name}.pool.fc1.bias"])
+            heads.append(HeadSpec(name, width, width, pool=True, pool_hidden=hidden))
         else:
-            heads.append(HeadSpec(name, dim, dim, registers=True))
-    is_moe, n_heads = any(".moe." in key for key in tensors), file.size("blocks.*.attn.sinks", 0)
+            heads.append(HeadSpec(name, width, width, registers=True))
+    is_moe = "blocks.0.ffn.expert_bias" in x
     config = ModelConfig(
         "amoe",
-        dim=file.size("blocks.*.attn.proj.weight", 0),
-        n_layers=file.count("blocks."),
+        dim=dim,
+        n_layers=layers,
         n_heads=n_heads,
-        head_dim=file.size("blocks.*.attn.proj.weight", 1) // n_heads,
-        ffn_dim=file.size("blocks.*.ffn.w2_EDF" if is_moe else "blocks.*.ffn.w2.weight", -1),
+        head_dim=inner // n_heads,
+        ffn_dim=x["blocks.0.ffn.w2_EDF" if is_moe else "blocks.0.ffn.w2.weight"].shape[-1],
         heads=tuple(heads),
-        patch=math.isqrt(file.size("embed.weight", 1) // 3),
-        registers=tensors["storage_tokens"].shape[1] if "storage_tokens" in tensors else 0,
-        experts=file.size("blocks.*.ffn.expert_bias", 0) if is_moe else 0,
+        patch=math.isqrt(x["embed.weight"].shape[1] // 3),
+        registers=len(x["prefix_RD"]) - 1,
+        experts=len(x["blocks.0.ffn.expert_bias"]) if is_moe else 0,
         top_k=content.get("config", {}).get("moe_args", {}).get("top_k", 6) if is_moe else 0,
-        norm_weight=bool(file.find("blocks.*.norm2.weight")),
+        norm_weight="blocks.0.norm1.weight" in x,
     )
-    return config, file, from_siglino
+    return config, x
 
 
-def from_siglino(name: str, x: Tensor, config: ModelConfig) -> Tensor:
-    """Our tensor from the release's."""
-    if name == "prefix_RD" or name.endswith("probe_1C"):
-        return x[0]
-    if not name.endswith("attn.qkv.weight"):
-        return x
-    # The rotated half of each head from pairs (2j, 2j+1) to (j, J+j); see `rotate`.
-    q_k_v = rearrange(x, "(s h a) d -> s h a d", s=3, a=config.head_dim)
+def join_qkv(qkv: Sequence[Tensor], n_heads: int) -> Tensor:
+    """One matrix, the rotated half of q and k from pairs (2j, 2j+1) to (j, J+j); see `rotate`."""
+    q_k_v = torch.stack([rearrange(part, "(h a) d -> h a d", h=n_heads) for part in qkv])
     still, turned = q_k_v[:2].chunk(2, dim=2)
     turned = rearrange(turned, "s h (j two) d -> s h (two j) d", two=2)
     joined = torch.cat([torch.cat([still, turned], dim=2), q_k_v[2:]])
     return rearrange(joined, "s h a d -> (s h a) d")
 
 
-RADIO_ROWS: Rows = [
-    ("embed.*", "base_model.patch_generator.embedder.*"),
-    ("prefix_RD", "base_model.patch_generator.cls_token.token"),
-    ("positions.table_GGD", "base_model.patch_generator.pos_embed"),
-    ("feature_mean_D", "_feature_normalizer.mean"),
-    ("feature_tx_DD", "_feature_normalizer.tx"),
-    ("norm.*", "base_model.norm.*"),
-    ("blocks.*.norm1.*", "base_model.blocks.*.norm1.*"),
-    ("blocks.*.norm2.*", "base_model.blocks.*.norm2.*"),
-    ("blocks.*.attn.*.*", "base_model.blocks.*.attn.*.*"),
-    ("blocks.*.ffn.w1.*", "base_model.blocks.*.mlp.fc1.*"),
-    ("blocks.*.ffn.w2.*", "base_model.blocks.*.mlp.fc2.*"),
-    ("blocks.*.scale1", "base_model.blocks.*.ls1.grandma"),
-    ("blocks.*.scale2", "base_model.blocks.*.ls2.grandma"),
+def v1_inner(match: re.Match[str]) -> str:
+    """v1 numbers Linear, LayerNorm, ReLU, Linear, ..; ours are pairs (norm, linear)."""
+    number = int(match[2])
+    return f"{match[1]}.inner.{number // 3}.{1 - number % 3}."
+
+
+RADIO = [
+    (r"^base_model\.", ""),
+    (r"^patch_generator\.embedder\.", "embed."),
+    (r"^patch_generator\.cls_token\.token$", "prefix_RD"),
+    (r"^patch_generator\.pos_embed$", "positions.table_GGD"),
+    (r"^_feature_normalizer\.mean$", "feature_mean_D"),
+    (r"^_feature_normalizer\.tx$", "feature_tx_DD"),
+    (r"^(blocks\.\d+)\.mlp\.fc([12])\.", r"\1.ffn.w\2."),
+    (r"^(blocks\.\d+)\.ls([12])\.(gamma|grandma)$", r"\1.scale\2"),  # the release renamed it
+    (r"^_heads\.([^.]+)\.", r"heads.\1.summary."),
+    (r"^_feature_projections\.([^.]+)\.", r"heads.\1.patches."),
+    (r"^(heads\..+)\.inner\.(\d+)\.", v1_inner),
+    (r"^(heads\..+)\.fc2\.", r"\1.last."),  # v1
+    (r"^(heads\..+)\.final\.0\.", r"\1.norm."),  # v2
+    (r"^(heads\..+)\.final\.2\.", r"\1.last."),
+    (r"^(heads\..+)\.blocks\.(\d+)\.0\.", r"\1.inner.\2.0."),
+    (r"^(heads\..+)\.blocks\.(\d+)\.2\.", r"\1.inner.\2.1."),
 ]
-RADIO_HEAD_ROWS: dict[str, Rows] = {  # after heads.NAME.summary or .patches
-    "v1": [("norm.*", "norm.*"), ("last.*", "fc2.*")]
-    + [(f"inner.{i}.1.*", f"inner.{3 * i}.*") for i in range(9)]  # Linear, LayerNorm, ReLU, ...
-    + [(f"inner.{i}.0.*", f"inner.{3 * i + 1}.*") for i in range(9)],
-    "v2": [("norm.*", "final.0.*"), ("last.*", "final.2.*"),
-           ("inner.*.0.*", "blocks.*.0.*"), ("inner.*.1.*", "blocks.*.2.*")],
+RADIO_N_HEADS = {
+    "tiny": 3, "small": 6, "base": 12, "large": 16, "huge": 16, "giant": 24, "so400m": 16,
+    "bigg": 16,
 }  # fmt: skip
-RADIO_N_HEADS = {"tiny": 3, "small": 6, "base": 12, "large": 16, "huge": 16, "giant": 24,
-                 "so400m": 16, "bigg": 16}  # fmt: skip
 
 
-def read_radio(content: dict[str, Any]) -> tuple[ModelConfig, Weights, Convert]:
-    """A released RADIO file of a timm ViT: RADIO 1 and 6."""
+def read_radio(content: dict[str, Any]) -> tuple[ModelConfig, Weights]:
+    """A released RADIO file of a timm ViT. RADIO release, the layout of its checkpoints."""
     args = vars(content["args"])
     model, stated = str(args.get("model")), (args.get("model_kwargs") or {}).get("num_heads")
-    tensors = {
-        key.replace(".gamma", ".grandma"): value  # the release renamed it halfway
-        for key, value in fold_spectral(content.get("state_dict_ema") or content["state_dict"])
+    file = Weights(
+        (key, x)
+        for key, x in fold_spectral(content.get("state_dict_ema") or content["state_dict"])
         if not key.startswith("_intermediate_feature_normalizer.")  # of outputs we do not offer
-    }
-    trunk = [key for key in tensors if key.startswith("base_model.")]
-    if not any(key.startswith("base_model.blocks.") for key in trunk):
-        raise ValueError(f"the backbone {model} is no timm ViT, its keys are {trunk[:9]}")
+    )
+    if not any(key.startswith("base_model.blocks.") for key in file):
+        trunk = [key for key in file if key.startswith("base_model.")][:9]
+        raise ValueError(f"the backbone {model} is no timm ViT, its keys are {trunk}")
     mean, std = (
-        tuple(tensors.pop(f"input_conditioner.norm_{part}", torch.tensor(known)).flatten().tolist())
+        tuple(file.pop(f"input_conditioner.norm_{part}", torch.tensor(known)).flatten().tolist())
         for part, known in zip(("mean", "std"), CLIP_RGB, strict=True)
     )
-    per_teacher = args.get("cls_token_per_teacher", True)
-    teachers: dict[str, dict[str, Any]] = {}
-    rows = list(RADIO_ROWS)
+    x, per_teacher = file.renamed(RADIO), args.get("cls_token_per_teacher", True)
+    heads: dict[str, HeadSpec] = {}
     for i, entry in enumerate(args.get("teachers") or []):
-        name, by_index = entry["name"], (f"_heads.{i}.", f"_feature_projections.{i}.")
-        if name in teachers:  # once more, at another size: the first counts
-            tensors = {key: x for key, x in tensors.items() if not key.startswith(by_index)}
+        name, by_number = entry["name"], f"heads.{i}."
+        if name in heads:  # once more, at another size: the first counts
+            x = Weights((key, tensor) for key, tensor in x.items() if not key.startswith(by_number))
             continue
-        slot = i if any(key.startswith(by_index) for key in tensors) else name
-        kind = "v1" if any(f"s.{slot}.fc2." in key for key in tensors) else "v2"
+        slot = str(i) if any(key.startswith(by_number) for key in x) else name
+        x = x.renamed([(rf"^heads\.{re.escape(slot)}\.", f"heads.{name}.")])
         token = entry.get("token_slot")
-        if token is None:
-            token = len(teachers) if per_teacher else 0
-        teachers[name] = {**entry, "kind": kind, "token": int(token)}
-        for ours, theirs in [("fc1.*", "fc1.*"), *RADIO_HEAD_ROWS[kind]]:
-            rows.append((f"heads.{name}.summary.{ours}", f"_heads.{slot}.{theirs}"))
-            rows.append((f"heads.{name}.patches.{ours}", f"_feature_projections.{slot}.{theirs}"))
-    file, cls_tokens = Weights(tensors, rows), max(1, len(teachers)) if per_teacher else 1
-    dim = file.size("blocks.*.norm1.*", 0)
+        token = (len(heads) if per_teacher else 0) if token is None else int(token)
+        heads[name] = radio_head(x, entry, head_kind(file, slot), token)
+    dim, n_registers = len(x["blocks.0.norm1.weight"]), len(x["prefix_RD"])
     known = next((n for arch, n in RADIO_N_HEADS.items() if arch in model.lower()), None)
     n_heads = stated or known  # the one size that the tensors do not show
     if not n_heads or dim % n_heads:
         raise ValueError(f"args.model={model!r} of width {dim} has num_heads={n_heads}")
+    patch, table = math.isqrt(x["embed.weight"].shape[1] // 3), x["positions.table_GGD"]
+    side = math.isqrt(table.shape[1])
+    # the release's patches are (channel, row, column)
+    kernel = x["embed.weight"]
+    x["embed.weight"] = rearrange(kernel, "d (c y x) -> d (y x c)", y=patch, x=patch)
+    x["positions.table_GGD"] = rearrange(table, "1 (y x) d -> y x d", y=side)
+    if "feature_mean_D" in x:
+        x["feature_mean_D"] = x["feature_mean_D"].flatten()
+    cls_tokens = max(1, len(heads)) if per_teacher else 1
     config = ModelConfig(
         "radio",
         dim=dim,
-        n_layers=file.count("blocks."),
+        n_layers=x.count("blocks."),
         n_heads=n_heads,
         head_dim=dim // n_heads,
-        ffn_dim=file.size("blocks.*.ffn.w2.weight", 1),
-        heads=tuple(radio_head(file, teacher) for teacher in teachers.values()),
-        patch=math.isqrt(file.size("embed.weight", 1) // 3),
+        ffn_dim=x["blocks.0.ffn.w2.weight"].shape[1],
+        heads=tuple(heads.values()),
+        patch=patch,
         cls_tokens=cls_tokens,
-        registers=file.size("prefix_RD", 0) - cls_tokens,
+        registers=n_registers - cls_tokens,
         gated_ffn=False,
-        final_norm="norm.weight" in file.ours,
-        layer_scale=bool(file.find("blocks.*.scale1")),
-        position_grid=math.isqrt(file.size("positions.table_GGD", 1)),
-        feature_normalizer="feature_mean_D" in file.ours,
+        final_norm="norm.weight" in x,
+        layer_scale="blocks.0.scale1" in x,
+        position_grid=side,
+        feature_normalizer="feature_mean_D" in x,
         pixel_mean=mean,
         pixel_std=std,
     )
-    return config, file, from_radio
+    return config, x
 
 
-def radio_head(file: Weights, teacher: dict[str, Any]) -> HeadSpec:
-    """Sizes of one teacher's two MLPs."""
+def head_kind(file: Weights, slot: str) -> str:
+    """v1 ends in fc2, v2 in final.2; a teacher's two MLPs are of one kind."""
+    parts = ("_heads", "_feature_projections")
+    found = {p: f"{p}.{slot}.fc2.weight" in file for p in parts if f"{p}.{slot}.fc1.weight" in file}
+    if len(set(found.values())) > 1:
+        raise ValueError(f"{' and '.join(f'{part}.{slot}' for part in found)}: one is v1, one v2")
+    return "v1" if any(found.values()) else "v2"
+
+
+def radio_head(x: Weights, entry: dict[str, Any], kind: str, token: int) -> HeadSpec:
+    """Sizes of one teacher's two MLPs; None, 0, 0 where it has none."""
     sizes: list[tuple[Any, int, int]] = []
     for part in ("summary", "patches"):
-        mlp = f"heads.{teacher['name']}.{part}."
-        if any(name.startswith(mlp) for name in file.ours):
-            out, width = file.size(mlp + "last.*", 0), file.size(mlp + "norm.*", 0)
-            sizes.append((out, width, file.count(mlp + "inner.")))
+        mlp = f"heads.{entry['name']}.{part}."
+        if any(key.startswith(mlp) for key in x):
+            out, hidden = x[mlp + "last.weight"].shape
+            sizes.append((out, hidden, x.count(mlp + "inner.")))
         else:
             sizes.append((None, 0, 0))
     (summary_dim, summary_hidden, summary_inner), (dim, hidden, inner) = sizes
-    upsample = next((int(v) for k, v in teacher.items() if "upsample" in k and v), 1)
+    upsample = next((int(v) for k, v in entry.items() if "upsample" in k and v), 1)
     return HeadSpec(
-        teacher["name"], dim and dim // upsample**2, summary_dim, teacher["kind"],
-        upsample=upsample, hidden=hidden, inner=inner,
-        summary_hidden=summary_hidden, summary_inner=summary_inner,
-        token=teacher["token"], in_trunk_summary=bool(teacher.get("use_summary", True)),
-    )  # fmt: skip
+        entry["name"],
+        dim and dim // upsample**2,
+        summary_dim,
+        kind,
+        upsample=upsample,
+        hidden=hidden,
+        inner=inner,
+        summary_hidden=summary_hidden,
+        summary_inner=summary_inner,
+        token=token,
+        in_trunk_summary=bool(entry.get("use_summary", True)),
+    )
 
 
-def fold_spectral(tensors: Tensors) -> Iterator[tuple[str, Tensor]]:
+def fold_spectral(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Keys and weights, the spectrally reparametrised ones as plain W * s / sigma(W). RADIO 1.5."""
     for key, weight in tensors.items():
         base, parametrised, rest = key.partition(".parametrizations.weight.")
@@ -1486,40 +1476,31 @@ def fold_spectral(tensors: Tensors) -> Iterator[tuple[str, Tensor]]:
         yield base + ".weight", torch.cat(chunks)
 
 
-def from_radio(name: str, x: Tensor, config: ModelConfig) -> Tensor:
-    """Our tensor from the release's, whose patches are (channel, row, column)."""
-    if name == "embed.weight":
-        return rearrange(x, "d (c y x) -> d (y x c)", y=config.patch, x=config.patch)
-    if name == "positions.table_GGD":
-        return rearrange(x, "1 (y x) d -> y x d", y=config.position_grid)
-    return x.flatten() if name == "feature_mean_D" else x
-
-
 # ---- Starting from pretrained weights
 
 
 @torch.no_grad()
 def copy_pool(ours: AttentionPool, theirs: Any) -> None:
     """SigLIP's pooling head of transformers -> ours (AMoE Sec. 1.6)."""
-    theirs_of = {
-        "probe_1C": theirs.probe[0],
-        "qkv.weight": theirs.attention.in_proj_weight, "qkv.bias": theirs.attention.in_proj_bias,
-        "proj.weight": theirs.attention.out_proj.weight,
-        "proj.bias": theirs.attention.out_proj.bias,
-        "norm.weight": theirs.layernorm.weight, "norm.bias": theirs.layernorm.bias,
-        "fc1.weight": theirs.mlp.fc1.weight, "fc1.bias": theirs.mlp.fc1.bias,
-        "fc2.weight": theirs.mlp.fc2.weight, "fc2.bias": theirs.mlp.fc2.bias,
-    }  # fmt: skip
-    ours.load_state_dict(theirs_of)
+    x = Weights(theirs.state_dict()).renamed(POOL)
+    x["probe_1C"] = x["probe_1C"][0]
+    ours.load_state_dict(x)
 
 
-# transformers' names of a layer's parts -> ours; q, k, v and SwiGLU's two halves are joined
-VIT_NAMES = {
-    "encoder.layer.": "blocks.", "layers.": "blocks.", "layernorm_before": "norm1",
-    "layernorm_after": "norm2", "attention.o_proj": "attn.proj", "mlp.fc1": "ffn.w1",
-    "mlp.fc2": "ffn.w2", "mlp.down_proj": "ffn.w2", "layer_scale1.lambda1": "scale1",
-    "layer_scale2.lambda1": "scale2", "layernorm.": "norm.",
-}  # fmt: skip
+VIT = [  # transformers' DINOv2 and ViT
+    (r"^(encoder\.layer|layers)\.", "blocks."),
+    (r"\.layernorm_before\.", ".norm1."),
+    (r"\.layernorm_after\.", ".norm2."),
+    (r"^layernorm\.", "norm."),
+    (r"\.attention\.o_proj\.", ".attn.proj."),
+    (r"\.mlp\.fc([12])\.", r".ffn.w\1."),
+    (r"\.mlp\.down_proj\.", ".ffn.w2."),
+    (r"\.layer_scale([12])\.lambda1$", r".scale\1"),
+]
+VIT_JOINED = {
+    "attn.qkv": ("attention.q_proj", "attention.k_proj", "attention.v_proj"),
+    "ffn.w1": ("mlp.gate_proj", "mlp.up_proj"),
+}
 
 
 def read_vit(network: Any, layers: int | None, stats: tuple) -> Student:
@@ -1528,46 +1509,40 @@ def read_vit(network: Any, layers: int | None, stats: tuple) -> Student:
     Equal to it at its own resolution. The class token's position is added to the token; the final
     norm stays, unlike in RADIO's own releases.
     """
-    names, config = {}, network.config
-    for key, value in network.state_dict().items():
-        for theirs, ours in VIT_NAMES.items():
-            key = key.replace(theirs, ours)
-        names[key] = value
+    config, file = network.config, Weights(network.state_dict()).renamed(VIT)
     layers = layers or config.num_hidden_layers
-    state = {k: v for k, v in names.items() if k.startswith("norm.")}
-    for i in range(layers):
-        block = f"blocks.{i}."
-        state |= {k: v for k, v in names.items() if k.startswith(block)}
-        for ours, parts in (("attn.qkv", ("attention.q_proj", "attention.k_proj",
-                                          "attention.v_proj")),
-                            ("ffn.w1", ("mlp.gate_proj", "mlp.up_proj"))):  # fmt: skip
-            for kind in ("weight", "bias"):
-                joined = [state.pop(f"{block}{part}.{kind}", None) for part in parts]
-                if joined[0] is not None:
-                    state[f"{block}{ours}.{kind}"] = torch.cat(joined)
-    positions = names["embeddings.position_embeddings"][0]
-    registers = names.get("embeddings.register_tokens", positions[None, :0])[0]
-    kernel = names["embeddings.patch_embeddings.projection.weight"]
-    side = math.isqrt(len(positions) - 1)
+    state = Weights((key, x) for key, x in file.items() if key.startswith("norm."))
+    for block in (f"blocks.{i}." for i in range(layers)):
+        state.update((key, x) for key, x in file.items() if key.startswith(block))
+        for (ours, parts), kind in product(VIT_JOINED.items(), ("weight", "bias")):
+            state.join(f"{block}{ours}.{kind}", [f"{block}{part}.{kind}" for part in parts])
+    positions = file["embeddings.position_embeddings"][0]
+    registers = file.get("embeddings.register_tokens", positions[None, :0])[0]
+    kernel = file["embeddings.patch_embeddings.projection.weight"]
+    side, heads, width = math.isqrt(len(positions) - 1), config.num_attention_heads, len(kernel)
     state |= {
         "embed.weight": rearrange(kernel, "d c y x -> d (y x c)"),
-        "embed.bias": names["embeddings.patch_embeddings.projection.bias"],
-        "prefix_RD": torch.cat([names["embeddings.cls_token"][0] + positions[:1], registers]),
+        "embed.bias": file["embeddings.patch_embeddings.projection.bias"],
+        "prefix_RD": torch.cat([file["embeddings.cls_token"][0] + positions[:1], registers]),
         "positions.table_GGD": rearrange(positions[1:], "(h w) d -> h w d", h=side),
     }
-    heads, width, ffn = (
-        config.num_attention_heads,
-        config.hidden_size,
-        state["blocks.0.ffn.w2.weight"],
+    vit = ModelConfig(
+        "radio",
+        dim=width,
+        n_layers=layers,
+        n_heads=heads,
+        head_dim=width // heads,
+        ffn_dim=state["blocks.0.ffn.w2.weight"].shape[1],
+        patch=config.patch_size,
+        registers=len(registers),
+        gated_ffn="blocks.0.mlp.gate_proj.weight" in file,
+        layer_scale="blocks.0.scale1" in state,
+        patch_bias=True,
+        position_grid=side,
+        pixel_mean=stats[0],
+        pixel_std=stats[1],
     )
-    student = Student(ModelConfig(
-        "radio", width, layers, heads, width // heads, ffn.shape[1], patch=config.patch_size,
-        registers=len(registers), gated_ffn="blocks.0.mlp.gate_proj.weight" in names,
-        layer_scale="blocks.0.scale1" in state, patch_bias=True, position_grid=side,
-        pixel_mean=stats[0], pixel_std=stats[1],
-    ))  # fmt: skip
-    student.load_state_dict(state)
-    return student
+    return assemble(vit, state)
 
 
 def adopt(student: Student, given: Student) -> set[str]:

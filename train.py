@@ -928,7 +928,7 @@ def read_init(cfg: TrainConfig) -> Student:
     backbone = load_backbone(spec)
     try:
         return read_vit(backbone.network, spec.layer or backbone.layer, backbone.stats)
-    except (KeyError, RuntimeError) as error:
+    except (ValueError, RuntimeError) as error:
         raise ValueError(
             f"--init {cfg.init} is no ViT or DINOv2 that we can read: {error}"
         ) from error
