@@ -1065,7 +1065,7 @@ def stage(until, low):
 cfg = dataclasses.replace(
     train.PRESETS["debug"], stages=(stage(0.5, 48), stage(1.0, 64)), average="partition", steps=20,
     data=("openmoji:train:60",), stats_steps=2, log_every=1, threads=1, out=sys.argv[1], ema=0.9,
-    parallel=sys.argv[2],
+    parallel=sys.argv[2], relation_mean="teacher",  # over its own, near 0 at first, rounding grows
 )
 train.train_loop(train.prepare(cfg), train.StopSignal())
 if train.dist.is_initialized():
