@@ -594,8 +594,8 @@ class Trainer:
         head = self.student.heads[name]
         with torch.device("meta"):
             moved = type(head)(head.spec, self.student.config.dim)
-        moved.load_state_dict({n: whole(x) for n, x in tensors.items()}, assign=True)
-        moved.double()  # a copy that is rounded once
+        copy = {n: whole(x.detach()).double() for n, x in tensors.items()}  # to be rounded once
+        moved.load_state_dict(copy, assign=True)
         old.fold_into(moved)
         self.spaces[name].unfold_from(moved)
         return moved
@@ -986,9 +986,10 @@ def trained(student: Student) -> Iterator[tuple[str, nn.Parameter]]:
     return ((name, p) for name, p in student.named_parameters() if p.requires_grad)
 
 
-def is_decayed(p: Tensor) -> bool:
-    """Matrices decay, several learned tokens among them; vectors, scalars and one token do not."""
-    return p.ndim >= 2 and p.shape[0] > 1
+def is_decayed(name: str, p: Tensor) -> bool:
+    """Matrices decay, several learned tokens among them; vectors, scalars, one token and the
+    position table (RADIO release) do not."""
+    return p.ndim >= 2 and p.shape[0] > 1 and not name.startswith("positions.")
 
 
 def describe(optimizer: torch.optim.Optimizer) -> str:
@@ -1009,8 +1010,11 @@ def make_optimizer(cfg: TrainConfig, student: Student) -> torch.optim.Optimizer:
     groups = []
     for is_head, share in ((False, cfg.trunk_lr), (True, 1.0)):
         for decays in (True, False):
-            chosen = [p for name, p in trained(student) if name.startswith("heads.") == is_head]
-            params = [p for p in chosen if is_decayed(p) == decays]
+            params = [
+                p
+                for name, p in trained(student)
+                if (name.startswith("heads."), is_decayed(name, p)) == (is_head, decays)
+            ]
             decay = cfg.weight_decay if decays else 0.0
             groups.append({"params": params, "weight_decay": decay, "share": share})
     if cfg.optimizer == "lamb":
