@@ -924,7 +924,8 @@ class Student(KeepsFloat32):
         patches_MD = x_ND.index_select(0, layout.patches_M)
         if self.config.feature_normalizer:
             patches_MD = (patches_MD - self.feature_mean_D) @ self.feature_tx_DD.T
-        summary_BD = torch.cat([prefix_BRD[:, i] for i in self.config.summary_tokens], dim=1)
+        tokens = [prefix_BRD[:, i] for i in self.config.summary_tokens]
+        summary_BD = torch.cat([prefix_BRD[:, 0, :0], *tokens], dim=1)  # there may be none
         out = StudentOutput(summary_BD, patches_MD, {}, {}, {}, counts_LE)
         for name, head in self.heads.items():
             values = head(prefix_BRD, patches_MD, layout)
@@ -1681,6 +1682,22 @@ def count_flops(config: ModelConfig, pixels: int) -> float:
         if name.endswith(".pool.qkv.weight"):  # keys and values of every token, one query
             total += 2 * weight.numel() * 2 / 3 * (tokens - 1)
     return total
+
+
+def activation_bytes(config: ModelConfig, recompute: bool) -> float:
+    """What a token of a training step keeps until its backward, in bytes; computed in bf16.
+
+    By the tensors that autograd saves, up to a quarter more than they are: float32 around the
+    norms and along the residual stream, bf16 in the rest, float32 predictions and differences.
+    """
+    dim, inner, hidden = config.dim, config.n_heads * config.head_dim, config.ffn_dim
+    norms_and_heads = (22 * dim + 22 * inner) if config.form == "amoe" else (14 * dim + 8 * inner)
+    mlp = hidden * (8 if config.gated_ffn else 4)
+    if config.experts:
+        mlp = config.top_k * (2 * dim + 10 * hidden)
+    block = norms_and_heads + mlp + 4 * dim * config.layer_scale
+    kept = config.n_layers * 4 * dim + block if recompute else config.n_layers * block
+    return kept + sum(24 * (head.hidden or head.dim or 0) for head in config.heads)
 
 
 def training_bytes(config: ModelConfig, devices: int, sharded: bool) -> float:

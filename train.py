@@ -51,6 +51,7 @@ from model import (
     Student,
     StudentOutput,
     TablePositions,
+    activation_bytes,
     adopt,
     autocast,
     copy_pool,
@@ -167,7 +168,9 @@ class TrainConfig:
     global_tokens: int = option(0, "tokens of a step over all ranks; 0: the packs of the preset")
     global_images: int = option(0, "instead: images of a step, if packs hold squares of one size")
     micro_packs: int = option(
-        0, "packs of one forward on a rank; 0: all of the step's", control=True
+        0,
+        "packs of one forward on a rank; 0: all of the step's, on CUDA as many as fit",
+        control=True,
     )
     patch_loss: str = option("mse", "feature loss of patches", choices=tuple(losses.KINDS))
     summary_loss: str = option("mse", "feature loss of summaries", choices=(*losses.KINDS, "angle"))
@@ -560,6 +563,12 @@ class Weights(NamedTuple):
     is_taught: list[float]  # 0 where the teacher does not supervise the image's stream
 
 
+def packs_that_fit(count: int, needed: float, free: float) -> int:
+    """Of `count` packs of so many bytes those of one forward, in forwards as equal as can be."""
+    most = int(0.85 * free / needed)  # the rest is for backward's own tensors and fragments
+    return -(-count // -(-count // most)) if most > 0 else 0
+
+
 @dataclass
 class StepResult:
     """What one optimizer step reports; every number is global and on the host."""
@@ -592,6 +601,7 @@ class Trainer:
             if isinstance(head, AdapterHead):
                 head.to_teacher = self.normalizers.parts[name, "patches"].denormalize
         self.ada = losses.AdaLoss()
+        self.fitting: dict[tuple[Stream, ...], int] = {}  # packs of a forward, by stage
         self.autocast = autocast(group.device, cfg.precision)
 
     def fit_normalizers(self, data: StepData) -> None:
@@ -636,7 +646,7 @@ class Trainer:
             Standstill: a loss or a gradient on any rank is not finite; nothing was stepped.
         """
         self.student.frozen_trunk = step <= self.cfg.frozen_steps
-        size = self.cfg.micro_packs or len(packs)
+        size = self.packs_of_a_forward(step, len(packs))
         packs = [pack.to(self.group.device) for pack in packs]  # one by one, as they are pinned
         micros = [PackedBatch.cat(packs[i : i + size]) for i in range(0, len(packs), size)]
         targets = [self.targets(m) for m in micros]
@@ -670,6 +680,33 @@ class Trainer:
         return StepResult(
             {"total": total, **parts}, grad_norm, lr, images, tokens, max_load, skipped, stop
         )
+
+    def packs_of_a_forward(self, step: int, count: int) -> int:
+        """--micro-packs; 0: all, on CUDA as many as fit at the stage's start, alike on all ranks.
+
+        Raises: Standstill where not even one pack fits.
+        """
+        streams = self.cfg.stage_at(step).streams
+        if self.cfg.micro_packs or self.group.device.type != "cuda":
+            return self.cfg.micro_packs or count
+        if streams not in self.fitting:
+            tokens, student = max(stream.budget for stream in streams), self.student
+            needed = tokens * activation_bytes(student.config, self.cfg.recompute)
+            needed *= 2 if self.cfg.precision == "fp32" else 1
+            free = torch.cuda.mem_get_info(self.group.device)[0]
+            if not self.optimizer.state:  # gradients and two moments are still to come
+                free -= 12 * sum(held(p).numel() for _, p in trained(student))
+            fits = torch.tensor(packs_that_fit(count, needed, free))
+            if dist.is_initialized():
+                dist.all_reduce(fits, dist.ReduceOp.MIN)
+            if not fits:
+                raise Standstill(f"a pack of {tokens} tokens takes some {needed / 1e9:.1f} GB, and "
+                                 f"{free / 1e9:.1f} GB of {self.group.device} are free: pass "
+                                 "--recompute, or --parallel fsdp on more GPUs")  # fmt: skip
+            self.fitting[streams] = int(fits)
+            if self.group.rank == 0:
+                print(f"{int(fits)} of {count} packs in one forward", file=sys.stderr)
+        return self.fitting[streams]
 
     def weight(self, loss: str) -> float:
         """Weight of a part of the loss; the paper's are all 1 (AMoE Sec. 2.1, PHI-S Sec. 3)."""
@@ -947,6 +984,11 @@ def read_init(cfg: TrainConfig) -> Student:
 # ------------------------------------------------------------- distribution and the optimizer
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+def held(x: Tensor) -> Tensor:
+    """What this rank has of a tensor."""
+    return x.to_local() if isinstance(x, DTensor) else x
 
 
 def whole(x: Tensor) -> Tensor:

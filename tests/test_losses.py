@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+from conftest import NoWaiting
 from torch import nn
 
 import losses
@@ -773,6 +774,29 @@ def test_random_grids_agree_with_interpolate_and_with_any_split(seed):
         common = (min(grid[0], target.shape[0]), min(grid[1], target.shape[1]))
         error = interpolate(tokens.view(*grid, WIDTH), common) - interpolate(target, common)
         torch.testing.assert_close(loss, error.square().mean())
+
+
+def test_no_loss_makes_the_host_wait():
+    """Not for a shape that values decide, nor for one: a step on a GPU would stand still."""
+    student_MC, grids, teacher = random_pack(seed=8, images=6)
+    student_BC, teacher_BC = randn(7, 12).requires_grad_(), randn(7, 12, seed=1)
+    dispersion = losses.Dispersion(12)
+    dispersion.update(teacher_BC)
+    losses.patch_loss(student_MC, grids, teacher)  # makes the resize matrices
+    with NoWaiting():
+        total = losses.patch_loss(student_MC, grids, teacher).sum()
+        total = total + losses.arkd(student_BC, teacher_BC) + losses.rkd(student_BC, teacher_BC)
+        total = total + losses.vector_loss(student_BC, teacher_BC, "am-radio").sum()
+        total = total + losses.angle_loss(student_BC, teacher_BC, dispersion.value).sum()
+        grads = torch.autograd.grad(total, [student_MC, student_BC])
+    assert all(grad.isfinite().all() for grad in grads)
+
+
+def test_pairs_of_many_images_come_in_blocks():
+    x_BC = randn(1500, 3, dtype=torch.float64)
+    torch.testing.assert_close(losses._pair_distances(x_BC), torch.pdist(x_BC))
+    for few in (0, 1):
+        assert losses._pair_distances(x_BC[:few]).shape == (0,)
 
 
 @pytest.mark.gpu

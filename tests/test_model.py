@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import NoWaiting
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import model
 from model import (
@@ -536,6 +538,52 @@ def test_cuda_takes_no_flex():
         assert model.choose_attention(q(dtype, torch.device("cuda"), True)) == backend
 
 
+@pytest.mark.parametrize("form", ["amoe", "radio"])
+def test_a_forward_and_backward_never_make_the_host_wait(form):
+    config = MODELS["test"] if form == "amoe" else radio_config()
+    student, batch = lively(config), pack(GRIDS)
+    layout = Layout.of(GRIDS, config.prefix, torch.device("cpu"))
+    windows_B5 = model.position_windows(len(GRIDS), torch.Generator().manual_seed(0))
+    with NoWaiting():
+        out = student.run(batch.patches_MX, layout, windows_B5)
+        sum(x.sum() for x in out.patches.values()).backward()
+
+
+def saved_bytes(run) -> int:
+    """Bytes of all storages that autograd keeps of a call, parameters apart."""
+    kept = {}
+
+    def keep(x):
+        if not isinstance(x, torch.nn.Parameter):
+            kept[x.untyped_storage()._cdata] = (x.untyped_storage().nbytes(), x)
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        result = run()
+    del result
+    return sum(size for size, _ in kept.values())
+
+
+def test_experts_keep_half_precision_rows_and_sum_in_a_fixed_order():
+    """Rows are cast before K of each are gathered, and no float is added by an atomic."""
+    moe = lively(MODELS["test"]).blocks[0].ffn
+    x_ND = torch.randn(500, 48, requires_grad=True)
+
+    class OncePerPlace(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func._schema.name.startswith("aten::index_add") and args[0].is_floating_point():
+                assert len(args[2].unique()) == len(args[2]), "sums of floats in any order"
+            return func(*args, **(kwargs or {}))
+
+    with torch.autocast("cpu", torch.bfloat16):
+        size = saved_bytes(lambda: moe(x_ND)[0])
+        with OncePerPlace():
+            moe(x_ND)[0].float().square().sum().backward()
+    weights = 2 * (moe.w1_EGD.numel() + moe.w2_EDF.numel())
+    pair = 2 * (48 + 5 * 32) + 2 + 8  # rows and hidden layers in bfloat16, gate, order
+    assert size < weights + 500 * (2 * pair + 4 * 48 + 64)
+
+
 @pytest.mark.parametrize("head_dim", [20, 264, 0])
 def test_head_widths_that_no_kernel_takes_are_refused(head_dim):
     for config in (MODELS["test"], MODELS["radio-b"]):
@@ -662,6 +710,32 @@ def test_blocks_start_as_identity():
     layout = Layout.of([(4, 4)], 5, torch.device("cpu"))
     y, _ = student.blocks[0](x, layout, student.positions(x, layout, None)[1])
     assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("form", ["amoe", "radio"])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_activation_bytes_are_those_that_autograd_keeps(form, recompute, monkeypatch):
+    """Counted on the CPU, whose autocast is told to norm in float32 as CUDA's does."""
+    norm, layer_norm = F.rms_norm, F.layer_norm
+    monkeypatch.setattr(F, "rms_norm", lambda x, *rest: norm(x.float(), *rest))
+    monkeypatch.setattr(F, "layer_norm", lambda x, *rest: layer_norm(x.float(), *rest))
+    monkeypatch.setattr(model, "choose_attention", lambda _: "efficient")
+    for name, kernel in (("", efficient_forward), ("_backward", efficient_backward)):
+        name = f"_scaled_dot_product_efficient_attention{name}"
+        monkeypatch.setattr(torch.ops.aten, name, kernel, raising=False)
+    sizes = {"dim": 64, "n_heads": 4, "head_dim": 16, "ffn_dim": 48, "heads": ()}
+    config = dataclasses.replace(MODELS["test" if form == "amoe" else "radio-b"], **sizes)
+    batch, kept, estimates = pack([(16, 16)] * 8), [], []
+    for n_layers in (2, 6):
+        student = Student(dataclasses.replace(config, n_layers=n_layers))
+        student.recompute = recompute
+        with torch.autocast("cpu", torch.bfloat16):
+            size = saved_bytes(lambda student=student: student(batch).trunk_MD)
+        copies = 0 if recompute else 2 * sum(p.numel() for p in student.parameters() if p.ndim > 1)
+        kept.append(size - copies)  # autocast's copies of the weights do not count
+        estimates.append(model.activation_bytes(student.config, recompute))
+    tokens = 8 * (256 + config.prefix)
+    assert kept[1] - kept[0] == pytest.approx(tokens * (estimates[1] - estimates[0]), rel=0.2)
 
 
 def test_nano_trains():

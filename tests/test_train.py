@@ -173,6 +173,48 @@ def test_the_saved_student_outputs_raw_teacher_features(reference):
         torch.testing.assert_close(getattr(raw, part)[name], expected, rtol=1e-4, atol=1e-4)
 
 
+def test_the_loader_makes_what_live_teachers_see():
+    cfg = train.PRESETS["debug"]
+    trainer, _ = trainer_of(cfg)
+    sources, _ = train.open_sources(cfg)
+    (data,) = train.make_stages(cfg, sources, trainer.student, CPU, trainer.teachers)
+    packs = data[0]
+    assert all(
+        row.untyped_storage()._cdata == pack.patches_MX.untyped_storage()._cdata
+        for pack in packs
+        for row, _ in pack.views.values()
+    ), "a worker hands over each storage as an open file"
+    batch = PackedBatch.cat([pack.to("cpu") for pack in [*packs, data[1][0]]])
+    for teacher in trainer.teachers:
+        found, expected = trainer.ask(teacher, batch), teacher.targets(batch.samples, batch.sizes)
+        assert torch.equal(found.summary_BC, expected.summary_BC)
+        assert all(map(torch.equal, found.patches, expected.patches))
+    cached = object.__new__(train.CachedTeacher)
+    cached.name = "cached"
+    (data,) = train.make_stages(cfg, sources, trainer.student, CPU, [cached])
+    assert not data[0][0].views, "it knows the pictures by their digests"
+
+
+def test_packs_of_a_forward_fit_into_the_free_memory():
+    assert train.packs_that_fit(22, 3.2e9, 75e9) == 11  # 19 fit: two forwards, equally long
+    assert train.packs_that_fit(22, 3.2e9, 90e9) == 22
+    assert train.packs_that_fit(22, 3.2e9, 4e9) == 1
+    assert train.packs_that_fit(22, 3.2e9, 3e9) == train.packs_that_fit(22, 3.2e9, -1) == 0
+
+
+def test_a_pack_that_does_not_fit_is_refused_with_both_numbers(monkeypatch):
+    trainer, _ = trainer_of(train.PRESETS["debug"])
+    trainer.group = train.Group(0, 1, torch.device("cuda", 0))
+    for free, expected in ((1e9, 2), (5e6, 1)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (free, 8e10))
+        trainer.fitting.clear()
+        assert trainer.packs_of_a_forward(1, 2) == expected
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (3e6, 8e10))
+    trainer.fitting.clear()
+    with pytest.raises(train.Standstill, match=r"256 tokens takes some 0.0 GB.*--recompute"):
+        trainer.packs_of_a_forward(1, 2)
+
+
 def test_micro_batches_do_not_change_the_step(tmp_path, reference):
     rows = run(tmp_path, "--micro-packs", "1")
     for ours, theirs in zip(rows, rows_of(reference), strict=True):
@@ -713,17 +755,17 @@ def test_the_log_is_cut_back_to_the_checkpoint(tmp_path, monkeypatch):
 
 
 def test_a_nan_stops_before_the_step_and_names_the_picture(tmp_path, monkeypatch):
-    whole = train.Teacher.targets
+    whole = train.Trainer.ask
     calls = []
 
-    def poisoned(self, samples, sizes=None):
-        out = whole(self, samples, sizes)
-        calls.append(samples[0].key)
+    def poisoned(self, teacher, batch):
+        out = whole(self, teacher, batch)
+        calls.append(batch.samples[0].key)
         if len(calls) == 9:
             out.patches[0][0, 0, 0] = float("nan")
         return out
 
-    monkeypatch.setattr(train.Teacher, "targets", poisoned)
+    monkeypatch.setattr(train.Trainer, "ask", poisoned)
     with pytest.raises(SystemExit) as stop:
         run(tmp_path)
     assert calls[8] in str(stop.value.code)
