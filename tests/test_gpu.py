@@ -412,7 +412,8 @@ def test_a_step_waits_for_the_device_once(form, monkeypatch):
 
 @on_gpu(*STUDENT)
 def test_a_crashed_run_goes_on_bit_for_bit(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "finish", lambda *_: None)
+    for name in ("finish", "draw_curves"):
+        monkeypatch.setattr(train, name, lambda *_: None)
     flags = [*QUICK, "--deterministic"]
     train.main([*flags, "--out", str(tmp_path / "whole")])
     step = Trainer.step
