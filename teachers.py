@@ -28,7 +28,7 @@ import uuid
 import zipfile
 import zlib
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -121,6 +121,24 @@ class SizeRule:
             scale = min(1.0, scale) * (14 / 16 if self.patch == 14 else 1.0)
         h, w = (round(min(x * scale, longest) / self.patch) for x in (height, width))
         return max(1, h) * self.patch, max(1, w) * self.patch
+
+    def asks(self, whole: tuple[int, int], seen: tuple[int, int]) -> tuple[int, int]:
+        """At what size a live teacher takes a picture, given its own and the student's."""
+        return seen if self.kind in ("native", "canvas") else self(*whole)
+
+
+def shipped(
+    rules: Sequence[SizeRule], whole: tuple[int, int], seen: tuple[int, int]
+) -> tuple[int, int] | None:
+    """The size of a picture that is enough for some live teachers; None if there are none.
+
+    It is the one size that they ask for, else the picture's own aspect, and never more than it has.
+    """
+    asks = {rule.asks(whole, seen) for rule in rules}
+    if len(asks) == 1 and math.prod(size := asks.pop()) <= math.prod(whole):
+        return size
+    scale = min(1.0, max((max(h / whole[0], w / whole[1]) for h, w in asks), default=1.0))
+    return (math.ceil(whole[0] * scale), math.ceil(whole[1] * scale)) if rules else None
 
 
 # summary_BC, patches_BhwC, registers_BRC; the last dimension of a row of a batch is C.
