@@ -1094,7 +1094,7 @@ def test_keys_carry_their_shard_where_shards_share_them(tmp_path):
     assert len(source) == 20 and source.lost == 180 and source.key(3) == "0003"
     reasons = {f"{k:05d}.tar": "a web page" for k in range(1, 10)}
     assert {name: source.skipped[name] for name in reasons} == reasons
-    source = open_source(str(tmp_path / "{00000..00001,missing}.tar"))
+    source = open_source(str(tmp_path / "{{00000..00001},missing}.tar"))
     assert len(source) == 20 and source.lost == 40  # one of three can be read
 
 
@@ -1268,7 +1268,7 @@ def test_a_fault_that_passes_is_forgotten_and_a_replaced_picture_noticed(tmp_pat
     assert after.fingerprint() != before.fingerprint() and after.load(1).image.max() == 0
     assert after.size(1) == before.size(1)
     monkeypatch.setattr(packing, "MAX_PIXELS", 10)  # other rules, another scan
-    with pytest.raises(ValueError, match="4 files.*more than 10"):
+    with pytest.raises(ValueError, match=r"4 files.*more than 10"):
         open_source(str(root))
 
 
