@@ -44,6 +44,7 @@ from packing import (
     Subset,
     cache_home,
     fit_size,
+    left_out,
     open_source,
     patchify,
     resize,
@@ -52,6 +53,7 @@ from packing import (
 )
 from teachers import load_teacher, parse_teacher
 
+LARGEST = 1024  # px, about; teachers and `encode` see no more pixels than its square
 VOID = 255  # mask value of a pixel without a label, the field's convention
 Rows = dict[str, dict[str, Any]]  # name -> {"value", "low", "high", "n", ...}
 
@@ -125,7 +127,22 @@ class FeatureSet:
     summary: dict[str, Tensor] = field(default_factory=dict)  # column -> (N, C) float32
     patches: dict[str, list[Tensor]] = field(default_factory=dict)  # column -> (h, w, C) float16
     dense: list[int] = field(default_factory=list)  # the pictures whose maps `patches` holds
-    skipped: dict[str, str] = field(default_factory=dict)  # key -> why it could not be read
+    skipped: dict[str, str] = field(default_factory=dict)  # key -> why it was left out
+    broken: list[str] = field(default_factory=list)  # those among them that do not decode
+
+    def take(self, places: list[int]) -> "FeatureSet":
+        """Some of the pictures."""
+        kept = [place for place in places if place in self.dense]
+        return replace(
+            self,
+            samples=[self.samples[place] for place in places],
+            summary={column: x_NC[places] for column, x_NC in self.summary.items()},
+            patches={
+                column: [maps[self.dense.index(place)] for place in kept]
+                for column, maps in self.patches.items()
+            },
+            dense=[places.index(place) for place in kept],
+        )
 
     def known(self, what: str, side: str) -> list[Any]:
         """A field of every sample; samples without it are an error that names them."""
@@ -144,20 +161,22 @@ def extract(
     Args:
         encoder: any form that `encode` takes.
         dense: keep patch maps of only so many pictures, evenly spread (None: all, 0: none).
-        size: see `at_size`; None leaves the pictures as they are.
+        size: see `at_size`; None leaves the pictures as they are, but for JPEGs that are more than
+            twice as large as anything here sees.
         chunk: pictures encoded together; changes speed, not figures.
         title: of the progress bar; none if empty.
     """
     n, (rank, world) = len(source), share()
     keep = n if dense is None else min(dense, n)
     is_kept = {i * n // keep for i in range(keep)}
-    mine, records, skipped = range(rank, n, world), {}, dict(source.skipped)
+    mine, records, skipped = range(rank, n, world), {}, dict[str, str]()
+    at_least = (size or LARGEST,) * 2 if size is None or isinstance(size, int) else size
     shown = None if title and not rank else True
     for start in tqdm(range(0, len(mine), chunk), title, disable=shown):
         found: dict[int, Sample] = {}
         for i in mine[start : start + chunk]:
             try:
-                found[i] = at_size(source.load(i), size)
+                found[i] = at_size(source.load(i, at_least), size)
             except BadImage as error:
                 skipped[source.key(i)] = str(error)
         outputs = encode(encoder, list(found.values())) if found else []
@@ -165,7 +184,12 @@ def extract(
             summary = {name: x.float().cpu() for name, x in out.summary.items()}
             maps = {name: x.half().cpu() for name, x in out.patches.items() if i in is_kept}
             records[i] = replace(sample, image=sample.image[:0]), summary, maps
-    return _gather(records, skipped, world)
+    found_all = _gather(records, skipped, world)
+    found_all.broken, found_all.skipped = (
+        list(found_all.skipped),
+        source.skipped | found_all.skipped,
+    )
+    return found_all
 
 
 def share() -> tuple[int, int]:
@@ -205,13 +229,25 @@ def at_size(sample: Sample, size: Any) -> Sample:
     return replace(sample, image=np.array(pixels))
 
 
-def check_disjoint(train: FeatureSet, test: FeatureSet) -> None:
-    """Refuse a picture that is in both sets, by its content, naming it."""
+def comparable(train: FeatureSet, test: FeatureSet, by_label: bool = False) -> FeatureSet:
+    """The test pictures that are not in training, by content, and of classes that it has.
+
+    Those left out go into `test.skipped`. Raises: ValueError if none is left.
+    """
     seen = {sample.digest: sample.key for sample in train.samples}
-    shared = [f"{s.key} (= {seen[s.digest]})" for s in test.samples if s.digest in seen]
-    if shared:
-        names = ", ".join(shared[:10]) + (" ..." if len(shared) > 10 else "")
-        raise ValueError(f"{len(shared)} pictures are in both train and test, remove them: {names}")
+    classes = {sample.label for sample in train.samples} if by_label else set()
+    why: dict[int, str] = {}
+    for i, sample in enumerate(test.samples):
+        if sample.digest in seen:
+            why[i] = "in both train and test"
+        elif by_label and None not in {sample.label, *classes} and sample.label not in classes:
+            why[i] = f"classes ['{sample.label}'] of --test have no picture in --train"
+    if why and len(why) == len(test.samples):
+        names = [f"{s.key} (= {seen.get(s.digest, 'none')})" for s in test.samples[:5]]
+        reasons = "; ".join(sorted(set(why.values())))
+        raise ValueError(f"all {len(why)} test pictures are left out: {reasons}: {names}")
+    test.skipped |= {test.samples[i].key: reason for i, reason in why.items()}
+    return test.take([i for i in range(len(test.samples)) if i not in why])
 
 
 # ------------------------------------------------------------------- figures with their intervals
@@ -269,7 +305,6 @@ def by_class(figures: dict[Any, float]) -> dict[str, Any]:
 
 def class_ids(train: FeatureSet, test: FeatureSet) -> tuple[list[str], Tensor, Tensor]:
     """The class names of the training set, and both sets' labels as indices into them."""
-    check_disjoint(train, test)
     labels = train.known("label", "--train"), test.known("label", "--test")
     index = {name: i for i, name in enumerate(sorted(set(labels[0])))}
     if unseen := sorted(set(labels[1]) - set(index)):
@@ -341,6 +376,7 @@ def knn(train: FeatureSet, test: FeatureSet, k: int = 20, per_class: bool = Fals
     "concat" joins the heads at unit length; "ensemble" mixes their votes, each head's summing to
     one (raw votes, as printed, let the head with the larger cosines decide).
     """
+    test = comparable(train, test, by_label=True)
     names, train_N, test_N = class_ids(train, test)
 
     def votes(*columns: str) -> Tensor:
@@ -402,6 +438,7 @@ def fit_probe(
 
 def linear(train: FeatureSet, test: FeatureSet, per_class: bool = False) -> Rows:
     """Accuracy of a logistic probe on summaries, its L2 chosen on a split of the training set."""
+    test = comparable(train, test, by_label=True)
     names, train_N, test_N = class_ids(train, test)
     if single := [name for name, n in zip(names, train_N.bincount(), strict=True) if n < 2]:
         raise ValueError(f"classes {single[:10]} have one training picture; choosing L2 needs two")
@@ -536,6 +573,7 @@ def zero_shot(
     Args:
         prompts: a file of templates; "captions" takes a class's training captions instead.
     """
+    test = comparable(train, test, by_label=True)
     names, train_N, test_N = class_ids(train, test)
     captions = [sample.caption or "" for sample in train.samples]
     templates = ["a photo of a {}."] if prompts in ("", "captions") else read_prompts(prompts)
@@ -576,9 +614,9 @@ def retrieval(train: FeatureSet, test: FeatureSet, text: str) -> Rows:
 
     An ensemble weighs its heads by their entropy over what is searched, in either direction.
     """
-    check_disjoint(train, test)
-    if test.skipped:
-        raise ValueError(f"--test: captions without a readable picture: {list(test.skipped)[:5]}")
+    test = comparable(train, test)
+    if test.broken:
+        raise ValueError(f"--test: captions without a readable picture: {test.broken[:5]}")
     train_texts, is_train = caption_pairs(train, "--train")
     texts, is_pair = caption_pairs(test, "--test")
     head, embed = text_encoder(text, train_texts)
@@ -788,7 +826,7 @@ def segmentation(
     Args:
         foreground: every class but 0 is one, and the figure is its IoU.
     """
-    check_disjoint(train, test)
+    test = comparable(train, test)
     masks, test_masks = _masks(train, "--train", foreground), _masks(test, "--test", foreground)
     classes = 1 + max(int(m[m != VOID].max()) for m in masks + test_masks if (m != VOID).any())
 
@@ -823,7 +861,7 @@ def first_pictures(source: Any, count: int) -> tuple[list[Sample], dict[str, str
         if len(found) == count:
             break
         try:
-            found.append(source.load(i))
+            found.append(source.load(i, (LARGEST, LARGEST)))
         except BadImage as error:
             skipped[source.key(i)] = str(error)
     return found, skipped
@@ -1023,7 +1061,7 @@ def merging(
         extract(models, source, size=(size, size), title=f"{source.name} maps")
         for source in (train_source, test_source)
     )
-    check_disjoint(train, test)
+    test = comparable(train, test)
     if skipped is not None:
         skipped |= train.skipped | test.skipped
     asked, rows = questions(train, test), {}
@@ -1216,6 +1254,8 @@ def final_report(
         teachers: by the names of the student's heads; cached ones must hold both sources.
         limit: pictures of each source that are used at most, evenly spread.
     """
+    if not len(test_source):
+        return {"left out": {"the report": "no picture is held out"}, "skipped": {}}
     models = {"teacher": teachers, "student": student, "random": control}
     models["pixels"] = RawPixels()
     counts = [(source, min(limit, len(source))) for source in (train_source, test_source)]
@@ -1224,16 +1264,17 @@ def final_report(
     train = extract(models, some[0], 200, title="evaluate: train")
     test = extract(models, some[1], title="evaluate: held out")
     foreground = partial(segmentation, foreground=True)
-    report: dict[str, Any] = {"left out": {}, "skipped": train.skipped | test.skipped}
+    report: dict[str, Any] = {"left out": {}}
     for name, protocol in (("knn", knn), ("foreground", foreground), ("fidelity", fidelity)):
         try:
-            report[name] = protocol(train, test)
+            report[name] = protocol(train, comparable(train, test))
         except ValueError as error:  # a user's pictures may have no labels or no masks
             report["left out"][name] = str(error)
+    report["skipped"] = train.skipped | test.skipped
     return report
 
 
-def format_table(report: Mapping[str, Rows]) -> str:
+def format_table(report: Mapping[str, Any]) -> str:
     """The report of `final_report` as text for a terminal or a README."""
     titles = {
         "knn": "20-NN accuracy",
@@ -1246,7 +1287,9 @@ def format_table(report: Mapping[str, Rows]) -> str:
         for name, title in titles.items()
         if name in report
     ]
-    return "\n\n".join([*tables, *(f"left out: {k}: {v}" for k, v in report["left out"].items())])
+    missing = [f"{name}: {why}" for name, why in report["left out"].items()]
+    missing += left_out(report.get("skipped", {}), 3)
+    return "\n\n".join([*tables, *(f"left out: {line}" for line in missing)])
 
 
 def format_rows(title: str, rows: Rows, keys: Sequence[str] = ()) -> str:
@@ -1280,8 +1323,9 @@ def on_features(protocol: Callable[..., Rows], dense: int | None = 0) -> Callabl
 
     def run(args: argparse.Namespace, models: Any, *sources: Any) -> Rows:
         train, test = (extract(models, s, dense, args.size, title=s.name) for s in sources)
+        rows = protocol(args, train, test)
         args.skipped |= train.skipped | test.skipped
-        return protocol(args, train, test)
+        return rows
 
     return run
 

@@ -27,6 +27,7 @@ import itertools
 import json
 import math
 import os
+import re
 import stat
 import tarfile
 import unicodedata
@@ -40,29 +41,50 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+import PIL
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
-from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 MAX_PIXELS = 2**26  # 8192 x 8192; a larger picture is refused by its header, before decoding
+MAX_BYTES = 2**30  # of a file
+# Text and colour profiles of a PNG, which nobody needs but Pillow inflates: 1 MB refused good files
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**26
 ALPHA_GROUND = (255, 255, 255)  # transparent pictures are composed on white
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # EPS, say, would run Ghostscript
-SUFFIXES = {"bmp", "gif", "jpeg", "jpg", "png", "ppm", "tif", "tiff", "webp"}
-SIDECARS = ("txt", "json", "cls", "mask.png")  # caption, {caption, label}, label, class ids
 EXIF_ORIENTATION, SIDEWAYS = 274, (5, 6, 7, 8)
+# EPS, say, would run Ghostscript
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+SUFFIXES = {"apng", "avif", "bmp", "gif", "jfif", "jpe", "jpeg", "jpg", "pbm", "pgm", "png", "pnm",
+            "ppm", "tif", "tiff", "webp"}  # fmt: skip
+SIDECARS = ("txt", "json", "cls", "mask.png")  # caption, {caption, label}, label, class ids
+UNREAD = {
+    "HEIC": "heic heif hif", "JPEG XL": "jxl", "SVG": "svg svgz", "a film": "mov mp4 m4v avi webm",
+    "camera raw": "dng cr2 cr3 nef arw orf rw2 raf", "another format": "psd pdf eps exr jp2 ico",
+}  # fmt: skip
+MAGIC = {  # what a broken file is, by a word near its start
+    b"ftyphe": "HEIC", b"ftypmif1": "HEIC", b"\xff\n": "JPEG XL", b"jxl ": "JPEG XL",
+    b"<svg": "SVG", b"<!doctype": "a web page", b"<html": "a web page",
+    b"\x1f\x8b": "compressed: gunzip it first", b"bzh": "compressed: bunzip2 it first",
+    b"\xfd7zxz": "compressed: unxz it first", b"\x28\xb5/\xfd": "compressed: unzstd it first",
+}  # fmt: skip
+JUNK = {"__MACOSX", "@eaDir", ".ipynb_checkpoints", ".DS_Store", "Thumbs.db", "desktop.ini"}
+SCAN_VERSION = 2  # of what a kept scan means
 
 Record = dict[str, Any]
 Skipped = dict[str, str]  # key or file -> reason
 Size = tuple[int, int]  # height, width
-Prepare = Callable[[np.ndarray, Size, Any], Tensor]  # see `StepData`
 
 
 class BadImage(ValueError):
     """A picture that cannot be used; the message names it and the reason."""
+
+
+class Unreadable(BadImage):
+    """It could not be read for a reason that may pass: a permission, the network, memory."""
 
 
 def keyed_seed(*key: object) -> int:
@@ -91,40 +113,65 @@ def _opened(file: Any, name: str) -> Iterator[Image.Image]:
         with warnings.catch_warnings(action="ignore"), Image.open(file, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise BadImage(f"{image.height}x{image.width} pixels, more than {MAX_PIXELS}")
+            if not isinstance(image.info.get("xmp", b""), bytes | str):
+                del image.info["xmp"]  # Pillow would search it, as text, for an orientation
             yield image
     except UnidentifiedImageError as error:
-        raise BadImage(f"{name}: not a picture") from error
+        head = file.getvalue()[:64] if isinstance(file, io.BytesIO) else b""
+        raise BadImage(f"{name}: {_inside(head) or 'not a picture'}") from error
     except Exception as error:  # a decoder of hostile bytes may raise anything
-        raise BadImage(f"{name}: {str(error) or type(error).__name__}") from error
+        may_pass = isinstance(error, MemoryError) or getattr(error, "errno", None)
+        why = f"{name}: {str(error) or type(error).__name__}"
+        raise (Unreadable if may_pass else BadImage)(why) from error
+
+
+def _inside(head: bytes) -> str:
+    """What a file is that is not what its name says, or nothing."""
+    return next((what for word, what in MAGIC.items() if word in head.lower()), "")
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF orientation, 1 to 8, by the header alone."""
+    """EXIF orientation, 1 to 8, by the header alone; 1 if the EXIF cannot be read."""
     # Pillow would decode a whole PNG in search of EXIF behind the pixels, so that does not count;
     # TIFF it turns by itself.
     is_upright = image.format == "TIFF" or (image.format == "PNG" and "exif" not in image.info)
-    return 1 if is_upright else image.getexif().get(EXIF_ORIENTATION, 1)
+    with contextlib.suppress(Exception):  # the pixels are whole, whatever else the EXIF holds
+        found = 1 if is_upright else image.getexif().get(EXIF_ORIENTATION, 1)
+        return found if found in range(1, 9) else 1
+    return 1
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    return image if _orientation(image) == 1 else ImageOps.exif_transpose(image)
+def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Turn (h, w, ...) by its EXIF orientation. Pillow's exif_transpose would write the EXIF anew,
+    which fails where a tag has another type than it should."""
+    pixels = pixels.swapaxes(0, 1) if orientation in SIDEWAYS else pixels
+    pixels = pixels[::-1] if orientation in (3, 4, 7, 8) else pixels
+    return np.ascontiguousarray(pixels[:, ::-1] if orientation in (2, 3, 6, 7) else pixels)
 
 
-def _to_8_bit(values: np.ndarray) -> np.ndarray:
-    """Scale deep grey to 0..255: 16 bits and [0, 1] by their range, the rest from min to max."""
+def _grey_range(image: Image.Image, values: np.ndarray) -> tuple[float, float]:
+    """What is black and white in deep grey (docs/data.md), by the values where the type is wide."""
     low, high = float(values.min()), float(values.max())
     if not np.isfinite(high - low):
         raise BadImage("pixels that are not finite")
-    if low >= 0 and high <= 65535:
-        low, high = 0, 1 if high <= 1 and values.dtype.kind == "f" else 65535
-    return np.rint((values.astype(float) - low) * (255 / max(high - low, 1e-12))).astype(np.uint8)
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        return 0, 65535
+    if low < 0 or (image.mode == "F" and 1 < high < 128):  # no range is known
+        return min(low, 0), high
+    bits = math.ceil(math.log2(high + 1))
+    return 0, 1 if image.mode == "F" and high <= 1 else max(255, 2**bits - 1)
 
 
 def to_rgb(image: Image.Image) -> np.ndarray:
     """(H, W, 3) uint8; Pillow's own conversion saturates deep pictures and drops the alpha."""
     if image.mode.startswith(("I", "F")):
-        image = Image.fromarray(_to_8_bit(np.asarray(image)))
-    elif image.has_transparency_data:
+        values = np.asarray(image)
+        low, high = _grey_range(image, values)
+        grey = np.rint((values.astype(float) - low) * (255 / max(high - low, 1e-12)))
+        if "transparency" in image.info:
+            grey[values == image.info["transparency"]] = ALPHA_GROUND[0]
+        return np.repeat(grey.astype(np.uint8)[..., None], 3, axis=2)
+    if image.has_transparency_data:
         ground = Image.new("RGBA", image.size, ALPHA_GROUND)
         image = Image.alpha_composite(ground, image.convert("RGBA"))
     return np.array(image.convert("RGB"))
@@ -137,10 +184,11 @@ def decode_image(data: bytes, name: str, at_least: Size | None = None) -> np.nda
     that is still twice as large (46 dB against the full decode). Raises BadImage, with the name.
     """
     with _opened(io.BytesIO(data), name) as image:
+        turn = _orientation(image)
         if at_least is not None:
-            height, width = at_least[::-1] if _orientation(image) in SIDEWAYS else at_least
+            height, width = at_least[::-1] if turn in SIDEWAYS else at_least
             image.draft(None, (2 * width, 2 * height))
-        pixels = to_rgb(_upright(image))
+        pixels = _upright(to_rgb(image), turn)
     return pixels
 
 
@@ -149,7 +197,7 @@ def decode_mask(data: bytes, name: str) -> np.ndarray:
     with _opened(io.BytesIO(data), name) as image:
         if image.mode not in ("L", "P", "1"):
             raise BadImage(f"a mask is grey or has a palette, but this is {image.mode}")
-        ids = np.array(_upright(image), dtype=np.uint8)
+        ids = _upright(np.array(image, dtype=np.uint8), _orientation(image))
     return ids
 
 
@@ -267,7 +315,8 @@ class Source(Protocol):
     """A fixed list of pictures whose sizes are known without decoding."""
 
     name: str
-    skipped: Skipped  # what the scan could not use
+    skipped: Skipped  # what the scan left out
+    lost: int = 0  # pictures among that, as far as it is known
 
     def __len__(self) -> int: ...
     def size(self, i: int) -> Size: ...
@@ -288,8 +337,8 @@ class IndexSource(Source):
     The lines stay bytes, and one is parsed when asked for: a million as objects take gigabytes.
     """
 
-    def __init__(self, name: str, lines: bytes, root: Path, skipped: Skipped):
-        self.name, self.skipped, self._lines = name, dict(skipped), lines
+    def __init__(self, name: str, lines: bytes, root: Path, skipped: Skipped, lost: int = 0):
+        self.name, self.skipped, self.lost, self._lines = name, dict(skipped), lost, lines
         self.root = Path(os.path.abspath(root))  # an index file may name its pictures elsewhere
         starts, sizes, seen, start = array("q"), array("i"), set[str](), 0
         stream = io.BytesIO(lines)
@@ -299,7 +348,8 @@ class IndexSource(Source):
                 found = [(r["key"], r["height"], r["width"]) for r in records]
                 for line, (key, height, width) in zip(chunk, found, strict=True):
                     if key in seen:
-                        self.skipped[key] = f"a key seen before in {name}"
+                        self.skipped[key] = "a key seen before"
+                        self.lost += 1
                     else:
                         seen.add(key)
                         starts.append(start)
@@ -319,11 +369,7 @@ class IndexSource(Source):
     def record(self, i: int) -> Record:
         start = self._starts[i]
         line = self._lines[start : self._lines.index(b"\n", start)]
-        record = {"source": self.name, **json.loads(line)}
-        for place in (record, record.get("mask", {})):
-            if "path" in place:
-                place["path"] = os.path.join(self.root, place["path"])
-        return record
+        return with_paths({"source": self.name, **json.loads(line)}, self.root, os.path.join)
 
     def load(self, i: int, at_least: Size | None = None) -> Sample:
         record = self.record(i)
@@ -332,7 +378,7 @@ class IndexSource(Source):
         key, data, mask = record["key"], _read(record), record.get("mask")
         digest = hashlib.sha256(data).hexdigest()
         if digest != record.get("digest", digest):
-            raise BadImage(f"{key}: its bytes changed since the scan")
+            raise BadImage(f"{key}: its bytes changed: they are not those at the scan")
         image = decode_image(data, key, at_least=at_least)
         ids = mask and decode_mask(_read(mask), f"mask of {key}")
         for part in (image, ids) if at_least is None else (ids,):
@@ -350,6 +396,7 @@ class Subset(Source):
     def __init__(self, source: Source, indices: Sequence[int]):
         self.source, self.indices = source, list(indices)
         self.name, self.skipped = source.name, source.skipped
+        self.lost = getattr(source, "lost", 0)
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -367,25 +414,56 @@ class Subset(Source):
         return hashlib.sha256(f"{self.source.fingerprint()} {self.indices}".encode()).hexdigest()
 
 
-def hold_out(source: Source, fraction: float, seed: int = 0) -> tuple[Subset, Subset]:
-    """Split into (train, test); the side of a picture depends on its digest, if known, or its key.
+def with_paths(record: Record, root: Path | str, change: Callable[..., str]) -> Record:
+    """A record whose files are below `root` (os.path.join), or relative to it (`relative_to`)."""
+    for place in (record, record.get("mask", {})):
+        if "path" in place:
+            place["path"] = change(root, place["path"])
+    return record
 
-    Copies in an index that `sampling.py sample` wrote have other keys, but one digest.
+
+def relative_to(root: Path | str, path: str) -> str:
+    return os.path.relpath(path, root)
+
+
+def content_of(record: Record) -> str:
+    """What tells a picture from others: its digest, or its key where it cannot be read."""
+    with contextlib.suppress(BadImage):
+        if "digest" not in record and "path" in record:
+            return hashlib.sha256(_read(record)).hexdigest()
+    return str(record.get("digest", record["key"]))
+
+
+def hold_out(source: Source, fraction: float, seed: int = 0) -> tuple[Subset, Subset]:
+    """Split into (train, test); the side of a picture depends on its content alone.
+
+    So copies are on one side, also those in another source.
     """
-    records = (source.record(i) for i in range(len(source)))
-    names = (record.get("digest", record["key"]) for record in records)
-    is_test = [keyed_seed(seed, name) < fraction * 2**63 for name in names]
+    contents = (content_of(source.record(i)) for i in range(len(source)))
+    is_test = [keyed_seed(seed, content) < fraction * 2**63 for content in contents]
     train, test = ([i for i, held in enumerate(is_test) if held == part] for part in (False, True))
     return Subset(source, train), Subset(source, test)
+
+
+def left_out(skipped: Skipped, most: int = 10) -> Iterator[str]:
+    """A line per reason: how many files were left out for it, and the first names."""
+    groups: dict[str, list[tuple[str, str]]] = {}
+    for name, why in skipped.items():
+        why = re.sub(rf"(?s).*{re.escape(name.rpartition('/')[2])}'?: ", "", why)
+        groups.setdefault(re.sub(r"\d+", "1", why), []).append((name, why))
+    for found in groups.values():
+        count = f"{len(found)} files: " if len(found) > 1 else ""
+        more = f" and {len(found) - most} more" if len(found) > most else ""
+        yield f"{count}{', '.join(name for name, _ in found[:most])}{more}: {found[0][1]}"
 
 
 def _to_lines(records: Iterable[Record]) -> bytes:
     return b"".join(json.dumps(r, allow_nan=False).encode() + b"\n" for r in records)
 
 
-def write_index(path: str | Path, records: Iterable[Record], **header: Any) -> None:
+def write_index(path: str | Path, records: Iterable[Record] | bytes, **header: Any) -> None:
     """Write an index file whole or not at all; `header` adds fields, such as `fingerprints`."""
-    lines = _to_lines(records)
+    lines = records if isinstance(records, bytes) else _to_lines(records)
     header |= {"format": "amoe-index", "version": 1, "count": lines.count(b"\n")}
     header["sha256"] = hashlib.sha256(lines).hexdigest()
     part = Path(f"{path}.{os.getpid()}.part")
@@ -411,11 +489,13 @@ def read_index(path: str | Path) -> tuple[Record, bytes]:
 def _read(place: Record, root: Path | str = "") -> bytes:
     """The bytes at a {path, offset, size}."""
     path = os.path.join(root, place["path"])
+    if place["size"] > MAX_BYTES:
+        raise BadImage(f"{path!r}: {place['size']} bytes, more than {MAX_BYTES}")
     try:
         with open(path, "rb") as file:
             data = os.pread(file.fileno(), place["size"], place.get("offset", 0))
     except OSError as error:
-        raise BadImage(f"{path!r}: {error.strerror}") from error
+        raise Unreadable(f"{path!r}: {error.strerror}") from error
     if len(data) != place["size"]:
         raise BadImage(f"{path!r}: cut since the scan")
     return data
@@ -427,123 +507,246 @@ def _printable(name: str) -> str:
 
 
 def _walk(root: Path) -> tuple[dict[str, os.stat_result], Skipped]:
-    """Files below a folder by relative name, sorted; nothing is opened, no link followed."""
-    found, first, errors = {}, dict[Size, str](), list[OSError]()
-    walk = os.walk(root, onerror=errors.append)
-    paths = sorted(os.path.join(top, n) for top, dirs, files in walk for n in [*dirs, *files])
-    skipped = {_printable(os.path.relpath(e.filename, root)): str(e.strerror) for e in errors}
-    for path in paths:
-        status, name = os.lstat(path), os.path.relpath(path, root)
-        if stat.S_ISREG(status.st_mode):
-            same = first.setdefault((status.st_dev, status.st_ino), name)
-            if same == name:
+    """Files below a folder by relative name, sorted; nothing is opened.
+
+    Links are followed, but each real file and folder counts once; what lies here goes first.
+    """
+    found, skipped, seen = dict[str, os.stat_result](), Skipped(), set[Size]()
+    top, home, waiting, links = str(root), os.path.realpath(root), [str(root)], list[str]()
+    while waiting or links:
+        if not waiting:
+            waiting, links = sorted(links, reverse=True), []
+        path = waiting.pop()
+        name, is_link = os.path.relpath(path, root), path != top and os.path.islink(path)
+        try:
+            status = os.stat(path)
+            if stat.S_ISDIR(status.st_mode):
+                entries = sorted(os.scandir(path), key=lambda entry: entry.name, reverse=True)
+            if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
+                skipped[_printable(name)] = "a device, FIFO or socket"
+            elif (status.st_dev, status.st_ino) in seen:
+                skipped[_printable(name)] = "a link to a file or folder that is here already"
+            elif is_link and f"{home}/".startswith(f"{os.path.realpath(path)}/"):
+                skipped[_printable(name)] = "a link to a folder that holds this one: a loop"
+            elif stat.S_ISREG(status.st_mode):
                 found[name] = status
             else:
-                skipped[_printable(name)] = f"a link to the same file as {_printable(same)}"
-        elif not stat.S_ISDIR(status.st_mode):
-            skipped[_printable(name)] = "a link, device, FIFO or socket"
-    return found, skipped
+                waiting += [entry.path for entry in entries if not entry.is_symlink()]
+                links += [entry.path for entry in entries if entry.is_symlink()]
+            seen.add((status.st_dev, status.st_ino))
+        except OSError as error:
+            skipped[_printable(name)] = f"{'a link that ends nowhere: ' * is_link}{error.strerror}"
+    return dict(sorted(found.items())), skipped
 
 
-def _tar_members(path: Path, root: Path) -> tuple[dict[str, Record], Skipped]:
-    """Places of a shard's plain files by name; a shard that is cut or damaged is named."""
-    places, skipped, end, shard = dict[str, Record](), Skipped(), 0, os.path.relpath(path, root)
+def _tar_members(path: Path, root: Path) -> tuple[dict[str, Record], Skipped, Exception | None]:
+    """Places of a shard's plain files by name; other members; what ended the scan if damaged."""
+    places, skipped, shard = dict[str, Record](), Skipped(), os.path.relpath(path, root)
     try:
+        with open(path, "rb") as file:
+            head = file.read(64)
         with tarfile.open(path, "r:") as tar:
             for member in tar:
-                end = member.offset_data + -(-member.size // 512) * 512
                 if member.name in places:
-                    skipped[_printable(member.name)] = "a name seen before"
+                    skipped[member.name] = "a name seen before"
                 elif member.isreg() and not member.issparse():
                     place = {"path": shard, "offset": member.offset_data, "size": member.size}
                     places[member.name] = place
                 elif not member.isdir():
-                    skipped[_printable(member.name)] = "not a plain file"
+                    skipped[member.name] = "not a plain file"
+            end = tar.offset
         # tarfile takes a shard that is cut between two members for a whole one
-        if _read({"path": path, "offset": end, "size": 512}) != bytes(512):
+        rest = {
+            "path": path,
+            "offset": end,
+            "size": max(512, min(path.stat().st_size - end, 2**20)),
+        }
+        if (tail := _read(rest))[:512] != bytes(512):
             raise tarfile.ReadError("damaged header")
+        if tail.strip(b"\0"):
+            raise tarfile.ReadError("more behind its end: unpack tars that were joined by cat")
+    except tarfile.ReadError as error:
+        return places, skipped, tarfile.ReadError((not places and _inside(head)) or str(error))
     except Exception as error:  # tarfile raises many kinds
-        skipped[path.name] = f"{error}; {len(places)} files found before it"
-    return places, skipped
+        return places, skipped, error
+    return places, skipped, None
+
+
+def _is_picture(name: str) -> bool:
+    return name.rpartition(".")[2].lower() in SUFFIXES and not name.lower().endswith("mask.png")
+
+
+def _is_junk(name: str) -> bool:
+    """Left by a computer or a tool."""
+    parts = name.split("/")
+    return parts[-1].startswith("._") or not JUNK.isdisjoint(parts)
+
+
+def _why_no_picture(name: str) -> str:
+    """Why a file that belongs to no picture is none by its name, in folders and in tars."""
+    base, suffix = name.rpartition("/")[2], name.rpartition(".")[2].lower()
+    if _is_junk(name):
+        return "left by a computer or a tool, no picture"
+    for form, suffixes in UNREAD.items():
+        if suffix in suffixes.split():
+            return f"{form}, which we don't read"
+    if suffix in ("tar", "tgz") or ".tar." in base:
+        return "a tar in a folder or tar: pass tars as 'DIR/*.tar'"
+    return "neither a picture by its name nor a sidecar of one"
+
+
+def _decoded(data: bytes) -> str:
+    is_utf_16 = data.startswith((b"\xff\xfe", b"\xfe\xff"))
+    text = data.decode("utf-16" if is_utf_16 else "utf-8-sig", "replace")
+    return text.replace("\r\n", "\n").strip()
 
 
 def _texts(beside: dict[str, bytes]) -> Record:
-    """Caption and label from the contents of the text sidecars."""
-    texts = {s: data.decode("utf-8", "replace").strip() for s, data in beside.items()}
+    """Caption and label from the contents of the text sidecars; only None and "" are absent."""
     fields: Any = None
     with contextlib.suppress(ValueError, RecursionError):
-        fields = json.loads(texts.get("json", ""))
-    fields = fields if isinstance(fields, dict) else {}
-    fields |= {name: texts[s] for s, name in (("txt", "caption"), ("cls", "label")) if s in texts}
-    return {name: str(fields[name]) for name in ("caption", "label") if fields.get(name)}
+        fields = json.loads(beside.get("json", b""))  # UTF-8 with or without a mark, UTF-16, UTF-32
+    fields, found = fields if isinstance(fields, dict) else {}, Record()
+    for name, sidecar in (("caption", "txt"), ("label", "cls")):
+        value = _decoded(beside.get(sidecar, b"")) or fields.get(name)
+        value = "\n".join(map(str, value)) if isinstance(value, list) else value
+        if value is not None and value != "":
+            found[name] = str(value)
+    return found
 
 
-def _to_records(
-    places: dict[str, Record], root: Path, in_tar: bool
-) -> tuple[list[Record], Skipped]:
-    """Records of the pictures among some files, from their headers and the files beside them.
+# stem and extension: in a tar all behind the first dot (webdataset), in a folder behind the last
+TAR_NAME = re.compile(r"((?:.*/)?[^/][^./]*)\.([^/]+)", re.DOTALL)
+FILE_NAME = re.compile(r"(.*?[^/])\.(mask\.png|[^./]+)", re.DOTALL | re.IGNORECASE)
+TWO = "two pictures of group {}, and none is called {}.jpg: name one so, or have no dots in names"
 
-    In a tar the key ends at the first dot (webdataset), and the picture is read for its digest; in
-    a folder it is the whole name, and its first level is the label if no file has one.
+
+def _group(names: Iterable[str], in_tar: bool) -> tuple[dict[str, tuple[str, Record]], Skipped]:
+    """Among some files: pictures with their key and sidecars, kind -> name; lost pictures.
+
+    In a tar the files up to the first dot are a group with one picture: the one whose whole
+    extension is a picture's suffix, or else the only one whose last suffix is. A sidecar of such a
+    compound name may be compound, too. In a folder, a picture's key is its whole name.
     """
-    records, skipped, used = [], Skipped(), set[str]()
-    for name, place in places.items():
-        stem, _, suffix = name.rpartition(".")
-        if suffix.lower() not in SUFFIXES or name.endswith(".mask.png"):
-            continue
-        if in_tar:
-            folder, slash, base = name.rpartition("/")
-            stem = folder + slash + base.partition(".")[0]
-        beside = {s: f"{stem}.{s}" for s in SIDECARS if f"{stem}.{s}" in places}
+    groups: dict[str, dict[str, str]] = {}
+    chosen, lost = dict[str, tuple[str, Record]](), Skipped()
+    for name in names:
+        match = (TAR_NAME if in_tar else FILE_NAME).fullmatch(name)
+        if match and not _is_junk(name):
+            first = groups.setdefault(match[1], {}).setdefault(match[2].lower(), name)
+            if first != name and _is_picture(name):
+                lost[name] = f"it differs from {first} only in the case of its extension"
+    for stem, members in groups.items():
+        pictures = [ext for ext in members if ext in SUFFIXES]
+        if not pictures:
+            pictures = [ext for ext in members if _is_picture(ext)]
+            if len(pictures) > 1:
+                lost |= {
+                    members[ext]: TWO.format(stem, stem.rpartition("/")[2]) for ext in pictures
+                }
+                continue
+        for ext in pictures[:1] if in_tar else pictures:
+            beside = {}
+            for kind in SIDECARS:
+                kin = [e for e in members if e == kind]
+                if not kin and "." in ext:
+                    kin = [e for e in members if e.endswith(f".{kind}")]
+                if len(kin) == 1:
+                    beside[kind] = members[kin[0]]
+            chosen[members[ext]] = (stem if in_tar else members[ext]), beside
+        lost |= {members[ext]: "a key seen before" for ext in pictures[1:] if in_tar}
+    return chosen, lost
+
+
+@dataclass
+class Scan:
+    """What is in a folder or shard."""
+
+    lines: bytes  # of an index
+    skipped: Skipped
+    lost: int  # pictures among them
+    is_whole: bool = True  # False: a damaged shard, whose other pictures nobody knows
+
+    @property
+    def count(self) -> int:
+        return self.lines.count(b"\n")
+
+
+def _to_records(places: dict[str, Record], root: Path, in_tar: bool) -> tuple[Scan, bool]:
+    """Records of the pictures among some files, from their bytes and the files beside them.
+
+    The first level of a folder is the label if no file has one. Returns also if a reading failed
+    for a reason that may pass.
+    """
+    chosen, lost = _group(places, in_tar)
+    records, used, may_pass = [], set[str](), False
+    for name in (name for name in places if name in chosen):
+        key, beside = chosen[name]
         used |= {name, *beside.values()}
-        record = {"key": _printable(stem if in_tar else name), **place}
+        record = {"key": _printable(key), **places[name]}
         if "/" in name and not in_tar:
             record["label"] = _printable(name.partition("/")[0])
         if "mask.png" in beside:
             record["mask"] = places[beside.pop("mask.png")]
         try:
-            file: Any = os.path.join(root, place["path"])
-            if in_tar:
-                data = _read(place, root)
-                file, record["digest"] = io.BytesIO(data), hashlib.sha256(data).hexdigest()
-            with _opened(file, name) as image:
+            data = _read(record, root)
+            record["digest"] = hashlib.sha256(data).hexdigest()
+            with _opened(io.BytesIO(data), _printable(name)) as image:
                 sides = image.size if _orientation(image) in SIDEWAYS else image.size[::-1]
             record |= zip(("height", "width"), sides, strict=True)
             record |= _texts({s: _read(places[file], root) for s, file in beside.items()})
             records.append(record)
         except BadImage as error:
-            skipped[_printable(name)] = str(error)
-    others = [_printable(name) for name in places if name not in used]
-    return records, skipped | dict.fromkeys(others, "no picture, and beside none")
+            lost[name] = str(error)
+            may_pass |= isinstance(error, Unreadable)
+    others = {name: _why_no_picture(name) for name in places.keys() - used - lost.keys()}
+    skipped = {_printable(name): why for name, why in sorted((others | lost).items())}
+    return Scan(_to_lines(records), skipped, len(lost)), may_pass
 
 
-def _scan(path: Path, root: Path) -> tuple[bytes, Skipped]:
+def _scan(path: Path, root: Path) -> Scan:
     """Index lines and skipped files of the folder `root`, or of a shard below it.
 
-    They are kept, and hold while the names, sizes and times of the files are the same.
+    They are kept while the names, sizes and times of the files are the same, and the rules here;
+    what failed for a reason that may pass is not kept.
     """
-    is_folder = path == root
-    files, odd = _walk(path) if is_folder else ({path.name: path.stat()}, Skipped())
-    listing = [(name, status.st_size, status.st_mtime_ns) for name, status in files.items()]
-    state = hashlib.sha256(repr((os.path.relpath(path, root), listing)).encode()).hexdigest()
+    is_folder, odd, damage = path == root, Skipped(), None
+    try:
+        files, odd = _walk(path) if is_folder else ({path.name: path.stat()}, odd)
+    except OSError as error:
+        return Scan(b"", {os.path.relpath(path, root): str(error.strerror)}, 0, False)
+    rules = SCAN_VERSION, PIL.__version__, FORMATS, sorted(SUFFIXES), MAX_PIXELS, MAX_BYTES
+    times = [(n, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for n, s in files.items()]
+    state = hashlib.sha256(repr((rules, os.path.relpath(path, root), times)).encode()).hexdigest()
     name = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:32]
     kept, before = cache_home() / "scans" / f"{name}.jsonl", 0
     with contextlib.suppress(OSError, ValueError):
         header, lines = read_index(kept)
-        if header["state"] == state:
-            return lines, odd | header["skipped"]
         before = header["count"]
+        if header["state"] == state:
+            return Scan(lines, odd | header["skipped"], header["lost"], header["is_whole"])
     if is_folder:
         places = {name: {"path": name, "size": status.st_size} for name, status in files.items()}
     else:
-        places, odd = _tar_members(path, root)
-    records, skipped = _to_records(places, root, in_tar=not is_folder)
-    with contextlib.suppress(OSError):  # it only saves time: a full disk must not end the run
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        write_index(kept, records, state=state, skipped=skipped if is_folder else odd | skipped)
-    if len(records) < before:
-        skipped[str(path)] = f"{before} pictures at the last scan, {len(records)} now"
-    return _to_lines(records), odd | skipped
+        places, others, damage = _tar_members(path, root)
+    scan, may_pass = _to_records(places, root, in_tar=not is_folder)
+    if not is_folder:
+        scan.skipped |= {_printable(name): why for name, why in others.items()}
+        scan.lost += sum(_is_picture(n) and "seen before" in why for n, why in others.items())
+    if damage:
+        found = f"; {len(places)} files found before it" if places else ""
+        scan.skipped[os.path.relpath(path, root)] = f"{damage}{found}"
+        scan.is_whole, may_pass = False, may_pass or isinstance(damage, OSError | Unreadable)
+    if not may_pass:
+        facts = {"state": state, **vars(scan)}
+        lines = facts.pop("lines")
+        with contextlib.suppress(OSError):  # it only saves time: a full disk must not end the run
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            write_index(kept, lines, **facts)
+    if scan.count < before:
+        scan.skipped[str(path)] = f"{before} pictures at the last scan, {scan.count} now"
+    scan.skipped = odd | scan.skipped
+    return scan
 
 
 # ---- the built-in drawings
@@ -713,8 +916,59 @@ class OpenMoji(IndexSource):
 # ---- opening
 
 
+def expand_braces(pattern: str) -> list[str]:
+    """The names that a shell makes of {0000..0099} and {a,b}."""
+    match = re.fullmatch(r"(.*?)\{([^{}]*)\}(.*)", pattern, re.DOTALL)
+    if not match:
+        return [pattern]
+    inside = match[2].split(",")
+    if ends := re.fullmatch(r"(\d+)\.\.(\d+)", match[2]):
+        inside = [f"{n:0{len(ends[1])}d}" for n in range(int(ends[1]), int(ends[2]) + 1)]
+    return [name for x in inside for name in expand_braces(f"{match[1]}{x}{match[3]}")]
+
+
+def _find(spec: str) -> list[Path]:
+    """What a SOURCE names: a folder or file, or all that its braces and wildcards stand for."""
+    if Path(spec).exists():
+        return [Path(spec)]
+    names = expand_braces(spec)
+    found = [path for name in names for path in sorted(glob.glob(name)) or [name]]
+    if len(names) == 1 and not Path(found[0]).exists():
+        raise ValueError(f"{spec}: no such folder, file or glob; without files there is 'openmoji'")
+    return [Path(path) for path in dict.fromkeys(found)]
+
+
+def _scan_all(paths: list[Path], root: Path) -> list[Scan]:
+    """The scans of shards, or of a folder; under torchrun each rank makes its part of them."""
+    if dist.is_initialized():
+        mine = {path: _scan(path, root) for path in paths[dist.get_rank() :: dist.get_world_size()]}
+        dist.barrier()  # then the others' are kept
+        return [mine.get(path) or _scan(path, root) for path in paths]
+    return [_scan(path, root) for path in paths]
+
+
+def _join(scans: dict[str, Scan], name: str, root: Path) -> IndexSource:
+    """One source of several shards; keys carry their shard if two shards have the same ones."""
+    skipped = Skipped()
+    for shard, scan in scans.items():
+        in_shard = f"{shard}/" if len(scans) > 1 else ""
+        skipped |= {n if n == shard else in_shard + n: why for n, why in scan.skipped.items()}
+    counts = [scan.count for scan in scans.values() if scan.is_whole]
+    usual = sum(counts) / len(counts) if counts else max(scan.count for scan in scans.values())
+    lost = sum(scan.lost for scan in scans.values())
+    lost += sum(max(1, round(usual) - s.count) for s in scans.values() if not s.is_whole)
+    source = IndexSource(name, b"".join(s.lines for s in scans.values()), root, skipped, lost)
+    if source.lost > lost:
+        lines = ((shard, json.loads(x)) for shard, s in scans.items() for x in s.lines.splitlines())
+        records = (r | {"key": f"{os.path.splitext(shard)[0]}/{r['key']}"} for shard, r in lines)
+        source = IndexSource(name, _to_lines(records), root, skipped, lost)
+    return source
+
+
 def open_source(spec: str, seed: int = 0) -> Source:
     """Open 'openmoji[:split[:count]]', a folder, a tar shard or a glob of them, or an index file.
+
+    Under torchrun all ranks call it together.
 
     Raises: ValueError for what does not exist, is none of these, or holds no picture.
     """
@@ -722,22 +976,19 @@ def open_source(spec: str, seed: int = 0) -> Source:
     if name == "openmoji":
         split, count, *_ = [*rest, "", ""]
         return OpenMoji(split or "train", int(count) if count else None, seed)
-    path = Path(spec)
-    paths = [path] if path.exists() else sorted(map(Path, glob.glob(str(spec))))
-    if not paths:
-        raise ValueError(f"{spec}: no such folder, file or glob; without files there is 'openmoji'")
-    if path.is_file() and path.suffix != ".tar":
+    path, *more = paths = _find(spec)
+    if not more and path.is_file() and not {".tar", ".tgz"} & set(path.suffixes):
         header, lines = read_index(path)
         source = IndexSource(path.stem, lines, path.parent, header.get("skipped", {}))
     else:
         root = path if path.is_dir() else Path(os.path.commonpath([p.parent for p in paths]))
-        scans = [_scan(p, root) for p in paths]
-        skipped = {name: reason for _, unread in scans for name, reason in unread.items()}
-        name = path.resolve().name if path.is_dir() else paths[0].stem
-        source = IndexSource(name, b"".join(lines for lines, _ in scans), root, skipped)
+        names = [os.path.relpath(path, root) for path in paths]
+        scans = dict(zip(names, _scan_all(paths, root), strict=True))
+        source = _join(scans, path.resolve().name if path.is_dir() else path.stem, root)
     if not len(source):
-        first = next(iter(source.skipped.items()), "the folder is empty")
-        raise ValueError(f"{spec}: no picture; {len(source.skipped)} files skipped, first: {first}")
+        hint = f"; for tars pass '{path / '*.tar'}'" if list(path.glob("*.tar")) else ""
+        why = "; ".join(left_out(source.skipped)) or "it is empty"
+        raise ValueError(f"{spec}: no picture: {why}{hint}")
     return source
 
 
@@ -1035,8 +1286,9 @@ class _Stream:
         packs = pack(lengths.tolist(), part.budget, self.lookahead, part.max_images)
         if len(packs) < part.packs_per_step:
             raise ValueError(
-                f"partition {part.name}: {len(items)} pictures make {len(packs)} packs, fewer "
-                f"than packs_per_step={part.packs_per_step}; lower it or budget={part.budget}"
+                f"partition {part.name}: {len(items)} pictures make {len(packs)} packs, fewer than "
+                f"packs_per_step={part.packs_per_step}: about "
+                f"{-(-len(items) * part.packs_per_step // len(packs))} pictures are needed"
             )
         self._plans.pop(epoch - 2, None)  # a loader looks at two epochs at most
         self._plans[epoch] = [items[members] for members in packs]
@@ -1060,6 +1312,23 @@ class _Stream:
         return self.plan(epoch)[step * each : (step + 1) * each]
 
 
+class Viewer(Protocol):
+    """How a live teacher sees pictures (`teachers.SizeRule` is one)."""
+
+    def asks(self, whole: Size, seen: Size) -> Size:
+        """The size that it needs of a picture, given its own and that at which the student sees."""
+        ...
+
+    def view(self, image_u8: np.ndarray, size: Any = None, box: Any = None) -> Tensor:
+        """What it sees of a picture, (3, H, W)."""
+        ...
+
+
+def without_pixels(sample: Sample) -> Sample:
+    """What a step still needs of a picture when all views of it are made."""
+    return replace(sample, image=np.zeros((0, 0, 3), np.uint8), mask=None)
+
+
 class StepData(Dataset):
     """The packs of each global step that belong to one rank.
 
@@ -1067,20 +1336,20 @@ class StepData(Dataset):
     ranks form low- and high-resolution groups, and one rank has micro-batches of one step. Every
     partition goes through its own epochs.
 
-    `prefix` counts an image's tokens besides its patches. `teachers` makes what each one sees of a
-    picture, (3, H, W), from its pixels, the size at which the student sees it, and the part.
-    `shift` is the deviation, in patches, by which the views of the student and of each of them
-    move, see `shifted_views`.
+    `prefix` counts an image's tokens besides its patches. `teachers` are the live ones: what each
+    sees of a picture is made here, and no picture leaves the worker besides (a photograph is
+    36 MB). None: the samples keep theirs. `shift` is the deviation, in patches, by which the views
+    of the student and of each teacher move, see `shifted_views`.
     """
 
     def __init__(self, partitions: Sequence[Partition], patch: int, prefix: int, seed: int = 0,
                  rank: int = 0, world: int = 1, lookahead: int = 64,
-                 shift: float = 0.0, teachers: Mapping[str, Prepare] | None = None):  # fmt: skip
+                 shift: float = 0.0, teachers: Mapping[str, Viewer] | None = None):  # fmt: skip
         packs = sum(partition.packs_per_step for partition in partitions)
         if packs % world:
             raise ValueError(f"{packs} packs per step do not divide over {world=} processes")
         self.partitions, self.patch = tuple(partitions), patch
-        self.shift, self.teachers = shift, dict(teachers or {})
+        self.shift, self.teachers = shift, teachers
         self._streams = [_Stream(p, patch, prefix, seed, lookahead) for p in partitions]
         self._part = slice(rank * packs // world, (rank + 1) * packs // world)
         self._seed = seed
@@ -1094,19 +1363,23 @@ class StepData(Dataset):
         return [self._load(step, number, items) for number, items in self._row(step)[self._part]]
 
     def _load(self, step: int, number: int, items: np.ndarray) -> PackedBatch:
-        images, samples, skipped, names = [], [], Skipped(), ("", *self.teachers)
+        images, samples, skipped, viewers = [], [], Skipped(), dict(self.teachers or {})
+        names = ("", *viewers)
         views: dict[str, list[View]] = {name: [] for name in names if self.shift}
-        pixels: dict[str, list[Tensor]] = {name: [] for name in self.teachers}
+        pixels: dict[str, list[Tensor]] = {name: [] for name in viewers}
         epoch, _ = self._streams[number].locate(step)
         for component, i, h, w in items.tolist():
             source = self.partitions[number].components[component].source
             size = h * self.patch, w * self.patch
+            asked = [viewer.asks(source.size(i), size) for viewer in viewers.values()]
+            whole = self.teachers is None or self.shift  # a view may be a part of the picture
+            at_least = None if whole else tuple(map(max, zip(size, *asked, strict=True)))
             try:
-                sample = source.load(i)
+                sample = source.load(i, at_least)
             except BadImage as error:
                 skipped[source.key(i)] = str(error)
             else:
-                samples.append(sample)
+                samples.append(sample if self.teachers is None else without_pixels(sample))
                 found = dict.fromkeys(names, View((0, 0), None))
                 if self.shift:
                     generator = keyed_generator(self._seed, epoch, sample.key, "shift")
@@ -1114,8 +1387,8 @@ class StepData(Dataset):
                 for name in views:
                     views[name].append(found[name])
                 images.append(to_float(sample.image, size, found[""].box))
-                for name, prepare in self.teachers.items():
-                    pixels[name].append(prepare(sample.image, size, found[name].box))
+                for name, viewer in viewers.items():
+                    pixels[name].append(viewer.view(sample.image, size, found[name].box))
         batch = PackedBatch.from_images(images, self.patch, samples)
         partition_B = [number] * len(images)
         batch = replace(batch, partition_B=partition_B, skipped=skipped, views=views)

@@ -11,8 +11,9 @@ together, B rows of a chunk. Levels count from the finest. Under torchrun every 
 whole pool and works on its share of the rows; centroids are on all of them.
 
 Files: a pool is a folder of `part-00000.npy` (fp16, rows x D) each with `part-00000.jsonl` (an
-index file of packing.py, one line per row) and `pool.json`; a tree is a folder of plain .npy arrays
-and `tree.json` with the sha256 of each. Nothing is pickled.
+index file of packing.py, one line per row, its paths relative to the part's root in `pool.json`,
+so that pictures may move: then `embed` again) and `pool.json`; a tree is a folder of plain .npy
+arrays and `tree.json` with the sha256 of each. Nothing is pickled.
 """
 
 import argparse
@@ -20,6 +21,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -41,10 +43,12 @@ from packing import (
     BadImage,
     Group,
     Sample,
-    Source,
+    left_out,
     open_source,
     read_index,
+    relative_to,
     setup_distributed,
+    with_paths,
     write_index,
 )
 from teachers import load_teacher, parse_teacher, sha256_of
@@ -604,24 +608,31 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     os.replace(part, path)
 
 
-def read_array(path: Path, sha256: str) -> np.ndarray:
-    """Memory-map an array, if it is what the manifest says."""
-    if not path.is_file() or sha256_of(path) != sha256:
-        raise ValueError(f"{path}: missing, cut or changed since it was written; make it anew")
-    return np.load(path, mmap_mode="r", allow_pickle=False)
+def read_arrays(files: Sequence[tuple[Path, str]], group: Group = SOLO) -> list[np.ndarray]:
+    """Memory-map arrays, if they are what the manifest says; each process hashes its share."""
+    wrong: list[Any] = [None] * group.world
+    for path, sha256 in files[group.rank :: group.world]:
+        if not path.is_file() or sha256_of(path) != sha256:
+            wrong[group.rank] = path
+    if group.world > 1:
+        dist.all_gather_object(wrong, wrong[group.rank])
+    if bad := next(filter(None, wrong), None):
+        raise ValueError(f"{bad}: missing, cut or changed since it was written; make it anew")
+    return [np.load(path, mmap_mode="r", allow_pickle=False) for path, _ in files]
 
 
 class Pool:
     """The embeddings that `embed` wrote, as one table whose rows stay on disk until asked for."""
 
-    def __init__(self, folder: str | Path):
+    def __init__(self, folder: str | Path, group: Group = SOLO):
         self.folder = Path(folder)
         if not (self.folder / "pool.json").is_file():
             raise ValueError(f"{folder}: no pool.json; run (or finish) `sampling.py embed` first")
         self.manifest = json.loads((self.folder / "pool.json").read_text())
-        self.fingerprint = sha256_of(self.folder / "pool.json")
+        content = [self.manifest[name] for name in ("dim", "parts", "teacher")]  # not the places
+        self.fingerprint = hashlib.sha256(json.dumps(content).encode()).hexdigest()
         parts = [(self.folder / f"{p['name']}.npy", p["sha256"]) for p in self.manifest["parts"]]
-        self.arrays = [read_array(*part) for part in parts]
+        self.arrays = read_arrays(parts, group)
         self.starts = np.cumsum([0, *map(len, self.arrays)])
 
     def __len__(self) -> int:
@@ -638,12 +649,15 @@ class Pool:
 
     def records(self, ids: np.ndarray) -> list[dict[str, Any]]:
         """The index records (see packing.py) of ascending row numbers."""
-        records = []
-        for p, part in enumerate(self.manifest["parts"]):
+        records, parts = list[dict[str, Any]](), self.manifest["parts"]
+        places = self.manifest.get("places") or [("", "")] * len(parts)
+        for p, part in enumerate(parts):
             wanted = ids[(ids >= self.starts[p]) & (ids < self.starts[p + 1])] - self.starts[p]
             if len(wanted):
                 lines = read_index(self.folder / f"{part['name']}.jsonl")[1].splitlines()
-                records += [json.loads(lines[i]) for i in wanted]
+                source, root = places[p]
+                found = ({"source": source} | json.loads(lines[i]) for i in wanted)
+                records += [with_paths(record, root, os.path.join) for record in found]
         return records
 
 
@@ -663,7 +677,7 @@ def load_tree(folder: Path) -> tuple[Tree, dict[str, Any]]:
     if not (folder / "tree.json").is_file():
         raise ValueError(f"{folder}: no tree.json; run `sampling.py cluster` first")
     manifest = json.loads((folder / "tree.json").read_text())
-    levels = [[read_array(folder / f, s) for f, s in files.items()] for files in manifest["levels"]]
+    levels = [read_arrays([(folder / f, s) for f, s in x.items()]) for x in manifest["levels"]]
     return tuple(Level(*arrays) for arrays in levels), manifest["settings"]
 
 
@@ -676,9 +690,12 @@ def embed(args: argparse.Namespace, group: Group) -> None:
     if not teacher.summary_dim:
         raise ValueError(f"teacher {teacher.name} has no summary to embed with; take another")
     args.out.mkdir(parents=True, exist_ok=True)
-    sources = [open_source(spec) for spec in args.source]
+    sources: list[Any] = [open_source(spec) for spec in args.source]
     names = [source.name for source in sources]
-    if len(set(names)) < len(names):
+    for spec, source in zip(args.source, sources, strict=True):
+        if names.count(source.name) > 1:  # two downloads of 00000.tar, ..
+            source.name = f"{Path(spec).resolve().parent.name}/{source.name}"
+    if len({source.name for source in sources}) < len(sources):
         raise ValueError(f"sources of one name: {names}; the index would mix them up, rename one")
     skipped = {key: why for source in sources for key, why in source.skipped.items()}
     plan = [(s, a) for s in sources for a in range(0, len(s), args.part_rows)]
@@ -686,7 +703,7 @@ def embed(args: argparse.Namespace, group: Group) -> None:
     for n in tqdm(mine, "embed", disable=None if group.rank == 0 else True, unit="part"):
         source, start = plan[n]
         rows = range(start, min(start + args.part_rows, len(source)))
-        made_of = f"{teacher.fingerprint} {source.fingerprint()} {rows}"
+        made_of = f"2 {teacher.fingerprint} {source.fingerprint()} {rows}"  # 2: the version
         if not is_embedded(args.out / f"part-{n:05d}", made_of):
             embed_part(args.out / f"part-{n:05d}", source, rows, teacher, args.batch, made_of)
     if group.world > 1:
@@ -702,12 +719,13 @@ def embed(args: argparse.Namespace, group: Group) -> None:
                 "dim": teacher.summary_dim,
                 "parts": parts,
                 "teacher": teacher.fingerprint,
+                "places": [(source.name, str(source.root)) for source, _ in plan],
                 "fingerprints": prints,
                 "skipped": skipped,
             },
         )
-        for key, why in skipped.items():
-            print(f"skipped {key}: {why}")
+        for line in left_out(skipped):
+            print(f"skipped {line}")
         print(f"{sum(head['count'] for head in heads)} rows of {teacher.summary_dim} in {args.out}")
 
 
@@ -721,14 +739,14 @@ def is_embedded(path: Path, made_of: str) -> bool:
 
 
 def embed_part(
-    path: Path, source: Source, rows: range, teacher: Any, batch: int, made_of: str
+    path: Path, source: Any, rows: range, teacher: Any, batch: int, made_of: str
 ) -> None:
     """Write `path`.npy (fp16) and, last, `path`.jsonl with the records of what decodes."""
     records, vectors, skipped = [], [], dict[str, str]()
 
     def load(i: int) -> Sample | BadImage:
         try:
-            return source.load(i)
+            return source.load(i, teacher.size_for(*source.size(i)))
         except BadImage as error:
             return error
 
@@ -738,13 +756,20 @@ def embed_part(
             loaded = list(zip(ids, threads.map(load, ids), strict=True))
             skipped |= {source.key(i): str(s) for i, s in loaded if isinstance(s, BadImage)}
             good = [(i, s) for i, s in loaded if not isinstance(s, BadImage)]
-            if good:
-                vectors.append(teacher.targets([s for _, s in good]).summary_BC.half().cpu())
-                records += [source.record(i) | {"digest": s.digest} for i, s in good]
+            if not good:
+                continue
+            x_BD = teacher.targets([s for _, s in good]).summary_BC.half().cpu()
+            is_finite_B = x_BD.isfinite().all(1)
+            vectors.append(x_BD[is_finite_B])
+            for (i, s), is_finite in zip(good, is_finite_B.tolist(), strict=True):
+                record = with_paths(source.record(i), source.root, relative_to)
+                if record["source"] == source.name:
+                    del record["source"]  # pool.json has it
+                if is_finite:
+                    records.append(record | {"digest": s.digest})
+                else:
+                    skipped[s.key] = "its embedding is not finite"
     table = torch.cat([torch.empty(0, teacher.summary_dim).half(), *vectors])
-    for record, is_finite in zip(records, table.isfinite().all(1).tolist(), strict=True):
-        if not is_finite:
-            raise ValueError(f"{teacher.name}: the embedding of {record['key']} is not finite")
     sha256 = write_array(path.with_suffix(".npy"), table.numpy())
     head = {"made_of": made_of, "embeddings": sha256, "skipped": skipped}
     write_index(path.with_suffix(".jsonl"), records, **head)
@@ -752,7 +777,7 @@ def embed_part(
 
 def cluster(args: argparse.Namespace, group: Group) -> None:
     """Pool -> tree, level by level; a rerun continues after the last finished level."""
-    pool = Pool(args.pool)
+    pool = Pool(args.pool, group)
     keep = args.keep or [None] * len(args.clusters)
     names = ("clusters", "seed", "fit_rows", "splits", "iterations", "tolerance", "scores")
     settings = {"pool": pool.fingerprint, "teacher": pool.manifest["teacher"], "keep": keep}
@@ -777,7 +802,7 @@ def cluster(args: argparse.Namespace, group: Group) -> None:
 
 def assign(args: argparse.Namespace, group: Group) -> None:
     """New pool + tree -> the same tree over the new pool's rows, one file per part, resumable."""
-    pool, (tree, settings) = Pool(args.pool), load_tree(args.tree)
+    pool, (tree, settings) = Pool(args.pool, group), load_tree(args.tree)
     if settings["teacher"] != pool.manifest["teacher"]:
         raise ValueError(f"{args.pool} was embedded by another teacher than the pool of {args.tree}"
                          "; embed it by that one")  # fmt: skip
@@ -805,13 +830,17 @@ def assign(args: argparse.Namespace, group: Group) -> None:
         print(f"{len(pool)} rows assigned to {len(c_KD)} clusters in {args.out}")
 
 
-def near_duplicates(table: Any, leaf_N: np.ndarray, threshold: float) -> np.ndarray:
+def near_duplicates(
+    table: Any, leaf_N: np.ndarray, threshold: float, is_first_N: np.ndarray | None = None
+) -> np.ndarray:
     """True for each row whose cosine to an earlier row of its finest cluster exceeds the threshold.
 
+    Rows of `is_first_N` count as earlier than all others: what is near them goes.
     Source: SemDeDup, arXiv 2303.09540; only rows of one cluster are compared, in blocks.
     """
     is_duplicate_N = np.zeros(len(leaf_N), bool)
-    order_N, sizes = np.argsort(leaf_N, kind="stable"), np.bincount(leaf_N)
+    is_first_N = np.zeros(len(leaf_N), bool) if is_first_N is None else is_first_N
+    order_N, sizes = np.lexsort((~is_first_N, leaf_N)), np.bincount(leaf_N)
     for members in np.split(order_N, sizes.cumsum()[:-1]):
         if len(members) < 2:
             continue
@@ -845,24 +874,50 @@ def capped_sample(
             eligible_N[(source_N == name) & ~np.isin(np.arange(len(source_N)), kept)] = False
 
 
-def sample(args: argparse.Namespace, _: Group) -> None:
+def excluded(path: Path, records: Sequence[dict[str, Any]]) -> np.ndarray:
+    """True for each row that has the content of one that a file names: keys, digests, an index.
+
+    A key may have its source in front and a copy's #2 behind, as in the index of a sample.
+    """
+    try:
+        named = [json.loads(line) for line in read_index(path)[1].splitlines()]
+        wanted = [[r["digest"]] if "digest" in r else [r["key"]] for r in named]
+    except ValueError:
+        lines = filter(None, map(str.strip, path.read_text("utf-8-sig").splitlines()))
+        wanted = [[x, re.sub(r"#\d+$", "", x), x.lower().removeprefix("sha256:")] for x in lines]
+    content: dict[str, set[str]] = {}
+    for r in records:
+        for form in (r["key"], f"{r['source']}/{r['key']}", r["digest"]):
+            content.setdefault(form, set()).add(r["digest"])
+    hits = [set[str]().union(*(content.get(form, ()) for form in forms)) for forms in wanted]
+    if missed := [forms[0] for forms, hit in zip(wanted, hits, strict=True) if not hit]:
+        print(f"--exclude {path}: {len(missed)} of {len(wanted)} match nothing: {missed[:10]}")
+    banned = set[str]().union(*hits)
+    return np.array([r["digest"] in banned for r in records])
+
+
+def sample(args: argparse.Namespace, group: Group) -> None:
     """Pool + tree -> an index file for `train.py --data`, a report and a contact sheet."""
-    pool, (tree, settings) = Pool(args.pool), load_tree(args.tree)
+    pool, (tree, settings) = Pool(args.pool, group), load_tree(args.tree)
     if settings["pool"] != pool.fingerprint:
         raise ValueError(f"{args.tree} is a tree of another pool than {args.pool}; assign it first")
     everything = np.arange(len(pool))
-    is_duplicate_N = np.zeros(len(pool), bool)
-    if args.dedup is not None:
-        is_duplicate_N = near_duplicates(pool, tree[0].assignment, args.dedup)
-    is_excluded_N, source_N = np.zeros(len(pool), bool), np.full(len(pool), "")
-    if args.exclude or args.cap:
+    is_duplicate_N, is_excluded_N = np.zeros(len(pool), bool), np.zeros(len(pool), bool)
+    source_N = np.full(len(pool), "")
+    if args.exclude or args.cap or args.dedup:
         records = pool.records(everything)
         source_N = np.array([r["source"] for r in records])
         known = set(source_N.tolist())
         if unknown := dict(args.cap).keys() - known:
             raise ValueError(f"--cap {sorted(unknown)}: the pool has {sorted(known)}")
-        banned = set(args.exclude.read_text().split("\n")) - {""} if args.exclude else set()
-        is_excluded_N = np.array([r["key"] in banned or r["digest"] in banned for r in records])
+        if args.exclude:
+            is_excluded_N = excluded(args.exclude, records)
+        if args.dedup:
+            is_duplicate_N[:] = True
+            is_duplicate_N[np.unique([r["digest"] for r in records], return_index=True)[1]] = False
+        if args.dedup and args.dedup < 1:
+            leaf_N = tree[0].assignment
+            is_duplicate_N |= near_duplicates(pool, leaf_N, args.dedup, is_excluded_N)
     eligible_N = ~is_duplicate_N & ~is_excluded_N
     ids = capped_sample(
         tree, args.target, source_N, dict(args.cap), eligible_N, args.seed,
@@ -913,18 +968,21 @@ def report(out: Path, tree: Tree, ids: np.ndarray, counts: dict[str, Any]) -> No
     rows = [{"cluster": int(c), "pool": int(before[c]), "sample": int(after[c])} for c in largest]
     content = counts | {"levels": levels, "largest": rows}
     write_json(out.with_suffix(".report.json"), content)
+    print(json.dumps(content, allow_nan=False))
     if len(ids):
         contact_sheet(out, [np.flatnonzero(path_N[ids] == c)[:10] for c in largest])
-    print(json.dumps(content, allow_nan=False))
 
 
 def contact_sheet(index: Path, places: list[np.ndarray], side: int = 64) -> None:
-    """One line of up to ten drawn pictures per cluster, the largest cluster first."""
+    """One line of up to ten drawn pictures per cluster, the largest first; blank if missing."""
     source = open_source(str(index))
     sheet = Image.new("RGB", (10 * side, len(places) * side), "white")
     for line, members in enumerate(places):
         for column, i in enumerate(members):
-            picture = Image.fromarray(source.load(int(i)).image)
+            try:
+                picture = Image.fromarray(source.load(int(i), (side, side)).image)
+            except BadImage:
+                continue
             picture.thumbnail((side - 4, side - 4))
             sheet.paste(picture, (column * side + 2, line * side + 2))
     sheet.save(index.with_suffix(".report.png"))
@@ -992,7 +1050,15 @@ def parse_count(text: str) -> int:
 
 def parse_cap(text: str) -> tuple[str, int]:
     name, _, count = text.rpartition("=")
+    if not name or int(count) < 0:
+        raise ValueError  # argparse names the flag and the text
     return name, int(count)
+
+
+def parse_cosine(text: str) -> float:
+    if not 0 < float(text) <= 1:
+        raise ValueError
+    return float(text)
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -1028,8 +1094,10 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add[sample]("--strategy", choices=("random", "closest"), default="random", help="in a cluster")
     add[sample]("--weights", choices=("equal", "volume"), default="equal", help="of the quotas")
     add[sample]("--multiplier", type=int, default=1, help="copies of a picture at most")
-    add[sample]("--dedup", type=float, help="drop near-duplicates above this cosine, e.g. 0.95")
-    add[sample]("--exclude", type=Path, help="text file of keys or digests never to draw")
+    add[sample]("--dedup", type=parse_cosine, help="drop near-duplicates above this cosine, in "
+                "(0, 1], e.g. 0.95; 1: exact copies alone")  # fmt: skip
+    add[sample]("--exclude", type=Path, help="file of keys or digests, or an index: content never "
+                "to draw; with --dedup, nor what is near it")  # fmt: skip
     add[sample]("--cap", type=parse_cap, nargs="+", default=[], help="SOURCE=COUNT")
     for f in (cluster, sample):
         add[f]("--seed", type=int, default=0, help="decides every random choice")

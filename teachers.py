@@ -127,6 +127,10 @@ class SizeRule:
         h, w = (round(min(x * scale, longest) / self.patch) for x in (height, width))
         return max(1, h) * self.patch, max(1, w) * self.patch
 
+    def asks(self, whole: tuple[int, int], seen: tuple[int, int]) -> tuple[int, int]:
+        """At what size a live teacher takes a picture, given its own and the student's."""
+        return seen if self.kind in ("native", "canvas") else self(*whole)
+
 
 # summary_BC, patches_BhwC, registers_BRC; the last dimension of a row of a batch is C.
 Reading = tuple[Tensor | None, Tensor, Tensor | None]

@@ -70,7 +70,6 @@ from model import (
     with_heads,
 )
 from packing import (
-    SUFFIXES,
     Component,
     Group,
     PackedBatch,
@@ -82,6 +81,7 @@ from packing import (
     cache_home,
     hold_out,
     keyed_generator,
+    left_out,
     make_loader,
     open_source,
     setup_distributed,
@@ -1324,7 +1324,8 @@ def progress(items, name: str, group: Group, **kwargs):
 def open_sources(cfg: TrainConfig) -> tuple[list[Source], Source]:
     """The training sources, and pictures held out of the first one for the report.
 
-    Drawings are held out by character, a user's pictures by a hash (`packing.hold_out`).
+    Drawings are held out by character, a user's pictures by content (`packing.hold_out`); with
+    --held-out 0 all are trained on, and the report has nothing to score.
     """
     train, held_out = [], []
     for spec in cfg.data:
@@ -1336,10 +1337,11 @@ def open_sources(cfg: TrainConfig) -> tuple[list[Source], Source]:
             rest = open_source(f"openmoji:test:{max(16, round(cfg.held_out * len(source)))}")
         else:
             source, rest = hold_out(source, cfg.held_out)
-        if not len(source) or not len(rest):
+        if cfg.held_out and not (len(source) and len(rest)):
             raise ValueError(
                 f"held_out={cfg.held_out} leaves {len(source)} pictures of {spec} to train on and "
-                f"{len(rest)} for the report; change --held-out or give more pictures"
+                f"{len(rest)} for the report; give some {math.ceil(3 / cfg.held_out)} different "
+                "pictures or change --held-out; 0 trains on all, without a report"
             )
         train.append(source)
         held_out.append(rest)
@@ -1353,12 +1355,15 @@ def at_least(source: Source, side: int) -> Subset:
 
 
 def make_stages(cfg: TrainConfig, sources: list[Source], student: Student, group: Group,
-                teachers: Collection[Teacher] = ()):  # fmt: skip
+                teachers: Collection[Teacher] | None = None) -> list[StepData]:  # fmt: skip
     """One `StepData` per stage; each stage starts its own epoch 0.
 
-    What live `teachers` see of the pictures is made with them, in the loader's workers.
+    With `teachers`, what the live ones see of a picture is made in the loader's workers, which
+    then keep the picture itself.
     """
-    views = {t.name: t.size_for.view for t in teachers if not isinstance(t, CachedTeacher)}
+    live = None
+    if teachers is not None:
+        live = {t.name: t.size_for for t in teachers if not isinstance(t, CachedTeacher)}
     patch, prefix = student.config.patch, student.config.prefix
     shares = cfg.data_weights or tuple(float(len(s)) for s in sources)
     mix = list(zip(sources, shares, strict=True))
@@ -1382,7 +1387,7 @@ def make_stages(cfg: TrainConfig, sources: list[Source], student: Student, group
         stages.append(
             StepData(
                 partitions, patch, prefix, cfg.seed + number, group.rank, group.world,
-                shift=cfg.shift, teachers=views,
+                shift=cfg.shift, teachers=live,
             )
         )  # fmt: skip
     return stages
@@ -1478,11 +1483,13 @@ def refuse_bad_fraction(cfg: TrainConfig, bad: int, good: int) -> None:
 def note_scan(cfg: TrainConfig, sources: list[Source]) -> dict[str, str]:
     """Name what the sources skipped when they were scanned; refuse those with too many broken."""
     skipped = {key: reason for source in sources for key, reason in source.skipped.items()}
-    for key, reason in skipped.items() if is_main() else ():
-        print(f"skipped {key}: {reason}", file=sys.stderr)
+    for line in left_out(skipped) if is_main() else ():
+        print(f"skipped {line}", file=sys.stderr)
     for source in sources:
-        pictures = [key for key in source.skipped if key.rsplit(".", 1)[-1].lower() in SUFFIXES]
-        refuse_bad_fraction(cfg, len(pictures), len(source))
+        whole = source.source if isinstance(source, Subset) else source
+        refuse_bad_fraction(cfg, getattr(whole, "lost", 0), len(whole))
+    if len(sources) > 1 and is_main():
+        print(f"the report scores pictures of {cfg.data[0]}, the first SOURCE", file=sys.stderr)
     return skipped
 
 
@@ -1544,7 +1551,8 @@ def look(run: Run, pictures: int = 500) -> dict[str, float]:
 
 def draw_pca(run: Run, student: Student) -> None:
     """pca.png: held-out pictures, each teacher's maps, the student's."""
-    pictures, _ = first_pictures(run.held_out, 8)  # the report names those that do not decode
+    shown = run.held_out if len(run.held_out) else run.train_sources[0]
+    pictures, _ = first_pictures(shown, 8)  # the report names those that do not decode
     teachers = {teacher.name: teacher for teacher in run.trainer.teachers}
     pca_sheet(Path(run.cfg.out) / "pca.png", pictures, {"teacher": teachers, "student": student})
 
@@ -1563,7 +1571,7 @@ def finish(run: Run) -> None:
     draw_pca(run, student)
     skipped = run.record["skipped"] | report["skipped"]
     summary = {"steps": cfg.steps, "minutes": run.record["seconds"] / 60, "report": report,
-               "skipped": skipped, "config": cfg.identity()}  # fmt: skip
+               "scored": cfg.data[0], "skipped": skipped, "config": cfg.identity()}  # fmt: skip
     write_text(out / "summary.json", json.dumps(summary, indent=1, allow_nan=False))
     print(format_table(report))
     print(f"{out / 'pca.png'}  {out / 'curves.png'}  {out / 'summary.json'}")

@@ -7,11 +7,13 @@ otherwise.
 """
 
 import ctypes
+import io
 import json
 import math
 import statistics
 import subprocess
 import sys
+import tarfile
 import tempfile
 import threading
 import time
@@ -27,7 +29,17 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from model import MODELS, Layout, ModelConfig, MoE, Student, attention
-from packing import PackedBatch, StepData, make_loader, pack, patchify
+from packing import (
+    Component,
+    PackedBatch,
+    Partition,
+    Sizes,
+    StepData,
+    make_loader,
+    open_source,
+    pack,
+    patchify,
+)
 from sampling import SOLO, Rows, kmeans, step
 from teachers import (
     CachedTeacher,
@@ -278,11 +290,11 @@ def packer() -> Iterator[Row]:
             yield Row(6, what, ours, other, "%", ours / other, floor, aim)
 
 
-def photos(folder: Path, count: int = 48) -> str:
+def photos(folder: Path, count: int = 48, size: tuple[int, int] | None = None) -> str:
     """Write JPEGs as large as a web crawl's: soft shapes and some grain -> the folder's SOURCE."""
     for i in range(count):
         rng = np.random.default_rng(i)
-        height, width = rng.integers(320, 640, 2)
+        height, width = size or rng.integers(320, 640, 2)
         coarse = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
         pixels = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC)).astype(int)
         pixels = (pixels + rng.integers(-8, 9, pixels.shape)).clip(0, 255).astype(np.uint8)
@@ -314,7 +326,7 @@ def trainer_on(
     every = [*sources, held_out]
     teachers = large_teachers(cache, every) if large else load_teachers(config, every, SOLO)
     trainer = Trainer(config, SOLO, teachers)
-    (data,) = make_stages(config, sources, trainer.student, SOLO)
+    (data,) = make_stages(config, sources, trainer.student, SOLO, teachers)
     trainer.fit_normalizers(data)
     return trainer, data
 
@@ -367,6 +379,78 @@ def loader(steps: int = 6) -> Iterator[Row]:
     whole = ours[0] + training
     what = "loading / a training step with it, workers=0 (smaller is better)"
     yield Row(9, what, 1e3 * ours[0] / steps, 1e3 * whole / steps, "ms", ours[0] / whole, "", "")
+
+
+def pixels_of(sample: dict) -> np.ndarray:
+    """What users of webdataset write: Pillow, RGB, bicubic to the size of row 15."""
+    picture = Image.open(io.BytesIO(sample["jpg"])).convert("RGB")
+    return np.asarray(picture.resize((256, 192), Image.Resampling.BICUBIC))
+
+
+def megapixels(count: int = 96, repeats: int = 5) -> Iterator[Row]:
+    """Row 15: pictures a second of 1152 x 864 px to 256 x 192, two loader processes on each side.
+
+    Ours with cached features (no picture leaves the worker) and for a live teacher of that size.
+    """
+    import webdataset  # bench only
+
+    with tempfile.TemporaryDirectory() as folder:
+        photos(Path(folder), count, (864, 1152))
+        for n in range(2):
+            with tarfile.open(Path(folder, f"{n}.tar"), "w") as tar:
+                for i in range(n, count, 2):
+                    tar.add(Path(folder, f"{i}.jpg"), f"{i}.jpg")
+        source = open_source(str(Path(folder, "*.tar")))
+        parts = [Partition("p", (Component(source, Sizes(0, 224**2)),), 16 * 197, 1)]
+
+        def ours(rules: list[SizeRule]) -> None:
+            data = StepData(parts, 16, 5, teachers={f"t{i}": r for i, r in enumerate(rules)})
+            for _ in make_loader(data, 0, data.steps_in(0), workers=2):
+                pass
+
+        def theirs() -> None:
+            paths = sorted(map(str, Path(folder).glob("*.tar")))
+            data = webdataset.WebDataset(paths, shardshuffle=False).map(pixels_of).batched(16)
+            for _ in webdataset.WebLoader(data, batch_size=None, num_workers=2):
+                pass
+
+        ways = (lambda: ours([]), lambda: ours([SizeRule("native", 16, 1024)]), theirs)
+        cached, live, other = (count / s for s in interleaved(*ways, repeats=repeats))
+    for what, rate in (("cached features", cached), ("a live teacher", live)):
+        yield Row(15, f"loader of 1-megapixel JPEGs, 2 workers / webdataset, {what}", rate, other,
+                  "img/s", rate / other, "1.5", "2.5")  # fmt: skip
+
+
+def photographs(count: int = 20) -> Iterator[Row]:
+    """Row 16: 12-megapixel JPEGs to 288 x 224 (smaller is better), and what a step of them holds.
+
+    The other decodes whole pictures and keeps them beside the patches.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        photos(Path(folder), 1, (3024, 4032))
+        data = Path(folder, "0.jpg").read_bytes()
+        for i in range(count):  # with a comment each, so that no two are the same
+            Path(folder, f"{i}.jpg").write_bytes(data[:2] + b"\xff\xfe\0\x08%06d" % i + data[2:])
+        source = open_source(folder)
+        parts = [Partition("p", (Component(source, Sizes(0, 256**2)),), 24 * 300, 1, 32)]
+
+        def step_of(rules: list[SizeRule] | None) -> list[PackedBatch]:
+            return StepData(parts, 16, 5, teachers=rules and {"t": rules[0]})[0]
+
+        rules = [SizeRule("native", 16, 1024)]
+        times = interleaved(lambda: step_of(rules), lambda: step_of(None), repeats=1)
+        ours, other = (1e3 * seconds / count for seconds in times)
+        held = []
+        for batches in (step_of(rules), step_of(None)):
+            samples = sum(s.image.nbytes for batch in batches for s in batch.samples)
+            held.append(
+                (samples + sum(batch.patches_MX.untyped_storage().nbytes() for batch in batches))
+                / 1e6
+            )
+    what = "12-megapixel JPEG to its patches / decoded whole (smaller is better)"
+    yield Row(16, what, ours, other, "ms", ours / other, "40 ms", "23 ms")
+    what = f"a step of {count}, with a live teacher / with whole pictures (smaller is better)"
+    yield Row(16, what, *held, "MB", held[0] / held[1], "200", "50")
 
 
 def cached_features(steps: int = 2) -> Iterator[Row]:
@@ -562,6 +646,8 @@ ROWS: dict[str, Callable[[], Iterator[Row]]] = {
     "kmeans-step": kmeans_step,
     "cache": cached_features,
     "loader": loader,
+    "megapixels": megapixels,
+    "photographs": photographs,
     "overhead": overhead,
     "processes": two_processes,
     "gpu": on_gpu,

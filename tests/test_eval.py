@@ -1043,3 +1043,45 @@ def test_two_ranks_count_every_picture_once(workplace):
         )  # fmt: skip
         lines.append(json.loads(run.stdout.splitlines()[-1]))
     assert lines[0]["rows"] == lines[1]["rows"] and lines[1]["rows"]["student/trunk"]["n"] == 6
+
+
+# ------------------------------------------------------------------- pictures on both sides
+
+
+def test_pictures_on_both_sides_and_classes_of_one_are_left_out_and_counted(sets):
+    train, test = only(sets, "student/a")
+    twins = [replace(s, digest=train.samples[5].digest) if i == 4 else s
+             for i, s in enumerate(test.samples)]  # fmt: skip
+    twins[7] = replace(twins[7], label="emu")
+    mixed = replace(test, samples=twins, skipped={"gone": "cut"}, dense=test.dense)
+    kept = [i for i in range(30) if i not in (4, 7)]
+    for protocol, places in ((ev.knn, kept), (ev.segmentation, [i for i in range(30) if i != 4])):
+        by_hand = replace(
+            test,
+            samples=[test.samples[i] for i in places],
+            summary={c: x[places] for c, x in test.summary.items()},
+            patches={c: [x[i] for i in places] for c, x in test.patches.items()},
+            dense=list(range(len(places))),
+        )
+        assert protocol(train, mixed) == protocol(train, by_hand)
+    emu = "classes ['emu'] of --test have no picture in --train"
+    assert mixed.skipped == {"gone": "cut", "1-4": "in both train and test", "1-7": emu}
+    some = mixed.take([29, 4, 7])
+    assert [s.key for s in some.samples] == ["1-29", "1-4", "1-7"] and some.dense == [0, 1, 2]
+    assert torch.equal(some.patches["student/a"][1], test.patches["student/a"][4])
+    few = replace(test, patches={c: x[:2] for c, x in test.patches.items()}, dense=[3, 9])
+    assert few.take([9, 2, 3]).dense == [0, 2]
+
+
+def test_a_report_scores_the_rest_and_nothing_without_held_out_pictures():
+    class Both(Pictures):
+        def load(self, i, _=None):
+            return replace(super().load(i), digest=f"d0-{i}") if i < 3 else super().load(i)
+
+    teachers, student = {"a": Teacher()}, Heads(a=Network(3))
+    report = ev.final_report(student, student, teachers, Pictures(12), Both(8, seed=1))
+    assert report["knn"]["student/a"]["n"] == 5 == report["fidelity"]["student/a summary"]["n"]
+    assert report["skipped"] == {f"1-{i}": "in both train and test" for i in range(3)}
+    assert "left out: 3 files: 1-0, 1-1, 1-2: in both train" in ev.format_table(report)
+    nothing = ev.final_report(student, student, teachers, Pictures(4), Pictures(0))
+    assert "no picture is held out" in ev.format_table(nothing)

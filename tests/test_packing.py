@@ -3,6 +3,7 @@
 The rows of the project's fault table that concern pictures, shards and folders are here.
 """
 
+import gzip
 import io
 import itertools
 import json
@@ -20,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 
 import packing
 from packing import (
@@ -51,6 +52,9 @@ from packing import (
     to_float,
     write_index,
 )
+from teachers import SizeRule
+
+LIVE = {"a": SizeRule("native", 16, 512)}
 
 
 @pytest.fixture(autouse=True)
@@ -624,8 +628,8 @@ def test_odd_members_are_named(tmp_path):
     source = open_source(str(path))
     keys = [source.key(i) for i in range(len(source))]
     assert keys == ["dir/00000", "dir/00001", "a.b/c", "two", "/abs", "../../up"]
-    assert set(source.skipped) == {"lonely.txt", "two", "link.jpg", "dir/00001.jpg"}
-    assert "a key seen before" in source.skipped["two"]  # of two pictures, the first counts
+    assert set(source.skipped) == {"lonely.txt", "two.png", "link.jpg", "dir/00001.jpg"}
+    assert "a key seen before" in source.skipped["two.png"]  # of two pictures, the first counts
 
 
 def test_a_shard_that_changes_after_the_scan_is_noticed(tmp_path):
@@ -949,7 +953,7 @@ class Ramps(Source):
 def test_shifted_views_of_a_batch_agree_on_what_lies_where():
     parts = one_partition(Ramps(), budget=256)
     whole = StepData(parts, 16, 5, seed=1)
-    moved, compared = StepData(parts, 16, 5, seed=1, shift=0.5, teachers={"a": to_float}), 0
+    moved, compared = StepData(parts, 16, 5, seed=1, shift=0.5, teachers=LIVE), 0
     for step in range(2):
         for plain, batch in zip(whole[step], moved[step], strict=True):
             assert batch.grids == plain.grids and not plain.views  # of full size
@@ -957,7 +961,7 @@ def test_shifted_views_of_a_batch_agree_on_what_lies_where():
             for i, (picture, (h, w)) in enumerate(
                 zip(batch.patches_MX.split(batch.lengths), batch.grids, strict=True)
             ):
-                theirs = to_float(batch.samples[i].image, (16 * h, 16 * w), batch.boxes("a")[i])
+                theirs = batch.seen("a")[i]
                 (y, x), (ty, tx) = (batch.views[name][i].origin for name in ("", "a"))
                 means = [p.unflatten(0, (h, w)).unflatten(-1, (-1, 3)).mean(2)
                          for p in (picture, patchify(theirs, 16))]  # fmt: skip
@@ -973,7 +977,7 @@ def test_shifted_views_of_a_batch_agree_on_what_lies_where():
 def test_a_view_depends_on_seed_epoch_and_sample_alone():
     def views(budget, packs, rank, world, seed, steps):
         parts = one_partition(Ramps(), budget=budget, packs_per_step=packs)
-        data = StepData(parts, 16, 5, seed, rank, world, shift=0.5, teachers={"a": to_float})
+        data = StepData(parts, 16, 5, seed, rank, world, shift=0.5, teachers=LIVE)
         batch = PackedBatch.cat([b for step in steps(data) for b in data[step]])
         found = zip(*batch.views.values(), strict=True)
         return dict(zip((s.key for s in batch.samples), found, strict=True))
@@ -1363,3 +1367,270 @@ def test_fuzz_shards_never_crash_a_scan(tmp_path):
         for n in range(len(source)):
             with packing.contextlib.suppress(BadImage):
                 source.load(n)
+
+
+# ---- pictures as people have them
+
+
+def records_of(source) -> dict[str, tuple]:
+    records = [source.record(i) for i in range(len(source))]
+    return {r["key"]: (r.get("caption"), r.get("label")) for r in records}
+
+
+RED, GREEN, BLUE = (encoded(Image.new("RGB", (24, 16), c), "JPEG") for c in ("red", "lime", "blue"))
+
+
+def test_the_picture_of_a_group_is_the_one_whose_whole_extension_says_so(tmp_path):
+    grey = encoded(random_pixels(16, 24, 1))
+    shard = {"0001.depth.png": grey, "0001.jpg": RED, "0001.txt": b"red", "0001.seg.json": b"{}"}
+    shard |= {"s0.input.jpg": GREEN, "s0.outputs.txt": b"green", "lone.v2.JPG": BLUE}
+    shard |= {"v1.2/A.JPG": RED, "v1.2/A.TXT": b"upper", "x.left.png": grey, "x.right.png": grey}
+    source = open_source(str(write_shard(tmp_path / "a.tar", shard)))
+    captions = {"0001": "red", "s0": "green", "lone": None, "v1.2/A": "upper"}
+    assert {key: caption for key, (caption, _) in records_of(source).items()} == captions
+    assert source.load(0).image[8, 8].tolist() == [254, 0, 0]
+    refused = {"x.left.png", "x.right.png"}
+    assert set(source.skipped) == {"0001.depth.png", "0001.seg.json"} | refused
+    assert source.lost == 2  # what lies beside a picture is not lost
+    assert all("group x" in source.skipped[name] and "x.jpg" in source.skipped[name]
+               for name in refused)  # fmt: skip
+    twenty = {f"photo.{i:04d}.jpg": RED for i in range(20)}
+    with pytest.raises(ValueError, match=r"20 files.*photo\.0000\.jpg.*group photo"):
+        open_source(str(write_shard(tmp_path / "b.tar", twenty)))
+
+
+def test_keys_carry_their_shard_where_shards_share_them(tmp_path):
+    for k in range(10):
+        members = {f"{i:04d}.png": encoded(random_pixels(8, 8, seed=20 * k + i)) for i in range(20)}
+        write_shard(tmp_path / f"{k:05d}.tar", members)
+    for spec in ("*.tar", "{00000..00009}.tar", "{00000,0000{1..9}}.tar"):
+        source = open_source(str(tmp_path / spec))
+        assert len(source) == 200 and source.lost == 0 and not source.skipped
+        assert source.key(25) == "00001/0005"
+        assert (source.load(25).image == random_pixels(8, 8, seed=25)).all()
+    for k in range(1, 10):
+        (tmp_path / f"{k:05d}.tar").write_text("<!DOCTYPE html><html>404</html>" + " " * 600)
+    source = open_source(str(tmp_path / "*.tar"))
+    assert len(source) == 20 and source.lost == 180 and source.key(3) == "0003"
+    reasons = {f"{k:05d}.tar": "a web page" for k in range(1, 10)}
+    assert {name: source.skipped[name] for name in reasons} == reasons
+    source = open_source(str(tmp_path / "{{00000..00001},missing}.tar"))
+    assert len(source) == 20 and source.lost == 40  # one of three can be read
+
+
+def test_what_a_computer_leaves_is_no_picture_and_not_lost(tmp_path):
+    root = write_folder(tmp_path / "data", 3, labels=1)
+    for name in ("._0000.png", "__MACOSX/0000.png", "@eaDir/0000.png/thumb.jpg", ".DS_Store"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"\0\5\x16\7" + bytes(100))
+    (root / ".ipynb_checkpoints").mkdir()
+    (root / ".ipynb_checkpoints" / "a.jpg").write_bytes(RED)
+    for name, data in {"a.HEIC": b"x", "b.svg": b"<svg/>", "c.jxl": b"x", "d.MOV": b"x"}.items():
+        (root / name).write_bytes(data)
+    source = open_source(str(root))
+    assert len(source) == 3 and source.lost == 0 and len(source.skipped) == 9
+    lines = sorted(packing.left_out(source.skipped))
+    assert len(lines) == 5 and lines[0].startswith("5 files: ") and "__MACOSX/0000.png" in lines[0]
+    for name, form in {"a.HEIC": "HEIC", "b.svg": "SVG", "c.jxl": "JPEG XL"}.items():
+        assert source.skipped[name] == f"{form}, which we don't read"
+    shard = {name: RED for name in ("._a.jpg", "a.jpg", "__MACOSX/._b.jpg", "b.jpg")}
+    source = open_source(str(write_shard(tmp_path / "mac.tar", shard)))
+    assert list(records_of(source)) == ["a", "b"] and source.lost == 0
+    (root / "e.jpg").write_bytes(b"\0\0\0\x18ftypheic" + bytes(99))  # as phones send it
+    (root / "f.jpg").write_bytes(b"")
+    source = open_source(str(root))
+    assert source.lost == 2 and source.skipped["e.jpg"] == "e.jpg: HEIC"
+
+
+def test_links_are_followed_each_real_file_and_folder_once(tmp_path):
+    store = write_folder(tmp_path / "store", 6, labels=2)
+    root = tmp_path / "data"
+    (root / "real").mkdir(parents=True)
+    (root / "real" / "own.jpg").write_bytes(RED)
+    (root / "dogs").symlink_to(store / "class0")
+    (root / "again").symlink_to(store / "class0")
+    (root / "here").symlink_to(root / "real")
+    (root / "real" / "cat.png").symlink_to(store / "class1" / "0001.png")
+    (root / "real" / "up").symlink_to(tmp_path)  # holds the folder itself
+    (root / "circle.png").symlink_to(root / "circle.png")
+    source = open_source(str(root))
+    keys = ["again/0000.png", "again/0002.png", "again/0004.png", "real/cat.png", "real/own.jpg"]
+    assert list(records_of(source)) == keys and source.label(0) == "again" and source.lost == 0
+    assert set(source.skipped) == {"dogs", "here", "real/up", "circle.png"}
+    assert "loop" in source.skipped["real/up"] and "nowhere" in source.skipped["circle.png"]
+    assert [source.load(i).key for i in range(5)] == keys
+
+
+def test_other_suffixes_of_known_formats_are_read(tmp_path):
+    image = Image.fromarray(smooth_pixels(20, 30))
+    forms = {"jfif": "JPEG", "JPE": "JPEG", "pgm": "PPM", "pbm": "PPM", "ppm": "PPM", "apng": "PNG",
+             "avif": "AVIF"}  # fmt: skip
+    modes = {"pgm": "L", "pbm": "1"}
+    for suffix, form in forms.items():
+        data = encoded(image.convert(modes.get(suffix, "RGB")), form)
+        (tmp_path / f"a.{suffix}").write_bytes(data)
+    source = open_source(str(tmp_path))
+    assert len(source) == 7 and not source.skipped
+    for i in range(7):
+        wanted = np.array(Image.open(tmp_path / source.key(i)).convert("RGB"))
+        assert (source.load(i).image == wanted).all()
+
+
+def test_compressed_shards_and_folders_of_shards_name_the_way_out(tmp_path):
+    packed = gzip.compress(write_shard(tmp_path / "a.tar", {"a.jpg": RED}).read_bytes())
+    for name in ("b.tar", "b.tar.gz", "b.tgz"):
+        (tmp_path / name).write_bytes(packed)
+        with pytest.raises(ValueError, match=rf"{name}: compressed: gunzip it first"):
+            open_source(str(tmp_path / name))
+    with pytest.raises(ValueError, match=r"for tars pass '.*/\*\.tar'"):
+        open_source(str(tmp_path))
+    two = (tmp_path / "a.tar").read_bytes() + write_shard(tmp_path / "c.tar", {"c.jpg": GREEN}
+                                                          ).read_bytes()  # fmt: skip
+    (tmp_path / "cat.tar").write_bytes(two)
+    assert "joined by cat" in open_source(str(tmp_path / "cat.tar")).skipped["cat.tar"]
+
+
+def test_pixels_are_read_whatever_else_a_file_holds():
+    pixels = smooth_pixels(40, 56)
+    wrong = struct.pack("<HHI4s", 305, 5, 1, b"\0\0\0\0")  # Software as a rational, nowhere
+    turn = struct.pack("<HHII", 274, 3, 1, 6)
+    exif = b"Exif\0\0II*\0\x08\0\0\0\2\0" + turn + wrong + bytes(4)
+    jpeg = encoded(pixels, "JPEG", quality=95)
+    turned = jpeg[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + jpeg[2:]
+    expected = np.rot90(decode_image(jpeg, "x"), -1)
+    assert (decode_image(turned, "x") == expected).all()
+    info = PngImagePlugin.PngInfo()
+    info.add_text("story", "x" * 5_000_000, zip=True)
+    data = encoded(pixels, "PNG", pnginfo=info, icc_profile=bytes(3_000_000))
+    assert (decode_image(data, "x") == pixels).all()
+
+
+def test_deep_grey_is_read_by_what_it_holds():
+    ramp = np.tile(np.arange(256.0), (8, 1))
+    for values in (ramp, ramp / 255, ramp / 127.5, ramp / 127.5 - 1):
+        pixels = decode_image(encoded(values.astype(np.float32), "TIFF"), "x")[..., 0]
+        assert abs(pixels - ramp).max() <= 1
+    whole = decode_image(encoded(ramp.astype(np.int32), "TIFF"), "x")[..., 0]
+    assert (whole == ramp).all()
+    twelve = decode_image(encoded((ramp * 16).astype(np.int32), "TIFF"), "x")[..., 0]
+    assert abs(twelve - ramp * 16 * 255 / 4095).max() <= 0.5
+    dark = decode_image(encoded((ramp * 16).astype(np.uint16)), "x")[..., 0]  # 16 bits by its type
+    assert abs(dark - ramp * 16 / 257).max() <= 0.5
+    clear = decode_image(encoded((ramp * 257).astype(np.uint16), transparency=5 * 257), "x")
+    assert (clear[:, 5] == 255).all() and (clear[:, 6] == 6).all()
+
+
+def test_sidecars_say_zero_and_speak_windows(tmp_path):
+    shard = {}
+    for k in range(3):
+        shard |= {f"{k}.jpg": RED, f"{k}.json": json.dumps({"label": k, "caption": ""}).encode()}
+    both = json.dumps({"label": False, "caption": ["one", "two"]})
+    shard |= {
+        "a.jpg": RED,
+        "a.json": both.encode("utf-16"),
+        "b.jpg": RED,
+        "b.cls": b"\xef\xbb\xbf7",
+    }
+    shard |= {"b.txt": b"\xef\xbb\xbfa cat\r\nand more\r\n", "c.jpg": RED, "c.txt": b" \r\n"}
+    shard |= {"c.json": b"\xef\xbb\xbf" + json.dumps({"caption": "of json"}).encode()}
+    shard |= {"d.jpg": RED, "d.txt": "ein \u00fc".encode("utf-16")}
+    found = records_of(open_source(str(write_shard(tmp_path / "a.tar", shard))))
+    assert found == {"0": (None, "0"), "1": (None, "1"), "2": (None, "2"),
+                     "a": ("one\ntwo", "False"), "b": ("a cat\nand more", "7"),
+                     "c": ("of json", None), "d": ("ein \u00fc", None)}  # fmt: skip
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "IMG_1.JPG").write_bytes(RED)
+    (tmp_path / "data" / "IMG_1.TXT").write_bytes(b"upper\r\n")
+    source = open_source(str(tmp_path / "data"))
+    assert records_of(source) == {"IMG_1.JPG": ("upper", None)} and not source.skipped
+
+
+def test_copies_are_on_one_side_in_folders_tars_and_plain_indexes(tmp_path):
+    pictures = {f"{i}.png": encoded(random_pixels(16, 16, seed=i)) for i in range(60)}
+    pictures |= {f"{i}-copy.png": pictures[f"{i}.png"] for i in range(60)}
+    (tmp_path / "data").mkdir()
+    for name, data in pictures.items():
+        (tmp_path / "data" / name).write_bytes(data)
+    write_shard(tmp_path / "a.tar", pictures)
+    folder = open_source(str(tmp_path / "data"))
+    plain = [{k: v for k, v in folder.record(i).items() if k != "digest"} for i in range(120)]
+    write_index(tmp_path / "plain.jsonl", plain)
+    for spec in ("data", "a.tar", "plain.jsonl"):
+        train, test = hold_out(open_source(str(tmp_path / spec)), 0.2)
+        sides = [{side.load(i).digest for i in range(len(side))} for side in (train, test)]
+        assert not sides[0] & sides[1] and len(test) == 2 * len(sides[1]) > 0
+    assert len(hold_out(folder, 0.0)[0]) == 120
+
+
+def test_a_fault_that_passes_is_forgotten_and_a_replaced_picture_noticed(tmp_path, monkeypatch):
+    root = write_folder(tmp_path / "data", 4, labels=1)
+    path, real = root / "class0" / "0001.png", packing._read
+    shard = write_shard(tmp_path / "a.tar", {"a.jpg": RED, "b.jpg": GREEN})
+    with monkeypatch.context() as patched:
+
+        def flaky(place, root=""):
+            if place["path"] == "class0/0001.png" or place.get("offset") == 512:
+                raise packing.Unreadable("Input/output error")
+            return real(place, root)
+
+        patched.setattr(packing, "_read", flaky)
+        for spec, lost in ((root, "class0/0001.png"), (shard, "a.jpg")):
+            assert lost in open_source(str(spec)).skipped
+    assert len(open_source(str(root))) == 4 and len(open_source(str(shard))) == 2
+    (root / "broken.png").write_bytes(b"broken")
+    before = open_source(str(root))
+    assert before.lost == 1
+    status = path.stat()
+    data = path.read_bytes()
+    path.write_bytes(encoded(Image.new("RGB", before.size(1)[::-1])).ljust(len(data), b"\0"))
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))  # as rsync --times leaves it
+    after = open_source(str(root))
+    assert after.fingerprint() != before.fingerprint() and after.load(1).image.max() == 0
+    assert after.size(1) == before.size(1)
+    monkeypatch.setattr(packing, "MAX_PIXELS", 10)  # other rules, another scan
+    with pytest.raises(ValueError, match=r"4 files.*more than 10"):
+        open_source(str(root))
+
+
+def test_pictures_leave_the_loader_no_larger_than_asked(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(encoded(smooth_pixels(600, 800), "JPEG", quality=95))
+    parts = one_partition(open_source(str(tmp_path)), packs_per_step=1)
+    rule = SizeRule("fixed", 16, 96)
+    (whole,), (none,), (live,) = (
+        StepData(parts, 16, 5, teachers=teachers)[0] for teachers in (None, {}, {"t": rule})
+    )
+    assert whole.samples[0].image.shape == (600, 800, 3) and not whole.pixels
+    assert none.samples[0].image.size == live.samples[0].image.size == 0
+    assert live.samples[0].digest == none.samples[0].digest == whole.samples[0].digest
+    for batch in (none, live):  # the student's view, through a smaller decode
+        assert (batch.patches_MX - whole.patches_MX).square().mean() < 1e-4
+    (seen,) = live.seen("t")
+    full = resize(to_float(whole.samples[0].image), (96, 96))
+    assert seen.shape == (3, 96, 96) and (seen - full).square().mean() < 1e-4
+
+
+def test_too_few_pictures_says_how_many():
+    with pytest.raises(ValueError, match=r"20 pictures make 2 packs.*about 640 pictures"):
+        StepData(one_partition(OpenMoji("train", 20), packs_per_step=64), 16, 5)[0]
+
+
+@pytest.mark.slow
+def test_photographs_of_a_megapixel_read_as_webdataset_reads_them(tmp_path):
+    webdataset = pytest.importorskip("webdataset")
+    jpeg = encoded(smooth_pixels(864, 1152), "JPEG")
+    photos = {f"{i:05d}": jpeg[:2] + b"\xff\xfe\0\x08%06d" % i + jpeg[2:] for i in range(2000)}
+    names, root = list(photos), tmp_path / "data"
+    root.mkdir()
+    for n in range(4):
+        part = names[500 * n : 500 * (n + 1)]
+        write_shard(tmp_path / f"s-{n}.tar", {f"{name}.jpg": photos[name] for name in part})
+    for name in names:
+        (root / f"{name}.jpg").write_bytes(photos[name])
+    tars, folder = open_source(str(tmp_path / "s-*.tar")), open_source(str(root))
+    paths = sorted(map(str, tmp_path.glob("s-*.tar")))
+    oracle = list(webdataset.WebDataset(paths, shardshuffle=False))
+    assert len(tars) == len(folder) == len(oracle) == 2000
+    for i, sample in enumerate(oracle):
+        assert tars.key(i) == sample["__key__"] == folder.key(i).removesuffix(".jpg")
+        assert packing._read(tars.record(i)) == sample["jpg"] == packing._read(folder.record(i))
+    assert not tars.lost + folder.lost and tars.size(7) == folder.size(7) == (864, 1152)

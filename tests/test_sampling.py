@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -896,3 +897,115 @@ def test_two_processes_embed_cluster_and_assign(pictures, tmp_path):
     out = tmp_path / "s.jsonl"
     run("sample", tmp_path / "pool", tmp_path / "again", "--target", 9, "--out", out)
     assert len(open_source(str(out))) == 9
+
+
+# ----------------------------------------------------- pools of pictures as people have them
+
+
+def keys_in(index: Path) -> list[str]:
+    source = open_source(str(index))
+    return [source.key(i) for i in range(len(source))]
+
+
+def test_pictures_may_move(pool, pictures, tmp_path, monkeypatch):
+    run("cluster", pool, "--clusters", 6, 2, "--out", tmp_path / "tree")
+    lines = [json.loads(x) for x in (pool / "part-00000.jsonl").read_text().splitlines()[1:]]
+    assert all(not os.path.isabs(line["path"]) for line in lines)
+    (tmp_path / "disk").mkdir()
+    pictures.rename(tmp_path / "disk" / "photos")
+    with monkeypatch.context() as patched:
+        patched.setattr(sampling, "embed_part", lambda *_: pytest.fail("embedded again"))
+        run(*embed(tmp_path / "disk" / "photos", pool))
+    out = tmp_path / "sample.jsonl"
+    run("sample", pool, tmp_path / "tree", "--target", 10, "--out", out, "--cap", "photos=10")
+    source = open_source(str(out))
+    assert {source.load(i).image.shape for i in range(10)} == {(48, 64, 3)}
+
+
+def test_what_is_excluded_is_excluded_by_content(pool, tmp_path, capsys):
+    run("cluster", pool, "--clusters", 3, "--out", tmp_path / "tree")
+    rows = sampling.Pool(pool).records(np.arange(29))
+    keys, digests = [r["key"] for r in rows], [r["digest"] for r in rows]
+    lines = ["\ufeff" + keys[0], keys[1] + " ", digests[2].upper(), "sha256:" + digests[3]]
+    lines += ["pictures/" + keys[4], keys[5] + "#2", "", "nowhere.png"]
+    (tmp_path / "lines.txt").write_text("\r\n".join(lines), encoding="utf-8")
+    write_index(tmp_path / "index.jsonl", rows[:6])
+    for name, missed in (("lines.txt", True), ("index.jsonl", False)):
+        capsys.readouterr()
+        out = tmp_path / f"{name}.out.jsonl"
+        run("sample", pool, tmp_path / "tree", "--target", 99, "--out", out,
+            "--exclude", tmp_path / name)  # fmt: skip
+        assert keys_in(out) == keys[6:]
+        text = capsys.readouterr().out
+        assert ("1 of 7 match nothing: ['nowhere.png']" in text) == missed
+        assert '"excluded": 6' in text
+
+
+def test_copies_and_what_is_near_the_excluded(tmp_path, capsys):
+    rng, root = np.random.default_rng(0), tmp_path / "data"
+    root.mkdir()
+    for name in ("b0", "b1", "b2"):
+        pixels = rng.integers(0, 255, (32, 32, 3)).astype(np.uint8)
+        Image.fromarray(pixels).save(root / f"{name}.png")
+        near = pixels.copy()
+        near[0, 0] ^= 1
+        Image.fromarray(near).save(root / f"{name}-near.png")
+    (root / "a0.png").write_bytes((root / "b0.png").read_bytes())
+    run(*embed(root, tmp_path / "pool"))
+    run("cluster", tmp_path / "pool", "--clusters", 3, "--out", tmp_path / "tree")
+    common = ("sample", tmp_path / "pool", tmp_path / "tree", "--target", 99, "--out")
+    run(*common, tmp_path / "exact.jsonl", "--dedup", 1)
+    exact = keys_in(tmp_path / "exact.jsonl")
+    assert sorted(exact) == sorted({p.name for p in root.iterdir()} - {"b0.png"})
+    (tmp_path / "banned.txt").write_text("b0.png\nb1.png\n")
+    run(*common, tmp_path / "far.jsonl", "--dedup", 0.999, "--exclude", tmp_path / "banned.txt")
+    assert keys_in(tmp_path / "far.jsonl") == ["b2-near.png"]  # one of two that are alike
+    for wrong in ("95", "0", "-1", "nan"):
+        with pytest.raises(SystemExit):
+            run(*common, tmp_path / "x.jsonl", "--dedup", wrong)
+        assert "--dedup" in capsys.readouterr().err
+
+
+def test_sources_of_one_name_and_a_missing_picture(pictures, tmp_path, capsys):
+    for name in ("laion", "dfn"):
+        (tmp_path / name).mkdir()
+        with tarfile.open(tmp_path / name / "00000.tar", "w") as tar:
+            for i in range(0, 9, 3):
+                tar.add(pictures / "class0" / f"{i:02d}.png", f"{i:02d}.png")
+    specs = [tmp_path / name / "*.tar" for name in ("laion", "dfn")]
+    run("embed", *specs, *embed(pictures / "class2", tmp_path / "pool")[1:])
+    run("cluster", tmp_path / "pool", "--clusters", 2, "--out", tmp_path / "tree")
+    sources = {r["source"] for r in sampling.Pool(tmp_path / "pool").records(np.arange(16))}
+    assert sources == {"laion/00000", "dfn/00000", "class2"}
+    (pictures / "class2" / "02.png").unlink()
+    capsys.readouterr()
+    out = tmp_path / "s.jsonl"
+    run("sample", tmp_path / "pool", tmp_path / "tree", "--target", 99, "--out", out)
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["drawn"] == 16
+    assert Image.open(out.with_suffix(".report.png")).size[0] == 640
+
+
+def test_an_embedding_that_is_not_finite_is_skipped_by_name(
+    pictures, tmp_path, capsys, monkeypatch
+):
+    real = sampling.load_teacher
+
+    def poisoned(*args):
+        teacher = real(*args)
+        targets = teacher.targets
+
+        def one_nan(samples):
+            found = targets(samples)
+            for row, sample in zip(found.summary_BC, samples, strict=True):
+                row[0] = float("nan") if sample.key == "class2/05.png" else row[0]
+            return found
+
+        teacher.targets = one_nan
+        return teacher
+
+    monkeypatch.setattr(sampling, "load_teacher", poisoned)
+    run(*embed(pictures, tmp_path / "pool"))
+    assert "skipped class2/05.png: its embedding is not finite" in capsys.readouterr().out
+    table = sampling.Pool(tmp_path / "pool")
+    assert len(table) == 28 and table[:].isfinite().all()
+    assert "class2/05.png" not in {r["key"] for r in table.records(np.arange(28))}

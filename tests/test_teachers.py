@@ -17,7 +17,9 @@ import numpy as np
 import pytest
 import torch
 from einops import rearrange, reduce
+from PIL import Image
 
+import packing
 import teachers
 from packing import BadImage, Sample, cache_home, resize, to_float
 from teachers import (
@@ -1301,3 +1303,22 @@ def test_core_packages_are_enough_to_import():
     blocked = ["transformers", "onnx", "safetensors", "matplotlib", "tokenizers"]
     code = f"import sys; sys.modules.update(dict.fromkeys({blocked})); import teachers"
     subprocess.run([PYTHON, "-c", code], cwd=ROOT, check=True)
+
+
+# ---------------------------------------------------------------- pictures as people have them
+
+
+def test_a_picture_replaced_at_equal_byte_size_is_computed(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    root = tmp_path / "pictures"
+    root.mkdir()
+    for i in range(4):
+        Image.new("RGB", (64, 48), (60 * i, 0, 0)).save(root / f"{i}.bmp")
+    cached = CachedTeacher(tiny(), tmp_path / "features")
+    cached.fill(packing.open_source(str(root)))
+    Image.new("RGB", (64, 48), (0, 200, 0)).save(root / "2.bmp")
+    source, looked = packing.open_source(str(root)), []
+    monkeypatch.setattr(cached, "prepare", lambda x: looked.append(x) or tiny().prepare(x))
+    cached.fill(source)
+    assert len(looked) == 1 and looked[0][1].mean() > 0.7
+    assert_equal_targets(cached, tiny(), [source.load(i) for i in range(4)])

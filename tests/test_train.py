@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -1969,3 +1970,113 @@ def test_a_folder_that_cannot_be_written_is_found_out_at_once(tmp_path, monkeypa
     monkeypatch.setattr(train, "open_sources", lambda _: pytest.fail("work before the check"))
     with pytest.raises(SystemExit, match="file"):
         run(tmp_path / "file" / "out")
+
+
+# ------------------------------------------------------------- pictures as people have them
+
+
+def test_lost_shards_and_pictures_count_and_harmless_files_do_not(tmp_path, capsys):
+    make_pictures(tmp_path / "pictures", good=40, bad=0)
+    for i in range(10):
+        with tarfile.open(tmp_path / f"{i}.tar", "w") as tar:
+            for k in range(4):
+                tar.add(tmp_path / "pictures" / f"{4 * i + k:03d}.jpg", f"{k}.jpg")
+    for i in range(2):
+        (tmp_path / f"{i}.tar").write_text("<html>")
+    config = dataclasses.replace(train.PRESETS["debug"], data=(str(tmp_path / "*.tar"),))
+    sources, _ = train.open_sources(config)
+    with pytest.raises(train.Standstill, match="8 of 40 pictures could not be read"):
+        train.note_scan(config, sources)
+    train.note_scan(dataclasses.replace(config, max_bad_frac=0.2), sources)
+    for i in range(30):
+        (tmp_path / "pictures" / f"._{i:03d}.jpg").write_bytes(b"\0\5\x16\7")
+    folder = dataclasses.replace(config, data=(str(tmp_path / "pictures"),) * 2)
+    sources, held_out = train.open_sources(folder)
+    capsys.readouterr()
+    assert len(train.note_scan(folder, sources)) == 30
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and lines[0].startswith("skipped 30 files: ._000.jpg, ")
+    assert f"scores pictures of {folder.data[0]}, the first" in lines[1]
+    assert held_out.source is sources[0].source
+
+
+def test_held_out_0_trains_on_all(tmp_path):
+    make_pictures(tmp_path / "pictures", good=12, bad=0)
+    data = (str(tmp_path / "pictures"),)
+    config = dataclasses.replace(train.PRESETS["debug"], data=data, held_out=0.0)
+    (source,), held_out = train.open_sources(config)
+    assert len(source) == 12 and len(held_out) == 0
+
+
+def test_with_cached_features_no_picture_leaves_the_loader(tmp_path):
+    cfg = dataclasses.replace(train.PRESETS["debug"], data=("openmoji:train:24",))
+    live = [train.load_teacher(train.parse_teacher(text)) for text in cfg.teachers]
+    cached = [train.CachedTeacher(teacher, tmp_path) for teacher in live]
+    sources, _ = train.open_sources(cfg)
+    student = train.build_student(cfg, live)[0]
+    for teachers, most in ((cached, 0), (live, 224 * 224), (None, 224 * 224)):
+        (data,) = train.make_stages(cfg, sources, student, CPU, teachers)
+        pixels = [s.image.size // 3 for batch in data[0] for s in batch.samples]
+        assert max(pixels) <= most and (most == 0 or min(pixels) > 0)
+
+
+@pytest.mark.slow
+@pytest.mark.full_report
+def test_a_phones_folder_trains_and_says_what_it_left_out(tmp_path, capsys):
+    root = tmp_path / "DCIM"
+    make_pictures(root, good=48, bad=0)
+    for i, path in enumerate(sorted(root.glob("*.jpg"))):
+        exif = Image.Exif()
+        exif[0x0112] = 1 + i % 8
+        Image.open(path).save(root / f"IMG_{i:04d}.JPG", quality=90, exif=exif)
+        path.unlink()
+        (root / f"._IMG_{i:04d}.JPG").write_bytes(b"\0\5\x16\7" + bytes(90))
+        if i % 4 == 0:
+            (root / f"IMG_{i:04d}.MOV").write_bytes(b"\0\0\0\x14ftypqt  ")
+            (root / f"IMG_{i:04d} copy.JPG").write_bytes((root / f"IMG_{i:04d}.JPG").read_bytes())
+    for i in range(20):
+        (root / f"IMG_9{i:03d}.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
+    run(tmp_path / "out", "--data", str(root), "--cache", str(tmp_path / "features"))
+    lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("skipped")]
+    reasons = ("left by a computer or a tool, no picture", "HEIC, which we don't read",
+               "a film, which we don't read")  # fmt: skip
+    for count, why in zip((48, 20, 12), reasons, strict=True):
+        assert [x for x in lines if x.startswith(f"skipped {count} files: ") and x.endswith(why)]
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert len(summary["skipped"]) == 80 and summary["scored"] == str(root)
+    assert summary["report"]["fidelity"]
+    sides = [{side.load(i).digest for i in range(len(side))} for side in train.hold_out(
+        train.open_source(str(root)), 0.15)]  # fmt: skip
+    assert not sides[0] & sides[1] and len(sides[0] | sides[1]) == 48
+
+
+@pytest.mark.slow
+def test_ranks_scan_their_part_of_the_shards(tmp_path):
+    make_pictures(tmp_path / "pictures", good=12, bad=0)
+    for i in range(4):
+        with tarfile.open(tmp_path / f"{i}.tar", "w") as tar:
+            for k in range(3):
+                tar.add(tmp_path / "pictures" / f"{3 * i + k:03d}.jpg", f"{3 * i + k}.jpg")
+    script = tmp_path / "scan.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "import packing\n"
+        "group, real = packing.setup_distributed(60), packing._tar_members\n"
+        "def members(path, root):\n"
+        "    print(f'rank {group.rank} reads {path.name};', flush=True)\n"
+        "    return real(path, root)\n"
+        "packing._tar_members = members\n"
+        f"source = packing.open_source({str(tmp_path / '*.tar')!r})\n"
+        "print(f'rank {group.rank} has {len(source)} {source.fingerprint()};', flush=True)\n"
+        "packing.dist.destroy_process_group()\n"
+    )
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    env = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launch, str(script)], capture_output=True, text=True, env=env,
+                          timeout=200)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    said = sorted(x.strip() for x in done.stdout.replace("\n", "").split(";") if x.strip())
+    assert [x for x in said if "reads" in x] == [
+        f"rank {i % 2} reads {i}.tar" for i in (0, 2, 1, 3)
+    ]
+    assert len({x.split(" has ")[1] for x in said if " has 12 " in x}) == 1
