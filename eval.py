@@ -12,6 +12,8 @@ tokens, G settings of a probe, P figures of one image, R bootstrap draws.
 Sources: AMoE Sec. 6 (kNN, zero-shot, retrieval, segmentation), RADIOv2.5 Sec. 3 and 5.
 """
 
+from __future__ import annotations
+
 import argparse
 import hashlib
 import json
@@ -57,66 +59,8 @@ LARGEST = 1024  # px, about; teachers and `encode` see no more pixels than its s
 VOID = 255  # mask value of a pixel without a label, the field's convention
 Rows = dict[str, dict[str, Any]]  # name -> {"value", "low", "high", "n", ...}
 
-# ------------------------------------------------------------------- encoders and feature sets
 
-
-class RawPixels:
-    """Control without weights: the picture at 16x16 as summary, its 8x8 patches as tokens."""
-
-    def encode(self, images: Sequence[Tensor]) -> list[Features]:
-        small = [resize(image, (16, 16)).flatten() - 0.5 for image in images]
-        return [Features({"": x}, {"": self.map(y)}) for x, y in zip(small, images, strict=True)]
-
-    def map(self, image: Tensor) -> Tensor:
-        height, width = fit_size(image.shape[1], image.shape[2], patch=8)
-        patches_PX = patchify(resize(image, (height, width)), 8)
-        return rearrange(patches_PX - 0.5, "(h w) x -> h w x", h=height // 8)
-
-
-@torch.no_grad()
-def random_control(student: Student, seed: int = 0) -> Student:
-    """Control without training: the student's network with random weights, none of them zero.
-
-    A student as training starts from it would not do. Its blocks begin as the identity, so that it
-    says the same of every picture, and its 20-NN is the order of ties. Matrices that begin as zeros
-    are drawn with the usual deviation of 1 / sqrt(inputs).
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        control = Student(student.config)
-        for weight in control.parameters():
-            if weight.ndim > 1 and not weight.any():
-                nn.init.trunc_normal_(weight, std=weight.shape[-1] ** -0.5)
-    return control.eval().to(next(student.parameters()).device)
-
-
-@torch.no_grad()
-def encode(model: Any, samples: list[Sample]) -> list[Features]:
-    """Features of pictures by any encoder.
-
-    Args:
-        model: a teacher (has `targets`; live or looked up in a cache), or what has
-            `encode(images)` (a student, `RawPixels`), or a mapping of names to models, which
-            nests: {"teacher": {"vit": ...}, "student": ...} gives "teacher/vit", "student/trunk".
-    """
-    if isinstance(model, Mapping):
-        parts = {name: encode(part, samples) for name, part in model.items()}
-        return [_join({name: part[i] for name, part in parts.items()}) for i in range(len(samples))]
-    if not hasattr(model, "targets"):
-        return model.encode([to_float(sample.image) for sample in samples])
-    out = model.targets(samples)
-    none: list[dict] = [{}] * len(samples)
-    summaries = none if out.summary_BC is None else [{"": x_C} for x_C in out.summary_BC]
-    return [Features(x, {"": y}) for x, y in zip(summaries, out.patches, strict=True)]
-
-
-def _join(parts: dict[str, Features]) -> Features:
-    """One Features whose names carry the models' names in front."""
-    joined = Features({}, {})
-    for model, part in parts.items():
-        joined.summary |= {f"{model}/{name}".rstrip("/"): x for name, x in part.summary.items()}
-        joined.patches |= {f"{model}/{name}".rstrip("/"): x for name, x in part.patches.items()}
-    return joined
+# ---- Part I, the papers: features of every column, once
 
 
 @dataclass
@@ -130,7 +74,7 @@ class FeatureSet:
     skipped: dict[str, str] = field(default_factory=dict)  # key -> why it was left out
     broken: list[str] = field(default_factory=list)  # those among them that do not decode
 
-    def take(self, places: list[int]) -> "FeatureSet":
+    def take(self, places: list[int]) -> FeatureSet:
         """Some of the pictures."""
         kept = [place for place in places if place in self.dense]
         return replace(
@@ -192,134 +136,62 @@ def extract(
     return found_all
 
 
-def share() -> tuple[int, int]:
-    """(rank, world); (0, 1) without a process group."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def _gather(records: dict[int, Any], skipped: dict[str, str], world: int) -> FeatureSet:
-    """All ranks' pictures in the source's order: each is there once, whatever the world."""
-    if world > 1:
-        parts: list[Any] = [None] * world
-        dist.all_gather_object(parts, (records, skipped))
-        records = {i: record for part, _ in parts for i, record in part.items()}
-        skipped = {key: why for _, part in parts for key, why in part.items()}
-    if not records:
-        return FeatureSet(skipped=skipped)
-    samples, summaries, maps = zip(*(records[i] for i in sorted(records)), strict=True)
-    dense = [place for place, kept in enumerate(maps) if kept]
-    columns = maps[dense[0]] if dense else ()
-    return FeatureSet(
-        list(samples),
-        {column: torch.stack([x[column] for x in summaries]) for column in summaries[0]},
-        {column: [maps[place][column] for place in dense] for column in columns},
-        dense,
-        skipped,
-    )
-
-
-def at_size(sample: Sample, size: Any) -> Sample:
-    """A sample whose picture has about size^2 pixels and its aspect, or is (height, width)."""
-    if size is None:
-        return sample
-    if isinstance(size, int):
-        sides = sample.image.shape[:2]
-        size = [max(1, round(side * size / math.sqrt(math.prod(sides)))) for side in sides]
-    pixels = Image.fromarray(sample.image).resize(size[::-1], Image.Resampling.BICUBIC)
-    return replace(sample, image=np.array(pixels))
-
-
-def comparable(train: FeatureSet, test: FeatureSet, by_label: bool = False) -> FeatureSet:
-    """The test pictures that are not in training, by content, and of classes that it has.
-
-    Those left out go into `test.skipped`. Raises: ValueError if none is left.
-    """
-    seen = {sample.digest: sample.key for sample in train.samples}
-    classes = {sample.label for sample in train.samples} if by_label else set()
-    why: dict[int, str] = {}
-    for i, sample in enumerate(test.samples):
-        if sample.digest in seen:
-            why[i] = "in both train and test"
-        elif by_label and None not in {sample.label, *classes} and sample.label not in classes:
-            why[i] = f"classes ['{sample.label}'] of --test have no picture in --train"
-    if why and len(why) == len(test.samples):
-        names = [f"{s.key} (= {seen.get(s.digest, 'none')})" for s in test.samples[:5]]
-        reasons = "; ".join(sorted(set(why.values())))
-        raise ValueError(f"all {len(why)} test pictures are left out: {reasons}: {names}")
-    test.skipped |= {test.samples[i].key: reason for i, reason in why.items()}
-    return test.take([i for i in range(len(test.samples)) if i not in why])
-
-
-# ------------------------------------------------------------------- figures with their intervals
-
-
-def finite(row: dict[Any, Any], **why: str) -> dict[Any, Any]:
-    """The row with None for each figure that has no denominator, and the reason of those in `why`.
-
-    JSON knows neither nan nor infinity. A mean leaves None out.
-    """
-    lost = [k for k, x in row.items() if isinstance(x, float) and not math.isfinite(x)]
-    reasons = [f"{k}: {why[k]}" for k in lost if k in why]
-    return row | dict.fromkeys(lost) | ({"reason": "; ".join(reasons)} if reasons else {})
-
-
-def bootstrap(
-    parts_NP: Tensor, statistic: Callable[[Tensor], Tensor], seed: int = 0, why: str = ""
-) -> dict[str, Any]:
-    """A figure with its 95 % percentile interval over images, of 1,000 draws.
+@torch.no_grad()
+def encode(model: Any, samples: list[Sample]) -> list[Features]:
+    """Features of pictures by any encoder.
 
     Args:
-        parts_NP: what each image adds (hits, intersections, squared errors, ...).
-        statistic: mean parts (..., P) -> figure (...,), not finite where it has no denominator.
-        why: reason for such a value, which is None.
+        model: a teacher (has `targets`; live or looked up in a cache), or what has
+            `encode(images)` (a student, `RawPixels`), or a mapping of names to models, which
+            nests: {"teacher": {"vit": ...}, "student": ...} gives "teacher/vit", "student/trunk".
     """
-    parts_NP, n = parts_NP.double(), len(parts_NP)
-    generator, values = torch.Generator().manual_seed(seed), []
-    for _ in range(10):  # in blocks of 100, so that 50,000 images fit in memory
-        times_RN = torch.zeros(100, n, dtype=torch.double)
-        picks_RN = torch.randint(n, (100, n), generator=generator)
-        times_RN.scatter_add_(1, picks_RN, torch.ones_like(times_RN))
-        values.append(statistic(times_RN @ parts_NP / n))
-    drawn = torch.cat(values)
-    drawn[~drawn.isfinite()] = torch.nan
-    low, high = drawn.nanquantile(torch.tensor([0.025, 0.975]).double()).tolist()
-    value = float(statistic(parts_NP.mean(0)))
-    return finite({"value": value, "low": low, "high": high, "n": n}, value=why)
+    if isinstance(model, Mapping):
+        parts = {name: encode(part, samples) for name, part in model.items()}
+        return [_join({name: part[i] for name, part in parts.items()}) for i in range(len(samples))]
+    if not hasattr(model, "targets"):
+        return model.encode([to_float(sample.image) for sample in samples])
+    out = model.targets(samples)
+    none: list[dict] = [{}] * len(samples)
+    summaries = none if out.summary_BC is None else [{"": x_C} for x_C in out.summary_BC]
+    return [Features(x, {"": y}) for x, y in zip(summaries, out.patches, strict=True)]
 
 
-def accuracy(hits_N: Tensor, targets_N: Tensor | None = None, names: Sequence[str] = ()) -> dict:
-    """Share of hits with its interval; with names, per class too."""
-    row = bootstrap(hits_N.double()[:, None], lambda means: means[..., 0])
-    if names and targets_N is not None:
-        hits = {name: hits_N[targets_N == i].double() for i, name in enumerate(names)}
-        row |= by_class({name: float(x.mean()) for name, x in hits.items()})
-    return row
+# ---- kNN, and heads that are mixed by their entropy
 
 
-def by_class(figures: dict[Any, float]) -> dict[str, Any]:
-    """What a row says of each class, None for those without a test picture."""
-    found = finite(figures)
-    reason = {"reason": "per_class: null where no test picture is of the class"}
-    return {"per_class": found} | (reason if None in found.values() else {})
+def knn(train: FeatureSet, test: FeatureSet, k: int = 20, per_class: bool = False) -> Rows:
+    """kNN accuracy of every column, of each model's heads together, and of the largest class.
+
+    "concat" joins the heads at unit length; "ensemble" mixes their votes, each head's summing to
+    one (raw votes, as printed, let the head with the larger cosines decide).
+    """
+    test = comparable(train, test, by_label=True)
+    names, train_N, test_N = class_ids(train, test)
+
+    def votes(*columns: str) -> Tensor:
+        joined = [torch.cat([F.normalize(s.summary[c]) for c in columns], 1) for s in (train, test)]
+        return F.normalize(knn_votes(joined[0], train_N, joined[1], len(names), k), p=1)
+
+    found = add_ensembles({column: votes(column) for column in test.summary})
+    found |= {f"{m}/concat": votes(*heads) for m, heads in head_groups(test.summary).items()}
+    found["majority class"] = train_N.bincount().expand(len(test_N), -1)
+    shown = names if per_class else ()
+    return {name: accuracy(v.argmax(1) == test_N, test_N, shown) for name, v in found.items()}
 
 
-def class_ids(train: FeatureSet, test: FeatureSet) -> tuple[list[str], Tensor, Tensor]:
-    """The class names of the training set, and both sets' labels as indices into them."""
-    labels = train.known("label", "--train"), test.known("label", "--test")
-    index = {name: i for i, name in enumerate(sorted(set(labels[0])))}
-    if unseen := sorted(set(labels[1]) - set(index)):
-        raise ValueError(f"classes {unseen[:10]} of --test have no picture in --train")
-    train_N, test_N = (torch.tensor([index[label] for label in side]) for side in labels)
-    return list(index), train_N, test_N
+def knn_votes(
+    train_NC: Tensor, ids_N: Tensor, test_MC: Tensor, classes: int, k: int = 20, temperature=0.07
+) -> Tensor:
+    """Votes (M, classes): each of the k nearest by cosine adds exp(cosine / temperature).
 
-
-def split(n: int, fraction: float = 0.2, seed: int = 0) -> tuple[list[int], list[int]]:
-    """(fit, held): settings are chosen on a part of the training pictures, never on the test."""
-    if n < 2:
-        raise ValueError(f"{n} training pictures can't be split to choose a setting; 2 at least")
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
-    held = max(1, round(n * fraction))
-    return order[held:], order[:held]
+    AMoE Sec. 6.1, after Wu et al. 2018.
+    """
+    train_NC, votes = F.normalize(train_NC.float(), dim=1), []
+    for test_BC in F.normalize(test_MC.float(), dim=1).split(2**26 // len(train_NC) + 1):
+        cosine_BK, nearest_BK = (test_BC @ train_NC.T).topk(min(k, len(train_NC)), dim=1)
+        empty = torch.zeros(len(test_BC), classes)
+        votes.append(empty.scatter_add_(1, ids_N[nearest_BK], (cosine_BK / temperature).exp()))
+    return torch.cat(votes)
 
 
 def head_groups(names: Iterable[str]) -> dict[str, list[str]]:
@@ -352,217 +224,38 @@ def calibrate(scores_NK: Tensor, targets_N: Tensor) -> float:
     return min(grid, key=lambda t: float(F.cross_entropy(scores_NK / t, targets_N)))
 
 
-# ------------------------------------------------------------------- kNN and linear probe
+def class_ids(train: FeatureSet, test: FeatureSet) -> tuple[list[str], Tensor, Tensor]:
+    """The class names of the training set, and both sets' labels as indices into them."""
+    labels = train.known("label", "--train"), test.known("label", "--test")
+    index = {name: i for i, name in enumerate(sorted(set(labels[0])))}
+    if unseen := sorted(set(labels[1]) - set(index)):
+        raise ValueError(f"classes {unseen[:10]} of --test have no picture in --train")
+    train_N, test_N = (torch.tensor([index[label] for label in side]) for side in labels)
+    return list(index), train_N, test_N
 
 
-def knn_votes(
-    train_NC: Tensor, ids_N: Tensor, test_MC: Tensor, classes: int, k: int = 20, temperature=0.07
-) -> Tensor:
-    """Votes (M, classes): each of the k nearest by cosine adds exp(cosine / temperature).
+def comparable(train: FeatureSet, test: FeatureSet, by_label: bool = False) -> FeatureSet:
+    """The test pictures that are not in training, by content, and of classes that it has.
 
-    AMoE Sec. 6.1, after Wu et al. 2018.
+    Those left out go into `test.skipped`. Raises: ValueError if none is left.
     """
-    train_NC, votes = F.normalize(train_NC.float(), dim=1), []
-    for test_BC in F.normalize(test_MC.float(), dim=1).split(2**26 // len(train_NC) + 1):
-        cosine_BK, nearest_BK = (test_BC @ train_NC.T).topk(min(k, len(train_NC)), dim=1)
-        empty = torch.zeros(len(test_BC), classes)
-        votes.append(empty.scatter_add_(1, ids_N[nearest_BK], (cosine_BK / temperature).exp()))
-    return torch.cat(votes)
+    seen = {sample.digest: sample.key for sample in train.samples}
+    classes = {sample.label for sample in train.samples} if by_label else set()
+    why: dict[int, str] = {}
+    for i, sample in enumerate(test.samples):
+        if sample.digest in seen:
+            why[i] = "in both train and test"
+        elif by_label and None not in {sample.label, *classes} and sample.label not in classes:
+            why[i] = f"classes ['{sample.label}'] of --test have no picture in --train"
+    if why and len(why) == len(test.samples):
+        names = [f"{s.key} (= {seen.get(s.digest, 'none')})" for s in test.samples[:5]]
+        reasons = "; ".join(sorted(set(why.values())))
+        raise ValueError(f"all {len(why)} test pictures are left out: {reasons}: {names}")
+    test.skipped |= {test.samples[i].key: reason for i, reason in why.items()}
+    return test.take([i for i in range(len(test.samples)) if i not in why])
 
 
-def knn(train: FeatureSet, test: FeatureSet, k: int = 20, per_class: bool = False) -> Rows:
-    """kNN accuracy of every column, of each model's heads together, and of the largest class.
-
-    "concat" joins the heads at unit length; "ensemble" mixes their votes, each head's summing to
-    one (raw votes, as printed, let the head with the larger cosines decide).
-    """
-    test = comparable(train, test, by_label=True)
-    names, train_N, test_N = class_ids(train, test)
-
-    def votes(*columns: str) -> Tensor:
-        joined = [torch.cat([F.normalize(s.summary[c]) for c in columns], 1) for s in (train, test)]
-        return F.normalize(knn_votes(joined[0], train_N, joined[1], len(names), k), p=1)
-
-    found = add_ensembles({column: votes(column) for column in test.summary})
-    found |= {f"{m}/concat": votes(*heads) for m, heads in head_groups(test.summary).items()}
-    found["majority class"] = train_N.bincount().expand(len(test_N), -1)
-    shown = names if per_class else ()
-    return {name: accuracy(v.argmax(1) == test_N, test_N, shown) for name, v in found.items()}
-
-
-@dataclass
-class Probe:
-    """BatchNorm and a linear layer (on maps: a 1x1 convolution), folded, for G settings at once."""
-
-    weight_GCK: Tensor
-    bias_GK: Tensor
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """(M, C) -> (G, M, K) logits."""
-        return torch.einsum("mc,gck->gmk", x.float(), self.weight_GCK) + self.bias_GK[:, None]
-
-
-def fit_probe(
-    x_MC: Tensor, y_M: Tensor, classes: int, rates: Sequence[float], l2: Sequence[float], seed=0
-) -> Probe:
-    """Logistic regression by Adam, ten epochs, all settings (rate, l2) in the same pass.
-
-    BatchNorm's statistics are those of the whole set, so batches change nothing in it.
-    """
-    mean_C, scale_C = x_MC.mean(0), x_MC.std(0).clamp_min(1e-6).reciprocal()
-    z_MC, generator = (x_MC - mean_C) * scale_C, torch.Generator().manual_seed(seed)
-    weight_CGK = torch.zeros(x_MC.shape[1], len(rates), classes, requires_grad=True)
-    bias_GK = torch.zeros(len(rates), classes, requires_grad=True)
-    # Adam's steps do not depend on the gradient's scale: a factor on a weight is its own rate.
-    rate_G1, l2_G1, adam = torch.tensor(rates)[:, None], torch.tensor(l2)[:, None], None
-    adam = torch.optim.Adam([weight_CGK, bias_GK], lr=1.0)
-    steps = max(200, 10 * len(x_MC) // 1024)
-    for step in range(steps):
-        adam.param_groups[0]["lr"] = 0.5 + 0.5 * math.cos(math.pi * step / steps)
-        rows: Any = slice(None)  # all of a small set
-        if len(x_MC) > 1024:
-            rows = torch.randint(len(x_MC), (1024,), generator=generator)
-        scaled_CGK = weight_CGK * rate_G1
-        logits = rearrange(z_MC[rows] @ scaled_CGK.flatten(1), "m (g k) -> m k g", k=classes)
-        logits = logits + (bias_GK * rate_G1).T
-        targets = repeat(y_M[rows], "m -> m g", g=len(rates))
-        loss = F.cross_entropy(logits, targets, ignore_index=VOID) * len(rates)
-        loss = loss + (l2_G1 / 2 * scaled_CGK.square()).sum()
-        adam.zero_grad()
-        loss.backward()
-        adam.step()
-    weight_GCK = rearrange((weight_CGK * rate_G1).detach(), "c g k -> g c k") * scale_C[:, None]
-    bias_GK = (bias_GK * rate_G1).detach() - torch.einsum("c,gck->gk", mean_C, weight_GCK)
-    return Probe(weight_GCK, bias_GK)
-
-
-def linear(train: FeatureSet, test: FeatureSet, per_class: bool = False) -> Rows:
-    """Accuracy of a logistic probe on summaries, its L2 chosen on a split of the training set."""
-    test = comparable(train, test, by_label=True)
-    names, train_N, test_N = class_ids(train, test)
-    if single := [name for name, n in zip(names, train_N.bincount(), strict=True) if n < 2]:
-        raise ValueError(f"classes {single[:10]} have one training picture; choosing L2 needs two")
-    fit, held = split(len(train_N))
-    penalties, rates, rows = (0.0, 1e-4, 1e-3, 1e-2), (5e-2,) * 4, {}
-    for column, x_NC in train.summary.items():
-        probe = fit_probe(x_NC[fit], train_N[fit], len(names), rates, penalties)
-        hits_G = (probe(x_NC[held]).argmax(-1) == train_N[held]).double().mean(1)
-        l2 = penalties[int(hits_G.argmax())]
-        final = fit_probe(x_NC, train_N, len(names), rates[:1], [l2])
-        hits_N = final(test.summary[column])[0].argmax(-1) == test_N
-        rows[column] = accuracy(hits_N, test_N, names if per_class else ()) | {"l2": l2}
-    return rows
-
-
-# ------------------------------------------------------------------- text: zero-shot and retrieval
-
-TextEncoder = Callable[[Sequence[str]], Tensor]  # n strings -> (n, D)
-
-
-def text_encoder(spec: str, captions: Sequence[str]) -> tuple[str, TextEncoder]:
-    """(name of the head that lives in the texts' space, encoder).
-
-    Args:
-        spec: NAME=PATH of a teacher with a text tower; [NAME=]FILE.npz with arrays `texts` and
-            `embeddings`; or "bow", a bag of words over the training captions.
-    """
-    name, _, path = spec.rpartition("=")
-    if spec == "bow":
-        return "", bag_of_words(captions)
-    if not path.endswith(".npz"):
-        return name, partial(_cached_text, load_teacher(parse_teacher(spec)))
-    with np.load(path) as file:
-        table = dict(zip(file["texts"].tolist(), torch.from_numpy(file["embeddings"]), strict=True))
-
-    def look_up(texts: Sequence[str]) -> Tensor:
-        if missing := [text for text in texts if text not in table]:
-            raise ValueError(f"{path} has no embedding of {len(missing)} texts: {missing[:3]}")
-        return torch.stack([table[text] for text in texts]).float()
-
-    return name, look_up
-
-
-def _cached_text(teacher: Any, texts: Sequence[str]) -> Tensor:
-    """A tower's embeddings, kept on disk under the hash of its weights and the texts."""
-    key = hashlib.sha256(json.dumps([teacher.fingerprint, list(texts)]).encode()).hexdigest()
-    path = cache_home() / "text" / f"{key}.npy"
-    if not path.exists():
-        rows = [teacher.text(list(texts[i : i + 256])).cpu() for i in range(0, len(texts), 256)]
-        save_array(path, torch.cat(rows).numpy())
-    return torch.from_numpy(np.load(path))
-
-
-def save_array(path: Path, array: np.ndarray) -> None:
-    """Write .npy whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    with part.open("wb") as file:
-        np.save(file, array)
-    os.replace(part, path)
-
-
-def bag_of_words(captions: Sequence[str]) -> TextEncoder:
-    """Words weighted by their rareness in the captions; an unknown word counts nothing."""
-    counts = Counter(word for caption in captions for word in words_of(caption))
-    place = {word: i for i, word in enumerate(sorted(counts))}
-
-    def embed(texts: Sequence[str]) -> Tensor:
-        rows = torch.zeros(len(texts), len(place))
-        for row, text in zip(rows, texts, strict=True):
-            for word in words_of(text) & place.keys():
-                row[place[word]] = math.log(1 + len(captions) / counts[word])
-        return F.normalize(rows)
-
-    return embed
-
-
-def words_of(text: str) -> set[str]:
-    return set(re.findall(r"\w+", text.lower()))
-
-
-def aligned(x_NC: Tensor, text_ND: Tensor) -> Callable[[Tensor], Tensor]:
-    """A ridge map from image features to text embeddings, for columns that never met the texts.
-
-    Fitted on training pairs, its penalty chosen on a split of them (ours, no paper's protocol).
-    """
-    mean_C, mean_D = x_NC.mean(0).double(), text_ND.mean(0).double()
-    x_NC, text_ND = x_NC.double() - mean_C, text_ND.double() - mean_D
-
-    def solve(rows: Any, penalty: float) -> Tensor:
-        gram = x_NC[rows].T @ x_NC[rows]
-        gram.diagonal().add_(penalty * gram.diagonal().mean() + 1e-12)
-        return torch.linalg.solve(gram, x_NC[rows].T @ text_ND[rows])
-
-    fit, held = split(len(x_NC))
-    penalties = (1e-2, 1e-1, 1.0, 1e1, 1e2)
-    error = [(x_NC[held] @ solve(fit, p) - text_ND[held]).square().sum() for p in penalties]
-    map_CD = solve(slice(None), penalties[int(torch.stack(error).argmin())])
-    return lambda y_NC: ((y_NC.double() - mean_C) @ map_CD + mean_D).float()
-
-
-def cosines(
-    train: FeatureSet, test: FeatureSet, texts: Sequence[Tensor], head: str, embed: TextEncoder
-) -> dict[str, list[Tensor]]:
-    """Per column, the cosines (N, K) of the training and the test images with their texts."""
-    found = {}
-    for column, x_NC in train.summary.items():
-        sides = [x_NC, test.summary[column]]
-        if not head or column.rpartition("/")[2] != head:
-            captions = [caption.splitlines()[0] for caption in train.known("caption", "--train")]
-            sides = list(map(aligned(x_NC, embed(captions)), sides))
-        both = zip(sides, texts, strict=True)
-        found[column] = [F.normalize(x_NC) @ F.normalize(text_KC).T for x_NC, text_KC in both]
-    return found
-
-
-def read_prompts(path: str) -> list[str]:
-    """Templates, a line each: `a photo of a {}.`, also quoted or with {c}, as the field's 80."""
-    lines = [re.sub(r"\{\w*\}", "{}", line) for line in Path(path).read_text().splitlines()]
-    lines = [line for line in lines if "{}" in line]
-    if not lines:
-        raise ValueError(f"{path}: no line has {{}} for the class name")
-    quoted = [re.search(r"(['\"])(.*\{\}.*)\1", line) for line in lines]
-    return [match[2] if match else line.strip() for match, line in zip(quoted, lines, strict=True)]
+# ---- Text: zero-shot and retrieval
 
 
 def zero_shot(
@@ -592,21 +285,42 @@ def zero_shot(
     return rows
 
 
-def caption_pairs(found: FeatureSet, side: str) -> tuple[list[str], Tensor]:
-    """Distinct captions (a line each) and which image has which, (N, K) bool."""
-    owned = [caption.splitlines() for caption in found.known("caption", side)]
-    texts = sorted({line for lines in owned for line in lines})
-    place = {text: k for k, text in enumerate(texts)}
-    is_pair_NK = torch.zeros(len(owned), len(texts), dtype=torch.bool)
-    for row, lines in zip(is_pair_NK, owned, strict=True):
-        row[[place[line] for line in lines]] = True
-    return texts, is_pair_NK
+TextEncoder = Callable[[Sequence[str]], Tensor]  # n strings -> (n, D)
 
 
-def recall_hits(scores_NK: Tensor, is_pair_NK: Tensor, k: int) -> Tensor:
-    """(N,) a pair is among the first k of its row; a tie counts against it."""
-    best_N1 = scores_NK.masked_fill(~is_pair_NK, -torch.inf).amax(1, keepdim=True)
-    return ((scores_NK >= best_N1) & ~is_pair_NK).sum(1) < k
+def cosines(
+    train: FeatureSet, test: FeatureSet, texts: Sequence[Tensor], head: str, embed: TextEncoder
+) -> dict[str, list[Tensor]]:
+    """Per column, the cosines (N, K) of the training and the test images with their texts."""
+    found = {}
+    for column, x_NC in train.summary.items():
+        sides = [x_NC, test.summary[column]]
+        if not head or column.rpartition("/")[2] != head:
+            captions = [caption.splitlines()[0] for caption in train.known("caption", "--train")]
+            sides = list(map(aligned(x_NC, embed(captions)), sides))
+        both = zip(sides, texts, strict=True)
+        found[column] = [F.normalize(x_NC) @ F.normalize(text_KC).T for x_NC, text_KC in both]
+    return found
+
+
+def aligned(x_NC: Tensor, text_ND: Tensor) -> Callable[[Tensor], Tensor]:
+    """A ridge map from image features to text embeddings, for columns that never met the texts.
+
+    Fitted on training pairs, its penalty chosen on a split of them (ours, no paper's protocol).
+    """
+    mean_C, mean_D = x_NC.mean(0).double(), text_ND.mean(0).double()
+    x_NC, text_ND = x_NC.double() - mean_C, text_ND.double() - mean_D
+
+    def solve(rows: Any, penalty: float) -> Tensor:
+        gram = x_NC[rows].T @ x_NC[rows]
+        gram.diagonal().add_(penalty * gram.diagonal().mean() + 1e-12)
+        return torch.linalg.solve(gram, x_NC[rows].T @ text_ND[rows])
+
+    fit, held = split(len(x_NC))
+    penalties = (1e-2, 1e-1, 1.0, 1e1, 1e2)
+    error = [(x_NC[held] @ solve(fit, p) - text_ND[held]).square().sum() for p in penalties]
+    map_CD = solve(slice(None), penalties[int(torch.stack(error).argmin())])
+    return lambda y_NC: ((y_NC.double() - mean_C) @ map_CD + mean_D).float()
 
 
 def retrieval(train: FeatureSet, test: FeatureSet, text: str) -> Rows:
@@ -635,26 +349,24 @@ def retrieval(train: FeatureSet, test: FeatureSet, text: str) -> Rows:
     return rows
 
 
-# ------------------------------------------------------------------- fidelity to the teachers
+def caption_pairs(found: FeatureSet, side: str) -> tuple[list[str], Tensor]:
+    """Distinct captions (a line each) and which image has which, (N, K) bool."""
+    owned = [caption.splitlines() for caption in found.known("caption", side)]
+    texts = sorted({line for lines in owned for line in lines})
+    place = {text: k for k, text in enumerate(texts)}
+    is_pair_NK = torch.zeros(len(owned), len(texts), dtype=torch.bool)
+    for row, lines in zip(is_pair_NK, owned, strict=True):
+        row[[place[line] for line in lines]] = True
+    return texts, is_pair_NK
 
 
-def resize_map(map_hwC: Tensor, h: int, w: int) -> Tensor:
-    """A map on a smaller grid, each axis by antialiased bilinear interpolation."""
-    if map_hwC.shape[:2] == (h, w):
-        return map_hwC.float()
-    # By a matrix for each axis: torch 2.13 on CPU gets maps that become one column wide wrong.
-    sides = zip(map_hwC.shape[:2], (h, w), strict=True)
-    rows, columns = (
-        F.interpolate(torch.eye(n)[None, None], (to, n), mode="bilinear", antialias=True)[0, 0]
-        for n, to in sides
-    )
-    return torch.einsum("ih,hwc,jw->ijc", rows, map_hwC.float(), columns)
+def recall_hits(scores_NK: Tensor, is_pair_NK: Tensor, k: int) -> Tensor:
+    """(N,) a pair is among the first k of its row; a tie counts against it."""
+    best_N1 = scores_NK.masked_fill(~is_pair_NK, -torch.inf).amax(1, keepdim=True)
+    return ((scores_NK >= best_N1) & ~is_pair_NK).sum(1) < k
 
 
-def same_grid(*maps: Tensor) -> list[Tensor]:
-    """Maps on the grid (min h, min w), as the losses compare them."""
-    h, w = min(x.shape[0] for x in maps), min(x.shape[1] for x in maps)
-    return [resize_map(x, h, w) for x in maps]
+# ---- Fidelity to the teachers
 
 
 class Fidelity:
@@ -752,68 +464,43 @@ def fidelity(train: FeatureSet, test: FeatureSet) -> Rows:
     return rows
 
 
-# ------------------------------------------------------------------- segmentation
+def same_grid(*maps: Tensor) -> list[Tensor]:
+    """Maps on the grid (min h, min w), as the losses compare them."""
+    h, w = min(x.shape[0] for x in maps), min(x.shape[1] for x in maps)
+    return [resize_map(x, h, w) for x in maps]
 
 
-def overlap(prediction_GHW: Tensor, mask_HW: Tensor, classes: int) -> Tensor:
-    """(G, 3 * classes) pixels of an image: hit, labelled, predicted; only void ones left out."""
-    settings, is_known = len(prediction_GHW), mask_HW != VOID
-    cell = torch.arange(settings)[:, None] * classes + mask_HW[is_known].long()
-    cell = cell * classes + prediction_GHW[:, is_known]
-    counts = cell.flatten().bincount(minlength=settings * classes**2)
-    counts = rearrange(counts, "(g true said) -> g true said", g=settings, true=classes)
-    return torch.cat([counts.diagonal(dim1=1, dim2=2), counts.sum(2), counts.sum(1)], dim=1)
+# ---- Linear probe and segmentation
 
 
-def iou(sums: Tensor, classes: int) -> Tensor:
-    """(..., 3 * classes) -> (..., classes); nan for a class that no mask has."""
-    hit, true, said = rearrange(sums.double(), "... (p k) -> p ... k", p=3, k=classes)
-    return torch.where(true > 0, hit / (true + said - hit), torch.nan)
+@dataclass
+class Probe:
+    """BatchNorm and a linear layer (on maps: a 1x1 convolution), folded, for G settings at once."""
+
+    weight_GCK: Tensor
+    bias_GK: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(M, C) -> (G, M, K) logits."""
+        return torch.einsum("mc,gck->gmk", x.float(), self.weight_GCK) + self.bias_GK[:, None]
 
 
-def token_labels(maps: Sequence[Tensor], masks: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """All tokens (M, C) with the label of the pixel at each one's centre (nearest downsampling)."""
-    labels = [
-        F.interpolate(mask[None, None].float(), map_hwC.shape[:2], mode="nearest-exact").flatten()
-        for map_hwC, mask in zip(maps, masks, strict=True)
-    ]
-    return torch.cat([x.flatten(0, 1) for x in maps]).float(), torch.cat(labels).long()
-
-
-def overlaps(probe: Probe, maps: Sequence[Tensor], masks: Sequence[Tensor], classes: int) -> Tensor:
-    """(N, G, 3 * classes): every setting's prediction, at the resolution of each mask."""
-    found = []
-    for map_hwC, mask in zip(maps, masks, strict=True):
-        logits = rearrange(probe(map_hwC.flatten(0, 1)), "g (h w) k -> g k h w", w=map_hwC.shape[1])
-        logits = F.interpolate(logits, mask.shape, mode="bilinear", align_corners=False)
-        logits = rearrange(logits, "g k h w -> g h w k").contiguous()  # argmax is 10x faster so
-        found.append(overlap(logits.argmax(-1), mask, classes))
-    return torch.stack(found)
-
-
-def choose_probe(
-    maps: Sequence[Tensor], masks: Sequence[Tensor], classes: int, score: Callable
-) -> tuple[Probe, dict[str, float]]:
-    """A probe of four fifths of the pictures; the fifth chooses its rate, and with two classes
-    its threshold (tokens are labelled at their centres, but pixels are scored)."""
-    rates = (4e-4, 1e-3, 4e-3, 2e-2)
-    fit, held = split(len(maps))
-    tokens_MC, labels_M = token_labels([maps[i] for i in fit], [masks[i] for i in fit])
-    probe = fit_probe(tokens_MC, labels_M, classes, rates, (0.0,) * len(rates))
-    held_maps, held_masks = [maps[i] for i in held], [masks[i] for i in held]
-
-    def best(probe: Probe) -> int:
-        return int(score(overlaps(probe, held_maps, held_masks, classes).sum(0)).argmax())
-
-    g = best(probe)
-    weight_CK, bias_GK = probe.weight_GCK[g], probe.bias_GK[g : g + 1]
-    if classes == 2:
-        odds_M = -probe(tokens_MC[:: len(tokens_MC) // 10_000 + 1])[g].diff(dim=-1)[:, 0]
-        shifts = odds_M.quantile(torch.linspace(0.02, 0.98, 25))
-        bias_GK = bias_GK + torch.stack([0 * shifts, shifts], dim=1)
-        shift = best(Probe(weight_CK.expand(25, -1, -1), bias_GK))
-        bias_GK = bias_GK[shift : shift + 1]
-    return Probe(weight_CK[None], bias_GK), {"learning_rate": rates[g]}
+def linear(train: FeatureSet, test: FeatureSet, per_class: bool = False) -> Rows:
+    """Accuracy of a logistic probe on summaries, its L2 chosen on a split of the training set."""
+    test = comparable(train, test, by_label=True)
+    names, train_N, test_N = class_ids(train, test)
+    if single := [name for name, n in zip(names, train_N.bincount(), strict=True) if n < 2]:
+        raise ValueError(f"classes {single[:10]} have one training picture; choosing L2 needs two")
+    fit, held = split(len(train_N))
+    penalties, rates, rows = (0.0, 1e-4, 1e-3, 1e-2), (5e-2,) * 4, {}
+    for column, x_NC in train.summary.items():
+        probe = fit_probe(x_NC[fit], train_N[fit], len(names), rates, penalties)
+        hits_G = (probe(x_NC[held]).argmax(-1) == train_N[held]).double().mean(1)
+        l2 = penalties[int(hits_G.argmax())]
+        final = fit_probe(x_NC, train_N, len(names), rates[:1], [l2])
+        hits_N = final(test.summary[column])[0].argmax(-1) == test_N
+        rows[column] = accuracy(hits_N, test_N, names if per_class else ()) | {"l2": l2}
+    return rows
 
 
 def segmentation(
@@ -843,6 +530,360 @@ def segmentation(
     return rows
 
 
+def overlap(prediction_GHW: Tensor, mask_HW: Tensor, classes: int) -> Tensor:
+    """(G, 3 * classes) pixels of an image: hit, labelled, predicted; only void ones left out."""
+    settings, is_known = len(prediction_GHW), mask_HW != VOID
+    cell = torch.arange(settings)[:, None] * classes + mask_HW[is_known].long()
+    cell = cell * classes + prediction_GHW[:, is_known]
+    counts = cell.flatten().bincount(minlength=settings * classes**2)
+    counts = rearrange(counts, "(g true said) -> g true said", g=settings, true=classes)
+    return torch.cat([counts.diagonal(dim1=1, dim2=2), counts.sum(2), counts.sum(1)], dim=1)
+
+
+def iou(sums: Tensor, classes: int) -> Tensor:
+    """(..., 3 * classes) -> (..., classes); nan for a class that no mask has."""
+    hit, true, said = rearrange(sums.double(), "... (p k) -> p ... k", p=3, k=classes)
+    return torch.where(true > 0, hit / (true + said - hit), torch.nan)
+
+
+def choose_probe(
+    maps: Sequence[Tensor], masks: Sequence[Tensor], classes: int, score: Callable
+) -> tuple[Probe, dict[str, float]]:
+    """A probe of four fifths of the pictures; the fifth chooses its rate, and with two classes
+    its threshold (tokens are labelled at their centres, but pixels are scored)."""
+    rates = (4e-4, 1e-3, 4e-3, 2e-2)
+    fit, held = split(len(maps))
+    tokens_MC, labels_M = token_labels([maps[i] for i in fit], [masks[i] for i in fit])
+    probe = fit_probe(tokens_MC, labels_M, classes, rates, (0.0,) * len(rates))
+    held_maps, held_masks = [maps[i] for i in held], [masks[i] for i in held]
+
+    def best(probe: Probe) -> int:
+        return int(score(overlaps(probe, held_maps, held_masks, classes).sum(0)).argmax())
+
+    g = best(probe)
+    weight_CK, bias_GK = probe.weight_GCK[g], probe.bias_GK[g : g + 1]
+    if classes == 2:
+        odds_M = -probe(tokens_MC[:: len(tokens_MC) // 10_000 + 1])[g].diff(dim=-1)[:, 0]
+        shifts = odds_M.quantile(torch.linspace(0.02, 0.98, 25))
+        bias_GK = bias_GK + torch.stack([0 * shifts, shifts], dim=1)
+        shift = best(Probe(weight_CK.expand(25, -1, -1), bias_GK))
+        bias_GK = bias_GK[shift : shift + 1]
+    return Probe(weight_CK[None], bias_GK), {"learning_rate": rates[g]}
+
+
+def split(n: int, fraction: float = 0.2, seed: int = 0) -> tuple[list[int], list[int]]:
+    """(fit, held): settings are chosen on a part of the training pictures, never on the test."""
+    if n < 2:
+        raise ValueError(f"{n} training pictures can't be split to choose a setting; 2 at least")
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
+    held = max(1, round(n * fraction))
+    return order[held:], order[:held]
+
+
+# ---- Resolution and token merging
+
+
+def resolution(
+    models: Any, source: Any, sizes: Sequence[int], out: str = "", skipped: Any = None
+) -> Rows:
+    """Mode-switch curve (RADIOv2.5 Sec. 3) and scale equivariance of the patches.
+
+    A jump of a head's cosine error or fidelity from one size to the next is a mode switch.
+
+    Args:
+        sizes: sides of squares whose area a picture gets, px.
+        out: PNG for the curves, not drawn if empty.
+        skipped: a dict that gets the pictures that do not decode, key -> reason.
+    """
+    sets = [extract(models, source, size=size, title=f"{size} px") for size in sizes]
+    rows: Rows = {}
+    if skipped is not None:
+        skipped |= sets[0].skipped
+    for column in sets[0].patches:
+        rows[f"{column} scale variance"] = scale_variance([x.patches[column] for x in sets])
+    curves: dict[str, list[tuple]] = {}
+    for size, found in zip(sizes, sets, strict=True):
+        for name, row in fidelity(found, found).items():
+            head, _, part = name.rpartition(" ")
+            if part == "patches":
+                near = {"value": 1 - row["cosine"], "fidelity": row["fidelity"]}
+                curves.setdefault(head, []).append(tuple(near.values()))
+                near |= {"reason": row["reason"]} if "reason" in row else {}
+                rows[f"{head} cosine error {size} px"] = near
+    if out:
+        plot_curves(sizes, curves, out)
+    return rows
+
+
+def scale_variance(maps_by_size: Sequence[Sequence[Tensor]]) -> dict:
+    """The share of the features' variance that comes from the input's size alone (0: equivariant).
+
+    Each image's maps at all sizes go to the smallest of their grids; the variance over the sizes,
+    mean over positions, channels and images, is divided by the whole variance around the mean
+    feature (our reading of RADIOv2.5's scale equivariance, whose formula is not public).
+    """
+    parts = []
+    for maps in zip(*maps_by_size, strict=True):
+        stacked = torch.stack(same_grid(*maps)).double()
+        within, square = stacked.var(0, correction=0).mean(), stacked.square().mean()
+        parts.append(torch.cat([torch.stack([within, square]), stacked.mean((0, 1, 2))]))
+
+    def ratio(means: Tensor) -> Tensor:
+        return means[..., 0] / (means[..., 1] - means[..., 2:].square().mean(-1))
+
+    return bootstrap(torch.stack(parts), ratio, why="the features are the same everywhere")
+
+
+def merging(
+    models: Any, train_source: Any, test_source: Any, size: int, skipped: Any = None
+) -> Rows:
+    """What is left of a map when few tokens stand for it: RADIO 2.6 at equal counts.
+
+    Ways: "all" tokens, "merge" (ToMe), pixel "unshuffle" and "average", at 1/4 and 1/16 of them.
+    Figures: patch kNN and segmentation with each token copied back to its places, and reading.
+
+    Args:
+        size: side of the square that each picture becomes; its grids must be multiples of 4.
+        skipped: as in `resolution`.
+    """
+    models = {name: models[name] for name in ("teacher", "student") if name in models}
+    train, test = (
+        extract(models, source, size=(size, size), title=f"{source.name} maps")
+        for source in (train_source, test_source)
+    )
+    test = comparable(train, test)
+    if skipped is not None:
+        skipped |= train.skipped | test.skipped
+    asked, rows = questions(train, test), {}
+    for column in [c for c in train.patches if c.startswith("teacher/") or c.endswith("trunk")]:
+        h, w = grid = train.patches[column][0].shape[:2]
+        if h % 4 or w % 4:
+            raise ValueError(f"{column} has a grid of {h}x{w}, no multiple of 4; change --size")
+        for way, side in [("all", 1), *product(("merge", "unshuffle", "average"), (2, 4))]:
+            few = [reduce_map(x, way, side) for x in train.patches[column]]
+            few_test = [reduce_map(x, way, side) for x in test.patches[column]]
+            name = f"{column} {h * w // side**2} tokens, {way}"
+            full = replace(train, patches={name: [x[i].unflatten(0, grid) for x, i in few]})
+            back = [x[i].unflatten(0, grid) for x, i in few_test]
+            full_test = replace(test, patches={name: back})
+            rows[f"{name}: foreground IoU"] = segmentation(full, full_test, foreground=True)[name]
+            rows[f"{name}: patch kNN"] = patch_knn(full, full_test, name)
+            rows[f"{name}: reading"] = reading(few, few_test, grid, *asked)
+    return rows
+
+
+def reduce_map(map_hwC: Tensor, way: str, side: int) -> tuple[Tensor, Tensor]:
+    """(K, C') tokens that stand for a map, K = h w / side^2, and (h w,) which stands for each."""
+    h, w, _ = map_hwC.shape
+    if way == "merge":
+        return merge_tokens(map_hwC.flatten(0, 1).float(), (h, w), h * w // side**2)
+    index_hw = torch.arange(h)[:, None] // side * (w // side) + torch.arange(w) // side
+    if way == "unshuffle":
+        cells = rearrange(map_hwC, "(h a) (w b) c -> (h w) (a b c)", a=side, b=side)
+    else:
+        cells = reduce(map_hwC.float(), "(h a) (w b) c -> (h w) c", "mean", a=side, b=side)
+    return cells.float(), index_hw.flatten()
+
+
+def patch_knn(train: FeatureSet, test: FeatureSet, column: str) -> dict:
+    """Accuracy of single tokens in telling the mask's classes, against 10,000 training tokens."""
+    bank_MC, bank_M = token_labels(train.patches[column], _masks(train, "--train"))
+    test_MC, test_M = token_labels(test.patches[column], _masks(test, "--test"))
+    picks = torch.randperm(len(bank_M), generator=torch.Generator().manual_seed(0))[:10_000]
+    hits_M = knn_votes(bank_MC[picks], bank_M[picks], test_MC, VOID + 1).argmax(1) == test_M
+    return accuracy(rearrange(hits_M.double(), "(n p) -> n p", n=len(test.dense)).mean(1))
+
+
+# ---- Part II: the plumbing
+# ---- Controls, and features of all ranks
+
+
+class RawPixels:
+    """Control without weights: the picture at 16x16 as summary, its 8x8 patches as tokens."""
+
+    def encode(self, images: Sequence[Tensor]) -> list[Features]:
+        small = [resize(image, (16, 16)).flatten() - 0.5 for image in images]
+        return [Features({"": x}, {"": self.map(y)}) for x, y in zip(small, images, strict=True)]
+
+    def map(self, image: Tensor) -> Tensor:
+        height, width = fit_size(image.shape[1], image.shape[2], patch=8)
+        patches_PX = patchify(resize(image, (height, width)), 8)
+        return rearrange(patches_PX - 0.5, "(h w) x -> h w x", h=height // 8)
+
+
+@torch.no_grad()
+def random_control(student: Student, seed: int = 0) -> Student:
+    """Control without training: the student's network with random weights, none of them zero.
+
+    A student as training starts from it would not do. Its blocks begin as the identity, so that it
+    says the same of every picture, and its 20-NN is the order of ties. Matrices that begin as zeros
+    are drawn with the usual deviation of 1 / sqrt(inputs).
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        control = Student(student.config)
+        for weight in control.parameters():
+            if weight.ndim > 1 and not weight.any():
+                nn.init.trunc_normal_(weight, std=weight.shape[-1] ** -0.5)
+    return control.eval().to(next(student.parameters()).device)
+
+
+def _join(parts: dict[str, Features]) -> Features:
+    """One Features whose names carry the models' names in front."""
+    joined = Features({}, {})
+    for model, part in parts.items():
+        joined.summary |= {f"{model}/{name}".rstrip("/"): x for name, x in part.summary.items()}
+        joined.patches |= {f"{model}/{name}".rstrip("/"): x for name, x in part.patches.items()}
+    return joined
+
+
+def share() -> tuple[int, int]:
+    """(rank, world); (0, 1) without a process group."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def _gather(records: dict[int, Any], skipped: dict[str, str], world: int) -> FeatureSet:
+    """All ranks' pictures in the source's order: each is there once, whatever the world."""
+    if world > 1:
+        parts: list[Any] = [None] * world
+        dist.all_gather_object(parts, (records, skipped))
+        records = {i: record for part, _ in parts for i, record in part.items()}
+        skipped = {key: why for _, part in parts for key, why in part.items()}
+    if not records:
+        return FeatureSet(skipped=skipped)
+    samples, summaries, maps = zip(*(records[i] for i in sorted(records)), strict=True)
+    dense = [place for place, kept in enumerate(maps) if kept]
+    columns = maps[dense[0]] if dense else ()
+    return FeatureSet(
+        list(samples),
+        {column: torch.stack([x[column] for x in summaries]) for column in summaries[0]},
+        {column: [maps[place][column] for place in dense] for column in columns},
+        dense,
+        skipped,
+    )
+
+
+def at_size(sample: Sample, size: Any) -> Sample:
+    """A sample whose picture has about size^2 pixels and its aspect, or is (height, width)."""
+    if size is None:
+        return sample
+    if isinstance(size, int):
+        sides = sample.image.shape[:2]
+        size = [max(1, round(side * size / math.sqrt(math.prod(sides)))) for side in sides]
+    pixels = Image.fromarray(sample.image).resize(size[::-1], Image.Resampling.BICUBIC)
+    return replace(sample, image=np.array(pixels))
+
+
+# ---- Figures with their intervals
+
+
+def finite(row: dict[Any, Any], **why: str) -> dict[Any, Any]:
+    """The row with None for each figure that has no denominator, and the reason of those in `why`.
+
+    JSON knows neither nan nor infinity. A mean leaves None out.
+    """
+    lost = [k for k, x in row.items() if isinstance(x, float) and not math.isfinite(x)]
+    reasons = [f"{k}: {why[k]}" for k in lost if k in why]
+    return row | dict.fromkeys(lost) | ({"reason": "; ".join(reasons)} if reasons else {})
+
+
+def bootstrap(
+    parts_NP: Tensor, statistic: Callable[[Tensor], Tensor], seed: int = 0, why: str = ""
+) -> dict[str, Any]:
+    """A figure with its 95 % percentile interval over images, of 1,000 draws.
+
+    Args:
+        parts_NP: what each image adds (hits, intersections, squared errors, ...).
+        statistic: mean parts (..., P) -> figure (...,), not finite where it has no denominator.
+        why: reason for such a value, which is None.
+    """
+    parts_NP, n = parts_NP.double(), len(parts_NP)
+    generator, values = torch.Generator().manual_seed(seed), []
+    for _ in range(10):  # in blocks of 100, so that 50,000 images fit in memory
+        times_RN = torch.zeros(100, n, dtype=torch.double)
+        picks_RN = torch.randint(n, (100, n), generator=generator)
+        times_RN.scatter_add_(1, picks_RN, torch.ones_like(times_RN))
+        values.append(statistic(times_RN @ parts_NP / n))
+    drawn = torch.cat(values)
+    drawn[~drawn.isfinite()] = torch.nan
+    low, high = drawn.nanquantile(torch.tensor([0.025, 0.975]).double()).tolist()
+    value = float(statistic(parts_NP.mean(0)))
+    return finite({"value": value, "low": low, "high": high, "n": n}, value=why)
+
+
+def accuracy(hits_N: Tensor, targets_N: Tensor | None = None, names: Sequence[str] = ()) -> dict:
+    """Share of hits with its interval; with names, per class too."""
+    row = bootstrap(hits_N.double()[:, None], lambda means: means[..., 0])
+    if names and targets_N is not None:
+        hits = {name: hits_N[targets_N == i].double() for i, name in enumerate(names)}
+        row |= by_class({name: float(x.mean()) for name, x in hits.items()})
+    return row
+
+
+def by_class(figures: dict[Any, float]) -> dict[str, Any]:
+    """What a row says of each class, None for those without a test picture."""
+    found = finite(figures)
+    reason = {"reason": "per_class: null where no test picture is of the class"}
+    return {"per_class": found} | (reason if None in found.values() else {})
+
+
+# ---- Probes
+
+
+def fit_probe(
+    x_MC: Tensor, y_M: Tensor, classes: int, rates: Sequence[float], l2: Sequence[float], seed=0
+) -> Probe:
+    """Logistic regression by Adam, ten epochs, all settings (rate, l2) in the same pass.
+
+    BatchNorm's statistics are those of the whole set, so batches change nothing in it.
+    """
+    mean_C, scale_C = x_MC.mean(0), x_MC.std(0).clamp_min(1e-6).reciprocal()
+    z_MC, generator = (x_MC - mean_C) * scale_C, torch.Generator().manual_seed(seed)
+    weight_CGK = torch.zeros(x_MC.shape[1], len(rates), classes, requires_grad=True)
+    bias_GK = torch.zeros(len(rates), classes, requires_grad=True)
+    # Adam's steps do not depend on the gradient's scale: a factor on a weight is its own rate.
+    rate_G1, l2_G1, adam = torch.tensor(rates)[:, None], torch.tensor(l2)[:, None], None
+    adam = torch.optim.Adam([weight_CGK, bias_GK], lr=1.0)
+    steps = max(200, 10 * len(x_MC) // 1024)
+    for step in range(steps):
+        adam.param_groups[0]["lr"] = 0.5 + 0.5 * math.cos(math.pi * step / steps)
+        rows: Any = slice(None)  # all of a small set
+        if len(x_MC) > 1024:
+            rows = torch.randint(len(x_MC), (1024,), generator=generator)
+        scaled_CGK = weight_CGK * rate_G1
+        logits = rearrange(z_MC[rows] @ scaled_CGK.flatten(1), "m (g k) -> m k g", k=classes)
+        logits = logits + (bias_GK * rate_G1).T
+        targets = repeat(y_M[rows], "m -> m g", g=len(rates))
+        loss = F.cross_entropy(logits, targets, ignore_index=VOID) * len(rates)
+        loss = loss + (l2_G1 / 2 * scaled_CGK.square()).sum()
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+    weight_GCK = rearrange((weight_CGK * rate_G1).detach(), "c g k -> g c k") * scale_C[:, None]
+    bias_GK = (bias_GK * rate_G1).detach() - torch.einsum("c,gck->gk", mean_C, weight_GCK)
+    return Probe(weight_GCK, bias_GK)
+
+
+def token_labels(maps: Sequence[Tensor], masks: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """All tokens (M, C) with the label of the pixel at each one's centre (nearest downsampling)."""
+    labels = [
+        F.interpolate(mask[None, None].float(), map_hwC.shape[:2], mode="nearest-exact").flatten()
+        for map_hwC, mask in zip(maps, masks, strict=True)
+    ]
+    return torch.cat([x.flatten(0, 1) for x in maps]).float(), torch.cat(labels).long()
+
+
+def overlaps(probe: Probe, maps: Sequence[Tensor], masks: Sequence[Tensor], classes: int) -> Tensor:
+    """(N, G, 3 * classes): every setting's prediction, at the resolution of each mask."""
+    found = []
+    for map_hwC, mask in zip(maps, masks, strict=True):
+        logits = rearrange(probe(map_hwC.flatten(0, 1)), "g (h w) k -> g k h w", w=map_hwC.shape[1])
+        logits = F.interpolate(logits, mask.shape, mode="bilinear", align_corners=False)
+        logits = rearrange(logits, "g k h w -> g h w k").contiguous()  # argmax is 10x faster so
+        found.append(overlap(logits.argmax(-1), mask, classes))
+    return torch.stack(found)
+
+
 def _masks(found: FeatureSet, side: str, foreground: bool = False) -> list[Tensor]:
     """The masks of the pictures whose patches are kept."""
     masks = found.known("mask", side)
@@ -850,7 +891,81 @@ def _masks(found: FeatureSet, side: str, foreground: bool = False) -> list[Tenso
     return [torch.where(m == VOID, VOID, (m > 0).byte()) if foreground else m for m in masks]
 
 
-# ------------------------------------------------------------------- PCA pictures
+# ---- Texts
+
+
+def text_encoder(spec: str, captions: Sequence[str]) -> tuple[str, TextEncoder]:
+    """(name of the head that lives in the texts' space, encoder).
+
+    Args:
+        spec: NAME=PATH of a teacher with a text tower; [NAME=]FILE.npz with arrays `texts` and
+            `embeddings`; or "bow", a bag of words over the training captions.
+    """
+    name, _, path = spec.rpartition("=")
+    if spec == "bow":
+        return "", bag_of_words(captions)
+    if not path.endswith(".npz"):
+        return name, partial(_cached_text, load_teacher(parse_teacher(spec)))
+    with np.load(path) as file:
+        table = dict(zip(file["texts"].tolist(), torch.from_numpy(file["embeddings"]), strict=True))
+
+    def look_up(texts: Sequence[str]) -> Tensor:
+        if missing := [text for text in texts if text not in table]:
+            raise ValueError(f"{path} has no embedding of {len(missing)} texts: {missing[:3]}")
+        return torch.stack([table[text] for text in texts]).float()
+
+    return name, look_up
+
+
+def _cached_text(teacher: Any, texts: Sequence[str]) -> Tensor:
+    """A tower's embeddings, kept on disk under the hash of its weights and the texts."""
+    key = hashlib.sha256(json.dumps([teacher.fingerprint, list(texts)]).encode()).hexdigest()
+    path = cache_home() / "text" / f"{key}.npy"
+    if not path.exists():
+        rows = [teacher.text(list(texts[i : i + 256])).cpu() for i in range(0, len(texts), 256)]
+        save_array(path, torch.cat(rows).numpy())
+    return torch.from_numpy(np.load(path))
+
+
+def save_array(path: Path, array: np.ndarray) -> None:
+    """Write .npy whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    with part.open("wb") as file:
+        np.save(file, array)
+    os.replace(part, path)
+
+
+def bag_of_words(captions: Sequence[str]) -> TextEncoder:
+    """Words weighted by their rareness in the captions; an unknown word counts nothing."""
+    counts = Counter(word for caption in captions for word in words_of(caption))
+    place = {word: i for i, word in enumerate(sorted(counts))}
+
+    def embed(texts: Sequence[str]) -> Tensor:
+        rows = torch.zeros(len(texts), len(place))
+        for row, text in zip(rows, texts, strict=True):
+            for word in words_of(text) & place.keys():
+                row[place[word]] = math.log(1 + len(captions) / counts[word])
+        return F.normalize(rows)
+
+    return embed
+
+
+def words_of(text: str) -> set[str]:
+    return set(re.findall(r"\w+", text.lower()))
+
+
+def read_prompts(path: str) -> list[str]:
+    """Templates, a line each: `a photo of a {}.`, also quoted or with {c}, as the field's 80."""
+    lines = [re.sub(r"\{\w*\}", "{}", line) for line in Path(path).read_text().splitlines()]
+    lines = [line for line in lines if "{}" in line]
+    if not lines:
+        raise ValueError(f"{path}: no line has {{}} for the class name")
+    quoted = [re.search(r"(['\"])(.*\{\}.*)\1", line) for line in lines]
+    return [match[2] if match else line.strip() for match, line in zip(quoted, lines, strict=True)]
+
+
+# ---- PCA pictures and curves
 
 
 def first_pictures(source: Any, count: int) -> tuple[list[Sample], dict[str, str]]:
@@ -961,60 +1076,6 @@ def _draw_sheet(columns: dict[str, list[Image.Image]], cell: int) -> Image.Image
     return sheet
 
 
-# ------------------------------------------------------------------- resolution
-
-
-def resolution(
-    models: Any, source: Any, sizes: Sequence[int], out: str = "", skipped: Any = None
-) -> Rows:
-    """Mode-switch curve (RADIOv2.5 Sec. 3) and scale equivariance of the patches.
-
-    A jump of a head's cosine error or fidelity from one size to the next is a mode switch.
-
-    Args:
-        sizes: sides of squares whose area a picture gets, px.
-        out: PNG for the curves, not drawn if empty.
-        skipped: a dict that gets the pictures that do not decode, key -> reason.
-    """
-    sets = [extract(models, source, size=size, title=f"{size} px") for size in sizes]
-    rows: Rows = {}
-    if skipped is not None:
-        skipped |= sets[0].skipped
-    for column in sets[0].patches:
-        rows[f"{column} scale variance"] = scale_variance([x.patches[column] for x in sets])
-    curves: dict[str, list[tuple]] = {}
-    for size, found in zip(sizes, sets, strict=True):
-        for name, row in fidelity(found, found).items():
-            head, _, part = name.rpartition(" ")
-            if part == "patches":
-                near = {"value": 1 - row["cosine"], "fidelity": row["fidelity"]}
-                curves.setdefault(head, []).append(tuple(near.values()))
-                near |= {"reason": row["reason"]} if "reason" in row else {}
-                rows[f"{head} cosine error {size} px"] = near
-    if out:
-        plot_curves(sizes, curves, out)
-    return rows
-
-
-def scale_variance(maps_by_size: Sequence[Sequence[Tensor]]) -> dict:
-    """The share of the features' variance that comes from the input's size alone (0: equivariant).
-
-    Each image's maps at all sizes go to the smallest of their grids; the variance over the sizes,
-    mean over positions, channels and images, is divided by the whole variance around the mean
-    feature (our reading of RADIOv2.5's scale equivariance, whose formula is not public).
-    """
-    parts = []
-    for maps in zip(*maps_by_size, strict=True):
-        stacked = torch.stack(same_grid(*maps)).double()
-        within, square = stacked.var(0, correction=0).mean(), stacked.square().mean()
-        parts.append(torch.cat([torch.stack([within, square]), stacked.mean((0, 1, 2))]))
-
-    def ratio(means: Tensor) -> Tensor:
-        return means[..., 0] / (means[..., 1] - means[..., 2:].square().mean(-1))
-
-    return bootstrap(torch.stack(parts), ratio, why="the features are the same everywhere")
-
-
 def plot_curves(sizes: Sequence[int], curves: Mapping[str, Sequence], out: str) -> None:
     """Cosine error and fidelity against the input's size, a line per head."""
     from matplotlib.figure import Figure
@@ -1028,67 +1089,7 @@ def plot_curves(sizes: Sequence[int], curves: Mapping[str, Sequence], out: str) 
     figure.savefig(out, dpi=150)
 
 
-# ------------------------------------------------------------------- token merging
-
-
-def reduce_map(map_hwC: Tensor, way: str, side: int) -> tuple[Tensor, Tensor]:
-    """(K, C') tokens that stand for a map, K = h w / side^2, and (h w,) which stands for each."""
-    h, w, _ = map_hwC.shape
-    if way == "merge":
-        return merge_tokens(map_hwC.flatten(0, 1).float(), (h, w), h * w // side**2)
-    index_hw = torch.arange(h)[:, None] // side * (w // side) + torch.arange(w) // side
-    if way == "unshuffle":
-        cells = rearrange(map_hwC, "(h a) (w b) c -> (h w) (a b c)", a=side, b=side)
-    else:
-        cells = reduce(map_hwC.float(), "(h a) (w b) c -> (h w) c", "mean", a=side, b=side)
-    return cells.float(), index_hw.flatten()
-
-
-def merging(
-    models: Any, train_source: Any, test_source: Any, size: int, skipped: Any = None
-) -> Rows:
-    """What is left of a map when few tokens stand for it: RADIO 2.6 at equal counts.
-
-    Ways: "all" tokens, "merge" (ToMe), pixel "unshuffle" and "average", at 1/4 and 1/16 of them.
-    Figures: patch kNN and segmentation with each token copied back to its places, and reading.
-
-    Args:
-        size: side of the square that each picture becomes; its grids must be multiples of 4.
-        skipped: as in `resolution`.
-    """
-    models = {name: models[name] for name in ("teacher", "student") if name in models}
-    train, test = (
-        extract(models, source, size=(size, size), title=f"{source.name} maps")
-        for source in (train_source, test_source)
-    )
-    test = comparable(train, test)
-    if skipped is not None:
-        skipped |= train.skipped | test.skipped
-    asked, rows = questions(train, test), {}
-    for column in [c for c in train.patches if c.startswith("teacher/") or c.endswith("trunk")]:
-        h, w = grid = train.patches[column][0].shape[:2]
-        if h % 4 or w % 4:
-            raise ValueError(f"{column} has a grid of {h}x{w}, no multiple of 4; change --size")
-        for way, side in [("all", 1), *product(("merge", "unshuffle", "average"), (2, 4))]:
-            few = [reduce_map(x, way, side) for x in train.patches[column]]
-            few_test = [reduce_map(x, way, side) for x in test.patches[column]]
-            name = f"{column} {h * w // side**2} tokens, {way}"
-            full = replace(train, patches={name: [x[i].unflatten(0, grid) for x, i in few]})
-            back = [x[i].unflatten(0, grid) for x, i in few_test]
-            full_test = replace(test, patches={name: back})
-            rows[f"{name}: foreground IoU"] = segmentation(full, full_test, foreground=True)[name]
-            rows[f"{name}: patch kNN"] = patch_knn(full, full_test, name)
-            rows[f"{name}: reading"] = reading(few, few_test, grid, *asked)
-    return rows
-
-
-def patch_knn(train: FeatureSet, test: FeatureSet, column: str) -> dict:
-    """Accuracy of single tokens in telling the mask's classes, against 10,000 training tokens."""
-    bank_MC, bank_M = token_labels(train.patches[column], _masks(train, "--train"))
-    test_MC, test_M = token_labels(test.patches[column], _masks(test, "--test"))
-    picks = torch.randperm(len(bank_M), generator=torch.Generator().manual_seed(0))[:10_000]
-    hits_M = knn_votes(bank_MC[picks], bank_M[picks], test_MC, VOID + 1).argmax(1) == test_M
-    return accuracy(rearrange(hits_M.double(), "(n p) -> n p", n=len(test.dense)).mean(1))
+# ---- Questions that a small reader answers
 
 
 def questions(train: FeatureSet, test: FeatureSet) -> tuple[Tensor, Tensor]:
@@ -1181,7 +1182,20 @@ def train_reader(tokens_NKC: Tensor, answers_NQ: Tensor, steps: int = 300) -> Re
     return reader
 
 
-# ------------------------------------------------------------------- features on disk
+def resize_map(map_hwC: Tensor, h: int, w: int) -> Tensor:
+    """A map on a smaller grid, each axis by antialiased bilinear interpolation."""
+    if map_hwC.shape[:2] == (h, w):
+        return map_hwC.float()
+    # By a matrix for each axis: torch 2.13 on CPU gets maps that become one column wide wrong.
+    sides = zip(map_hwC.shape[:2], (h, w), strict=True)
+    rows, columns = (
+        F.interpolate(torch.eye(n)[None, None], (to, n), mode="bilinear", antialias=True)[0, 0]
+        for n, to in sides
+    )
+    return torch.einsum("ih,hwc,jw->ijc", rows, map_hwC.float(), columns)
+
+
+# ---- Features on disk
 
 
 def write_features(
@@ -1241,7 +1255,7 @@ def identity(model: Any) -> str:
     return total.hexdigest()
 
 
-# ------------------------------------------------------------------- reports
+# ---- Reports
 
 
 def final_report(
@@ -1308,7 +1322,7 @@ def format_rows(title: str, rows: Rows, keys: Sequence[str] = ()) -> str:
     return "\n".join(lines)
 
 
-# ------------------------------------------------------------------- command line
+# ---- Command line
 
 
 def run_pca(args: argparse.Namespace, models: Any, _: Any, test: Any) -> Rows:

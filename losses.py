@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 Grid = tuple[int, int]
 
-# ------------------------------------------------------------------- feature losses, per image
+
+# ---- Part I, the papers: feature losses, one value per image
 
 
 def _cosine(x: Tensor, y: Tensor) -> Tensor:
@@ -44,19 +45,6 @@ KINDS = {  # how far apart two vectors are: (..., C), (..., C) -> (...)
 }
 
 
-def _precise(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
-
-def _difference(student: Tensor, teacher: Tensor, kind: str) -> Tensor:
-    if kind not in KINDS:
-        raise ValueError(f"kind={kind!r} is not one of {', '.join(KINDS)}")
-    if student.shape != teacher.shape:
-        raise ValueError(f"student {list(student.shape)} and teacher {list(teacher.shape)} differ")
-    with torch.autocast(student.device.type, enabled=False):
-        return KINDS[kind](_precise(student), _precise(teacher.detach()))
-
-
 def vector_loss(student_BC: Tensor, teacher_BC: Tensor, kind: str = "mse") -> Tensor:
     """Loss of each image's summary or registers -> (B,).
 
@@ -69,43 +57,6 @@ def vector_loss(student_BC: Tensor, teacher_BC: Tensor, kind: str = "mse") -> Te
     # AMoE's form of these two is not known to us; we take that of the patches.
     loss = _difference(student_BC, teacher_BC, kind)
     return loss if loss.dim() == 1 else loss.mean(1)
-
-
-@functools.cache
-def _axis_weights(size: int, target: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(target, size): how an axis is resized, read off its unit vectors."""
-    eye = torch.eye(size, dtype=torch.float64, device=device)[None, None]
-    return F.interpolate(eye, (target, size), mode="bilinear", antialias=True)[0, 0].to(dtype)
-
-
-def resize_map(x_hwC: Tensor, grid: Grid) -> Tensor:
-    """Resize a map (h, w, C) to grid (h', w'), each axis antialiased bilinear, as `align` does."""
-    # Not by F.interpolate: torch 2.13 on CPU gets maps that are one column wide wrong.
-    h, w, _ = x_hwC.shape
-    if (h, w) == grid:
-        return x_hwC
-    rows = _axis_weights(h, grid[0], x_hwC.dtype, x_hwC.device)
-    columns = _axis_weights(w, grid[1], x_hwC.dtype, x_hwC.device)
-    with torch.autocast(x_hwC.device.type, enabled=False):
-        x_iwC = (rows @ x_hwC.flatten(1)).unflatten(1, (w, -1))
-        return columns @ x_iwC
-
-
-def shrink(x_hwC: Tensor, grid: tuple[int, ...]) -> Tensor:
-    """Resize a map along each axis on which it is larger than the grid."""
-    return resize_map(_precise(x_hwC), (min(len(x_hwC), grid[0]), min(x_hwC.shape[1], grid[1])))
-
-
-def align(student_hwC: Tensor, teacher_hwC: Tensor) -> tuple[Tensor, Tensor]:
-    """Bring two maps of the same view to the grid (min h, min w).
-
-    Args:
-        student_hwC, teacher_hwC: (h, w, C). Along each axis only the larger one is resized, as by
-            `F.interpolate(mode="bilinear", antialias=True)`.
-    AM-RADIO (bilinear where grids differ); RADIOv2.5 (the student down to the teacher)
-    """
-    grids = student_hwC.shape[:2], teacher_hwC.shape[:2]
-    return shrink(student_hwC, grids[1]), shrink(teacher_hwC, grids[0])
 
 
 def patch_loss(
@@ -137,145 +88,37 @@ def patch_loss(
     return torch.stack(means)
 
 
-def shift_loss(
-    student_MC: Tensor,
-    student_grids: list[Grid],
-    student_origins: list[Grid],
-    teacher: list[Tensor],
-    teacher_origins: list[Grid],
-    kind: str = "mse",
-) -> Tensor:
-    """`patch_loss` over the overlap of crops that were shifted independently -> (B,).
-
-    A pattern fixed to the teacher's own positions moves over the image, so it can't be learnt.
-    Args:
-        student_MC, student_grids, teacher, kind: as in `patch_loss`.
-        student_origins, teacher_origins: (row, column) of each crop's first patch in the image.
-            Shifts are whole patches of equal extent on both sides: nothing is interpolated.
-    Raises: ValueError where the crops of an image do not overlap.
-    C-RADIOv4 Eq. 1
-    """
-    kept, grids, maps, start = [student_MC[:0]], [], [], 0
-    crops = zip(student_grids, student_origins, teacher, teacher_origins, strict=True)
-    for image, ((h, w), (y, x), map_hwC, (ty, tx)) in enumerate(crops):
-        top, left = max(y, ty), max(x, tx)
-        bottom, right = min(y + h, ty + map_hwC.shape[0]), min(x + w, tx + map_hwC.shape[1])
-        if bottom <= top or right <= left:
-            raise ValueError(f"image {image}: crops at {(y, x)} and {(ty, tx)} do not overlap")
-        student_hwC = student_MC[start : start + h * w].unflatten(0, (h, w))
-        kept.append(student_hwC[top - y : bottom - y, left - x : right - x].flatten(0, 1))
-        maps.append(map_hwC[top - ty : bottom - ty, left - tx : right - tx])
-        grids.append((bottom - top, right - left))
-        start += h * w
-    return patch_loss(torch.cat(kept), grids, maps, kind)
-
-
-# ------------------------------------------------------------------------ balanced angle loss
-
-
-def _angle(x: Tensor, y: Tensor) -> Tensor:
-    # The clamp keeps arccos' slope finite at x = y, where the angle is then 0.0014 and not 0.
-    return F.cosine_similarity(x, y.to(x), dim=-1).clamp(-1 + 1e-6, 1 - 1e-6).arccos()
-
-
-def angle_loss(student_BC: Tensor, teacher_BC: Tensor, dispersion: float | Tensor) -> Tensor:
-    """Squared angle between summaries, over how widely the teacher's own spread -> (B,).
+def align(student_hwC: Tensor, teacher_hwC: Tensor) -> tuple[Tensor, Tensor]:
+    """Bring two maps of the same view to the grid (min h, min w).
 
     Args:
-        student_BC, teacher_BC: of any length; only directions count.
-        dispersion: `Dispersion.value` of the teacher, > 0, in square radians. A student that
-            always answers the mean direction has loss 1 on average.
-    C-RADIOv4 Eq. 3-7 (L_angle)
+        student_hwC, teacher_hwC: (h, w, C). Along each axis only the larger one is resized, as by
+            `F.interpolate(mode="bilinear", antialias=True)`.
+    AM-RADIO (bilinear where grids differ); RADIOv2.5 (the student down to the teacher)
     """
-    return _angle(_precise(student_BC), teacher_BC.detach()).square() / dispersion
+    grids = student_hwC.shape[:2], teacher_hwC.shape[:2]
+    return shrink(student_hwC, grids[1]), shrink(teacher_hwC, grids[0])
 
 
-class Dispersion:
-    """Mean squared angle of a teacher's summaries to their mean direction, streamed.
-
-    Each batch is measured against the mean of all so far, itself included (we chose: one pass).
-    C-RADIOv4 Eq. 3-7 (Disp)
-    """
-
-    def __init__(self, channels: int, device: torch.device | str = "cpu"):
-        # Count, sum of squared angles, sum of summaries: known to all ranks, and seen here since.
-        self.sums = torch.zeros(2, 2 + channels, dtype=torch.float64, device=device)
-        self.is_empty = True  # known without waiting for the device
-
-    def update(self, teacher_BC: Tensor) -> None:
-        y_BC = teacher_BC.detach().to(self.sums)
-        self.is_empty = self.is_empty and not len(y_BC)
-        self.sums[1, 0] += len(y_BC)
-        self.sums[1, 2:] += y_BC.sum(0)
-        self.sums[1, 1] += _angle(y_BC, self.sums.sum(0)[None, 2:]).square().sum()
-
-    def synchronize(self) -> None:  # a collective call
-        if dist.is_initialized():
-            dist.all_reduce(self.sums[1])
-        self.load_state_dict(self.state_dict())
-
-    @property
-    def value(self) -> Tensor:
-        count, squares = self.sums.sum(0)[:2]
-        if self.is_empty:
-            raise ValueError("no summaries yet; call update(teacher_BC) first")
-        return squares / count
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return {"sums": self.sums.sum(0)}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.sums[0], self.sums[1] = state["sums"], 0.0
-        self.is_empty = not state["sums"][0]
+def shrink(x_hwC: Tensor, grid: tuple[int, ...]) -> Tensor:
+    """Resize a map along each axis on which it is larger than the grid."""
+    return resize_map(_precise(x_hwC), (min(len(x_hwC), grid[0]), min(x_hwC.shape[1], grid[1])))
 
 
-# ----------------------------------------------------------------------- relations in the batch
+def resize_map(x_hwC: Tensor, grid: Grid) -> Tensor:
+    """Resize a map (h, w, C) to grid (h', w'), each axis antialiased bilinear, as `align` does."""
+    # Not by F.interpolate: torch 2.13 on CPU gets maps that are one column wide wrong.
+    h, w, _ = x_hwC.shape
+    if (h, w) == grid:
+        return x_hwC
+    rows = _axis_weights(h, grid[0], x_hwC.dtype, x_hwC.device)
+    columns = _axis_weights(w, grid[1], x_hwC.dtype, x_hwC.device)
+    with torch.autocast(x_hwC.device.type, enabled=False):
+        x_iwC = (rows @ x_hwC.flatten(1)).unflatten(1, (w, -1))
+        return columns @ x_iwC
 
 
-def _pair_distances(x_BC: Tensor) -> Tensor:
-    """Euclidean distance of each pair i < j, float64, with gradient 0 where it is 0.
-
-    By the Gram matrix, as B * B * C differences do not fit for batches of thousands; in float64,
-    as it subtracts nearly equal numbers. Centring changes no distance and saves digits.
-    """
-    norm_B = x_BC.detach().double().square().sum(1)
-    x_BC = x_BC.double() - x_BC.detach().double().mean(0)
-    square_B, distances = x_BC.square().sum(1), []
-    for start in range(0, max(len(x_BC), 1), 1024):  # a block of rows at a time: less memory
-        rows, rest = slice(start, start + 1024), slice(start, None)
-        # By indices: a mask of the triangle makes the host wait to learn how many pairs it holds.
-        i_Q, j_Q = torch.triu_indices(len(x_BC[rows]), len(x_BC[rest]), 1, device=x_BC.device)
-        square_RB = square_B[rows, None] + square_B[rest] - 2 * (x_BC[rows] @ x_BC[rest].T)
-        square_Q = square_RB.flatten().index_select(0, i_Q * square_RB.shape[1] + j_Q)
-        # Nearer than a network's float32 rounding, two are duplicates, and their direction is
-        # noise: so are all summaries of a student whose blocks start as the identity.
-        is_same_Q = square_Q <= 1e-10 * (norm_B[rows][i_Q] + norm_B[rest][j_Q])
-        # The first fill keeps sqrt's infinite slope at 0 out of the graph.
-        root_Q = square_Q.masked_fill_(is_same_Q, 1.0).sqrt_()
-        distances.append(root_Q.masked_fill(is_same_Q, 0.0))
-    return torch.cat(distances)
-
-
-def _relations(student_BC: Tensor, teacher_BC: Tensor, normalizer: str) -> tuple[Tensor, Tensor]:
-    """Distances over each side's own mean, through which the gradient flows, or the teacher's."""
-    if normalizer not in ("teacher", "own"):
-        raise ValueError(f"normalizer={normalizer!r} is neither 'teacher' nor 'own'")
-    if len(student_BC) != len(teacher_BC):
-        raise ValueError(f"{len(student_BC)} student summaries, but {len(teacher_BC)} of a teacher")
-    with torch.autocast(student_BC.device.type, enabled=False):
-        student_Q = _pair_distances(student_BC)
-        teacher_Q = _pair_distances(teacher_BC.detach())
-    scale = teacher_Q.mean()
-    own = student_Q.mean() if normalizer == "own" else scale
-    # Where all rows of the teacher are equal there is no relation to teach: all becomes 0.
-    own = torch.where((scale > 0) & (own > 0), own, math.inf)
-    return student_Q / own, teacher_Q / torch.where(scale > 0, scale, math.inf)
-
-
-def _pair_mean(error_Q: Tensor, beta: float, student_BC: Tensor) -> Tensor:
-    # The mean over pairs i < j is the printed one over ordered pairs: both orders are equal.
-    loss = F.smooth_l1_loss(error_Q, torch.zeros_like(error_Q), beta=beta, reduction="sum")
-    return (loss / max(len(error_Q), 1)).to(_precise(student_BC).dtype)
+# ---- Relations in the batch
 
 
 def arkd(
@@ -312,68 +155,53 @@ def rkd(
     return _pair_mean(student_Q - teacher_Q, beta, student_BC)
 
 
-# ------------------------------------------------------------------------- Hadamard matrices
+def _relations(student_BC: Tensor, teacher_BC: Tensor, normalizer: str) -> tuple[Tensor, Tensor]:
+    """Distances over each side's own mean, through which the gradient flows, or the teacher's."""
+    if normalizer not in ("teacher", "own"):
+        raise ValueError(f"normalizer={normalizer!r} is neither 'teacher' nor 'own'")
+    if len(student_BC) != len(teacher_BC):
+        raise ValueError(f"{len(student_BC)} student summaries, but {len(teacher_BC)} of a teacher")
+    with torch.autocast(student_BC.device.type, enabled=False):
+        student_Q = _pair_distances(student_BC)
+        teacher_Q = _pair_distances(teacher_BC.detach())
+    scale = teacher_Q.mean()
+    own = student_Q.mean() if normalizer == "own" else scale
+    # Where all rows of the teacher are equal there is no relation to teach: all becomes 0.
+    own = torch.where((scale > 0) & (own > 0), own, math.inf)
+    return student_Q / own, teacher_Q / torch.where(scale > 0, scale, math.inf)
 
 
-def _prime_power(n: int) -> tuple[int, int] | None:
-    """(p, k) with p prime and p**k == n, or None."""
-    if n < 2:
-        return None
-    p = next((d for d in range(2, math.isqrt(n) + 1) if n % d == 0), n)
-    k = round(math.log(n, p))
-    return (p, k) if p**k == n else None
+def _pair_distances(x_BC: Tensor) -> Tensor:
+    """Euclidean distance of each pair i < j, float64, with gradient 0 where it is 0.
 
-
-def _jacobsthal(p: int, k: int) -> Tensor:
-    """chi(a - b) over GF(p**k), p odd: 1 where a - b is a square, -1 where not, 0 on the diagonal.
-
-    Elements are polynomials over Z_p, numbered by their coefficients as base-p digits. Modulo a
-    primitive polynomial the powers of x are all elements but 0; the even powers are the squares.
+    By the Gram matrix, as B * B * C differences do not fit for batches of thousands; in float64,
+    as it subtracts nearly equal numbers. Centring changes no distance and saves digits.
     """
-    one = (1, *[0] * (k - 1))
-    for tail in itertools.product(range(1, p), *[range(p)] * (k - 1)):  # x**k == tail
-        powers = [one]
-        while len(powers) < p**k:
-            *low, top = powers[-1]
-            power = tuple((a + top * b) % p for a, b in zip((0, *low), tail, strict=True))
-            if power == one:
-                break
-            powers.append(power)
-        if len(powers) == p**k - 1:
-            break
-    place_k = p ** torch.arange(k)
-    chi = torch.zeros(p**k, dtype=torch.float64)
-    numbers = (torch.tensor(powers) * place_k).sum(1)
-    chi[numbers[::2]], chi[numbers[1::2]] = 1.0, -1.0
-    digits = torch.arange(p**k)[:, None] // place_k % p
-    return chi[((digits[:, None] - digits) % p * place_k).sum(-1)]
+    norm_B = x_BC.detach().double().square().sum(1)
+    x_BC = x_BC.double() - x_BC.detach().double().mean(0)
+    square_B, distances = x_BC.square().sum(1), []
+    for start in range(0, max(len(x_BC), 1), 1024):  # a block of rows at a time: less memory
+        rows, rest = slice(start, start + 1024), slice(start, None)
+        # By indices: a mask of the triangle makes the host wait to learn how many pairs it holds.
+        i_Q, j_Q = torch.triu_indices(len(x_BC[rows]), len(x_BC[rest]), 1, device=x_BC.device)
+        square_RB = square_B[rows, None] + square_B[rest] - 2 * (x_BC[rows] @ x_BC[rest].T)
+        square_Q = square_RB.flatten().index_select(0, i_Q * square_RB.shape[1] + j_Q)
+        # Nearer than a network's float32 rounding, two are duplicates, and their direction is
+        # noise: so are all summaries of a student whose blocks start as the identity.
+        is_same_Q = square_Q <= 1e-10 * (norm_B[rows][i_Q] + norm_B[rest][j_Q])
+        # The first fill keeps sqrt's infinite slope at 0 out of the graph.
+        root_Q = square_Q.masked_fill_(is_same_Q, 1.0).sqrt_()
+        distances.append(root_Q.masked_fill(is_same_Q, 0.0))
+    return torch.cat(distances)
 
 
-def _paley(n: int) -> Tensor | None:
-    """Paley I if n - 1 is a prime power, II if n / 2 - 1 is one of the form 4 m + 1, else None."""
-    first, second = _prime_power(n - 1), _prime_power(n // 2 - 1)
-    if n % 4 != 0 or not (first or (second and n // 2 % 4 == 2)):
-        return None
-    core = F.pad(_jacobsthal(*(first or second)), (1, 0, 1, 0), value=1.0)  # type: ignore[misc]
-    core[0, 0] = 0
-    eye = torch.eye(len(core), dtype=torch.float64)
-    if first:
-        core[1:, 0] = -1
-        return core + eye
-    plus, minus = torch.tensor([[[1, 1], [1, -1]], [[1, -1], [-1, -1]]], dtype=torch.float64)
-    return torch.kron(core, plus) + torch.kron(eye, minus)
+def _pair_mean(error_Q: Tensor, beta: float, student_BC: Tensor) -> Tensor:
+    # The mean over pairs i < j is the printed one over ordered pairs: both orders are equal.
+    loss = F.smooth_l1_loss(error_Q, torch.zeros_like(error_Q), beta=beta, reduction="sum")
+    return (loss / max(len(error_Q), 1)).to(_precise(student_BC).dtype)
 
 
-def _signs(n: int) -> Tensor | None:
-    """+-1 with orthogonal rows: Sylvester, Paley, or a Kronecker product; None if none is known."""
-    if n <= 2:
-        return torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)[:n, :n]
-    matrix = None if n & (n - 1) == 0 else _paley(n)  # Sylvester's for powers of two
-    for d in range(2, math.isqrt(n) + 1):
-        if matrix is None and n % d == 0:
-            left, right = _signs(d), _signs(n // d)
-            matrix = None if left is None or right is None else torch.kron(left, right)
-    return matrix
+# ---- PHI-S: the space of a teacher's targets
 
 
 def hadamard(n: int) -> Tensor:
@@ -390,9 +218,6 @@ def hadamard(n: int) -> Tensor:
     warnings.warn(f"no Hadamard matrix of size {n}: channels differ in variance", stacklevel=2)
     random = torch.randint(0, 2, (n, n), generator=torch.Generator().manual_seed(n)) * 2.0 - 1
     return torch.linalg.qr(random.double()).Q
-
-
-# ---------------------------------------------------------- normalisation of teachers' features
 
 
 class Moments(NamedTuple):
@@ -433,11 +258,6 @@ class Affine(NamedTuple):
     shift: Tensor
     scale: Tensor
     rotation_CC: Tensor
-
-
-def _to(parts, where):
-    """Moments or Affine on a device, or with the device and dtype of a tensor."""
-    return type(parts)(*(part.to(where) for part in parts))
 
 
 class Normalizer:
@@ -574,10 +394,6 @@ class Normalizer:
         self.to(device)
 
 
-def _positive_diagonal(rows_CC: Tensor) -> Tensor:
-    return torch.where(rows_CC.diagonal() < 0, -1.0, 1.0)[:, None] * rows_CC
-
-
 class PhiS(Normalizer):
     """y = H U^T (x - mu) / phi: unit variance in every channel, one scale for all directions.
 
@@ -607,44 +423,6 @@ class PhiS(Normalizer):
         # a positive diagonal entry, so that a refit rarely flips one.
         basis_CC = _positive_diagonal(eigenvectors_CC.T)
         return Affine(seen.mean_C, phi, self.hadamard_CC.to(basis_CC) @ basis_CC)
-
-
-class GlobalStandardize(Normalizer):
-    """One scalar mean and deviation for all channels. PHI-S ablation (Global Std)"""
-
-    def fit(self, seen: Moments) -> Affine:
-        within = seen.scatter_CC.diagonal().mean() / seen.total
-        deviation = (within + seen.mean_C.var(correction=0)).sqrt()
-        return Affine(seen.mean_C.mean(), deviation, torch.eye(self.channels).to(deviation))
-
-
-class ChannelStandardize(Normalizer):
-    """Each channel's own mean and deviation. PHI-S ablation (Standardise)"""
-
-    def fit(self, seen: Moments) -> Affine:
-        deviation_C = (seen.scatter_CC.diagonal() / seen.total).sqrt()
-        return Affine(seen.mean_C, deviation_C, torch.eye(self.channels).to(deviation_C))
-
-
-class Plain(Normalizer):
-    """No normalisation: a teacher weighs as much as its features vary. PHI-S ablation (MSE)"""
-
-    def update(self, features_NC: Tensor) -> None:
-        """There is nothing to learn."""
-
-    def current(self) -> Affine:
-        if self.map is None:
-            eye_CC = torch.eye(self.channels).to(self.agreed.mean_C)
-            self.map = Affine(eye_CC.new_zeros(()), eye_CC.new_ones(()), eye_CC)
-        return self.map
-
-
-NORMALIZERS: dict[str, type[Normalizer]] = {
-    "phis": PhiS,
-    "global": GlobalStandardize,
-    "channel": ChannelStandardize,
-    "none": Plain,
-}
 
 
 class TargetSpace:
@@ -738,6 +516,143 @@ class TargetSpace:
             self.dispersion.load_state_dict(state["angle"])
 
 
+# ---- Part II: the plumbing
+
+
+@functools.cache
+def _axis_weights(size: int, target: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(target, size): how an axis is resized, read off its unit vectors."""
+    eye = torch.eye(size, dtype=torch.float64, device=device)[None, None]
+    return F.interpolate(eye, (target, size), mode="bilinear", antialias=True)[0, 0].to(dtype)
+
+
+def _difference(student: Tensor, teacher: Tensor, kind: str) -> Tensor:
+    if kind not in KINDS:
+        raise ValueError(f"kind={kind!r} is not one of {', '.join(KINDS)}")
+    if student.shape != teacher.shape:
+        raise ValueError(f"student {list(student.shape)} and teacher {list(teacher.shape)} differ")
+    with torch.autocast(student.device.type, enabled=False):
+        return KINDS[kind](_precise(student), _precise(teacher.detach()))
+
+
+def _precise(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _positive_diagonal(rows_CC: Tensor) -> Tensor:
+    return torch.where(rows_CC.diagonal() < 0, -1.0, 1.0)[:, None] * rows_CC
+
+
+def _to(parts, where):
+    """Moments or Affine on a device, or with the device and dtype of a tensor."""
+    return type(parts)(*(part.to(where) for part in parts))
+
+
+# ---- Hadamard matrices of all sizes that are known
+
+
+def _signs(n: int) -> Tensor | None:
+    """+-1 with orthogonal rows: Sylvester, Paley, or a Kronecker product; None if none is known."""
+    if n <= 2:
+        return torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)[:n, :n]
+    matrix = None if n & (n - 1) == 0 else _paley(n)  # Sylvester's for powers of two
+    for d in range(2, math.isqrt(n) + 1):
+        if matrix is None and n % d == 0:
+            left, right = _signs(d), _signs(n // d)
+            matrix = None if left is None or right is None else torch.kron(left, right)
+    return matrix
+
+
+def _paley(n: int) -> Tensor | None:
+    """Paley I if n - 1 is a prime power, II if n / 2 - 1 is one of the form 4 m + 1, else None."""
+    first, second = _prime_power(n - 1), _prime_power(n // 2 - 1)
+    if n % 4 != 0 or not (first or (second and n // 2 % 4 == 2)):
+        return None
+    core = F.pad(_jacobsthal(*(first or second)), (1, 0, 1, 0), value=1.0)  # type: ignore[misc]
+    core[0, 0] = 0
+    eye = torch.eye(len(core), dtype=torch.float64)
+    if first:
+        core[1:, 0] = -1
+        return core + eye
+    plus, minus = torch.tensor([[[1, 1], [1, -1]], [[1, -1], [-1, -1]]], dtype=torch.float64)
+    return torch.kron(core, plus) + torch.kron(eye, minus)
+
+
+def _jacobsthal(p: int, k: int) -> Tensor:
+    """chi(a - b) over GF(p**k), p odd: 1 where a - b is a square, -1 where not, 0 on the diagonal.
+
+    Elements are polynomials over Z_p, numbered by their coefficients as base-p digits. Modulo a
+    primitive polynomial the powers of x are all elements but 0; the even powers are the squares.
+    """
+    one = (1, *[0] * (k - 1))
+    for tail in itertools.product(range(1, p), *[range(p)] * (k - 1)):  # x**k == tail
+        powers = [one]
+        while len(powers) < p**k:
+            *low, top = powers[-1]
+            power = tuple((a + top * b) % p for a, b in zip((0, *low), tail, strict=True))
+            if power == one:
+                break
+            powers.append(power)
+        if len(powers) == p**k - 1:
+            break
+    place_k = p ** torch.arange(k)
+    chi = torch.zeros(p**k, dtype=torch.float64)
+    numbers = (torch.tensor(powers) * place_k).sum(1)
+    chi[numbers[::2]], chi[numbers[1::2]] = 1.0, -1.0
+    digits = torch.arange(p**k)[:, None] // place_k % p
+    return chi[((digits[:, None] - digits) % p * place_k).sum(-1)]
+
+
+def _prime_power(n: int) -> tuple[int, int] | None:
+    """(p, k) with p prime and p**k == n, or None."""
+    if n < 2:
+        return None
+    p = next((d for d in range(2, math.isqrt(n) + 1) if n % d == 0), n)
+    k = round(math.log(n, p))
+    return (p, k) if p**k == n else None
+
+
+# ---- What the papers compare with, or add
+
+
+class GlobalStandardize(Normalizer):
+    """One scalar mean and deviation for all channels. PHI-S ablation (Global Std)"""
+
+    def fit(self, seen: Moments) -> Affine:
+        within = seen.scatter_CC.diagonal().mean() / seen.total
+        deviation = (within + seen.mean_C.var(correction=0)).sqrt()
+        return Affine(seen.mean_C.mean(), deviation, torch.eye(self.channels).to(deviation))
+
+
+class ChannelStandardize(Normalizer):
+    """Each channel's own mean and deviation. PHI-S ablation (Standardise)"""
+
+    def fit(self, seen: Moments) -> Affine:
+        deviation_C = (seen.scatter_CC.diagonal() / seen.total).sqrt()
+        return Affine(seen.mean_C, deviation_C, torch.eye(self.channels).to(deviation_C))
+
+
+class Plain(Normalizer):
+    """No normalisation: a teacher weighs as much as its features vary. PHI-S ablation (MSE)"""
+
+    def update(self, features_NC: Tensor) -> None:
+        """There is nothing to learn."""
+
+    def current(self) -> Affine:
+        if self.map is None:
+            eye_CC = torch.eye(self.channels).to(self.agreed.mean_C)
+            self.map = Affine(eye_CC.new_zeros(()), eye_CC.new_ones(()), eye_CC)
+        return self.map
+
+
+NORMALIZERS: dict[str, type[Normalizer]] = {
+    "phis": PhiS,
+    "global": GlobalStandardize,
+    "channel": ChannelStandardize,
+    "none": Plain,
+}
+
+
 class AdaLoss:
     """Weight of each loss: 1 over the running mean of its value, so that all come out near 1.
 
@@ -765,3 +680,92 @@ class AdaLoss:
 
     def load_state_dict(self, state: dict) -> None:
         self.running = dict(state["running"])
+
+
+def angle_loss(student_BC: Tensor, teacher_BC: Tensor, dispersion: float | Tensor) -> Tensor:
+    """Squared angle between summaries, over how widely the teacher's own spread -> (B,).
+
+    Args:
+        student_BC, teacher_BC: of any length; only directions count.
+        dispersion: `Dispersion.value` of the teacher, > 0, in square radians. A student that
+            always answers the mean direction has loss 1 on average.
+    C-RADIOv4 Eq. 3-7 (L_angle)
+    """
+    return _angle(_precise(student_BC), teacher_BC.detach()).square() / dispersion
+
+
+class Dispersion:
+    """Mean squared angle of a teacher's summaries to their mean direction, streamed.
+
+    Each batch is measured against the mean of all so far, itself included (we chose: one pass).
+    C-RADIOv4 Eq. 3-7 (Disp)
+    """
+
+    def __init__(self, channels: int, device: torch.device | str = "cpu"):
+        # Count, sum of squared angles, sum of summaries: known to all ranks, and seen here since.
+        self.sums = torch.zeros(2, 2 + channels, dtype=torch.float64, device=device)
+        self.is_empty = True  # known without waiting for the device
+
+    def update(self, teacher_BC: Tensor) -> None:
+        y_BC = teacher_BC.detach().to(self.sums)
+        self.is_empty = self.is_empty and not len(y_BC)
+        self.sums[1, 0] += len(y_BC)
+        self.sums[1, 2:] += y_BC.sum(0)
+        self.sums[1, 1] += _angle(y_BC, self.sums.sum(0)[None, 2:]).square().sum()
+
+    def synchronize(self) -> None:  # a collective call
+        if dist.is_initialized():
+            dist.all_reduce(self.sums[1])
+        self.load_state_dict(self.state_dict())
+
+    @property
+    def value(self) -> Tensor:
+        count, squares = self.sums.sum(0)[:2]
+        if self.is_empty:
+            raise ValueError("no summaries yet; call update(teacher_BC) first")
+        return squares / count
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"sums": self.sums.sum(0)}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.sums[0], self.sums[1] = state["sums"], 0.0
+        self.is_empty = not state["sums"][0]
+
+
+def _angle(x: Tensor, y: Tensor) -> Tensor:
+    # The clamp keeps arccos' slope finite at x = y, where the angle is then 0.0014 and not 0.
+    return F.cosine_similarity(x, y.to(x), dim=-1).clamp(-1 + 1e-6, 1 - 1e-6).arccos()
+
+
+def shift_loss(
+    student_MC: Tensor,
+    student_grids: list[Grid],
+    student_origins: list[Grid],
+    teacher: list[Tensor],
+    teacher_origins: list[Grid],
+    kind: str = "mse",
+) -> Tensor:
+    """`patch_loss` over the overlap of crops that were shifted independently -> (B,).
+
+    A pattern fixed to the teacher's own positions moves over the image, so it can't be learnt.
+    Args:
+        student_MC, student_grids, teacher, kind: as in `patch_loss`.
+        student_origins, teacher_origins: (row, column) of each crop's first patch in the image.
+            Shifts are whole patches of equal extent on both sides: nothing is interpolated.
+    Raises: ValueError where the crops of an image do not overlap.
+    C-RADIOv4 Eq. 1
+    """
+    kept, grids, maps, start = [student_MC[:0]], [], [], 0
+    crops = zip(student_grids, student_origins, teacher, teacher_origins, strict=True)
+    for image, ((h, w), (y, x), map_hwC, (ty, tx)) in enumerate(crops):
+        top, left = max(y, ty), max(x, tx)
+        bottom, right = min(y + h, ty + map_hwC.shape[0]), min(x + w, tx + map_hwC.shape[1])
+        if bottom <= top or right <= left:
+            raise ValueError(f"image {image}: crops at {(y, x)} and {(ty, tx)} do not overlap")
+        student_hwC = student_MC[start : start + h * w].unflatten(0, (h, w))
+        kept.append(student_hwC[top - y : bottom - y, left - x : right - x].flatten(0, 1))
+        maps.append(map_hwC[top - ty : bottom - ty, left - tx : right - tx])
+        grids.append((bottom - top, right - left))
+        start += h * w
+    return patch_loss(torch.cat(kept), grids, maps, kind)

@@ -43,7 +43,7 @@ HALF_RGB = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))  # mean, std
 CLIP_RGB = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 
 
-# ---- Configuration: everything in which the two forms and their sizes differ
+# ---- Part I, the papers: what the two forms and their sizes differ in
 
 
 @dataclass(frozen=True)
@@ -258,56 +258,16 @@ class Layout:
         return [run.unflatten(0, (count, -1)) for run, count in pairs]
 
 
-# ---- Attention: one function, several backends
+# ---- Attention with a sink
 
 
-# Float32 on CUDA goes by "efficient", as no varlen kernel takes it.
-ATTENTION = ("auto", "flash", "explicit", "varlen", "efficient")
-
-
-def cpu_flash(*qkv_BHNA: Tensor):
-    """torch's CPU flash kernel on images of equal length: output, log-sum-exp, its backward."""
-    out_BHNA, lse_BHN = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*qkv_BHNA)
-    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-    return out_BHNA, lse_BHN, lambda *saved: backward(*saved, 0.0, False)
-
-
-def cuda_efficient(*qkv_BHNA: Tensor):
-    """torch's memory-efficient CUDA kernel on images of equal length: the same three.
-
-    It is the one that takes float32. Rows of its log-sum-exp are padded to whole 32, with infinity.
-    """
-    ops, length = torch.ops.aten, qkv_BHNA[0].shape[2]
-    forward = ops._scaled_dot_product_efficient_attention
-    out_BHNA, padded_BHN, *rng = forward(*qkv_BHNA, None, compute_log_sumexp=True)
-
-    def backward(grad_BHNA: Tensor, *saved: Tensor):
-        *tensors, lse_BHN = saved
-        padding = (0, padded_BHN.shape[2] - length)
-        lse_BHN = F.pad(lse_BHN, padding, value=math.inf)
-        run = ops._scaled_dot_product_efficient_attention_backward
-        needed = [True, True, True, False]
-        return run(grad_BHNA, *tensors[:3], None, tensors[3], lse_BHN, *rng, 0.0, needed)[:3]
-
-    return out_BHNA, padded_BHN[..., :length], backward
-
-
-def cuda_varlen(layout: Layout, *qkv_1HNA: Tensor):
-    """torch's varlen kernel on the whole pack: the same three."""
-    import torch.nn.attention.varlen  # registers the kernels
-
-    ops, longest = torch.ops.torch_attn, max(layout.lengths)
-    lengths = (layout.ends_B, layout.ends_B, longest, longest)
-    qkv_NHA = [rearrange(x, "1 h n a -> n h a") for x in qkv_1HNA]
-    out_NHA, lse_HN, rng = ops._varlen_attn(*qkv_NHA, *lengths)
-
-    def backward(*saved_1HNA: Tensor) -> list[Tensor]:
-        *tensors, lse_1HN = saved_1HNA
-        tensors = [rearrange(x, "1 h n a -> n h a").contiguous() for x in tensors]
-        grads = ops._varlen_attn_backward(*tensors, lse_1HN[0].contiguous(), *lengths, False, rng)
-        return [rearrange(x, "n h a -> 1 h n a") for x in grads]
-
-    return rearrange(out_NHA, "n h a -> 1 h n a"), lse_HN[None], backward
+def explicit_attention(q_BHNA, k_BHNA, v_BHNA, sinks_H: Tensor | None) -> Tensor:
+    """The definition: softmax in float32 over the logits and the sink."""
+    logits_BHNN = (q_BHNA @ k_BHNA.mT).float() / math.sqrt(q_BHNA.shape[-1])
+    if sinks_H is not None:
+        sinks_BHN1 = sinks_H.float()[:, None, None].expand(*logits_BHNN.shape[:3], 1)
+        logits_BHNN = torch.cat([logits_BHNN, sinks_BHN1], dim=-1)
+    return logits_BHNN.softmax(-1)[..., : k_BHNA.shape[2]].to(v_BHNA.dtype) @ v_BHNA
 
 
 class FlashSinkAttention(torch.autograd.Function):
@@ -339,60 +299,7 @@ class FlashSinkAttention(torch.autograd.Function):
         return *grads, -(weight_BHN * rows_BHN).sum((0, 2)).to(sinks_H.dtype), None
 
 
-def explicit_attention(q_BHNA, k_BHNA, v_BHNA, sinks_H: Tensor | None) -> Tensor:
-    """The definition: softmax in float32 over the logits and the sink."""
-    logits_BHNN = (q_BHNA @ k_BHNA.mT).float() / math.sqrt(q_BHNA.shape[-1])
-    if sinks_H is not None:
-        sinks_BHN1 = sinks_H.float()[:, None, None].expand(*logits_BHNN.shape[:3], 1)
-        logits_BHNN = torch.cat([logits_BHNN, sinks_BHN1], dim=-1)
-    return logits_BHNN.softmax(-1)[..., : k_BHNA.shape[2]].to(v_BHNA.dtype) @ v_BHNA
-
-
-def choose_attention(q_NHA: Tensor) -> str:
-    """The fastest backend that is exact for this device and dtype."""
-    is_half = q_NHA.dtype in (torch.bfloat16, torch.float16)
-    if q_NHA.device.type == "cuda":
-        return "varlen" if is_half else "efficient"
-    if q_NHA.device.type != "cpu" or (is_half and q_NHA.requires_grad):
-        return "explicit"  # the CPU flash backward gains nothing from bfloat16
-    return "flash"
-
-
-@torch.compiler.disable  # its kernels are compiled already, and a layout differs every step
-def attention(
-    q_NHA: Tensor, k_NHA: Tensor, v_NHA: Tensor, layout: Layout,
-    sinks_H: Tensor | None = None, backend: str = "auto",
-) -> Tensor:  # fmt: skip
-    """Attention of every token to the tokens of its own image; `out_NHA`.
-
-    Every backend has the exact gradient of the sinks. Raises: ValueError for mixed dtypes.
-    AMoE: attention sinks; RADIOv2.5: ViT
-    """
-    if not q_NHA.dtype == k_NHA.dtype == v_NHA.dtype:
-        dtypes = f"q {q_NHA.dtype}, k {k_NHA.dtype}, v {v_NHA.dtype}"
-        raise ValueError(f"attention takes one dtype, got {dtypes}; cast all to that of v")
-    if not layout.lengths:  # the sinks keep their place in the graph: DDP waits for every gradient
-        return v_NHA if sinks_H is None else v_NHA + 0 * sinks_H.sum()
-    backend = choose_attention(q_NHA) if backend == "auto" else backend
-    qkv, outputs = (q_NHA, k_NHA, v_NHA), []
-    if backend == "varlen":  # it knows where images end: the pack is one sequence
-        runs = [tuple(x_NHA[None] for x_NHA in qkv)]
-    else:
-        runs = list(zip(*(layout.by_length(x_NHA) for x_NHA in qkv), strict=True))
-    for run in runs:
-        qkv_BHNA = [rearrange(x_BNHA, "b n h a -> b h n a") for x_BNHA in run]
-        if backend == "explicit":
-            q_BHNA, k_BHNA, v_BHNA = qkv_BHNA
-            out_BHNA = explicit_attention(q_BHNA, k_BHNA, v_BHNA, sinks_H)
-        else:
-            kernels = {"flash": cpu_flash, "efficient": cuda_efficient}
-            kernel = kernels.get(backend, partial(cuda_varlen, layout))
-            out_BHNA = FlashSinkAttention.apply(*qkv_BHNA, sinks_H, kernel)
-        outputs.append(rearrange(out_BHNA, "b h n a -> (b n) h a"))
-    return torch.cat(outputs)
-
-
-# ---- Positions
+# ---- Positions: a rotation (AMoE), a table (RADIO)
 
 
 def golden_frequencies(n_heads: int, n_freqs: int, low: float, high: float) -> Tensor:
@@ -570,33 +477,6 @@ class Mlp(nn.Module):
         return self.w2(activation(self.w1(x_ND))), None
 
 
-EXPERTS = ("auto", "grouped", "sorted", "dense")
-
-
-def collect(y_SD: Tensor, order_S: Tensor, top_k: int) -> Tensor:
-    """Sum the K rows of each token, which lie sorted by expert: without atomics, in a fixed order.
-
-    Args: order_S: which (token, choice) pair, counted row by row, each row is of.
-    """
-    place_S = torch.empty_like(order_S)
-    place_S.scatter_(0, order_S, torch.arange(len(order_S), device=order_S.device))
-    return y_SD.index_select(0, place_S).unflatten(0, (-1, top_k)).sum(1)
-
-
-class Dispatch(torch.autograd.Function):
-    """Copy each token's row to its K experts; the gradient of that is `collect`."""
-
-    @staticmethod
-    def forward(ctx, x_ND, order_S, top_k):
-        ctx.save_for_backward(order_S)
-        ctx.top_k = top_k
-        return x_ND.index_select(0, order_S // top_k)
-
-    @staticmethod
-    def backward(ctx, grad_SD):
-        return collect(grad_SD, *ctx.saved_tensors, ctx.top_k), None, None
-
-
 class MoE(KeepsFloat32):
     """Token-choice mixture of gated SiLU experts, no token dropped, no shared expert. AMoE 1.4."""
 
@@ -689,90 +569,6 @@ class Block(nn.Module):
 # ---- Teacher heads: each returns (summary_BC, patches_MC, registers_BRC), None where it has none
 
 
-class TeacherMlp(nn.Module):
-    """RADIO's head MLP: v1 plain with ReLU; v2 with blocks x + Linear(GELU(LN(x))). RADIO 1.4."""
-
-    def __init__(self, spec: HeadSpec, width: int, hidden: int, inner: int, out: int):
-        super().__init__()
-        self.kind = spec.kind
-        self.pre = nn.LayerNorm(width) if spec.pre_norm else None
-        self.fc1 = nn.Linear(width, hidden)
-        self.inner: Any = nn.ModuleList(
-            nn.ModuleList([nn.LayerNorm(hidden), nn.Linear(hidden, hidden)]) for _ in range(inner)
-        )
-        self.norm, self.last = nn.LayerNorm(hidden), nn.Linear(hidden, out)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.kind == "v1":
-            x = F.relu(self.norm(self.fc1(x)))
-            for norm, linear in self.inner:
-                x = F.relu(norm(linear(x)))
-            return self.last(x)
-        x = self.fc1(x if self.pre is None else F.gelu(self.pre(x)))
-        for norm, linear in self.inner:
-            x = x + linear(F.gelu(norm(x)))
-        return self.last(F.gelu(self.norm(x)))
-
-
-class RadioHead(nn.Module):
-    """One MLP on the teacher's own CLS token, another on the patches. RADIO 1.4."""
-
-    def __init__(self, spec: HeadSpec, width: int):
-        super().__init__()
-        self.spec = spec
-        self.summary: Any = None
-        self.patches: Any = None
-        if spec.summary_dim is not None:
-            sizes = (spec.summary_hidden, spec.summary_inner, spec.summary_dim)
-            self.summary = TeacherMlp(spec, width, *sizes)
-        if spec.dim is not None:
-            sizes = (spec.hidden, spec.inner, spec.dim * spec.upsample**2)
-            self.patches = TeacherMlp(spec, width, *sizes)
-
-    def output_layers(self) -> dict[str, Any]:
-        return {name: mlp.get_submodule("last") for name, mlp in self.named_children()}
-
-    def forward(self, prefix_BRD: Tensor, patches_MD: Tensor, layout: Layout):
-        summary_BC = self.summary and self.summary(prefix_BRD[:, self.spec.token])
-        patches_MC, u = self.patches and self.patches(patches_MD), self.spec.upsample
-        if self.patches and u > 1:  # u * u groups of channels become as many finer patches
-            maps, pattern = [], "(h w) (u1 u2 c) -> (h u1 w u2) c"
-            pieces = patches_MC.split([h * w for h, w in layout.grids])
-            for piece, (h, w) in zip(pieces, layout.grids, strict=True):
-                maps.append(rearrange(piece, pattern, h=h, w=w, u1=u, u2=u))
-            patches_MC = torch.cat(maps)
-        return summary_BC, patches_MC, None
-
-
-class AttentionPool(nn.Module):
-    """SigLIP2's pooling head: a learned probe attends to all tokens, then an MLP. AMoE 1.6."""
-
-    def __init__(self, dim: int, hidden: int, n_heads: int):
-        super().__init__()
-        if dim % n_heads:
-            raise ValueError(f"pooling head: dim={dim} is not a multiple of {n_heads} heads")
-        self.n_heads = n_heads
-        self.probe_1C = nn.Parameter(torch.randn(1, dim) / math.sqrt(dim))
-        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
-        self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
-
-    def forward(self, x_NC: Tensor, layout: Layout) -> Tensor:
-        """Pool the sorted tokens of each image; `pooled_BC` in the caller's order."""
-        dim, weight, bias = x_NC.shape[-1], self.qkv.weight, self.qkv.bias
-        q_1C = F.linear(self.probe_1C, weight[:dim], bias[:dim])
-        q_1H1A = rearrange(q_1C, "1 (h a) -> 1 h 1 a", h=self.n_heads)
-        pooled = [x_NC.new_zeros(0, dim)]
-        for x_BNC in layout.by_length(x_NC):
-            kv_BNI = F.linear(x_BNC, weight[dim:], bias[dim:])
-            k, v = rearrange(kv_BNI, "b n (s h a) -> s b h n a", s=2, h=self.n_heads)
-            q = q_1H1A.expand(len(x_BNC), -1, -1, -1)
-            y_BH1A = F.scaled_dot_product_attention(q, k, v)
-            pooled.append(rearrange(y_BH1A, "b h 1 a -> b (h a)"))
-        x_BC = self.proj(torch.cat(pooled)[layout.rank_B])
-        return x_BC + self.fc2(F.gelu(self.fc1(self.norm(x_BC)), approximate="tanh"))
-
-
 class AdapterHead(nn.Module):
     """AMoE's adapter: the same weights for CLS, registers and patches. AMoE 1.6."""
 
@@ -813,14 +609,91 @@ class AdapterHead(nn.Module):
         return self.output_layers()["summary"](hidden_BRC[:, 0]), patches_MC, registers_BRC
 
 
+class AttentionPool(nn.Module):
+    """SigLIP2's pooling head: a learned probe attends to all tokens, then an MLP. AMoE 1.6."""
+
+    def __init__(self, dim: int, hidden: int, n_heads: int):
+        super().__init__()
+        if dim % n_heads:
+            raise ValueError(f"pooling head: dim={dim} is not a multiple of {n_heads} heads")
+        self.n_heads = n_heads
+        self.probe_1C = nn.Parameter(torch.randn(1, dim) / math.sqrt(dim))
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
+
+    def forward(self, x_NC: Tensor, layout: Layout) -> Tensor:
+        """Pool the sorted tokens of each image; `pooled_BC` in the caller's order."""
+        dim, weight, bias = x_NC.shape[-1], self.qkv.weight, self.qkv.bias
+        q_1C = F.linear(self.probe_1C, weight[:dim], bias[:dim])
+        q_1H1A = rearrange(q_1C, "1 (h a) -> 1 h 1 a", h=self.n_heads)
+        pooled = [x_NC.new_zeros(0, dim)]
+        for x_BNC in layout.by_length(x_NC):
+            kv_BNI = F.linear(x_BNC, weight[dim:], bias[dim:])
+            k, v = rearrange(kv_BNI, "b n (s h a) -> s b h n a", s=2, h=self.n_heads)
+            q = q_1H1A.expand(len(x_BNC), -1, -1, -1)
+            y_BH1A = F.scaled_dot_product_attention(q, k, v)
+            pooled.append(rearrange(y_BH1A, "b h 1 a -> b (h a)"))
+        x_BC = self.proj(torch.cat(pooled)[layout.rank_B])
+        return x_BC + self.fc2(F.gelu(self.fc1(self.norm(x_BC)), approximate="tanh"))
+
+
+class RadioHead(nn.Module):
+    """One MLP on the teacher's own CLS token, another on the patches. RADIO 1.4."""
+
+    def __init__(self, spec: HeadSpec, width: int):
+        super().__init__()
+        self.spec = spec
+        self.summary: Any = None
+        self.patches: Any = None
+        if spec.summary_dim is not None:
+            sizes = (spec.summary_hidden, spec.summary_inner, spec.summary_dim)
+            self.summary = TeacherMlp(spec, width, *sizes)
+        if spec.dim is not None:
+            sizes = (spec.hidden, spec.inner, spec.dim * spec.upsample**2)
+            self.patches = TeacherMlp(spec, width, *sizes)
+
+    def output_layers(self) -> dict[str, Any]:
+        return {name: mlp.get_submodule("last") for name, mlp in self.named_children()}
+
+    def forward(self, prefix_BRD: Tensor, patches_MD: Tensor, layout: Layout):
+        summary_BC = self.summary and self.summary(prefix_BRD[:, self.spec.token])
+        patches_MC, u = self.patches and self.patches(patches_MD), self.spec.upsample
+        if self.patches and u > 1:  # u * u groups of channels become as many finer patches
+            maps, pattern = [], "(h w) (u1 u2 c) -> (h u1 w u2) c"
+            pieces = patches_MC.split([h * w for h, w in layout.grids])
+            for piece, (h, w) in zip(pieces, layout.grids, strict=True):
+                maps.append(rearrange(piece, pattern, h=h, w=w, u1=u, u2=u))
+            patches_MC = torch.cat(maps)
+        return summary_BC, patches_MC, None
+
+
+class TeacherMlp(nn.Module):
+    """RADIO's head MLP: v1 plain with ReLU; v2 with blocks x + Linear(GELU(LN(x))). RADIO 1.4."""
+
+    def __init__(self, spec: HeadSpec, width: int, hidden: int, inner: int, out: int):
+        super().__init__()
+        self.kind = spec.kind
+        self.pre = nn.LayerNorm(width) if spec.pre_norm else None
+        self.fc1 = nn.Linear(width, hidden)
+        self.inner: Any = nn.ModuleList(
+            nn.ModuleList([nn.LayerNorm(hidden), nn.Linear(hidden, hidden)]) for _ in range(inner)
+        )
+        self.norm, self.last = nn.LayerNorm(hidden), nn.Linear(hidden, out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "v1":
+            x = F.relu(self.norm(self.fc1(x)))
+            for norm, linear in self.inner:
+                x = F.relu(norm(linear(x)))
+            return self.last(x)
+        x = self.fc1(x if self.pre is None else F.gelu(self.pre(x)))
+        for norm, linear in self.inner:
+            x = x + linear(F.gelu(norm(x)))
+        return self.last(F.gelu(self.norm(x)))
+
+
 # ---- The student
-
-
-def autocast(device: torch.device, precision: str = "auto") -> Any:
-    """Arithmetic in 'bf16' or 'fp32'; 'auto': bf16 on CUDA, elsewhere as the caller has it."""
-    if precision == "auto" and device.type != "cuda":
-        return nullcontext()
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision != "fp32")
 
 
 @dataclass
@@ -1017,41 +890,6 @@ class Student(KeepsFloat32):
         return self
 
 
-def read_image(image: Any, name: str) -> Tensor:
-    """An image of any kind that `encode` takes, as float32 (3, H, W) in [0, 1]."""
-    if isinstance(image, Image.Image):
-        image = to_rgb(ImageOps.exif_transpose(image))
-    is_bytes = isinstance(image, np.ndarray) and image.dtype == np.uint8
-    is_float = isinstance(image, Tensor) and image.is_floating_point()
-    shape = tuple(getattr(image, "shape", ()))
-    channels = shape[2 if is_bytes else 0] if len(shape) == 3 else None
-    if not (is_bytes or is_float) or channels != 3 or 0 in shape:
-        raise ValueError(
-            f"{name}: {type(image).__name__} {getattr(image, 'dtype', '')} {shape} is no PIL "
-            "image, uint8 array (H, W, 3) or float tensor (3, H, W) in [0, 1], or is empty"
-        )
-    if is_bytes:
-        return to_float(image)
-    image = image.float()
-    low, high = image.min().item(), image.max().item()
-    if not (low >= 0 and high <= 1):  # also false for NaN
-        raise ValueError(f"{name}: values from {low} to {high}, expected finite numbers in [0, 1]")
-    return image
-
-
-def siglino_size(height: int, width: int, min_pixels=128**2, max_pixels=256**2) -> tuple[int, int]:
-    """The AMoE release's own size rule, for comparisons with it; it also enlarges. AMoE 1.1."""
-    if max(height, width) > 200 * min(height, width):
-        raise ValueError(f"{height}x{width}: the release's rule stops at an aspect ratio of 200")
-    return fit_size(height, width, 16, min_pixels, max_pixels, upsample=True)
-
-
-def normalise_pixels(patches_MX: Tensor, stats_2X: Tensor) -> Tensor:
-    """(pixel - mean) / std per channel; channels are the innermost of a patch."""
-    mean_X, std_X = stats_2X.to(patches_MX.dtype)
-    return (patches_MX - mean_X) / std_X
-
-
 @torch.no_grad()
 def initialise(student: Student) -> None:
     """AMoE 1.5: every block starts as the identity. RADIO: trunc-normal 0.02, zero biases."""
@@ -1077,6 +915,12 @@ def initialise(student: Student) -> None:
             nn.init.trunc_normal_(weight, std=std)
         nn.init.zeros_(w2)
         nn.init.zeros_(block.attn.proj.weight)
+
+
+def normalise_pixels(patches_MX: Tensor, stats_2X: Tensor) -> Tensor:
+    """(pixel - mean) / std per channel; channels are the innermost of a patch."""
+    mean_X, std_X = stats_2X.to(patches_MX.dtype)
+    return (patches_MX - mean_X) / std_X
 
 
 # ---- Token merging
@@ -1136,8 +980,167 @@ def unmerge_tokens(merged_KD: Tensor, index_N: Tensor) -> Tensor:
     return merged_KD[index_N]
 
 
-# ---- Checkpoints
+# ---- Part II: the plumbing
+# ---- Kernels of attention and experts
 
+# Float32 on CUDA goes by "efficient", as no varlen kernel takes it.
+ATTENTION = ("auto", "flash", "explicit", "varlen", "efficient")
+EXPERTS = ("auto", "grouped", "sorted", "dense")
+
+
+@torch.compiler.disable  # its kernels are compiled already, and a layout differs every step
+def attention(
+    q_NHA: Tensor, k_NHA: Tensor, v_NHA: Tensor, layout: Layout,
+    sinks_H: Tensor | None = None, backend: str = "auto",
+) -> Tensor:  # fmt: skip
+    """Attention of every token to the tokens of its own image; `out_NHA`.
+
+    Every backend has the exact gradient of the sinks. Raises: ValueError for mixed dtypes.
+    AMoE: attention sinks; RADIOv2.5: ViT
+    """
+    if not q_NHA.dtype == k_NHA.dtype == v_NHA.dtype:
+        dtypes = f"q {q_NHA.dtype}, k {k_NHA.dtype}, v {v_NHA.dtype}"
+        raise ValueError(f"attention takes one dtype, got {dtypes}; cast all to that of v")
+    if not layout.lengths:  # the sinks keep their place in the graph: DDP waits for every gradient
+        return v_NHA if sinks_H is None else v_NHA + 0 * sinks_H.sum()
+    backend = choose_attention(q_NHA) if backend == "auto" else backend
+    qkv, outputs = (q_NHA, k_NHA, v_NHA), []
+    if backend == "varlen":  # it knows where images end: the pack is one sequence
+        runs = [tuple(x_NHA[None] for x_NHA in qkv)]
+    else:
+        runs = list(zip(*(layout.by_length(x_NHA) for x_NHA in qkv), strict=True))
+    for run in runs:
+        qkv_BHNA = [rearrange(x_BNHA, "b n h a -> b h n a") for x_BNHA in run]
+        if backend == "explicit":
+            q_BHNA, k_BHNA, v_BHNA = qkv_BHNA
+            out_BHNA = explicit_attention(q_BHNA, k_BHNA, v_BHNA, sinks_H)
+        else:
+            kernels = {"flash": cpu_flash, "efficient": cuda_efficient}
+            kernel = kernels.get(backend, partial(cuda_varlen, layout))
+            out_BHNA = FlashSinkAttention.apply(*qkv_BHNA, sinks_H, kernel)
+        outputs.append(rearrange(out_BHNA, "b h n a -> (b n) h a"))
+    return torch.cat(outputs)
+
+
+def choose_attention(q_NHA: Tensor) -> str:
+    """The fastest backend that is exact for this device and dtype."""
+    is_half = q_NHA.dtype in (torch.bfloat16, torch.float16)
+    if q_NHA.device.type == "cuda":
+        return "varlen" if is_half else "efficient"
+    if q_NHA.device.type != "cpu" or (is_half and q_NHA.requires_grad):
+        return "explicit"  # the CPU flash backward gains nothing from bfloat16
+    return "flash"
+
+
+def cpu_flash(*qkv_BHNA: Tensor):
+    """torch's CPU flash kernel on images of equal length: output, log-sum-exp, its backward."""
+    out_BHNA, lse_BHN = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*qkv_BHNA)
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    return out_BHNA, lse_BHN, lambda *saved: backward(*saved, 0.0, False)
+
+
+def cuda_efficient(*qkv_BHNA: Tensor):
+    """torch's memory-efficient CUDA kernel on images of equal length: the same three.
+
+    It is the one that takes float32. Rows of its log-sum-exp are padded to whole 32, with infinity.
+    """
+    ops, length = torch.ops.aten, qkv_BHNA[0].shape[2]
+    forward = ops._scaled_dot_product_efficient_attention
+    out_BHNA, padded_BHN, *rng = forward(*qkv_BHNA, None, compute_log_sumexp=True)
+
+    def backward(grad_BHNA: Tensor, *saved: Tensor):
+        *tensors, lse_BHN = saved
+        padding = (0, padded_BHN.shape[2] - length)
+        lse_BHN = F.pad(lse_BHN, padding, value=math.inf)
+        run = ops._scaled_dot_product_efficient_attention_backward
+        needed = [True, True, True, False]
+        return run(grad_BHNA, *tensors[:3], None, tensors[3], lse_BHN, *rng, 0.0, needed)[:3]
+
+    return out_BHNA, padded_BHN[..., :length], backward
+
+
+def cuda_varlen(layout: Layout, *qkv_1HNA: Tensor):
+    """torch's varlen kernel on the whole pack: the same three."""
+    import torch.nn.attention.varlen  # registers the kernels
+
+    ops, longest = torch.ops.torch_attn, max(layout.lengths)
+    lengths = (layout.ends_B, layout.ends_B, longest, longest)
+    qkv_NHA = [rearrange(x, "1 h n a -> n h a") for x in qkv_1HNA]
+    out_NHA, lse_HN, rng = ops._varlen_attn(*qkv_NHA, *lengths)
+
+    def backward(*saved_1HNA: Tensor) -> list[Tensor]:
+        *tensors, lse_1HN = saved_1HNA
+        tensors = [rearrange(x, "1 h n a -> n h a").contiguous() for x in tensors]
+        grads = ops._varlen_attn_backward(*tensors, lse_1HN[0].contiguous(), *lengths, False, rng)
+        return [rearrange(x, "n h a -> 1 h n a") for x in grads]
+
+    return rearrange(out_NHA, "n h a -> 1 h n a"), lse_HN[None], backward
+
+
+def collect(y_SD: Tensor, order_S: Tensor, top_k: int) -> Tensor:
+    """Sum the K rows of each token, which lie sorted by expert: without atomics, in a fixed order.
+
+    Args: order_S: which (token, choice) pair, counted row by row, each row is of.
+    """
+    place_S = torch.empty_like(order_S)
+    place_S.scatter_(0, order_S, torch.arange(len(order_S), device=order_S.device))
+    return y_SD.index_select(0, place_S).unflatten(0, (-1, top_k)).sum(1)
+
+
+class Dispatch(torch.autograd.Function):
+    """Copy each token's row to its K experts; the gradient of that is `collect`."""
+
+    @staticmethod
+    def forward(ctx, x_ND, order_S, top_k):
+        ctx.save_for_backward(order_S)
+        ctx.top_k = top_k
+        return x_ND.index_select(0, order_S // top_k)
+
+    @staticmethod
+    def backward(ctx, grad_SD):
+        return collect(grad_SD, *ctx.saved_tensors, ctx.top_k), None, None
+
+
+def autocast(device: torch.device, precision: str = "auto") -> Any:
+    """Arithmetic in 'bf16' or 'fp32'; 'auto': bf16 on CUDA, elsewhere as the caller has it."""
+    if precision == "auto" and device.type != "cuda":
+        return nullcontext()
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision != "fp32")
+
+
+# ---- What `encode` takes
+
+
+def read_image(image: Any, name: str) -> Tensor:
+    """An image of any kind that `encode` takes, as float32 (3, H, W) in [0, 1]."""
+    if isinstance(image, Image.Image):
+        image = to_rgb(ImageOps.exif_transpose(image))
+    is_bytes = isinstance(image, np.ndarray) and image.dtype == np.uint8
+    is_float = isinstance(image, Tensor) and image.is_floating_point()
+    shape = tuple(getattr(image, "shape", ()))
+    channels = shape[2 if is_bytes else 0] if len(shape) == 3 else None
+    if not (is_bytes or is_float) or channels != 3 or 0 in shape:
+        raise ValueError(
+            f"{name}: {type(image).__name__} {getattr(image, 'dtype', '')} {shape} is no PIL "
+            "image, uint8 array (H, W, 3) or float tensor (3, H, W) in [0, 1], or is empty"
+        )
+    if is_bytes:
+        return to_float(image)
+    image = image.float()
+    low, high = image.min().item(), image.max().item()
+    if not (low >= 0 and high <= 1):  # also false for NaN
+        raise ValueError(f"{name}: values from {low} to {high}, expected finite numbers in [0, 1]")
+    return image
+
+
+def siglino_size(height: int, width: int, min_pixels=128**2, max_pixels=256**2) -> tuple[int, int]:
+    """The AMoE release's own size rule, for comparisons with it; it also enlarges. AMoE 1.1."""
+    if max(height, width) > 200 * min(height, width):
+        raise ValueError(f"{height}x{width}: the release's rule stops at an aspect ratio of 200")
+    return fit_size(height, width, 16, min_pixels, max_pixels, upsample=True)
+
+
+# ---- Our checkpoints
 
 FORMAT = "amoe-from-scratch student"
 
@@ -1199,6 +1202,18 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     return content
 
 
+def read_ours(content: dict[str, Any]) -> tuple[ModelConfig, Weights]:
+    """A file of `save_student`."""
+    if content.get("version") != 1:
+        raise ValueError(f"format version {content.get('version')!r}, this code reads 1")
+    heads = tuple(HeadSpec(**head) for head in content["config"]["heads"])
+    config = ModelConfig(**content["config"] | {"heads": heads})
+    return config, Weights(content["state_dict"])
+
+
+# ---- Foreign weights: renames, what is to be cut or joined, then torch's own strict load
+
+
 class Weights(dict[str, Tensor]):
     """A file's tensors by name; a name that is not there is an error of its own."""
 
@@ -1237,15 +1252,6 @@ def assemble(config: ModelConfig, state: Weights) -> Student:
         student = Student(config)
     student.load_state_dict({key: x.float() for key, x in state.items()}, assign=True)
     return student
-
-
-def read_ours(content: dict[str, Any]) -> tuple[ModelConfig, Weights]:
-    """A file of `save_student`."""
-    if content.get("version") != 1:
-        raise ValueError(f"format version {content.get('version')!r}, this code reads 1")
-    heads = tuple(HeadSpec(**head) for head in content["config"]["heads"])
-    config = ModelConfig(**content["config"] | {"heads": heads})
-    return config, Weights(content["state_dict"])
 
 
 POOL = [  # SigLIP's pooling head, in the release as in transformers

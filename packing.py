@@ -16,6 +16,8 @@ built-in drawing, `spec`, `seed` and `item`. Where known also `label`, `caption`
 of the picture's bytes) and `mask` ({path, offset, size}).
 """
 
+from __future__ import annotations
+
 import bisect
 import colorsys
 import contextlib
@@ -50,6 +52,496 @@ from PIL import Image, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageEr
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+Record = dict[str, Any]
+Skipped = dict[str, str]  # key or file -> reason
+Size = tuple[int, int]  # height, width
+Box = tuple[float, float, float, float]  # top, left, bottom, right, as shares of a picture's sides
+
+
+# ---- Part I, the papers: native sizes in whole patches
+
+
+def fit_size(height: float, width: float, patch: int, min_area: float = 0,
+             max_area: float | None = None, upsample: bool = False) -> Size:  # fmt: skip
+    """The size a picture is resized to: each side the nearest multiple of the patch, at least one.
+
+    Above `max_area` pixels it shrinks, and below `min_area` it grows if `upsample`; the aspect is
+    kept as far as whole patches allow. Source: AMoE's image processor (round, floor, ceil).
+    """
+    sides = height / patch, width / patch
+    h, w = (max(math.floor(side + 0.5), 1) for side in sides)
+    if upsample and h * w * patch**2 < min_area:
+        scale = math.sqrt(min_area / patch**2 / (sides[0] * sides[1]))
+        h, w = (math.ceil(side * scale - 1e-6) for side in sides)
+    if max_area is not None and h * w * patch**2 > max_area:
+        most = max(max_area / patch**2, 1)
+        scale = math.sqrt(most / (sides[0] * sides[1]))
+        h, w = (max(math.floor(side * scale + 1e-6), 1) for side in sides)
+        longest = int(most / min(h, w))  # a side that was less than a patch grew: the other pays
+        h, w = min(h, longest), min(w, longest)
+    return h * patch, w * patch
+
+
+def patchify(image_CHW: Tensor, patch: int) -> Tensor:
+    """(3, H, W) -> (P, X)."""
+    return rearrange(image_CHW, "c (h y) (w x) -> (h w) (y x c)", y=patch, x=patch)
+
+
+def mosaic(
+    images: Sequence[Tensor], canvas: int, patch: int,
+    generator: torch.Generator | None = None, fill: Sequence[float] = (0.5, 0.5, 0.5),
+) -> tuple[Tensor, list[tuple[int, int, int, int]]]:  # fmt: skip
+    """Tile pictures (3, H, W) on one square canvas, for a teacher that works at that size only.
+
+    The canvas is cut into k x k cells, k the largest for which all pictures fit; cells may stay
+    empty. A generator draws the cells, and the places in them in whole patches; without one the
+    pictures go in reading order to the top left of their cells. `fill` is the colour of the rest.
+
+    Returns: (3, canvas, canvas), and each picture's box in the teacher's feature map, in tokens:
+        (top, left, height, width), for features[top : top + height, left : left + width].
+
+    Source: RADIOv2.5 mosaic augmentation: 256 px k=4; 432 px k=2 with 80 px of padding.
+    """
+    sides = [side for image in images for side in image.shape[1:]]
+    if not sides or any(side % patch for side in (canvas, *sides)):
+        raise ValueError(f"{canvas=} and the sides {sides} must be multiples of {patch=}")
+    k = canvas // max(sides)
+    if len(images) > k * k:
+        raise ValueError(f"{len(images)} pictures, but {canvas=} has {k}x{k} cells of that size")
+    cell = canvas // patch // k
+    order = torch.arange(k * k) if generator is None else torch.randperm(k * k, generator=generator)
+    ground_311 = torch.tensor(fill, device=images[0].device)[:, None, None]
+    sheet, boxes = ground_311.repeat(1, canvas, canvas), []
+    for image, slot in zip(images, order.tolist(), strict=False):
+        height, width = image.shape[1] // patch, image.shape[2] // patch
+        top, left = slot // k * cell, slot % k * cell
+        if generator is not None:
+            top += int(torch.randint(cell - height + 1, (), generator=generator))
+            left += int(torch.randint(cell - width + 1, (), generator=generator))
+        y, x = top * patch, left * patch
+        sheet[:, y : y + image.shape[1], x : x + image.shape[2]] = image
+        boxes.append((top, left, height, width))
+    return sheet, boxes
+
+
+class View(NamedTuple):
+    """What one of those that look at the same picture sees of it."""
+
+    origin: Size  # (row, column) of its first patch; only the differences between views count
+    box: Box | None  # None: the whole picture
+
+
+def shifted_views(
+    grid: Size, names: Sequence[str], std: float, generator: torch.Generator
+) -> dict[str, View]:
+    """A view of `grid` patches for each name, moved by its own draw of whole patches, N(0, std).
+
+    The picture is enlarged, its aspect kept, until it holds them all, so nothing is cut off a view.
+    A move is at most (side - 1) // 2 patches, so that any two views overlap.
+    C-RADIOv4 Eq. 1; std = 0.5, which leaves 68 % of the draws at 0, is its makers'
+    """
+    grid_2 = torch.tensor(grid, dtype=torch.float64)
+    most_2 = ((grid_2 - 1) / 2).floor()
+    drawn_V2 = std * torch.randn(len(names), 2, generator=generator, dtype=torch.float64)
+    moves_V2 = drawn_V2.round().clamp(-most_2, most_2)
+    low_2, span_2 = moves_V2.amin(0), moves_V2.amax(0) - moves_V2.amin(0)
+    side_2 = grid_2 * ((grid_2 + span_2) / grid_2).max()  # of the enlarged picture, in patches
+    starts_V2 = moves_V2 - low_2 + (side_2 - grid_2 - span_2) / 2
+    boxes_V4 = (torch.cat([starts_V2, starts_V2 + grid_2], 1) / side_2.repeat(2)).clamp(0, 1)
+    boxes = [tuple(box) if span_2.any() else None for box in boxes_V4.tolist()]
+    origins = moves_V2.int().tolist()
+    return {n: View((y, x), box) for n, (y, x), box in zip(names, origins, boxes, strict=True)}
+
+
+# ---- Packed batches
+
+
+@dataclass
+class PackedBatch:
+    """Pictures of many sizes as one sequence of patches; may be empty."""
+
+    patches_MX: Tensor  # float32 in [0, 1], one picture after the other
+    grids: list[Size]  # (h, w) in patches of each picture
+    patch: int  # pixels
+    samples: list[Sample] = field(default_factory=list)  # one per picture, or none
+    partition_B: list[int] = field(default_factory=list)  # the partition of each picture
+    skipped: Skipped = field(default_factory=dict)  # pictures of this pack that did not decode
+    # by teacher, and "" for the student: its view of each picture; nothing if all see the whole
+    views: dict[str, list[View]] = field(default_factory=dict)
+    # by teacher: the pictures as it sees them, in one row of numbers, and their sizes in pixels
+    pixels: dict[str, tuple[Tensor, list[Size]]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.partition_B = self.partition_B or [0] * len(self.grids)
+
+    @classmethod
+    def from_images(
+        cls, images: Sequence[Tensor], patch: int, samples: Sequence[Sample] = ()
+    ) -> PackedBatch:
+        """Pack float pictures (3, H, W) whose sides are multiples of the patch."""
+        rows = [torch.zeros(0, 3 * patch**2), *(patchify(image, patch) for image in images)]
+        grids = [(image.shape[1] // patch, image.shape[2] // patch) for image in images]
+        return cls(torch.cat(rows), grids, patch, list(samples))
+
+    @classmethod
+    def cat(cls, batches: Sequence[PackedBatch]) -> PackedBatch:
+        """The pictures of several batches of one patch size as one batch."""
+        joined = cls(torch.cat([batch.patches_MX for batch in batches]), [], batches[0].patch)
+        for batch in batches:
+            joined.grids += batch.grids
+            joined.samples += batch.samples
+            joined.partition_B += batch.partition_B
+            joined.skipped |= batch.skipped
+            for name, views in batch.views.items():
+                joined.views.setdefault(name, []).extend(views)
+        for name in batches[0].pixels:
+            rows, sizes = zip(*(batch.pixels[name] for batch in batches), strict=True)
+            joined.pixels[name] = torch.cat(rows), list(itertools.chain(*sizes))
+        return joined
+
+    def __len__(self) -> int:
+        return len(self.grids)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Patches of each picture, prefix tokens not counted."""
+        return [h * w for h, w in self.grids]
+
+    @property
+    def sizes(self) -> list[Size]:
+        """(height, width) in pixels of each picture, or of the view of it."""
+        return [(h * self.patch, w * self.patch) for h, w in self.grids]
+
+    def boxes(self, name: str) -> list[Box | None] | None:
+        """The part of each picture that a teacher sees; None: all see all of them."""
+        return [view.box for view in self.views[name]] if self.views else None
+
+    def with_pixels(self, pixels: Mapping[str, list[Tensor]]) -> PackedBatch:
+        """The same with the pictures (3, H, W) that each teacher sees, all in one storage: a
+        loader's worker hands each storage over as an open file, of which there may be 1024."""
+        rows = [
+            torch.cat([x.flatten() for x in (self.patches_MX[:0], *xs)]) for xs in pixels.values()
+        ]
+        parts = [self.patches_MX.flatten(), *rows]
+        patches, *rows = torch.cat(parts).split([part.numel() for part in parts])
+        sizes = [[(x.shape[1], x.shape[2]) for x in xs] for xs in pixels.values()]
+        named = dict(zip(pixels, zip(rows, sizes, strict=True), strict=True))
+        return replace(self, patches_MX=patches.view_as(self.patches_MX), pixels=named)
+
+    def seen(self, name: str) -> list[Tensor]:
+        """The pictures as a teacher sees them, each (3, H, W)."""
+        row, sizes = self.pixels[name]
+        pictures = row.split([3 * height * width for height, width in sizes])
+        return [x.unflatten(0, (3, *size)) for x, size in zip(pictures, sizes, strict=True)]
+
+    def map(self, move: Callable[[Tensor], Tensor]) -> PackedBatch:
+        """The same with its tensors moved; what is still on the host stays there."""
+        pixels = {name: (move(row), sizes) for name, (row, sizes) in self.pixels.items()}
+        return replace(self, patches_MX=move(self.patches_MX), pixels=pixels)
+
+    def to(self, device: torch.device | str) -> PackedBatch:
+        return self.map(lambda x: to_device(x, device))
+
+    def pin_memory(self) -> PackedBatch:  # the loader's pinning thread calls it
+        return self.map(Tensor.pin_memory)
+
+
+def pack(
+    lengths: Sequence[int], budget: int, lookahead: int = 64, max_images: int | None = None
+) -> list[list[int]]:
+    """Group a stream of lengths into nearly full packs of at most `budget` tokens.
+
+    A pack starts with the oldest waiting picture, so that none waits forever, and takes the
+    largest that fits, until none does; once two could fill the rest, it takes the best pair.
+
+    Args:
+        lengths: tokens of each picture, prefix tokens counted.
+        lookahead: pictures that wait at a time; more fill better.
+        max_images: the most in a pack, or None for no limit.
+
+    Returns: packs of indices into `lengths`, each index once.
+    Source: AMoE Sec. 3; it does not state the algorithm.
+    """
+    if lookahead < 1 or (max_images is not None and max_images < 1):
+        raise ValueError(f"{lookahead=} and {max_images=} must be at least 1")
+    for i, length in enumerate(lengths):
+        if not 0 < length <= budget:
+            raise ValueError(f"picture {i} has {length} tokens, but a pack holds 1 to {budget=}")
+    stream = iter([(length, -i) for i, length in enumerate(lengths)])
+    # sorted by length; among equal ones the last, with the smallest index, is the oldest
+    waiting = sorted(itertools.islice(stream, lookahead))
+    is_packed, packs = bytearray(len(lengths)), []
+    for oldest, length in enumerate(lengths):
+        if is_packed[oldest]:
+            continue
+        members: list[int] = []
+        room, at = budget, bisect.bisect_left(waiting, (length, -oldest))
+        while at >= 0:
+            taken, minus_i = waiting.pop(at)
+            room -= taken
+            members.append(-minus_i)
+            is_packed[-minus_i] = True
+            for arrived in itertools.islice(stream, 1):
+                bisect.insort(waiting, arrived)
+            at = _best_fit(waiting, room, (max_images or len(lengths)) - len(members))
+        packs.append(members)
+    return packs
+
+
+def _best_fit(waiting: list[tuple[int, int]], room: int, places: int) -> int:
+    """Position in the sorted list of the length to take next, -1 for none."""
+    at = bisect.bisect_right(waiting, (room, 1)) - 1 if places else -1
+    if at < 1 or places < 2 or room > 2 * waiting[at][0]:  # more than a pair will fit
+        return at
+    best, low, high = waiting[at][0], 0, at
+    while low < high and best < room:  # two fingers on a sorted list find the largest sum
+        total = waiting[low][0] + waiting[high][0]
+        if best < total <= room:
+            best, at = total, high
+        low, high = (low + 1, high) if total <= room else (low, high - 1)
+    return at
+
+
+# ---- The sample order: which pictures a step sees
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What size a picture gets: native aspect, whole patches, and an area in pixels."""
+
+    min_area: float = 0  # smaller pictures grow to it if `upsample`, else stay as they are
+    max_area: float | None = None  # larger pictures shrink to it (AMoE: 256**2, then 768**2)
+    # RADIO's stochastic sizes: each (epoch, sample) draws a side and is resized to that square;
+    # the areas do not count then, but the native one is still the limit unless `upsample`
+    choices: tuple[int, ...] = ()
+    upsample: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_area is not None and self.min_area > self.max_area:
+            raise ValueError(f"min_area={self.min_area} is above max_area={self.max_area}")
+
+    def fit(self, height: int, width: int, patch: int, draw: float) -> Size:
+        """Size of a picture; `draw` in [0, 1) picks one of the choices."""
+        if not self.choices:
+            return fit_size(height, width, patch, self.min_area, self.max_area, self.upsample)
+        side: float = self.choices[int(draw * len(self.choices))]
+        side = side if self.upsample else min(side, math.sqrt(height * width))
+        return fit_size(side, side, patch)
+
+
+@dataclass(frozen=True)
+class Component:
+    """A source at some sizes."""
+
+    source: Source
+    sizes: Sizes
+    weight: float = 1.0  # the source's share of the pictures, relative to the other components'
+
+    def __post_init__(self) -> None:
+        if not (self.weight > 0 and len(self.source)):
+            name, count = self.source.name, len(self.source)
+            raise ValueError(f"{name}: {count} pictures and weight={self.weight} must be above 0")
+
+
+@dataclass(frozen=True)
+class Partition:
+    """A stream of packs with its own resolution and batch size (RADIO: low and high)."""
+
+    name: str
+    components: tuple[Component, ...]
+    budget: int  # tokens of a pack, prefix tokens counted
+    packs_per_step: int  # over all ranks
+    max_images: int | None = 16  # in a pack
+
+
+class StepData(Dataset):
+    """The packs of each global step that belong to one rank.
+
+    The packs of all partitions stand in one row, and each rank has an equal, contiguous part: many
+    ranks form low- and high-resolution groups, and one rank has micro-batches of one step. Every
+    partition goes through its own epochs.
+
+    `prefix` counts an image's tokens besides its patches. `teachers` are the live ones: what each
+    sees of a picture is made here, and no picture leaves the worker besides (a photograph is
+    36 MB). None: the samples keep theirs. `shift` is the deviation, in patches, by which the views
+    of the student and of each teacher move, see `shifted_views`.
+    """
+
+    def __init__(self, partitions: Sequence[Partition], patch: int, prefix: int, seed: int = 0,
+                 rank: int = 0, world: int = 1, lookahead: int = 64,
+                 shift: float = 0.0, teachers: Mapping[str, Viewer] | None = None):  # fmt: skip
+        packs = sum(partition.packs_per_step for partition in partitions)
+        if packs % world:
+            raise ValueError(f"{packs} packs per step do not divide over {world=} processes")
+        self.partitions, self.patch = tuple(partitions), patch
+        self.shift, self.teachers = shift, teachers
+        self._streams = [_Stream(p, patch, prefix, seed, lookahead) for p in partitions]
+        self._part = slice(rank * packs // world, (rank + 1) * packs // world)
+        self._seed = seed
+
+    def _row(self, step: int) -> list[tuple[int, np.ndarray]]:
+        """All packs of a global step, each with the number of its partition."""
+        return [(n, items) for n, s in enumerate(self._streams) for items in s.packs_at(step)]
+
+    def __getitem__(self, step: int) -> list[PackedBatch]:
+        """This rank's packs of a global step."""
+        return [self._load(step, number, items) for number, items in self._row(step)[self._part]]
+
+    def _load(self, step: int, number: int, items: np.ndarray) -> PackedBatch:
+        images, samples, skipped, viewers = [], [], Skipped(), dict(self.teachers or {})
+        names = ("", *viewers)
+        views: dict[str, list[View]] = {name: [] for name in names if self.shift}
+        pixels: dict[str, list[Tensor]] = {name: [] for name in viewers}
+        epoch, _ = self._streams[number].locate(step)
+        for component, i, h, w in items.tolist():
+            source = self.partitions[number].components[component].source
+            size = h * self.patch, w * self.patch
+            asked = [viewer.asks(source.size(i), size) for viewer in viewers.values()]
+            whole = self.teachers is None or self.shift  # a view may be a part of the picture
+            at_least = None if whole else tuple(map(max, zip(size, *asked, strict=True)))
+            try:
+                sample = source.load(i, at_least)
+            except BadImage as error:
+                skipped[source.key(i)] = str(error)
+            else:
+                samples.append(sample if self.teachers is None else without_pixels(sample))
+                found = dict.fromkeys(names, View((0, 0), None))
+                if self.shift:
+                    generator = keyed_generator(self._seed, epoch, sample.key, "shift")
+                    found = shifted_views((h, w), names, self.shift, generator)
+                for name in views:
+                    views[name].append(found[name])
+                images.append(to_float(sample.image, size, found[""].box))
+                for name, viewer in viewers.items():
+                    pixels[name].append(viewer.view(sample.image, size, found[name].box))
+        batch = PackedBatch.from_images(images, self.patch, samples)
+        partition_B = [number] * len(images)
+        batch = replace(batch, partition_B=partition_B, skipped=skipped, views=views)
+        return batch.with_pixels(pixels) if pixels else batch
+
+    def steps_in(self, epoch: int) -> int:
+        """Steps in an epoch of the first partition."""
+        return self._streams[0].steps_in(epoch)
+
+    def plan(self, step: int) -> list[list[str]]:
+        """Keys of the pictures of every pack of a global step, over all ranks."""
+        parts = [partition.components for partition in self.partitions]
+        row = [(parts[number], items.tolist()) for number, items in self._row(step)]
+        return [[part[c].source.key(i) for c, i, _, _ in items] for part, items in row]
+
+    def dropped(self, epoch: int) -> int:
+        """Pictures of an epoch, over all partitions, in the last packs that do not fill a step."""
+        return sum(stream.dropped(epoch) for stream in self._streams)
+
+
+class Viewer(Protocol):
+    """How a live teacher sees pictures (`teachers.SizeRule` is one)."""
+
+    def asks(self, whole: Size, seen: Size) -> Size:
+        """The size that it needs of a picture, given its own and that at which the student sees."""
+        ...
+
+    def view(self, image_u8: np.ndarray, size: Any = None, box: Any = None) -> Tensor:
+        """What it sees of a picture, (3, H, W)."""
+        ...
+
+
+class _Stream:
+    """The endless row of packs of one partition, planned an epoch at a time.
+
+    An epoch has as many pictures as all sources together; a source whose weight is in proportion
+    to its size, and so any single one, is passed over exactly once. A pack is an array of
+    (component, index, h, w), the grid in patches.
+    """
+
+    def __init__(self, partition: Partition, patch: int, prefix: int, seed: int, lookahead: int):
+        self.partition, self.patch, self.prefix = partition, patch, prefix
+        self.seed, self.lookahead = seed, lookahead
+        self._plans: dict[int, list[np.ndarray]] = {}
+        self._starts = [0]  # first step of each epoch known so far
+
+    def _generator(self, epoch: int, *purpose: object) -> torch.Generator:
+        return keyed_generator(self.seed, epoch, self.partition.name, *purpose)
+
+    def _indices(self, number: int, epoch: int) -> list[int]:
+        """A component's pictures in an epoch: a window on an endless row of permutations."""
+        parts = self.partition.components
+        count, total = len(parts[number].source), sum(len(part.source) for part in parts)
+        quota = parts[number].weight * total / sum(part.weight for part in parts)
+        start, stop = int(epoch * quota), int((epoch + 1) * quota)
+        row, first = list[int](), start // count
+        for turn in range(first, -(-stop // count)):
+            order = torch.randperm(count, generator=self._generator(turn, number, "order"))
+            row += order.tolist()
+        return row[start - first * count : stop - first * count]
+
+    def _items(self, epoch: int) -> np.ndarray:
+        """All pictures of an epoch, shuffled: rows of (component, index, h, w)."""
+        rows = []
+        for number, part in enumerate(self.partition.components):
+            # a draw for each picture of the source, so that it depends on the picture alone
+            generator = self._generator(epoch, number, "size")
+            draws = torch.rand(len(part.source), generator=generator, dtype=torch.float64).tolist()
+            for i in self._indices(number, epoch):
+                height, width = part.sizes.fit(*part.source.size(i), self.patch, draws[i])
+                rows.append((number, i, height // self.patch, width // self.patch))
+        mixed = torch.randperm(len(rows), generator=self._generator(epoch, "mix"))
+        return np.array(rows)[mixed.numpy()]
+
+    def plan(self, epoch: int) -> list[np.ndarray]:
+        """All packs of an epoch."""
+        if epoch in self._plans:
+            return self._plans[epoch]
+        part, items = self.partition, self._items(epoch)
+        lengths = items[:, 2] * items[:, 3] + self.prefix
+        if lengths.max() > part.budget:
+            component, i, h, w = items[lengths.argmax()].tolist()
+            raise ValueError(
+                f"partition {part.name}: {part.components[component].source.key(i)} has {h}x{w} "
+                f"patches, more than budget={part.budget} holds; raise it or lower Sizes.max_area"
+            )
+        packs = pack(lengths.tolist(), part.budget, self.lookahead, part.max_images)
+        if len(packs) < part.packs_per_step:
+            raise ValueError(
+                f"partition {part.name}: {len(items)} pictures make {len(packs)} packs, fewer than "
+                f"packs_per_step={part.packs_per_step}: about "
+                f"{-(-len(items) * part.packs_per_step // len(packs))} pictures are needed"
+            )
+        self._plans.pop(epoch - 2, None)  # a loader looks at two epochs at most
+        self._plans[epoch] = [items[members] for members in packs]
+        return self._plans[epoch]
+
+    def steps_in(self, epoch: int) -> int:
+        return len(self.plan(epoch)) // self.partition.packs_per_step
+
+    def dropped(self, epoch: int) -> int:
+        used = self.steps_in(epoch) * self.partition.packs_per_step
+        return sum(map(len, self.plan(epoch)[used:]))
+
+    def locate(self, step: int) -> tuple[int, int]:
+        while self._starts[-1] <= step:
+            self._starts.append(self._starts[-1] + self.steps_in(len(self._starts) - 1))
+        epoch = bisect.bisect_right(self._starts, step) - 1
+        return epoch, step - self._starts[epoch]
+
+    def packs_at(self, step: int) -> list[np.ndarray]:
+        (epoch, step), each = self.locate(step), self.partition.packs_per_step
+        return self.plan(epoch)[step * each : (step + 1) * each]
+
+
+def keyed_seed(*key: object) -> int:
+    """63-bit integer from the sha256 of the key's repr, the same in every process."""
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") >> 1
+
+
+def keyed_generator(*key: object) -> torch.Generator:
+    """Random generator of a key such as (seed, epoch, sample, purpose)."""
+    return torch.Generator().manual_seed(keyed_seed(*key))
+
+
+# ---- Part II: the plumbing
+# ---- Decoding
+
 MAX_PIXELS = 2**26  # 8192 x 8192; a larger picture is refused by its header, before decoding
 MAX_BYTES = 2**30  # of a file
 # Text and colour profiles of a PNG, which nobody needs but Pillow inflates: 1 MB refused good files
@@ -74,10 +566,6 @@ MAGIC = {  # what a broken file is, by a word near its start
 JUNK = {"__MACOSX", "@eaDir", ".ipynb_checkpoints", ".DS_Store", "Thumbs.db", "desktop.ini"}
 SCAN_VERSION = 2  # of what a kept scan means
 
-Record = dict[str, Any]
-Skipped = dict[str, str]  # key or file -> reason
-Size = tuple[int, int]  # height, width
-
 
 class BadImage(ValueError):
     """A picture that cannot be used; the message names it and the reason."""
@@ -85,25 +573,6 @@ class BadImage(ValueError):
 
 class Unreadable(BadImage):
     """It could not be read for a reason that may pass: a permission, the network, memory."""
-
-
-def keyed_seed(*key: object) -> int:
-    """63-bit integer from the sha256 of the key's repr, the same in every process."""
-    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") >> 1
-
-
-def keyed_generator(*key: object) -> torch.Generator:
-    """Random generator of a key such as (seed, epoch, sample, purpose)."""
-    return torch.Generator().manual_seed(keyed_seed(*key))
-
-
-def cache_home() -> Path:
-    """The folder for what is downloaded or computed once for all runs."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "amoe-from-scratch"
-
-
-# ---- decoding
 
 
 @contextlib.contextmanager
@@ -201,12 +670,6 @@ def decode_mask(data: bytes, name: str) -> np.ndarray:
     return ids
 
 
-# ---- sizes and patches
-
-
-Box = tuple[float, float, float, float]  # top, left, bottom, right, as shares of a picture's sides
-
-
 def to_float(image_u8: np.ndarray, size: Size | None = None, box: Box | None = None) -> Tensor:
     """uint8 (H, W, 3) -> float32 (3, H, W) in [0, 1].
 
@@ -233,70 +696,19 @@ def resize(image_CHW: Tensor, size: Size) -> Tensor:
     return F.interpolate(image_CHW[None], size, mode="bicubic", antialias=True)[0].clamp(0, 1)
 
 
-def fit_size(height: float, width: float, patch: int, min_area: float = 0,
-             max_area: float | None = None, upsample: bool = False) -> Size:  # fmt: skip
-    """The size a picture is resized to: each side the nearest multiple of the patch, at least one.
-
-    Above `max_area` pixels it shrinks, and below `min_area` it grows if `upsample`; the aspect is
-    kept as far as whole patches allow. Source: AMoE's image processor (round, floor, ceil).
-    """
-    sides = height / patch, width / patch
-    h, w = (max(math.floor(side + 0.5), 1) for side in sides)
-    if upsample and h * w * patch**2 < min_area:
-        scale = math.sqrt(min_area / patch**2 / (sides[0] * sides[1]))
-        h, w = (math.ceil(side * scale - 1e-6) for side in sides)
-    if max_area is not None and h * w * patch**2 > max_area:
-        most = max(max_area / patch**2, 1)
-        scale = math.sqrt(most / (sides[0] * sides[1]))
-        h, w = (max(math.floor(side * scale + 1e-6), 1) for side in sides)
-        longest = int(most / min(h, w))  # a side that was less than a patch grew: the other pays
-        h, w = min(h, longest), min(w, longest)
-    return h * patch, w * patch
+def to_device(x: Tensor, device: torch.device | str) -> Tensor:
+    """A copy that the host does not wait for: one to CUDA goes on alone from pinned memory."""
+    if torch.device(device).type == "cuda" and x.device.type == "cpu":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
 
 
-def patchify(image_CHW: Tensor, patch: int) -> Tensor:
-    """(3, H, W) -> (P, X)."""
-    return rearrange(image_CHW, "c (h y) (w x) -> (h w) (y x c)", y=patch, x=patch)
+def without_pixels(sample: Sample) -> Sample:
+    """What a step still needs of a picture when all views of it are made."""
+    return replace(sample, image=np.zeros((0, 0, 3), np.uint8), mask=None)
 
 
-def mosaic(
-    images: Sequence[Tensor], canvas: int, patch: int,
-    generator: torch.Generator | None = None, fill: Sequence[float] = (0.5, 0.5, 0.5),
-) -> tuple[Tensor, list[tuple[int, int, int, int]]]:  # fmt: skip
-    """Tile pictures (3, H, W) on one square canvas, for a teacher that works at that size only.
-
-    The canvas is cut into k x k cells, k the largest for which all pictures fit; cells may stay
-    empty. A generator draws the cells, and the places in them in whole patches; without one the
-    pictures go in reading order to the top left of their cells. `fill` is the colour of the rest.
-
-    Returns: (3, canvas, canvas), and each picture's box in the teacher's feature map, in tokens:
-        (top, left, height, width), for features[top : top + height, left : left + width].
-
-    Source: RADIOv2.5 mosaic augmentation: 256 px k=4; 432 px k=2 with 80 px of padding.
-    """
-    sides = [side for image in images for side in image.shape[1:]]
-    if not sides or any(side % patch for side in (canvas, *sides)):
-        raise ValueError(f"{canvas=} and the sides {sides} must be multiples of {patch=}")
-    k = canvas // max(sides)
-    if len(images) > k * k:
-        raise ValueError(f"{len(images)} pictures, but {canvas=} has {k}x{k} cells of that size")
-    cell = canvas // patch // k
-    order = torch.arange(k * k) if generator is None else torch.randperm(k * k, generator=generator)
-    ground_311 = torch.tensor(fill, device=images[0].device)[:, None, None]
-    sheet, boxes = ground_311.repeat(1, canvas, canvas), []
-    for image, slot in zip(images, order.tolist(), strict=False):
-        height, width = image.shape[1] // patch, image.shape[2] // patch
-        top, left = slot // k * cell, slot % k * cell
-        if generator is not None:
-            top += int(torch.randint(cell - height + 1, (), generator=generator))
-            left += int(torch.randint(cell - width + 1, (), generator=generator))
-        y, x = top * patch, left * patch
-        sheet[:, y : y + image.shape[1], x : x + image.shape[2]] = image
-        boxes.append((top, left, height, width))
-    return sheet, boxes
-
-
-# ---- sources: folders, tar shards and index files all become lines of an index
+# ---- Sources: folders, tar shards and index files all become lines of an index
 
 
 @dataclass(frozen=True)
@@ -414,26 +826,6 @@ class Subset(Source):
         return hashlib.sha256(f"{self.source.fingerprint()} {self.indices}".encode()).hexdigest()
 
 
-def with_paths(record: Record, root: Path | str, change: Callable[..., str]) -> Record:
-    """A record whose files are below `root` (os.path.join), or relative to it (`relative_to`)."""
-    for place in (record, record.get("mask", {})):
-        if "path" in place:
-            place["path"] = change(root, place["path"])
-    return record
-
-
-def relative_to(root: Path | str, path: str) -> str:
-    return os.path.relpath(path, root)
-
-
-def content_of(record: Record) -> str:
-    """What tells a picture from others: its digest, or its key where it cannot be read."""
-    with contextlib.suppress(BadImage):
-        if "digest" not in record and "path" in record:
-            return hashlib.sha256(_read(record)).hexdigest()
-    return str(record.get("digest", record["key"]))
-
-
 def hold_out(source: Source, fraction: float, seed: int = 0) -> tuple[Subset, Subset]:
     """Split into (train, test); the side of a picture depends on its content alone.
 
@@ -455,6 +847,102 @@ def left_out(skipped: Skipped, most: int = 10) -> Iterator[str]:
         count = f"{len(found)} files: " if len(found) > 1 else ""
         more = f" and {len(found) - most} more" if len(found) > most else ""
         yield f"{count}{', '.join(name for name, _ in found[:most])}{more}: {found[0][1]}"
+
+
+def content_of(record: Record) -> str:
+    """What tells a picture from others: its digest, or its key where it cannot be read."""
+    with contextlib.suppress(BadImage):
+        if "digest" not in record and "path" in record:
+            return hashlib.sha256(_read(record)).hexdigest()
+    return str(record.get("digest", record["key"]))
+
+
+def open_source(spec: str, seed: int = 0) -> Source:
+    """Open 'openmoji[:split[:count]]', a folder, a tar shard or a glob of them, or an index file.
+
+    Under torchrun all ranks call it together.
+
+    Raises: ValueError for what does not exist, is none of these, or holds no picture.
+    """
+    name, *rest = str(spec).split(":")
+    if name == "openmoji":
+        split, count, *_ = [*rest, "", ""]
+        return OpenMoji(split or "train", int(count) if count else None, seed)
+    path, *more = paths = _find(spec)
+    if not more and path.is_file() and not {".tar", ".tgz"} & set(path.suffixes):
+        header, lines = read_index(path)
+        source = IndexSource(path.stem, lines, path.parent, header.get("skipped", {}))
+    else:
+        root = path if path.is_dir() else Path(os.path.commonpath([p.parent for p in paths]))
+        names = [os.path.relpath(path, root) for path in paths]
+        scans = dict(zip(names, _scan_all(paths, root), strict=True))
+        source = _join(scans, path.resolve().name if path.is_dir() else path.stem, root)
+    if not len(source):
+        hint = f"; for tars pass '{path / '*.tar'}'" if list(path.glob("*.tar")) else ""
+        why = "; ".join(left_out(source.skipped)) or "it is empty"
+        raise ValueError(f"{spec}: no picture: {why}{hint}")
+    return source
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """The names that a shell makes of {0000..0099} and {a,b}."""
+    match = re.fullmatch(r"(.*?)\{([^{}]*)\}(.*)", pattern, re.DOTALL)
+    if not match:
+        return [pattern]
+    inside = match[2].split(",")
+    if ends := re.fullmatch(r"(\d+)\.\.(\d+)", match[2]):
+        inside = [f"{n:0{len(ends[1])}d}" for n in range(int(ends[1]), int(ends[2]) + 1)]
+    return [name for x in inside for name in expand_braces(f"{match[1]}{x}{match[3]}")]
+
+
+def _find(spec: str) -> list[Path]:
+    """What a SOURCE names: a folder or file, or all that its braces and wildcards stand for."""
+    if Path(spec).exists():
+        return [Path(spec)]
+    names = expand_braces(spec)
+    found = [path for name in names for path in sorted(glob.glob(name)) or [name]]
+    if len(names) == 1 and not Path(found[0]).exists():
+        raise ValueError(f"{spec}: no such folder, file or glob; without files there is 'openmoji'")
+    return [Path(path) for path in dict.fromkeys(found)]
+
+
+def _scan_all(paths: list[Path], root: Path) -> list[Scan]:
+    """The scans of shards, or of a folder; under torchrun each rank makes its part of them."""
+    if dist.is_initialized():
+        mine = {path: _scan(path, root) for path in paths[dist.get_rank() :: dist.get_world_size()]}
+        dist.barrier()  # then the others' are kept
+        return [mine.get(path) or _scan(path, root) for path in paths]
+    return [_scan(path, root) for path in paths]
+
+
+def _join(scans: dict[str, Scan], name: str, root: Path) -> IndexSource:
+    """One source of several shards; keys carry their shard if two shards have the same ones."""
+    skipped = Skipped()
+    for shard, scan in scans.items():
+        in_shard = f"{shard}/" if len(scans) > 1 else ""
+        skipped |= {n if n == shard else in_shard + n: why for n, why in scan.skipped.items()}
+    counts = [scan.count for scan in scans.values() if scan.is_whole]
+    usual = sum(counts) / len(counts) if counts else max(scan.count for scan in scans.values())
+    lost = sum(scan.lost for scan in scans.values())
+    lost += sum(max(1, round(usual) - s.count) for s in scans.values() if not s.is_whole)
+    source = IndexSource(name, b"".join(s.lines for s in scans.values()), root, skipped, lost)
+    if source.lost > lost:
+        lines = ((shard, json.loads(x)) for shard, s in scans.items() for x in s.lines.splitlines())
+        records = (r | {"key": f"{os.path.splitext(shard)[0]}/{r['key']}"} for shard, r in lines)
+        source = IndexSource(name, _to_lines(records), root, skipped, lost)
+    return source
+
+
+def with_paths(record: Record, root: Path | str, change: Callable[..., str]) -> Record:
+    """A record whose files are below `root` (os.path.join), or relative to it (`relative_to`)."""
+    for place in (record, record.get("mask", {})):
+        if "path" in place:
+            place["path"] = change(root, place["path"])
+    return record
+
+
+def relative_to(root: Path | str, path: str) -> str:
+    return os.path.relpath(path, root)
 
 
 def _to_lines(records: Iterable[Record]) -> bytes:
@@ -504,6 +992,15 @@ def _read(place: Record, root: Path | str = "") -> bytes:
 def _printable(name: str) -> str:
     """A file name whose bytes are not UTF-8 gets visible escapes."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def cache_home() -> Path:
+    """The folder for what is downloaded or computed once for all runs."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "amoe-from-scratch"
+
+
+# ---- What is a picture among files, and what lies beside it
 
 
 def _walk(root: Path) -> tuple[dict[str, os.stat_result], Skipped]:
@@ -749,7 +1246,69 @@ def _scan(path: Path, root: Path) -> Scan:
     return scan
 
 
-# ---- the built-in drawings
+# ---- The loader and the process group
+
+
+def make_loader(data: StepData, start: int, stop: int, workers: int = 0,
+                pin: bool = False) -> Iterator[list[PackedBatch]]:  # fmt: skip
+    """The rank's packs of steps start..stop-1, decoded ahead by `workers` processes of one thread.
+
+    A worker that dies ends the iteration with a RuntimeError that names its process id.
+    """
+    return iter(DataLoader(data, batch_size=None, sampler=range(start, stop), num_workers=workers,
+                           pin_memory=pin))  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Group:
+    """This process among those that train together."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+
+def setup_distributed(pg_timeout: float = 600.0, device: str = "auto") -> Group:
+    """Join the processes that torchrun started; without torchrun, be rank 0 of 1.
+
+    Args:
+        pg_timeout: seconds that a collective waits for a silent process.
+        device: cpu, cuda (a GPU for each process of this machine), or auto: cuda if there is one.
+    Raises: ValueError without a GPU for every process.
+    """
+    env, timeout = os.environ, timedelta(seconds=pg_timeout)
+    rank, world = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
+    group = Group(rank, world, choose_device(device, int(env.get("LOCAL_WORLD_SIZE", 1))))
+    if "RANK" not in env:
+        return group
+    is_master = rank == 0 and env.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    address = env["MASTER_ADDR"], int(env["MASTER_PORT"])
+    store = dist.TCPStore(*address, world, is_master=is_master, timeout=timeout)
+    # a restarted rank must not find the addresses of the dead ones: each attempt has its own keys
+    attempt = dist.PrefixStore(f"attempt{env.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    # numbers that are on the host are summed there: NCCL would wait for the device
+    on_gpu = {"backend": "cpu:gloo,cuda:nccl", "device_id": group.device}
+    how: Any = on_gpu if group.device.type == "cuda" else {"backend": "gloo"}
+    dist.init_process_group(store=attempt, rank=rank, world_size=world, timeout=timeout, **how)
+    return group
+
+
+def choose_device(device: str, processes: int) -> torch.device:
+    """This process's device, its own GPU where that is CUDA; see `setup_distributed`."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device == "cpu" or (device == "auto" and not gpus):
+        return torch.device("cpu")
+    if processes > gpus:
+        raise ValueError(
+            f"{processes} processes on this machine, but {gpus} GPUs: pass --nproc-per-node "
+            f"{max(gpus, 1)} to torchrun, or --device cpu"
+        )
+    chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    torch.cuda.set_device(chosen)
+    return chosen
+
+
+# ---- The built-in drawings
 
 # Unicode ranges of the coarse labels. A later label wins, and what none has is an object, so that a
 # range may run on over such characters.
@@ -786,11 +1345,15 @@ def _characters(ranges: str) -> list[str]:
 
 
 LABEL_OF: dict[str, str] = dict.fromkeys(_characters(DRAWINGS), "objects")
+
+
 for word in LABEL_RANGES.split():
     if word.islower():
         label = word
     else:
         LABEL_OF |= dict.fromkeys(_characters(word), label)
+
+
 LABELS = tuple(sorted({*LABEL_OF.values()}))
 
 
@@ -911,561 +1474,3 @@ class OpenMoji(IndexSource):
     def fingerprint(self) -> str:
         font = hashlib.sha256(Path(str(_font(32).path)).read_bytes()).hexdigest()
         return hashlib.sha256(f"{self.name} {self.count} {self.seed} {font}".encode()).hexdigest()
-
-
-# ---- opening
-
-
-def expand_braces(pattern: str) -> list[str]:
-    """The names that a shell makes of {0000..0099} and {a,b}."""
-    match = re.fullmatch(r"(.*?)\{([^{}]*)\}(.*)", pattern, re.DOTALL)
-    if not match:
-        return [pattern]
-    inside = match[2].split(",")
-    if ends := re.fullmatch(r"(\d+)\.\.(\d+)", match[2]):
-        inside = [f"{n:0{len(ends[1])}d}" for n in range(int(ends[1]), int(ends[2]) + 1)]
-    return [name for x in inside for name in expand_braces(f"{match[1]}{x}{match[3]}")]
-
-
-def _find(spec: str) -> list[Path]:
-    """What a SOURCE names: a folder or file, or all that its braces and wildcards stand for."""
-    if Path(spec).exists():
-        return [Path(spec)]
-    names = expand_braces(spec)
-    found = [path for name in names for path in sorted(glob.glob(name)) or [name]]
-    if len(names) == 1 and not Path(found[0]).exists():
-        raise ValueError(f"{spec}: no such folder, file or glob; without files there is 'openmoji'")
-    return [Path(path) for path in dict.fromkeys(found)]
-
-
-def _scan_all(paths: list[Path], root: Path) -> list[Scan]:
-    """The scans of shards, or of a folder; under torchrun each rank makes its part of them."""
-    if dist.is_initialized():
-        mine = {path: _scan(path, root) for path in paths[dist.get_rank() :: dist.get_world_size()]}
-        dist.barrier()  # then the others' are kept
-        return [mine.get(path) or _scan(path, root) for path in paths]
-    return [_scan(path, root) for path in paths]
-
-
-def _join(scans: dict[str, Scan], name: str, root: Path) -> IndexSource:
-    """One source of several shards; keys carry their shard if two shards have the same ones."""
-    skipped = Skipped()
-    for shard, scan in scans.items():
-        in_shard = f"{shard}/" if len(scans) > 1 else ""
-        skipped |= {n if n == shard else in_shard + n: why for n, why in scan.skipped.items()}
-    counts = [scan.count for scan in scans.values() if scan.is_whole]
-    usual = sum(counts) / len(counts) if counts else max(scan.count for scan in scans.values())
-    lost = sum(scan.lost for scan in scans.values())
-    lost += sum(max(1, round(usual) - s.count) for s in scans.values() if not s.is_whole)
-    source = IndexSource(name, b"".join(s.lines for s in scans.values()), root, skipped, lost)
-    if source.lost > lost:
-        lines = ((shard, json.loads(x)) for shard, s in scans.items() for x in s.lines.splitlines())
-        records = (r | {"key": f"{os.path.splitext(shard)[0]}/{r['key']}"} for shard, r in lines)
-        source = IndexSource(name, _to_lines(records), root, skipped, lost)
-    return source
-
-
-def open_source(spec: str, seed: int = 0) -> Source:
-    """Open 'openmoji[:split[:count]]', a folder, a tar shard or a glob of them, or an index file.
-
-    Under torchrun all ranks call it together.
-
-    Raises: ValueError for what does not exist, is none of these, or holds no picture.
-    """
-    name, *rest = str(spec).split(":")
-    if name == "openmoji":
-        split, count, *_ = [*rest, "", ""]
-        return OpenMoji(split or "train", int(count) if count else None, seed)
-    path, *more = paths = _find(spec)
-    if not more and path.is_file() and not {".tar", ".tgz"} & set(path.suffixes):
-        header, lines = read_index(path)
-        source = IndexSource(path.stem, lines, path.parent, header.get("skipped", {}))
-    else:
-        root = path if path.is_dir() else Path(os.path.commonpath([p.parent for p in paths]))
-        names = [os.path.relpath(path, root) for path in paths]
-        scans = dict(zip(names, _scan_all(paths, root), strict=True))
-        source = _join(scans, path.resolve().name if path.is_dir() else path.stem, root)
-    if not len(source):
-        hint = f"; for tars pass '{path / '*.tar'}'" if list(path.glob("*.tar")) else ""
-        why = "; ".join(left_out(source.skipped)) or "it is empty"
-        raise ValueError(f"{spec}: no picture: {why}{hint}")
-    return source
-
-
-# ---- packed batches
-
-
-class View(NamedTuple):
-    """What one of those that look at the same picture sees of it."""
-
-    origin: Size  # (row, column) of its first patch; only the differences between views count
-    box: Box | None  # None: the whole picture
-
-
-def shifted_views(
-    grid: Size, names: Sequence[str], std: float, generator: torch.Generator
-) -> dict[str, View]:
-    """A view of `grid` patches for each name, moved by its own draw of whole patches, N(0, std).
-
-    The picture is enlarged, its aspect kept, until it holds them all, so nothing is cut off a view.
-    A move is at most (side - 1) // 2 patches, so that any two views overlap.
-    C-RADIOv4 Eq. 1; std = 0.5, which leaves 68 % of the draws at 0, is its makers'
-    """
-    grid_2 = torch.tensor(grid, dtype=torch.float64)
-    most_2 = ((grid_2 - 1) / 2).floor()
-    drawn_V2 = std * torch.randn(len(names), 2, generator=generator, dtype=torch.float64)
-    moves_V2 = drawn_V2.round().clamp(-most_2, most_2)
-    low_2, span_2 = moves_V2.amin(0), moves_V2.amax(0) - moves_V2.amin(0)
-    side_2 = grid_2 * ((grid_2 + span_2) / grid_2).max()  # of the enlarged picture, in patches
-    starts_V2 = moves_V2 - low_2 + (side_2 - grid_2 - span_2) / 2
-    boxes_V4 = (torch.cat([starts_V2, starts_V2 + grid_2], 1) / side_2.repeat(2)).clamp(0, 1)
-    boxes = [tuple(box) if span_2.any() else None for box in boxes_V4.tolist()]
-    origins = moves_V2.int().tolist()
-    return {n: View((y, x), box) for n, (y, x), box in zip(names, origins, boxes, strict=True)}
-
-
-def to_device(x: Tensor, device: torch.device | str) -> Tensor:
-    """A copy that the host does not wait for: one to CUDA goes on alone from pinned memory."""
-    if torch.device(device).type == "cuda" and x.device.type == "cpu":
-        return x.pin_memory().to(device, non_blocking=True)
-    return x.to(device)
-
-
-@dataclass
-class PackedBatch:
-    """Pictures of many sizes as one sequence of patches; may be empty."""
-
-    patches_MX: Tensor  # float32 in [0, 1], one picture after the other
-    grids: list[Size]  # (h, w) in patches of each picture
-    patch: int  # pixels
-    samples: list[Sample] = field(default_factory=list)  # one per picture, or none
-    partition_B: list[int] = field(default_factory=list)  # the partition of each picture
-    skipped: Skipped = field(default_factory=dict)  # pictures of this pack that did not decode
-    # by teacher, and "" for the student: its view of each picture; nothing if all see the whole
-    views: dict[str, list[View]] = field(default_factory=dict)
-    # by teacher: the pictures as it sees them, in one row of numbers, and their sizes in pixels
-    pixels: dict[str, tuple[Tensor, list[Size]]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.partition_B = self.partition_B or [0] * len(self.grids)
-
-    @classmethod
-    def from_images(
-        cls, images: Sequence[Tensor], patch: int, samples: Sequence[Sample] = ()
-    ) -> "PackedBatch":
-        """Pack float pictures (3, H, W) whose sides are multiples of the patch."""
-        rows = [torch.zeros(0, 3 * patch**2), *(patchify(image, patch) for image in images)]
-        grids = [(image.shape[1] // patch, image.shape[2] // patch) for image in images]
-        return cls(torch.cat(rows), grids, patch, list(samples))
-
-    @classmethod
-    def cat(cls, batches: Sequence["PackedBatch"]) -> "PackedBatch":
-        """The pictures of several batches of one patch size as one batch."""
-        joined = cls(torch.cat([batch.patches_MX for batch in batches]), [], batches[0].patch)
-        for batch in batches:
-            joined.grids += batch.grids
-            joined.samples += batch.samples
-            joined.partition_B += batch.partition_B
-            joined.skipped |= batch.skipped
-            for name, views in batch.views.items():
-                joined.views.setdefault(name, []).extend(views)
-        for name in batches[0].pixels:
-            rows, sizes = zip(*(batch.pixels[name] for batch in batches), strict=True)
-            joined.pixels[name] = torch.cat(rows), list(itertools.chain(*sizes))
-        return joined
-
-    def __len__(self) -> int:
-        return len(self.grids)
-
-    @property
-    def lengths(self) -> list[int]:
-        """Patches of each picture, prefix tokens not counted."""
-        return [h * w for h, w in self.grids]
-
-    @property
-    def sizes(self) -> list[Size]:
-        """(height, width) in pixels of each picture, or of the view of it."""
-        return [(h * self.patch, w * self.patch) for h, w in self.grids]
-
-    def boxes(self, name: str) -> list[Box | None] | None:
-        """The part of each picture that a teacher sees; None: all see all of them."""
-        return [view.box for view in self.views[name]] if self.views else None
-
-    def with_pixels(self, pixels: Mapping[str, list[Tensor]]) -> "PackedBatch":
-        """The same with the pictures (3, H, W) that each teacher sees, all in one storage: a
-        loader's worker hands each storage over as an open file, of which there may be 1024."""
-        rows = [
-            torch.cat([x.flatten() for x in (self.patches_MX[:0], *xs)]) for xs in pixels.values()
-        ]
-        parts = [self.patches_MX.flatten(), *rows]
-        patches, *rows = torch.cat(parts).split([part.numel() for part in parts])
-        sizes = [[(x.shape[1], x.shape[2]) for x in xs] for xs in pixels.values()]
-        named = dict(zip(pixels, zip(rows, sizes, strict=True), strict=True))
-        return replace(self, patches_MX=patches.view_as(self.patches_MX), pixels=named)
-
-    def seen(self, name: str) -> list[Tensor]:
-        """The pictures as a teacher sees them, each (3, H, W)."""
-        row, sizes = self.pixels[name]
-        pictures = row.split([3 * height * width for height, width in sizes])
-        return [x.unflatten(0, (3, *size)) for x, size in zip(pictures, sizes, strict=True)]
-
-    def map(self, move: Callable[[Tensor], Tensor]) -> "PackedBatch":
-        """The same with its tensors moved; what is still on the host stays there."""
-        pixels = {name: (move(row), sizes) for name, (row, sizes) in self.pixels.items()}
-        return replace(self, patches_MX=move(self.patches_MX), pixels=pixels)
-
-    def to(self, device: torch.device | str) -> "PackedBatch":
-        return self.map(lambda x: to_device(x, device))
-
-    def pin_memory(self) -> "PackedBatch":  # the loader's pinning thread calls it
-        return self.map(Tensor.pin_memory)
-
-
-def pack(
-    lengths: Sequence[int], budget: int, lookahead: int = 64, max_images: int | None = None
-) -> list[list[int]]:
-    """Group a stream of lengths into nearly full packs of at most `budget` tokens.
-
-    A pack starts with the oldest waiting picture, so that none waits forever, and takes the
-    largest that fits, until none does; once two could fill the rest, it takes the best pair.
-
-    Args:
-        lengths: tokens of each picture, prefix tokens counted.
-        lookahead: pictures that wait at a time; more fill better.
-        max_images: the most in a pack, or None for no limit.
-
-    Returns: packs of indices into `lengths`, each index once.
-    Source: AMoE Sec. 3; it does not state the algorithm.
-    """
-    if lookahead < 1 or (max_images is not None and max_images < 1):
-        raise ValueError(f"{lookahead=} and {max_images=} must be at least 1")
-    for i, length in enumerate(lengths):
-        if not 0 < length <= budget:
-            raise ValueError(f"picture {i} has {length} tokens, but a pack holds 1 to {budget=}")
-    stream = iter([(length, -i) for i, length in enumerate(lengths)])
-    # sorted by length; among equal ones the last, with the smallest index, is the oldest
-    waiting = sorted(itertools.islice(stream, lookahead))
-    is_packed, packs = bytearray(len(lengths)), []
-    for oldest, length in enumerate(lengths):
-        if is_packed[oldest]:
-            continue
-        members: list[int] = []
-        room, at = budget, bisect.bisect_left(waiting, (length, -oldest))
-        while at >= 0:
-            taken, minus_i = waiting.pop(at)
-            room -= taken
-            members.append(-minus_i)
-            is_packed[-minus_i] = True
-            for arrived in itertools.islice(stream, 1):
-                bisect.insort(waiting, arrived)
-            at = _best_fit(waiting, room, (max_images or len(lengths)) - len(members))
-        packs.append(members)
-    return packs
-
-
-def _best_fit(waiting: list[tuple[int, int]], room: int, places: int) -> int:
-    """Position in the sorted list of the length to take next, -1 for none."""
-    at = bisect.bisect_right(waiting, (room, 1)) - 1 if places else -1
-    if at < 1 or places < 2 or room > 2 * waiting[at][0]:  # more than a pair will fit
-        return at
-    best, low, high = waiting[at][0], 0, at
-    while low < high and best < room:  # two fingers on a sorted list find the largest sum
-        total = waiting[low][0] + waiting[high][0]
-        if best < total <= room:
-            best, at = total, high
-        low, high = (low + 1, high) if total <= room else (low, high - 1)
-    return at
-
-
-# ---- the sample order
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """What size a picture gets: native aspect, whole patches, and an area in pixels."""
-
-    min_area: float = 0  # smaller pictures grow to it if `upsample`, else stay as they are
-    max_area: float | None = None  # larger pictures shrink to it (AMoE: 256**2, then 768**2)
-    # RADIO's stochastic sizes: each (epoch, sample) draws a side and is resized to that square;
-    # the areas do not count then, but the native one is still the limit unless `upsample`
-    choices: tuple[int, ...] = ()
-    upsample: bool = False
-
-    def __post_init__(self) -> None:
-        if self.max_area is not None and self.min_area > self.max_area:
-            raise ValueError(f"min_area={self.min_area} is above max_area={self.max_area}")
-
-    def fit(self, height: int, width: int, patch: int, draw: float) -> Size:
-        """Size of a picture; `draw` in [0, 1) picks one of the choices."""
-        if not self.choices:
-            return fit_size(height, width, patch, self.min_area, self.max_area, self.upsample)
-        side: float = self.choices[int(draw * len(self.choices))]
-        side = side if self.upsample else min(side, math.sqrt(height * width))
-        return fit_size(side, side, patch)
-
-
-@dataclass(frozen=True)
-class Component:
-    """A source at some sizes."""
-
-    source: Source
-    sizes: Sizes
-    weight: float = 1.0  # the source's share of the pictures, relative to the other components'
-
-    def __post_init__(self) -> None:
-        if not (self.weight > 0 and len(self.source)):
-            name, count = self.source.name, len(self.source)
-            raise ValueError(f"{name}: {count} pictures and weight={self.weight} must be above 0")
-
-
-@dataclass(frozen=True)
-class Partition:
-    """A stream of packs with its own resolution and batch size (RADIO: low and high)."""
-
-    name: str
-    components: tuple[Component, ...]
-    budget: int  # tokens of a pack, prefix tokens counted
-    packs_per_step: int  # over all ranks
-    max_images: int | None = 16  # in a pack
-
-
-class _Stream:
-    """The endless row of packs of one partition, planned an epoch at a time.
-
-    An epoch has as many pictures as all sources together; a source whose weight is in proportion
-    to its size, and so any single one, is passed over exactly once. A pack is an array of
-    (component, index, h, w), the grid in patches.
-    """
-
-    def __init__(self, partition: Partition, patch: int, prefix: int, seed: int, lookahead: int):
-        self.partition, self.patch, self.prefix = partition, patch, prefix
-        self.seed, self.lookahead = seed, lookahead
-        self._plans: dict[int, list[np.ndarray]] = {}
-        self._starts = [0]  # first step of each epoch known so far
-
-    def _generator(self, epoch: int, *purpose: object) -> torch.Generator:
-        return keyed_generator(self.seed, epoch, self.partition.name, *purpose)
-
-    def _indices(self, number: int, epoch: int) -> list[int]:
-        """A component's pictures in an epoch: a window on an endless row of permutations."""
-        parts = self.partition.components
-        count, total = len(parts[number].source), sum(len(part.source) for part in parts)
-        quota = parts[number].weight * total / sum(part.weight for part in parts)
-        start, stop = int(epoch * quota), int((epoch + 1) * quota)
-        row, first = list[int](), start // count
-        for turn in range(first, -(-stop // count)):
-            order = torch.randperm(count, generator=self._generator(turn, number, "order"))
-            row += order.tolist()
-        return row[start - first * count : stop - first * count]
-
-    def _items(self, epoch: int) -> np.ndarray:
-        """All pictures of an epoch, shuffled: rows of (component, index, h, w)."""
-        rows = []
-        for number, part in enumerate(self.partition.components):
-            # a draw for each picture of the source, so that it depends on the picture alone
-            generator = self._generator(epoch, number, "size")
-            draws = torch.rand(len(part.source), generator=generator, dtype=torch.float64).tolist()
-            for i in self._indices(number, epoch):
-                height, width = part.sizes.fit(*part.source.size(i), self.patch, draws[i])
-                rows.append((number, i, height // self.patch, width // self.patch))
-        mixed = torch.randperm(len(rows), generator=self._generator(epoch, "mix"))
-        return np.array(rows)[mixed.numpy()]
-
-    def plan(self, epoch: int) -> list[np.ndarray]:
-        """All packs of an epoch."""
-        if epoch in self._plans:
-            return self._plans[epoch]
-        part, items = self.partition, self._items(epoch)
-        lengths = items[:, 2] * items[:, 3] + self.prefix
-        if lengths.max() > part.budget:
-            component, i, h, w = items[lengths.argmax()].tolist()
-            raise ValueError(
-                f"partition {part.name}: {part.components[component].source.key(i)} has {h}x{w} "
-                f"patches, more than budget={part.budget} holds; raise it or lower Sizes.max_area"
-            )
-        packs = pack(lengths.tolist(), part.budget, self.lookahead, part.max_images)
-        if len(packs) < part.packs_per_step:
-            raise ValueError(
-                f"partition {part.name}: {len(items)} pictures make {len(packs)} packs, fewer than "
-                f"packs_per_step={part.packs_per_step}: about "
-                f"{-(-len(items) * part.packs_per_step // len(packs))} pictures are needed"
-            )
-        self._plans.pop(epoch - 2, None)  # a loader looks at two epochs at most
-        self._plans[epoch] = [items[members] for members in packs]
-        return self._plans[epoch]
-
-    def steps_in(self, epoch: int) -> int:
-        return len(self.plan(epoch)) // self.partition.packs_per_step
-
-    def dropped(self, epoch: int) -> int:
-        used = self.steps_in(epoch) * self.partition.packs_per_step
-        return sum(map(len, self.plan(epoch)[used:]))
-
-    def locate(self, step: int) -> tuple[int, int]:
-        while self._starts[-1] <= step:
-            self._starts.append(self._starts[-1] + self.steps_in(len(self._starts) - 1))
-        epoch = bisect.bisect_right(self._starts, step) - 1
-        return epoch, step - self._starts[epoch]
-
-    def packs_at(self, step: int) -> list[np.ndarray]:
-        (epoch, step), each = self.locate(step), self.partition.packs_per_step
-        return self.plan(epoch)[step * each : (step + 1) * each]
-
-
-class Viewer(Protocol):
-    """How a live teacher sees pictures (`teachers.SizeRule` is one)."""
-
-    def asks(self, whole: Size, seen: Size) -> Size:
-        """The size that it needs of a picture, given its own and that at which the student sees."""
-        ...
-
-    def view(self, image_u8: np.ndarray, size: Any = None, box: Any = None) -> Tensor:
-        """What it sees of a picture, (3, H, W)."""
-        ...
-
-
-def without_pixels(sample: Sample) -> Sample:
-    """What a step still needs of a picture when all views of it are made."""
-    return replace(sample, image=np.zeros((0, 0, 3), np.uint8), mask=None)
-
-
-class StepData(Dataset):
-    """The packs of each global step that belong to one rank.
-
-    The packs of all partitions stand in one row, and each rank has an equal, contiguous part: many
-    ranks form low- and high-resolution groups, and one rank has micro-batches of one step. Every
-    partition goes through its own epochs.
-
-    `prefix` counts an image's tokens besides its patches. `teachers` are the live ones: what each
-    sees of a picture is made here, and no picture leaves the worker besides (a photograph is
-    36 MB). None: the samples keep theirs. `shift` is the deviation, in patches, by which the views
-    of the student and of each teacher move, see `shifted_views`.
-    """
-
-    def __init__(self, partitions: Sequence[Partition], patch: int, prefix: int, seed: int = 0,
-                 rank: int = 0, world: int = 1, lookahead: int = 64,
-                 shift: float = 0.0, teachers: Mapping[str, Viewer] | None = None):  # fmt: skip
-        packs = sum(partition.packs_per_step for partition in partitions)
-        if packs % world:
-            raise ValueError(f"{packs} packs per step do not divide over {world=} processes")
-        self.partitions, self.patch = tuple(partitions), patch
-        self.shift, self.teachers = shift, teachers
-        self._streams = [_Stream(p, patch, prefix, seed, lookahead) for p in partitions]
-        self._part = slice(rank * packs // world, (rank + 1) * packs // world)
-        self._seed = seed
-
-    def _row(self, step: int) -> list[tuple[int, np.ndarray]]:
-        """All packs of a global step, each with the number of its partition."""
-        return [(n, items) for n, s in enumerate(self._streams) for items in s.packs_at(step)]
-
-    def __getitem__(self, step: int) -> list[PackedBatch]:
-        """This rank's packs of a global step."""
-        return [self._load(step, number, items) for number, items in self._row(step)[self._part]]
-
-    def _load(self, step: int, number: int, items: np.ndarray) -> PackedBatch:
-        images, samples, skipped, viewers = [], [], Skipped(), dict(self.teachers or {})
-        names = ("", *viewers)
-        views: dict[str, list[View]] = {name: [] for name in names if self.shift}
-        pixels: dict[str, list[Tensor]] = {name: [] for name in viewers}
-        epoch, _ = self._streams[number].locate(step)
-        for component, i, h, w in items.tolist():
-            source = self.partitions[number].components[component].source
-            size = h * self.patch, w * self.patch
-            asked = [viewer.asks(source.size(i), size) for viewer in viewers.values()]
-            whole = self.teachers is None or self.shift  # a view may be a part of the picture
-            at_least = None if whole else tuple(map(max, zip(size, *asked, strict=True)))
-            try:
-                sample = source.load(i, at_least)
-            except BadImage as error:
-                skipped[source.key(i)] = str(error)
-            else:
-                samples.append(sample if self.teachers is None else without_pixels(sample))
-                found = dict.fromkeys(names, View((0, 0), None))
-                if self.shift:
-                    generator = keyed_generator(self._seed, epoch, sample.key, "shift")
-                    found = shifted_views((h, w), names, self.shift, generator)
-                for name in views:
-                    views[name].append(found[name])
-                images.append(to_float(sample.image, size, found[""].box))
-                for name, viewer in viewers.items():
-                    pixels[name].append(viewer.view(sample.image, size, found[name].box))
-        batch = PackedBatch.from_images(images, self.patch, samples)
-        partition_B = [number] * len(images)
-        batch = replace(batch, partition_B=partition_B, skipped=skipped, views=views)
-        return batch.with_pixels(pixels) if pixels else batch
-
-    def steps_in(self, epoch: int) -> int:
-        """Steps in an epoch of the first partition."""
-        return self._streams[0].steps_in(epoch)
-
-    def plan(self, step: int) -> list[list[str]]:
-        """Keys of the pictures of every pack of a global step, over all ranks."""
-        parts = [partition.components for partition in self.partitions]
-        row = [(parts[number], items.tolist()) for number, items in self._row(step)]
-        return [[part[c].source.key(i) for c, i, _, _ in items] for part, items in row]
-
-    def dropped(self, epoch: int) -> int:
-        """Pictures of an epoch, over all partitions, in the last packs that do not fill a step."""
-        return sum(stream.dropped(epoch) for stream in self._streams)
-
-
-def make_loader(data: StepData, start: int, stop: int, workers: int = 0,
-                pin: bool = False) -> Iterator[list[PackedBatch]]:  # fmt: skip
-    """The rank's packs of steps start..stop-1, decoded ahead by `workers` processes of one thread.
-
-    A worker that dies ends the iteration with a RuntimeError that names its process id.
-    """
-    return iter(DataLoader(data, batch_size=None, sampler=range(start, stop), num_workers=workers,
-                           pin_memory=pin))  # fmt: skip
-
-
-# ---- the process group
-
-
-@dataclass(frozen=True)
-class Group:
-    """This process among those that train together."""
-
-    rank: int
-    world: int
-    device: torch.device
-
-
-def setup_distributed(pg_timeout: float = 600.0, device: str = "auto") -> Group:
-    """Join the processes that torchrun started; without torchrun, be rank 0 of 1.
-
-    Args:
-        pg_timeout: seconds that a collective waits for a silent process.
-        device: cpu, cuda (a GPU for each process of this machine), or auto: cuda if there is one.
-    Raises: ValueError without a GPU for every process.
-    """
-    env, timeout = os.environ, timedelta(seconds=pg_timeout)
-    rank, world = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
-    group = Group(rank, world, choose_device(device, int(env.get("LOCAL_WORLD_SIZE", 1))))
-    if "RANK" not in env:
-        return group
-    is_master = rank == 0 and env.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    address = env["MASTER_ADDR"], int(env["MASTER_PORT"])
-    store = dist.TCPStore(*address, world, is_master=is_master, timeout=timeout)
-    # a restarted rank must not find the addresses of the dead ones: each attempt has its own keys
-    attempt = dist.PrefixStore(f"attempt{env.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-    # numbers that are on the host are summed there: NCCL would wait for the device
-    on_gpu = {"backend": "cpu:gloo,cuda:nccl", "device_id": group.device}
-    how: Any = on_gpu if group.device.type == "cuda" else {"backend": "gloo"}
-    dist.init_process_group(store=attempt, rank=rank, world_size=world, timeout=timeout, **how)
-    return group
-
-
-def choose_device(device: str, processes: int) -> torch.device:
-    """This process's device, its own GPU where that is CUDA; see `setup_distributed`."""
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if device == "cpu" or (device == "auto" and not gpus):
-        return torch.device("cpu")
-    if processes > gpus:
-        raise ValueError(
-            f"{processes} processes on this machine, but {gpus} GPUs: pass --nproc-per-node "
-            f"{max(gpus, 1)} to torchrun, or --device cpu"
-        )
-    chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    torch.cuda.set_device(chosen)
-    return chosen

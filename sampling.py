@@ -4,7 +4,7 @@ Hierarchical k-means (Vo et al., arXiv 2405.15613, the method behind AMoE's Open
 the pictures' embeddings, then k-means on its centroids, and so on; every pass forgets how many
 pictures a centroid stood for, so the clusters of the last level spread over what the pool shows
 and not over what it shows often. The target is then shared out from the top, the same quota for
-every cluster that can fill it. `python sampling.py embed | cluster | sample | assign | plan`.
+every cluster that can fill it. `python sampling.py embed | cluster | sample | assign`.
 
 Legend: N rows (pictures), D width of an embedding, K clusters of a level, J clusters of all parents
 together, B rows of a chunk. Levels count from the finest. Under torchrun every process opens the
@@ -16,6 +16,8 @@ so that pictures may move: then `embed` again) and `pool.json`; a tree is a fold
 arrays and `tree.json` with the sha256 of each. Nothing is pickled.
 """
 
+from __future__ import annotations
+
 import argparse
 import hashlib
 import json
@@ -23,7 +25,6 @@ import math
 import os
 import re
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -61,265 +62,7 @@ SWAPS = 6  # first iterations that may move centroids across the data
 CANDIDATES = 4  # drawn for every seed or swap that is made
 
 
-# ---------------------------------------------------------------- rows, shared among processes
-
-
-@dataclass(frozen=True)
-class Rows:
-    """The rows of a table (N, D), a tensor or a `Pool`, that this process works on."""
-
-    table: Any
-    ids_N: Tensor  # int64, ascending: which rows of the table
-    total: int  # rows of all processes
-    group: Group
-
-    @classmethod
-    def share(cls, table: Any, group: Group, ids_N: Tensor | None = None) -> "Rows":
-        """This process's contiguous share of all rows, or of the rows `ids_N`."""
-        total = len(table) if ids_N is None else len(ids_N)
-        start, stop = (total * (group.rank + i) // group.world for i in (0, 1))
-        ids_N = torch.arange(start, stop) if ids_N is None else ids_N[start:stop]
-        return cls(table, ids_N, total, group)
-
-    def fetch(self, ids_B: Tensor) -> Tensor:
-        """Rows of the table as float32 (B, D) on this process's device."""
-        is_run = len(ids_B) and (ids_B.diff() == 1).all()  # then a view, or one read of a file
-        where = slice(int(ids_B[0]), int(ids_B[-1]) + 1) if is_run else ids_B
-        return self.table[where].to(self.group.device, torch.float32)
-
-    def chunks(self) -> Iterator[tuple[slice, Tensor]]:
-        """(where in this share, its rows x_BD) for one chunk after the other."""
-        size = BLOCK[self.group.device.type][0]
-        for start in range(0, len(self.ids_N), size):
-            part = slice(start, start + size)
-            yield part, self.fetch(self.ids_N[part])
-
-    def thin(self, count: int, generator: torch.Generator) -> "Rows":
-        """About `count` rows of all processes, the same rows for any number of processes."""
-        if count >= self.total:
-            return self
-        ids_N = self.ids_N[uniform(self.ids_N, generator) < count / self.total]
-        total = int(all_sum(torch.tensor(len(ids_N)), self.group))
-        return replace(self, ids_N=ids_N, total=total)
-
-
-def uniform(ids_N: Tensor, generator: torch.Generator) -> Tensor:
-    """One float64 in (0, 1) per row number; a hash, so that it is the same on any process."""
-    z = (ids_N + torch.randint(2**62, (), generator=generator)) * -0x61C8864680B583EB
-    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15), (31, 1)):
-        z = (z ^ ((z >> shift) & (2 ** (64 - shift) - 1))) * factor  # splitmix64, wraps as it must
-    return (((z >> 11) & (2**53 - 1)).double() + 0.5) / 2**53
-
-
-def all_sum(x: Tensor, group: Group) -> Tensor:
-    """Sum over the processes."""
-    if group.world > 1:
-        x = x.to(group.device)
-        dist.all_reduce(x)
-    return x
-
-
-def gather(x_N: Tensor, group: Group) -> Tensor:
-    """The shares of all processes, end to end, on the CPU."""
-    parts: list[Any] = [x_N.cpu()]
-    if group.world > 1:
-        parts = [None] * group.world
-        dist.all_gather_object(parts, x_N.cpu())
-    return torch.cat(parts)
-
-
-# ---------------------------------------------------------------- k-means
-
-
-@dataclass
-class Step:
-    """What one pass over the rows finds for given centroids; the sums are over all processes."""
-
-    cluster_N: Tensor  # int32, of this process's rows
-    distance_N: Tensor  # squared, to that centroid
-    mean_KD: Tensor  # of each cluster's rows; an empty one keeps its centroid
-    count_K: Tensor
-    loss_K: Tensor  # by how much the inertia would rise without this centroid
-    inertia: float  # sum of the squared distances
-
-
-def first_maximum(scores_BK: Tensor) -> tuple[Tensor, Tensor]:
-    """`scores_BK.max(1)` for a multiple of 32 columns, several times as fast on CPU.
-
-    Torch finds a maximum by vector instructions, but not where it is: so look at groups, then one.
-    """
-    groups_BG32 = scores_BK.unflatten(1, (-1, 32))
-    top_B, group_B = groups_BG32.amax(2).max(1)
-    inside_B32 = groups_BG32[torch.arange(len(group_B), device=group_B.device), group_B]
-    return top_B, 32 * group_B + inside_B32.argmax(1)
-
-
-def nearest(x_BD: Tensor, c_KD: Tensor, dtype: torch.dtype = torch.float32, second: bool = False):
-    """Nearest centroid of each row, its score and, if asked, the runner-up's score.
-
-    With score = x.c - |c|^2 / 2 the squared distance is |x|^2 - 2 score: one matmul, of which only
-    a block of rows x centroids ever exists.
-    """
-    half_K, x_BD = c_KD.square().sum(1) / 2, x_BD.to(dtype)
-    best_B = torch.full((len(x_BD),), -math.inf, device=x_BD.device)
-    second_B, cluster_B = best_B, torch.zeros_like(best_B, dtype=torch.int64)
-    width = BLOCK[x_BD.device.type][1]
-    for k in range(0, len(c_KD), width):
-        c, half = c_KD[k : k + width].to(dtype), half_K[k : k + width]
-        more = -len(c) % 32  # centroids at infinity: never the nearest
-        c, half = F.pad(c, (0, 0, 0, more)), F.pad(half, (0, more), value=math.inf)
-        is_float32 = dtype == torch.float32  # then the subtraction is part of the matmul
-        scores = torch.addmm(-half, x_BD, c.T) if is_float32 else (x_BD @ c.T).float() - half
-        top_B, where_B = first_maximum(scores)
-        if second:
-            runner_B = scores.scatter_(1, where_B[:, None], -math.inf).amax(1)
-            second_B = second_B.maximum(runner_B).maximum(top_B.minimum(best_B))
-        cluster_B = torch.where(top_B > best_B, where_B + k, cluster_B)
-        best_B = best_B.maximum(top_B)
-    return cluster_B, best_B, second_B
-
-
-def step(
-    rows: Rows, c_KD: Tensor, dtype: torch.dtype = torch.float32, second: bool = False
-) -> Step:
-    """Assign the rows to the centroids and average them per cluster, in float64."""
-    cluster_N = torch.empty(len(rows.ids_N), dtype=torch.int32)
-    distance_N = torch.empty(len(rows.ids_N))
-    sums_KD = torch.zeros_like(c_KD, dtype=torch.float64)
-    stats_3K = torch.zeros(3, len(c_KD), dtype=torch.float64, device=c_KD.device)
-    for part, x_BD in rows.chunks():
-        cluster_B, best_B, second_B = nearest(x_BD, c_KD, dtype, second)
-        squared_B = (x_BD.square().sum(1) - 2 * best_B).clamp(min=0)
-        values_3B = torch.stack([torch.ones_like(best_B), squared_B, 2 * (best_B - second_B)])
-        stats_3K.index_add_(1, cluster_B, values_3B.double())
-        sums_KD.index_add_(0, cluster_B, x_BD.double())
-        cluster_N[part], distance_N[part] = cluster_B.int(), squared_B
-    sums_KD, stats_3K = all_sum(sums_KD, rows.group), all_sum(stats_3K, rows.group)
-    count_K, inertia_K, loss_K = stats_3K
-    means_KD = (sums_KD / count_K.clamp(min=1)[:, None]).to(c_KD.dtype)
-    means_KD = torch.where(count_K[:, None] > 0, means_KD, c_KD)
-    return Step(cluster_N, distance_N, means_KD, count_K, loss_K, float(inertia_K.sum()))
-
-
-def draw(rows: Rows, weight_N: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """`count` different rows of the table, drawn by weight: the first to arrive in a race."""
-    time_N = -uniform(rows.ids_N, generator).log() / weight_N.double()
-    time_C, where_C = time_N.topk(min(count, len(time_N)), largest=False)
-    time_C, ids_C = gather(time_C, rows.group), gather(rows.ids_N[where_C], rows.group)
-    return ids_C[time_C.argsort()[:count]]
-
-
-def gains(rows: Rows, distance_N: Tensor, new_CD: Tensor) -> Tensor:
-    """By how much each of C new centroids alone would lower the inertia."""
-    gain_C = torch.zeros(len(new_CD), dtype=torch.float64, device=new_CD.device)
-    minus_norm_C = -new_CD.square().sum(1)
-    for part, x_BD in rows.chunks():
-        slack_B = distance_N[part].to(x_BD.device) - x_BD.square().sum(1)
-        fall_BC = torch.addmm(minus_norm_C, x_BD, new_CD.T, alpha=2).add_(slack_B[:, None])
-        gain_C += fall_BC.relu_().sum(0)
-    return all_sum(gain_C, rows.group)
-
-
-def seed_centroids(rows: Rows, k: int, generator: torch.Generator) -> Tensor:
-    """Start of k-means: D^2 sampling in growing rounds, the best of several candidates each time.
-
-    The first `EXACT` come one by one, which is greedy k-means++; a later round adds a fifth of what
-    is there, so that the seeds of one round seldom see the same gap.
-    """
-    rows = rows.thin(SEED_ROWS * k, generator)
-    distance_N = torch.ones(len(rows.ids_N))
-    c_KD = rows.fetch(draw(rows, distance_N, 1, generator))
-    distance_N.fill_(math.inf)
-    new_CD = c_KD
-    while True:
-        distance_N = distance_N.minimum(step(rows, new_CD).distance_N)
-        room = k - len(c_KD)
-        if not room:
-            return c_KD
-        size = 1 if len(c_KD) < EXACT else min(room, max(1, len(c_KD) // 5))
-        tries = min(CANDIDATES, rows.total // size)
-        drawn_CD = rows.fetch(draw(rows, distance_N, size * tries, generator))
-        gain_TC = rearrange(gains(rows, distance_N, drawn_CD), "(t c) -> t c", t=tries)
-        new_CD = drawn_CD[gain_TC.argmax(0) * size + torch.arange(size, device=gain_TC.device)]
-        c_KD = torch.cat([c_KD, new_CD])
-
-
-def swap_centroids(rows: Rows, found: Step, most: int, generator: torch.Generator) -> Tensor:
-    """Move up to `most` centroids that are missed least to where new ones gain more than that.
-
-    Lloyd's steps cannot carry a centroid across the data, so a region seeded twice stays split and
-    two regions seeded once stay merged; an empty cluster is the plainest case.
-    """
-    c_KD, loss_K = found.mean_KD.clone(), found.loss_K.clone()
-    drawn_CD = rows.fetch(draw(rows, found.distance_N, most * CANDIDATES, generator))
-    gain_C, order_C = gains(rows, found.distance_N, drawn_CD).sort(descending=True)
-    drawn_CD = drawn_CD[order_C]
-    home_C = nearest(drawn_CD, c_KD)[0]
-    # One newcomer a cluster, as two of them would share one gain; the best, hence the first.
-    first_S = torch.from_numpy(np.sort(np.unique(home_C.cpu(), return_index=True)[1])[:most])
-    first_S = first_S.to(home_C.device)
-    loss_K[home_C[first_S]] = math.inf  # do not remove what is about to be split
-    weak_S = loss_K.argsort(stable=True)[: len(first_S)]
-    # Of two neighbours that could each stand in for the other, only the weaker may go.
-    far = ((w, torch.cdist(c_KD[w], c_KD)) for w in weak_S.split(256))
-    stand_in_S = torch.cat([d.scatter_(1, w[:, None], math.inf).argmin(1) for w, d in far])
-    place_K = torch.full_like(loss_K, math.inf)
-    place_K[weak_S] = torch.arange(len(weak_S), dtype=loss_K.dtype, device=loss_K.device)
-    weak_S = weak_S[place_K[stand_in_S] > place_K[weak_S]]
-    first_S = first_S[: len(weak_S)]
-    # Half, as the stand-in moves half the way towards what it takes over (clusters of one size).
-    is_better_S = gain_C[first_S] > loss_K[weak_S] / 2
-    c_KD[weak_S[is_better_S]] = drawn_CD[first_S[is_better_S]]
-    return c_KD
-
-
-def kmeans(
-    rows: Rows,
-    k: int,
-    generator: torch.Generator,
-    iterations: int = 50,
-    tolerance: float = 5e-4,
-    dtype: torch.dtype = torch.float32,
-    bar: Any = None,
-) -> tuple[Tensor, Step]:
-    """k centroids (k, D) and the rows' clusters: Lloyd's steps, with swaps between the first.
-
-    Stops after `iterations`, or when one lowers the inertia by less than the share `tolerance`.
-    Where rows abound, a quarter of them is clustered first.
-    """
-    if k > rows.total:
-        raise ValueError(f"{k} clusters of {rows.total} rows; ask for at most {rows.total}")
-    is_large = rows.total > 8 * SEED_ROWS * k
-    if is_large:
-        part = rows.thin(rows.total // 4, generator)
-        c_KD, _ = kmeans(part, k, generator, iterations, tolerance, dtype, bar)
-    else:
-        c_KD = seed_centroids(rows, k, generator)
-    most, last = max(1, k // 10), math.inf
-    best: Any = None
-    i = 0
-    while True:
-        is_swap = i < SWAPS and i % 2 == 1  # what Lloyd's step gains after a swap is no swap's gain
-        found = step(rows, c_KD, dtype, second=is_swap)
-        if bar is not None:
-            bar.set_postfix_str(f"{k} clusters, inertia {found.inertia:.6g}")
-            bar.update()
-        if i == iterations or (i > SWAPS + 1 and last - found.inertia <= tolerance * last):
-            return c_KD, found
-        last = found.inertia
-        if is_swap or i == SWAPS + 1:  # several swaps at once may not add up: back to the best
-            is_better = best is None or found.inertia < best.inertia
-            best, most = (found, most) if is_better else (best, max(1, most // 2))
-            found = best
-        c_KD, is_empty_K = found.mean_KD, found.count_K == 0
-        if is_swap or is_empty_K.any():
-            if not is_swap:
-                found.loss_K = torch.where(is_empty_K, 0.0, math.inf)
-            c_KD = swap_centroids(rows, found, most, generator)
-        i += 1
-
-
-# ---------------------------------------------------------------- the hierarchy
+# ---- Part I, the paper: the hierarchy
 
 
 @dataclass(frozen=True)
@@ -336,81 +79,6 @@ class Level:
 
 
 Tree = tuple[Level, ...]  # finest first
-
-
-def rank_in_cluster(cluster_N: np.ndarray, key_N: np.ndarray) -> np.ndarray:
-    """Place (0, 1, ..) of each row among the rows of its cluster, smallest key first."""
-    order_N = np.lexsort((key_N, cluster_N))
-    sizes = np.bincount(cluster_N)
-    rank_N = np.empty(len(cluster_N), np.int64)
-    rank_N[order_N] = np.arange(len(cluster_N)) - np.repeat(sizes.cumsum() - sizes, sizes)
-    return rank_N
-
-
-def split_clusters(
-    rows: Rows, found: Step, k: int, generator: torch.Generator, **limits: Any
-) -> Tensor:
-    """k centroids by clustering every cluster on its own, the same number for each that has it.
-
-    Vo et al. make 10 M clusters as 100 k of 100 parts: a row then meets k / parts + parts
-    centroids, not k. The clusters are dealt out to the processes.
-    """
-    cluster_N, ids_N = gather(found.cluster_N, rows.group), gather(rows.ids_N, rows.group)
-    sizes = cluster_N.bincount(minlength=len(found.count_K))
-    parts = quota(sizes.tolist(), k, generator)
-    starts = np.cumsum([0, *parts]).tolist()
-    members = ids_N[cluster_N.argsort(stable=True)].split(sizes.tolist())
-    seed = int(torch.randint(2**31, (), generator=generator))
-    c_KD = torch.zeros(k, found.mean_KD.shape[1], device=rows.group.device)
-    alone = replace(rows.group, rank=0, world=1)
-    for j in range(rows.group.rank, len(parts), rows.group.world):
-        if parts[j]:
-            mine = Rows.share(rows.table, alone, members[j])
-            own = torch.Generator().manual_seed(seed + j)
-            c_KD[starts[j] : starts[j + 1]] = kmeans(mine, parts[j], own, **limits)[0]
-    return all_sum(c_KD, rows.group)
-
-
-def default_keep(n: int, k: int, is_finest: bool) -> list[int]:
-    """Rounds of re-fitting when none are given (ours; the published ones are an option).
-
-    The finest level keeps half the mean cluster size, then half of that, .. down to 4. The others
-    keep the one closest input, so that their centroids are inputs: a mean of many unlike inputs is
-    nearer to everything than any of them, and would swallow most of the level in one cluster.
-    """
-    return [n // k >> i for i in range(1, 64) if n // k >> i > 3] if is_finest else [1]
-
-
-def cluster_level(
-    rows: Rows,
-    k: int,
-    generator: torch.Generator,
-    keep: Sequence[int],
-    fit_rows: int | None = None,
-    splits: int = 1,
-    **limits: Any,
-) -> Level:
-    """One level: k-means, then for every entry of `keep` k-means on so many inputs per cluster.
-
-    The closest to each centroid are kept: with its mass capped, a dense region gets fewer of the
-    next centroids (Vo et al. Sec. 3.3). All inputs are assigned between the rounds and at the end.
-    """
-    fitted = rows if fit_rows is None else rows.thin(fit_rows, generator)
-    c_KD, found = kmeans(fitted, max(1, k // splits), generator, **limits)
-    if splits > 1:
-        c_KD = split_clusters(fitted, found, k, generator, **limits)
-    for most in (*keep, None):
-        found = step(rows, c_KD)
-        shares = found.cluster_N, found.distance_N
-        cluster_N, distance_N = (gather(share_N, rows.group) for share_N in shares)
-        if most is None:
-            break
-        rank_N = rank_in_cluster(cluster_N.numpy(), distance_N.numpy())
-        ids_N = torch.from_numpy(np.flatnonzero(rank_N < most))
-        if len(ids_N) >= k:  # else rows are so alike that clusters are empty: nothing to cap
-            kept = Rows.share(rows.table, rows.group, ids_N)
-            c_KD = rows.fetch(ids_N) if len(ids_N) == k else kmeans(kept, k, generator, **limits)[0]
-    return Level(c_KD.cpu().numpy(), cluster_N.numpy(), distance_N.numpy())
 
 
 def hierarchical_kmeans(
@@ -467,63 +135,82 @@ def hierarchical_kmeans(
     return tree
 
 
-def check_finite(rows: Rows) -> None:
-    """Name the first row with a NaN or an infinity."""
-    for part, x_BD in rows.chunks():
-        is_bad_B = ~x_BD.isfinite().all(1)
-        if is_bad_B.any():
-            row = int(rows.ids_N[part][is_bad_B.cpu()][0])
-            is_pool = isinstance(rows.table, Pool)
-            name = rows.table.records(np.array([row]))[0]["key"] if is_pool else f"row {row}"
-            raise ValueError(f"the embedding of {name} is not finite; drop it or embed it anew")
-
-
-# ---------------------------------------------------------------- balanced sampling
-
-
-def fill(
-    capacity_J: np.ndarray,
-    parent_J: np.ndarray,
-    target_P: np.ndarray,
+def cluster_level(
+    rows: Rows,
+    k: int,
     generator: torch.Generator,
-    weight_J: np.ndarray | None = None,
-) -> np.ndarray:
-    """Share each parent's target among its children, max-min fair ("water filling").
+    keep: Sequence[int],
+    fit_rows: int | None = None,
+    splits: int = 1,
+    **limits: Any,
+) -> Level:
+    """One level: k-means, then for every entry of `keep` k-means on so many inputs per cluster.
 
-    A child gets min(capacity, x): x is the highest level for which the sum stays within the target,
-    and the rest goes +1 each to unfilled children drawn at random. With weights, x * weight.
+    The closest to each centroid are kept: with its mass capped, a dense region gets fewer of the
+    next centroids (Vo et al. Sec. 3.3). All inputs are assigned between the rounds and at the end.
     """
-    weight_J = np.ones(len(capacity_J)) if weight_J is None else weight_J
-    low_P = np.zeros(len(target_P))
-    high_P = np.full(len(target_P), (capacity_J / weight_J).max(initial=0) + 1)
-
-    def filled(x_P: np.ndarray) -> np.ndarray:
-        return np.minimum(capacity_J, np.floor(x_P[parent_J] * weight_J)).astype(np.int64)
-
-    for _ in range(100):  # bisection down to neighbouring floats
-        middle_P = (low_P + high_P) / 2
-        is_within_P = np.bincount(parent_J, filled(middle_P), len(target_P)) <= target_P
-        low_P = np.where(is_within_P, middle_P, low_P)
-        high_P = np.where(is_within_P, high_P, middle_P)
-    quota_J = filled(low_P)
-    rest_P = target_P - np.bincount(parent_J, quota_J, len(target_P)).astype(np.int64)
-    chance_J = torch.rand(len(quota_J), generator=generator, dtype=torch.float64).numpy()
-    key_J = -np.log1p(-chance_J) / weight_J
-    key_J[quota_J >= capacity_J] = np.inf  # the full ones come last, and get nothing
-    is_next_J = rank_in_cluster(parent_J, key_J) < rest_P[parent_J]
-    return quota_J + (is_next_J & (quota_J < capacity_J))
+    fitted = rows if fit_rows is None else rows.thin(fit_rows, generator)
+    c_KD, found = kmeans(fitted, max(1, k // splits), generator, **limits)
+    if splits > 1:
+        c_KD = split_clusters(fitted, found, k, generator, **limits)
+    for most in (*keep, None):
+        found = step(rows, c_KD)
+        shares = found.cluster_N, found.distance_N
+        cluster_N, distance_N = (gather(share_N, rows.group) for share_N in shares)
+        if most is None:
+            break
+        rank_N = rank_in_cluster(cluster_N.numpy(), distance_N.numpy())
+        ids_N = torch.from_numpy(np.flatnonzero(rank_N < most))
+        if len(ids_N) >= k:  # else rows are so alike that clusters are empty: nothing to cap
+            kept = Rows.share(rows.table, rows.group, ids_N)
+            c_KD = rows.fetch(ids_N) if len(ids_N) == k else kmeans(kept, k, generator, **limits)[0]
+    return Level(c_KD.cpu().numpy(), cluster_N.numpy(), distance_N.numpy())
 
 
-def quota(sizes: Sequence[int], target: int, generator: torch.Generator) -> list[int]:
-    """Shares of the target, as equal as the sizes allow; they sum to min(target, sum(sizes)).
+def default_keep(n: int, k: int, is_finest: bool) -> list[int]:
+    """Rounds of re-fitting when none are given (ours; the published ones are an option).
 
-    Args: sizes: capacity of each cluster. target: how many in all, >= 0. generator: for the rest.
-    Source: Vo et al. Sec. 3.4.
+    The finest level keeps half the mean cluster size, then half of that, .. down to 4. The others
+    keep the one closest input, so that their centroids are inputs: a mean of many unlike inputs is
+    nearer to everything than any of them, and would swallow most of the level in one cluster.
     """
-    if target < 0 or min(sizes, default=0) < 0:
-        raise ValueError(f"{target=} and the sizes (smallest {min(sizes)}) must not be negative")
-    capacity_J = np.asarray(sizes, np.int64)
-    return fill(capacity_J, np.zeros_like(capacity_J), np.array([target]), generator).tolist()
+    return [n // k >> i for i in range(1, 64) if n // k >> i > 3] if is_finest else [1]
+
+
+def split_clusters(
+    rows: Rows, found: Step, k: int, generator: torch.Generator, **limits: Any
+) -> Tensor:
+    """k centroids by clustering every cluster on its own, the same number for each that has it.
+
+    Vo et al. make 10 M clusters as 100 k of 100 parts: a row then meets k / parts + parts
+    centroids, not k. The clusters are dealt out to the processes.
+    """
+    cluster_N, ids_N = gather(found.cluster_N, rows.group), gather(rows.ids_N, rows.group)
+    sizes = cluster_N.bincount(minlength=len(found.count_K))
+    parts = quota(sizes.tolist(), k, generator)
+    starts = np.cumsum([0, *parts]).tolist()
+    members = ids_N[cluster_N.argsort(stable=True)].split(sizes.tolist())
+    seed = int(torch.randint(2**31, (), generator=generator))
+    c_KD = torch.zeros(k, found.mean_KD.shape[1], device=rows.group.device)
+    alone = replace(rows.group, rank=0, world=1)
+    for j in range(rows.group.rank, len(parts), rows.group.world):
+        if parts[j]:
+            mine = Rows.share(rows.table, alone, members[j])
+            own = torch.Generator().manual_seed(seed + j)
+            c_KD[starts[j] : starts[j + 1]] = kmeans(mine, parts[j], own, **limits)[0]
+    return all_sum(c_KD, rows.group)
+
+
+def rank_in_cluster(cluster_N: np.ndarray, key_N: np.ndarray) -> np.ndarray:
+    """Place (0, 1, ..) of each row among the rows of its cluster, smallest key first."""
+    order_N = np.lexsort((key_N, cluster_N))
+    sizes = np.bincount(cluster_N)
+    rank_N = np.empty(len(cluster_N), np.int64)
+    rank_N[order_N] = np.arange(len(cluster_N)) - np.repeat(sizes.cumsum() - sizes, sizes)
+    return rank_N
+
+
+# ---- Balanced sampling
 
 
 def balanced_sample(
@@ -572,6 +259,324 @@ def balanced_sample(
     return np.repeat(np.arange(len(leaf_N)), np.where(eligible_N, copies_N, 0))
 
 
+def quota(sizes: Sequence[int], target: int, generator: torch.Generator) -> list[int]:
+    """Shares of the target, as equal as the sizes allow; they sum to min(target, sum(sizes)).
+
+    Args: sizes: capacity of each cluster. target: how many in all, >= 0. generator: for the rest.
+    Source: Vo et al. Sec. 3.4.
+    """
+    if target < 0 or min(sizes, default=0) < 0:
+        raise ValueError(f"{target=} and the sizes (smallest {min(sizes)}) must not be negative")
+    capacity_J = np.asarray(sizes, np.int64)
+    return fill(capacity_J, np.zeros_like(capacity_J), np.array([target]), generator).tolist()
+
+
+def fill(
+    capacity_J: np.ndarray,
+    parent_J: np.ndarray,
+    target_P: np.ndarray,
+    generator: torch.Generator,
+    weight_J: np.ndarray | None = None,
+) -> np.ndarray:
+    """Share each parent's target among its children, max-min fair ("water filling").
+
+    A child gets min(capacity, x): x is the highest level for which the sum stays within the target,
+    and the rest goes +1 each to unfilled children drawn at random. With weights, x * weight.
+    """
+    weight_J = np.ones(len(capacity_J)) if weight_J is None else weight_J
+    low_P = np.zeros(len(target_P))
+    high_P = np.full(len(target_P), (capacity_J / weight_J).max(initial=0) + 1)
+
+    def filled(x_P: np.ndarray) -> np.ndarray:
+        return np.minimum(capacity_J, np.floor(x_P[parent_J] * weight_J)).astype(np.int64)
+
+    for _ in range(100):  # bisection down to neighbouring floats
+        middle_P = (low_P + high_P) / 2
+        is_within_P = np.bincount(parent_J, filled(middle_P), len(target_P)) <= target_P
+        low_P = np.where(is_within_P, middle_P, low_P)
+        high_P = np.where(is_within_P, high_P, middle_P)
+    quota_J = filled(low_P)
+    rest_P = target_P - np.bincount(parent_J, quota_J, len(target_P)).astype(np.int64)
+    chance_J = torch.rand(len(quota_J), generator=generator, dtype=torch.float64).numpy()
+    key_J = -np.log1p(-chance_J) / weight_J
+    key_J[quota_J >= capacity_J] = np.inf  # the full ones come last, and get nothing
+    is_next_J = rank_in_cluster(parent_J, key_J) < rest_P[parent_J]
+    return quota_J + (is_next_J & (quota_J < capacity_J))
+
+
+# ---- k-means: Lloyd's steps, with swaps between the first
+
+
+def kmeans(
+    rows: Rows,
+    k: int,
+    generator: torch.Generator,
+    iterations: int = 50,
+    tolerance: float = 5e-4,
+    dtype: torch.dtype = torch.float32,
+    bar: Any = None,
+) -> tuple[Tensor, Step]:
+    """k centroids (k, D) and the rows' clusters: Lloyd's steps, with swaps between the first.
+
+    Stops after `iterations`, or when one lowers the inertia by less than the share `tolerance`.
+    Where rows abound, a quarter of them is clustered first.
+    """
+    if k > rows.total:
+        raise ValueError(f"{k} clusters of {rows.total} rows; ask for at most {rows.total}")
+    is_large = rows.total > 8 * SEED_ROWS * k
+    if is_large:
+        part = rows.thin(rows.total // 4, generator)
+        c_KD, _ = kmeans(part, k, generator, iterations, tolerance, dtype, bar)
+    else:
+        c_KD = seed_centroids(rows, k, generator)
+    most, last = max(1, k // 10), math.inf
+    best: Any = None
+    i = 0
+    while True:
+        is_swap = i < SWAPS and i % 2 == 1  # what Lloyd's step gains after a swap is no swap's gain
+        found = step(rows, c_KD, dtype, second=is_swap)
+        if bar is not None:
+            bar.set_postfix_str(f"{k} clusters, inertia {found.inertia:.6g}")
+            bar.update()
+        if i == iterations or (i > SWAPS + 1 and last - found.inertia <= tolerance * last):
+            return c_KD, found
+        last = found.inertia
+        if is_swap or i == SWAPS + 1:  # several swaps at once may not add up: back to the best
+            is_better = best is None or found.inertia < best.inertia
+            best, most = (found, most) if is_better else (best, max(1, most // 2))
+            found = best
+        c_KD, is_empty_K = found.mean_KD, found.count_K == 0
+        if is_swap or is_empty_K.any():
+            if not is_swap:
+                found.loss_K = torch.where(is_empty_K, 0.0, math.inf)
+            c_KD = swap_centroids(rows, found, most, generator)
+        i += 1
+
+
+@dataclass
+class Step:
+    """What one pass over the rows finds for given centroids; the sums are over all processes."""
+
+    cluster_N: Tensor  # int32, of this process's rows
+    distance_N: Tensor  # squared, to that centroid
+    mean_KD: Tensor  # of each cluster's rows; an empty one keeps its centroid
+    count_K: Tensor
+    loss_K: Tensor  # by how much the inertia would rise without this centroid
+    inertia: float  # sum of the squared distances
+
+
+def step(
+    rows: Rows, c_KD: Tensor, dtype: torch.dtype = torch.float32, second: bool = False
+) -> Step:
+    """Assign the rows to the centroids and average them per cluster, in float64."""
+    cluster_N = torch.empty(len(rows.ids_N), dtype=torch.int32)
+    distance_N = torch.empty(len(rows.ids_N))
+    sums_KD = torch.zeros_like(c_KD, dtype=torch.float64)
+    stats_3K = torch.zeros(3, len(c_KD), dtype=torch.float64, device=c_KD.device)
+    for part, x_BD in rows.chunks():
+        cluster_B, best_B, second_B = nearest(x_BD, c_KD, dtype, second)
+        squared_B = (x_BD.square().sum(1) - 2 * best_B).clamp(min=0)
+        values_3B = torch.stack([torch.ones_like(best_B), squared_B, 2 * (best_B - second_B)])
+        stats_3K.index_add_(1, cluster_B, values_3B.double())
+        sums_KD.index_add_(0, cluster_B, x_BD.double())
+        cluster_N[part], distance_N[part] = cluster_B.int(), squared_B
+    sums_KD, stats_3K = all_sum(sums_KD, rows.group), all_sum(stats_3K, rows.group)
+    count_K, inertia_K, loss_K = stats_3K
+    means_KD = (sums_KD / count_K.clamp(min=1)[:, None]).to(c_KD.dtype)
+    means_KD = torch.where(count_K[:, None] > 0, means_KD, c_KD)
+    return Step(cluster_N, distance_N, means_KD, count_K, loss_K, float(inertia_K.sum()))
+
+
+def nearest(x_BD: Tensor, c_KD: Tensor, dtype: torch.dtype = torch.float32, second: bool = False):
+    """Nearest centroid of each row, its score and, if asked, the runner-up's score.
+
+    With score = x.c - |c|^2 / 2 the squared distance is |x|^2 - 2 score: one matmul, of which only
+    a block of rows x centroids ever exists.
+    """
+    half_K, x_BD = c_KD.square().sum(1) / 2, x_BD.to(dtype)
+    best_B = torch.full((len(x_BD),), -math.inf, device=x_BD.device)
+    second_B, cluster_B = best_B, torch.zeros_like(best_B, dtype=torch.int64)
+    width = BLOCK[x_BD.device.type][1]
+    for k in range(0, len(c_KD), width):
+        c, half = c_KD[k : k + width].to(dtype), half_K[k : k + width]
+        more = -len(c) % 32  # centroids at infinity: never the nearest
+        c, half = F.pad(c, (0, 0, 0, more)), F.pad(half, (0, more), value=math.inf)
+        is_float32 = dtype == torch.float32  # then the subtraction is part of the matmul
+        scores = torch.addmm(-half, x_BD, c.T) if is_float32 else (x_BD @ c.T).float() - half
+        top_B, where_B = first_maximum(scores)
+        if second:
+            runner_B = scores.scatter_(1, where_B[:, None], -math.inf).amax(1)
+            second_B = second_B.maximum(runner_B).maximum(top_B.minimum(best_B))
+        cluster_B = torch.where(top_B > best_B, where_B + k, cluster_B)
+        best_B = best_B.maximum(top_B)
+    return cluster_B, best_B, second_B
+
+
+def seed_centroids(rows: Rows, k: int, generator: torch.Generator) -> Tensor:
+    """Start of k-means: D^2 sampling in growing rounds, the best of several candidates each time.
+
+    The first `EXACT` come one by one, which is greedy k-means++; a later round adds a fifth of what
+    is there, so that the seeds of one round seldom see the same gap.
+    """
+    rows = rows.thin(SEED_ROWS * k, generator)
+    distance_N = torch.ones(len(rows.ids_N))
+    c_KD = rows.fetch(draw(rows, distance_N, 1, generator))
+    distance_N.fill_(math.inf)
+    new_CD = c_KD
+    while True:
+        distance_N = distance_N.minimum(step(rows, new_CD).distance_N)
+        room = k - len(c_KD)
+        if not room:
+            return c_KD
+        size = 1 if len(c_KD) < EXACT else min(room, max(1, len(c_KD) // 5))
+        tries = min(CANDIDATES, rows.total // size)
+        drawn_CD = rows.fetch(draw(rows, distance_N, size * tries, generator))
+        gain_TC = rearrange(gains(rows, distance_N, drawn_CD), "(t c) -> t c", t=tries)
+        new_CD = drawn_CD[gain_TC.argmax(0) * size + torch.arange(size, device=gain_TC.device)]
+        c_KD = torch.cat([c_KD, new_CD])
+
+
+def swap_centroids(rows: Rows, found: Step, most: int, generator: torch.Generator) -> Tensor:
+    """Move up to `most` centroids that are missed least to where new ones gain more than that.
+
+    Lloyd's steps cannot carry a centroid across the data, so a region seeded twice stays split and
+    two regions seeded once stay merged; an empty cluster is the plainest case.
+    """
+    c_KD, loss_K = found.mean_KD.clone(), found.loss_K.clone()
+    drawn_CD = rows.fetch(draw(rows, found.distance_N, most * CANDIDATES, generator))
+    gain_C, order_C = gains(rows, found.distance_N, drawn_CD).sort(descending=True)
+    drawn_CD = drawn_CD[order_C]
+    home_C = nearest(drawn_CD, c_KD)[0]
+    # One newcomer a cluster, as two of them would share one gain; the best, hence the first.
+    first_S = torch.from_numpy(np.sort(np.unique(home_C.cpu(), return_index=True)[1])[:most])
+    first_S = first_S.to(home_C.device)
+    loss_K[home_C[first_S]] = math.inf  # do not remove what is about to be split
+    weak_S = loss_K.argsort(stable=True)[: len(first_S)]
+    # Of two neighbours that could each stand in for the other, only the weaker may go.
+    far = ((w, torch.cdist(c_KD[w], c_KD)) for w in weak_S.split(256))
+    stand_in_S = torch.cat([d.scatter_(1, w[:, None], math.inf).argmin(1) for w, d in far])
+    place_K = torch.full_like(loss_K, math.inf)
+    place_K[weak_S] = torch.arange(len(weak_S), dtype=loss_K.dtype, device=loss_K.device)
+    weak_S = weak_S[place_K[stand_in_S] > place_K[weak_S]]
+    first_S = first_S[: len(weak_S)]
+    # Half, as the stand-in moves half the way towards what it takes over (clusters of one size).
+    is_better_S = gain_C[first_S] > loss_K[weak_S] / 2
+    c_KD[weak_S[is_better_S]] = drawn_CD[first_S[is_better_S]]
+    return c_KD
+
+
+# ---- Part II: the plumbing
+# ---- Rows, shared among processes
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a table (N, D), a tensor or a `Pool`, that this process works on."""
+
+    table: Any
+    ids_N: Tensor  # int64, ascending: which rows of the table
+    total: int  # rows of all processes
+    group: Group
+
+    @classmethod
+    def share(cls, table: Any, group: Group, ids_N: Tensor | None = None) -> Rows:
+        """This process's contiguous share of all rows, or of the rows `ids_N`."""
+        total = len(table) if ids_N is None else len(ids_N)
+        start, stop = (total * (group.rank + i) // group.world for i in (0, 1))
+        ids_N = torch.arange(start, stop) if ids_N is None else ids_N[start:stop]
+        return cls(table, ids_N, total, group)
+
+    def fetch(self, ids_B: Tensor) -> Tensor:
+        """Rows of the table as float32 (B, D) on this process's device."""
+        is_run = len(ids_B) and (ids_B.diff() == 1).all()  # then a view, or one read of a file
+        where = slice(int(ids_B[0]), int(ids_B[-1]) + 1) if is_run else ids_B
+        return self.table[where].to(self.group.device, torch.float32)
+
+    def chunks(self) -> Iterator[tuple[slice, Tensor]]:
+        """(where in this share, its rows x_BD) for one chunk after the other."""
+        size = BLOCK[self.group.device.type][0]
+        for start in range(0, len(self.ids_N), size):
+            part = slice(start, start + size)
+            yield part, self.fetch(self.ids_N[part])
+
+    def thin(self, count: int, generator: torch.Generator) -> Rows:
+        """About `count` rows of all processes, the same rows for any number of processes."""
+        if count >= self.total:
+            return self
+        ids_N = self.ids_N[uniform(self.ids_N, generator) < count / self.total]
+        total = int(all_sum(torch.tensor(len(ids_N)), self.group))
+        return replace(self, ids_N=ids_N, total=total)
+
+
+def uniform(ids_N: Tensor, generator: torch.Generator) -> Tensor:
+    """One float64 in (0, 1) per row number; a hash, so that it is the same on any process."""
+    z = (ids_N + torch.randint(2**62, (), generator=generator)) * -0x61C8864680B583EB
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15), (31, 1)):
+        z = (z ^ ((z >> shift) & (2 ** (64 - shift) - 1))) * factor  # splitmix64, wraps as it must
+    return (((z >> 11) & (2**53 - 1)).double() + 0.5) / 2**53
+
+
+def all_sum(x: Tensor, group: Group) -> Tensor:
+    """Sum over the processes."""
+    if group.world > 1:
+        x = x.to(group.device)
+        dist.all_reduce(x)
+    return x
+
+
+def gather(x_N: Tensor, group: Group) -> Tensor:
+    """The shares of all processes, end to end, on the CPU."""
+    parts: list[Any] = [x_N.cpu()]
+    if group.world > 1:
+        parts = [None] * group.world
+        dist.all_gather_object(parts, x_N.cpu())
+    return torch.cat(parts)
+
+
+def first_maximum(scores_BK: Tensor) -> tuple[Tensor, Tensor]:
+    """`scores_BK.max(1)` for a multiple of 32 columns, several times as fast on CPU.
+
+    Torch finds a maximum by vector instructions, but not where it is: so look at groups, then one.
+    """
+    groups_BG32 = scores_BK.unflatten(1, (-1, 32))
+    top_B, group_B = groups_BG32.amax(2).max(1)
+    inside_B32 = groups_BG32[torch.arange(len(group_B), device=group_B.device), group_B]
+    return top_B, 32 * group_B + inside_B32.argmax(1)
+
+
+def draw(rows: Rows, weight_N: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """`count` different rows of the table, drawn by weight: the first to arrive in a race."""
+    time_N = -uniform(rows.ids_N, generator).log() / weight_N.double()
+    time_C, where_C = time_N.topk(min(count, len(time_N)), largest=False)
+    time_C, ids_C = gather(time_C, rows.group), gather(rows.ids_N[where_C], rows.group)
+    return ids_C[time_C.argsort()[:count]]
+
+
+def gains(rows: Rows, distance_N: Tensor, new_CD: Tensor) -> Tensor:
+    """By how much each of C new centroids alone would lower the inertia."""
+    gain_C = torch.zeros(len(new_CD), dtype=torch.float64, device=new_CD.device)
+    minus_norm_C = -new_CD.square().sum(1)
+    for part, x_BD in rows.chunks():
+        slack_B = distance_N[part].to(x_BD.device) - x_BD.square().sum(1)
+        fall_BC = torch.addmm(minus_norm_C, x_BD, new_CD.T, alpha=2).add_(slack_B[:, None])
+        gain_C += fall_BC.relu_().sum(0)
+    return all_sum(gain_C, rows.group)
+
+
+def check_finite(rows: Rows) -> None:
+    """Name the first row with a NaN or an infinity."""
+    for part, x_BD in rows.chunks():
+        is_bad_B = ~x_BD.isfinite().all(1)
+        if is_bad_B.any():
+            row = int(rows.ids_N[part][is_bad_B.cpu()][0])
+            is_pool = isinstance(rows.table, Pool)
+            name = rows.table.records(np.array([row]))[0]["key"] if is_pool else f"row {row}"
+            raise ValueError(f"the embedding of {name} is not finite; drop it or embed it anew")
+
+
+# ---- Options of ours
+
+
 def leaf_volumes(tree: Tree) -> np.ndarray:
     """Room of each finest cluster: one over how many finest centroids share its place.
 
@@ -590,7 +595,73 @@ def leaf_volumes(tree: Tree) -> np.ndarray:
     return volume_K
 
 
-# ---------------------------------------------------------------- files
+def near_duplicates(
+    table: Any, leaf_N: np.ndarray, threshold: float, is_first_N: np.ndarray | None = None
+) -> np.ndarray:
+    """True for each row whose cosine to an earlier row of its finest cluster exceeds the threshold.
+
+    Rows of `is_first_N` count as earlier than all others: what is near them goes.
+    Source: SemDeDup, arXiv 2303.09540; only rows of one cluster are compared, in blocks.
+    """
+    is_duplicate_N = np.zeros(len(leaf_N), bool)
+    is_first_N = np.zeros(len(leaf_N), bool) if is_first_N is None else is_first_N
+    order_N, sizes = np.lexsort((~is_first_N, leaf_N)), np.bincount(leaf_N)
+    for members in np.split(order_N, sizes.cumsum()[:-1]):
+        if len(members) < 2:
+            continue
+        x_BD = F.normalize(table[torch.from_numpy(members)].float(), dim=1)
+        for a in range(0, len(members), 1024):
+            cosine = x_BD[a : a + 1024] @ x_BD[: a + 1024].T
+            is_near = (cosine > threshold).tril(a - 1)  # a row meets the earlier ones only
+            is_duplicate_N[members[a : a + 1024]] = is_near.any(1).numpy()
+    return is_duplicate_N
+
+
+def capped_sample(
+    tree: Tree, target: int, source_N: np.ndarray, caps: dict[str, int], eligible_N: np.ndarray,
+    seed: int = 0, **options: Any,
+) -> np.ndarray:  # fmt: skip
+    """A balanced sample with at most `caps[source]` rows of a source.
+
+    A source over its cap keeps a random part of what it got and loses its other rows; what it gives
+    up is shared out anew, until every source is within its cap.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    eligible_N, open_caps = eligible_N.copy(), dict(caps)
+    while True:
+        ids = balanced_sample(tree, target, seed, eligible_N=eligible_N, **options)
+        over = [name for name, cap in open_caps.items() if (source_N[ids] == name).sum() > cap]
+        if not over:
+            return ids
+        for name in over:
+            own = np.unique(ids[source_N[ids] == name])
+            kept = own[torch.randperm(len(own), generator=generator).numpy()[: open_caps.pop(name)]]
+            eligible_N[(source_N == name) & ~np.isin(np.arange(len(source_N)), kept)] = False
+
+
+def excluded(path: Path, records: Sequence[dict[str, Any]]) -> np.ndarray:
+    """True for each row that has the content of one that a file names: keys, digests, an index.
+
+    A key may have its source in front and a copy's #2 behind, as in the index of a sample.
+    """
+    try:
+        named = [json.loads(line) for line in read_index(path)[1].splitlines()]
+        wanted = [[r["digest"]] if "digest" in r else [r["key"]] for r in named]
+    except ValueError:
+        lines = filter(None, map(str.strip, path.read_text("utf-8-sig").splitlines()))
+        wanted = [[x, re.sub(r"#\d+$", "", x), x.lower().removeprefix("sha256:")] for x in lines]
+    content: dict[str, set[str]] = {}
+    for r in records:
+        for form in (r["key"], f"{r['source']}/{r['key']}", r["digest"]):
+            content.setdefault(form, set()).add(r["digest"])
+    hits = [set[str]().union(*(content.get(form, ()) for form in forms)) for forms in wanted]
+    if missed := [forms[0] for forms, hit in zip(wanted, hits, strict=True) if not hit]:
+        print(f"--exclude {path}: {len(missed)} of {len(wanted)} match nothing: {missed[:10]}")
+    banned = set[str]().union(*hits)
+    return np.array([r["digest"] in banned for r in records])
+
+
+# ---- Files
 
 
 def write_array(path: Path, array: np.ndarray) -> str:
@@ -681,7 +752,7 @@ def load_tree(folder: Path) -> tuple[Tree, dict[str, Any]]:
     return tuple(Level(*arrays) for arrays in levels), manifest["settings"]
 
 
-# ---------------------------------------------------------------- commands
+# ---- Commands
 
 
 def embed(args: argparse.Namespace, group: Group) -> None:
@@ -830,72 +901,6 @@ def assign(args: argparse.Namespace, group: Group) -> None:
         print(f"{len(pool)} rows assigned to {len(c_KD)} clusters in {args.out}")
 
 
-def near_duplicates(
-    table: Any, leaf_N: np.ndarray, threshold: float, is_first_N: np.ndarray | None = None
-) -> np.ndarray:
-    """True for each row whose cosine to an earlier row of its finest cluster exceeds the threshold.
-
-    Rows of `is_first_N` count as earlier than all others: what is near them goes.
-    Source: SemDeDup, arXiv 2303.09540; only rows of one cluster are compared, in blocks.
-    """
-    is_duplicate_N = np.zeros(len(leaf_N), bool)
-    is_first_N = np.zeros(len(leaf_N), bool) if is_first_N is None else is_first_N
-    order_N, sizes = np.lexsort((~is_first_N, leaf_N)), np.bincount(leaf_N)
-    for members in np.split(order_N, sizes.cumsum()[:-1]):
-        if len(members) < 2:
-            continue
-        x_BD = F.normalize(table[torch.from_numpy(members)].float(), dim=1)
-        for a in range(0, len(members), 1024):
-            cosine = x_BD[a : a + 1024] @ x_BD[: a + 1024].T
-            is_near = (cosine > threshold).tril(a - 1)  # a row meets the earlier ones only
-            is_duplicate_N[members[a : a + 1024]] = is_near.any(1).numpy()
-    return is_duplicate_N
-
-
-def capped_sample(
-    tree: Tree, target: int, source_N: np.ndarray, caps: dict[str, int], eligible_N: np.ndarray,
-    seed: int = 0, **options: Any,
-) -> np.ndarray:  # fmt: skip
-    """A balanced sample with at most `caps[source]` rows of a source.
-
-    A source over its cap keeps a random part of what it got and loses its other rows; what it gives
-    up is shared out anew, until every source is within its cap.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    eligible_N, open_caps = eligible_N.copy(), dict(caps)
-    while True:
-        ids = balanced_sample(tree, target, seed, eligible_N=eligible_N, **options)
-        over = [name for name, cap in open_caps.items() if (source_N[ids] == name).sum() > cap]
-        if not over:
-            return ids
-        for name in over:
-            own = np.unique(ids[source_N[ids] == name])
-            kept = own[torch.randperm(len(own), generator=generator).numpy()[: open_caps.pop(name)]]
-            eligible_N[(source_N == name) & ~np.isin(np.arange(len(source_N)), kept)] = False
-
-
-def excluded(path: Path, records: Sequence[dict[str, Any]]) -> np.ndarray:
-    """True for each row that has the content of one that a file names: keys, digests, an index.
-
-    A key may have its source in front and a copy's #2 behind, as in the index of a sample.
-    """
-    try:
-        named = [json.loads(line) for line in read_index(path)[1].splitlines()]
-        wanted = [[r["digest"]] if "digest" in r else [r["key"]] for r in named]
-    except ValueError:
-        lines = filter(None, map(str.strip, path.read_text("utf-8-sig").splitlines()))
-        wanted = [[x, re.sub(r"#\d+$", "", x), x.lower().removeprefix("sha256:")] for x in lines]
-    content: dict[str, set[str]] = {}
-    for r in records:
-        for form in (r["key"], f"{r['source']}/{r['key']}", r["digest"]):
-            content.setdefault(form, set()).add(r["digest"])
-    hits = [set[str]().union(*(content.get(form, ()) for form in forms)) for forms in wanted]
-    if missed := [forms[0] for forms, hit in zip(wanted, hits, strict=True) if not hit]:
-        print(f"--exclude {path}: {len(missed)} of {len(wanted)} match nothing: {missed[:10]}")
-    banned = set[str]().union(*hits)
-    return np.array([r["digest"] in banned for r in records])
-
-
 def sample(args: argparse.Namespace, group: Group) -> None:
     """Pool + tree -> an index file for `train.py --data`, a report and a contact sheet."""
     pool, (tree, settings) = Pool(args.pool, group), load_tree(args.tree)
@@ -988,54 +993,6 @@ def contact_sheet(index: Path, places: list[np.ndarray], side: int = 64) -> None
     sheet.save(index.with_suffix(".report.png"))
 
 
-def cost(
-    rows: float, dim: int, clusters: Sequence[int], gpus: int, keep: Sequence[Sequence[int] | None],
-    fit_rows: float | None = None, splits: int = 1, iterations: int = 50, tflops: float = 100.0,
-    network: float = 10.0, disk: float = 1.0,
-) -> list[dict[str, float]]:  # fmt: skip
-    """What clustering costs per level: a calculation, nothing is run.
-
-    A pass of n rows over K centroids is 2 n K D operations; every Lloyd step adds up K x D float64
-    sums over the processes (a ring moves them twice) and reads the rows (fp16) once.
-    """
-    out, n = [], rows
-    for t, (k, rounds) in enumerate(zip(clusters, keep, strict=True)):
-        rounds = default_keep(int(n), k, t == 0) if rounds is None else rounds
-        parts = splits if t == 0 else 1
-        fitted = [min(n, fit_rows or n) if t == 0 else n, *(min(n, r * k) for r in rounds if r > 1)]
-        wide = [k / parts + (parts if parts > 1 else 0)] + [k] * (len(fitted) - 1)
-        pairs = list(zip(fitted, wide, strict=True))
-        seeding = sum(min(f, SEED_ROWS * w) * w * (CANDIDATES + 1) for f, w in pairs)
-        lloyd = iterations * sum(f * w for f, w in pairs)
-        flops = 2 * dim * (seeding + lloyd + (len(rounds) + 1) * n * k)
-        reduced = iterations * sum(wide) * dim * 8 * 2 * (gpus - 1) / gpus
-        read = 2 * dim * (iterations * sum(fitted) + (len(rounds) + 1) * n) / gpus
-        seconds = flops / (gpus * tflops * 1e12) + reduced / (network * 1e9) + read / (disk * 1e9)
-        out.append({"level": t + 1, "inputs": n, "clusters": k, "flops": flops,
-                    "centroid_gb": k * dim * 4 / 1e9, "all_reduce_gb": reduced / 1e9,
-                    "read_gb": read / 1e9, "hours": seconds / 3600})  # fmt: skip
-        n = k
-    return out
-
-
-def plan(args: argparse.Namespace, group: Group) -> None:
-    """Print the cost model; `--measure` times this machine's matmul for the rate."""
-    if args.measure:
-        x_ND = torch.randn(4096, args.dim, device=group.device)
-        start = time.perf_counter()
-        passes = [nearest(x_ND, x_ND)[1].sum().item() for _ in range(5)]
-        args.tflops = 2 * len(passes) * 4096**2 * args.dim / (time.perf_counter() - start) / 1e12
-    keep = args.keep or [None] * len(args.clusters)
-    table = cost(args.rows, args.dim, args.clusters, args.gpus, keep, args.fit_rows, args.splits,
-                 args.iterations, args.tflops, args.network, args.disk)  # fmt: skip
-    print(f"A calculation, not a measurement: {args.gpus} processes of {args.tflops:.3g} TFLOP/s,")
-    print(f"{args.network:g} GB/s all-reduce, {args.disk:g} GB/s reading; GB are per process.\n")
-    print("| " + " | ".join(table[0]) + " |\n" + "|---" * len(table[0]) + "|")
-    for row in table:
-        print("| " + " | ".join(f"{v:.3g}" for v in row.values()) + " |")
-    print(f"total {sum(row['hours'] for row in table):.3g} hours")
-
-
 def parse_keep(text: str) -> list[int] | None:
     """'default', 'none', '20,10,5' or '3x10' (ten rounds of 3)."""
     if text in ("default", "none"):
@@ -1075,9 +1032,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         add[f]("tree", type=Path, help="folder that cluster or assign wrote")
     for f in (embed, cluster, assign, sample):
         add[f]("--out", type=Path, required=True, help="folder (sample: index file) to write")
-    for f in (embed, cluster, assign, plan):
+    for f in (embed, cluster, assign):
         add[f]("--device", default="auto", choices=("auto", "cpu", "cuda"), help="to compute on")
-    for f in (cluster, plan):
+    for f in (cluster,):
         add[f]("--clusters", type=int, nargs="+", required=True, help="per level, finest first")
         add[f](
             "--keep",
@@ -1101,17 +1058,10 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add[sample]("--cap", type=parse_cap, nargs="+", default=[], help="SOURCE=COUNT")
     for f in (cluster, sample):
         add[f]("--seed", type=int, default=0, help="decides every random choice")
-    add[plan]("--rows", type=float, required=True, help="pictures of the pool")
-    add[plan]("--dim", type=int, required=True, help="width of an embedding")
-    add[plan]("--gpus", type=int, default=1, help="processes")
-    add[plan]("--tflops", type=float, default=100.0, help="per process, 1e12 operations/s")
-    add[plan]("--network", type=float, default=10.0, help="GB/s of an all-reduce, per process")
-    add[plan]("--disk", type=float, default=1.0, help="GB/s of reading embeddings, per process")
-    add[plan]("--measure", action="store_true", help="measure --tflops here")
     return parser.parse_args(argv)
 
 
-COMMANDS = (embed, cluster, sample, assign, plan)
+COMMANDS = (embed, cluster, sample, assign)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

