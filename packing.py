@@ -40,7 +40,7 @@ from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 import PIL
@@ -1244,6 +1244,48 @@ def _scan(path: Path, root: Path) -> Scan:
         scan.skipped[str(path)] = f"{before} pictures at the last scan, {scan.count} now"
     scan.skipped = odd | scan.skipped
     return scan
+
+
+# ---- What every module needs: whole files, ranks, an even spread
+
+
+def write_whole(path: str | Path, content: bytes | Callable[[BinaryIO], Any]) -> None:
+    """Replace a file as a whole: whoever reads it, or is killed here, finds the old or the new one.
+
+    Args: content: the bytes, or what writes them to an open file.
+    """
+    part = Path(f"{path}.{os.getpid()}.part")
+    try:
+        with open(part, "wb") as file:
+            file.write(content) if isinstance(content, bytes) else content(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def rank_and_world() -> tuple[int, int]:
+    """(0, 1) without a process group."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def evenly(total: int, count: int) -> list[int]:
+    """`count` of the numbers below `total`, evenly spread; all of them if there are fewer."""
+    count = min(count, total)
+    return [i * total // count for i in range(count)]
+
+
+def readable(
+    source: Source, ids: Iterable[int], skipped: Skipped, at_least: Size | None = None
+) -> Iterator[tuple[int, Sample]]:
+    """(number, sample) of the pictures that decode; the others go into `skipped`, key -> reason."""
+    for i in ids:
+        try:
+            yield i, source.load(i, at_least)
+        except BadImage as error:
+            skipped[source.key(i)] = str(error)
 
 
 # ---- The loader and the process group
