@@ -2,13 +2,18 @@
 
     torchrun train.py                                  # the demo: two real teachers, minutes
     torchrun --nproc-per-node 2 train.py --preset debug
+    python -c 'from train import PRESETS, run; run(PRESETS["debug"])'
 
-Read it from the bottom: `main` is the whole run, straight down. A step (`Trainer.step`) is AMoE
-Sec. 2: per-image feature losses in PHI-S space, averaged over the images of the *global* batch,
-plus ARKD between the summaries of all images on all ranks.
+Reading path: `TrainConfig` and `PRESETS` say what a run is. `train` is all of it on one page:
+per-image feature losses in PHI-S space, averaged over the images of the *global* batch, plus ARKD
+between the summaries of all images on all ranks. What it calls follows in the order of the calls.
+AMoE, arXiv 2512.20157; RADIOv2.5, arXiv 2412.07679; PHI-S, arXiv 2410.01680.
 
-Legend: B images, N packed tokens, M packed patches, C teacher width, L layers, E experts.
+Legend: B images, N packed tokens, M packed patches, C teacher width, L layers, E experts, K images
+that a teacher supervises.
 """
+
+from __future__ import annotations
 
 import argparse
 import bisect
@@ -20,7 +25,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -79,6 +84,7 @@ from packing import (
     StepData,
     Subset,
     cache_home,
+    evenly,
     hold_out,
     keyed_generator,
     left_out,
@@ -86,6 +92,7 @@ from packing import (
     open_source,
     setup_distributed,
     to_device,
+    write_whole,
 )
 from teachers import (
     CachedTeacher,
@@ -104,7 +111,7 @@ from teachers import (
 VERSION = 1
 EXIT_SIGNALLED = 128  # a run that was told to stop saves and exits with 128 + the signal's number
 
-# ------------------------------------------------------------------------------ configuration
+# ---- Part I, the papers: the recipe
 
 
 def option(default, help: str, **metadata):
@@ -162,7 +169,9 @@ class TrainConfig:
     keep: int = option(3, "newest checkpoints that are kept", control=True)
     keep_every: int = option(0, "also keep each that is a multiple of so many steps", control=True)
     log_every: int = option(10, "steps between lines of metrics.jsonl", control=True)
-    look_every: int = option(0, "steps between looks: kNN, pca.png; 0: at the end", control=True)
+    evaluate_every: int = option(
+        0, "steps between evaluations (kNN, pca.png); 0: none", control=True
+    )
     workers: int = option(0, "loader processes per rank; 0 loads in the main one", control=True)
     threads: int = option(0, "torch threads per rank; 0 shares the cores evenly", control=True)
     pg_timeout: float = option(600.0, "seconds that a rank waits for the others", control=True)
@@ -345,7 +354,7 @@ _RADIO = TrainConfig(
     model="radio-h", steps=300_000, summary_loss="cosine", relation="none", average="partition",
     stats_steps=3000, frozen_steps=5000, optimizer="lamb", lr=1e-3, min_lr=0.0, weight_decay=0.02,
     beta2=0.999, warmup=1000, cache="none", workers=8, parallel="fsdp", recompute=True,
-    save_every=1000, look_every=10_000, held_out=1e-4,
+    save_every=1000, evaluate_every=10_000, held_out=1e-4,
 )  # fmt: skip
 _RADIO_LOW = Stream("low", choices=(432,), budget=16 * 737, packs=64)
 
@@ -356,7 +365,7 @@ _AMOE = TrainConfig(
     teachers=("siglip2=google/siglip2-so400m-patch16-naflex",
               "dinov3=facebook/dinov3-vitl16-pretrain-lvd1689m"),
     model="amoe-0.3b", stats_steps=300, lr=1e-3, warmup=1000, cache="none", workers=8,
-    recompute=True, save_every=1000, look_every=10_000, held_out=1e-4,
+    recompute=True, save_every=1000, evaluate_every=10_000, held_out=1e-4,
 )  # fmt: skip
 
 PRESETS: dict[str, TrainConfig] = {
@@ -417,505 +426,123 @@ PRESETS: dict[str, TrainConfig] = {
     ),
 }  # fmt: skip
 
-
-def parse_args(argv: list[str] | None = None) -> TrainConfig:
-    """Build the command line from `TrainConfig`, the preset's values being the defaults."""
-    first = argparse.ArgumentParser(add_help=False)
-    first.add_argument("--preset", default="demo", choices=PRESETS, help="named configuration")
-    preset = PRESETS[first.parse_known_args(argv)[0].preset]
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], parents=[first])
-    for item in dataclasses.fields(TrainConfig):
-        if item.name == "preset" or not item.metadata.get("flag", True):
-            continue
-        value, flag = getattr(preset, item.name), "--" + item.name.replace("_", "-")
-        if isinstance(value, bool):
-            yes_no = argparse.BooleanOptionalAction
-            parser.add_argument(flag, action=yes_no, default=value, help=item.metadata["help"])
-            continue
-        many = isinstance(value, tuple)
-        kind = float if item.name == "data_weights" else str if many else type(value)
-        parser.add_argument(
-            flag, type=kind, default=value,
-            nargs="+" if many else None, choices=item.metadata.get("choices"),
-            help=f"{item.metadata['help']} [{value}]",
-        )  # fmt: skip
-    given = vars(parser.parse_args(argv)).items()
-    flags: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in given}
-    return dataclasses.replace(preset, **flags)
-
-
-# -------------------------------------------------------------------------------- the step
-
-
-class Standstill(RuntimeError):
-    """Training must not go on: a number is not finite, or too many pictures are broken."""
-
-
-def sum_over_ranks(values: Tensor) -> Tensor:
-    if dist.is_initialized():
-        dist.all_reduce(values)
-    return values
-
-
-def gather_rows(rows_BC: Tensor, group: Group) -> tuple[Tensor, slice]:
-    """All ranks' rows in rank order, without gradient, and where this rank's own lie."""
-    if group.world == 1:
-        return rows_BC, slice(0, len(rows_BC))
-    sizes = torch.zeros(group.world, dtype=torch.int64)  # on the host, see `setup_distributed`
-    sizes[group.rank] = len(rows_BC)
-    counts = sum_over_ranks(sizes).tolist()
-    padded = rows_BC.new_zeros(max(counts), rows_BC.shape[1])
-    padded[: len(rows_BC)] = rows_BC
-    parts = [torch.empty_like(padded) for _ in counts]
-    dist.all_gather(parts, padded)
-    start = sum(counts[: group.rank])
-    everyone = torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)])
-    return everyone, slice(start, start + len(rows_BC))
-
-
-def merge_skipped(parts: list[dict[str, str]], any_rank: bool, group: Group) -> dict[str, str]:
-    """The pictures that did not decode on any rank, key -> reason; rarely costs a collective."""
-    if any_rank and group.world > 1:
-        everyone: list = [None] * group.world
-        dist.all_gather_object(everyone, parts)
-        parts = [part for rank in everyone for part in rank]
-    return {key: reason for part in parts for key, reason in part.items()}
-
-
-class Weights(NamedTuple):
-    """What each image of a micro-batch counts in a teacher's losses."""
-
-    summary_B: Tensor
-    patch_B: Tensor
-    is_taught: list[float]  # 0 where the teacher does not supervise the image's stream
-
-
-def packs_that_fit(count: int, needed: float, free: float) -> int:
-    """Of `count` packs of so many bytes those of one forward, in forwards as equal as can be."""
-    most = int(0.85 * free / needed)  # the rest is for backward's own tensors and fragments
-    return -(-count // -(-count // most)) if most > 0 else 0
+# ---- The run on one page
 
 
 @dataclass
-class StepResult:
-    """What one optimizer step reports; every number is global and on the host."""
+class State:
+    """All that a step changes."""
 
-    losses: dict[str, float]
-    grad_norm: float
-    lr: float
-    images: int
-    tokens: int
-    max_load: float
-    skipped: dict[str, str]
-    stop: int
-
-
-class Trainer:
-    """The student, its teachers and the optimizer: one `step` at a time.
-
-    After construction either `fit_normalizers` or `load_state_dict` must come before a step, and
-    `fit_normalizers` before the first step of each further stage.
-    """
-
-    model: Any = None  # the student as it is distributed
+    student: Student
     optimizer: torch.optim.Optimizer
-
-    def __init__(self, cfg: TrainConfig, group: Group, teachers: list[Teacher]):
-        self.cfg, self.group, self.teachers = cfg, group, teachers
-        student, self.folded_heads = build_student(cfg, teachers)
-        self.student = student.to(group.device)
-        self.spaces = self.new_spaces()
-        self.ada = losses.AdaLoss()
-        self.fitting: dict[tuple[Stream, ...], int] = {}  # packs of a forward, by stage
-        self.autocast = autocast(group.device, cfg.precision)
-
-    def new_spaces(self) -> dict[str, losses.TargetSpace]:
-        """A space for each teacher's targets, fitted to nothing yet."""
-        kinds = self.cfg.normalizer, self.cfg.summary_loss
-        spaces = {
-            t.name: losses.TargetSpace(kinds[0], t.dim, t.summary_dim, kinds[1])
-            for t in self.teachers
-        }
-        return {name: space.to(self.group.device) for name, space in spaces.items()}
-
-    def fit_normalizers(self, data: StepData, stage: int = 0) -> None:
-        """Fit the targets' spaces to the pictures of a stage's first steps, before the first.
-
-        PHI-S Table 10 spends the first 3,000 steps of a stage on it while the heads chase a moving
-        rotation; estimating first costs only the teachers and keeps the targets still (we chose).
-        Heads that are trained already then answer in the new spaces what they did in the old ones.
-        The optimizer's moments and AdaLoss' means stay: both forget the old space soon enough.
-
-        Args: data, stage: the data of the stage, and its number from 0.
-        Raises: Standstill where nothing can be read, or features are not finite.
-        """
-        spaces, steps = self.new_spaces(), min(self.cfg.stats_steps, data.steps_in(0))
-        pin = self.group.device.type == "cuda"
-        loader = make_loader(data, 0, steps, self.cfg.workers, pin)
-        counts = torch.zeros(1 + len(self.teachers), dtype=torch.int64)  # broken; seen by each
-        for packs in progress(loader, "teacher statistics", self.group, total=steps):
-            batch = PackedBatch.cat([pack.to(self.group.device) for pack in packs])
-            seen = [self.supervised(t.name, stage, batch) for t in self.teachers]
-            counts += torch.tensor([len(batch.skipped), *map(len, seen)])
-            for teacher, own in zip(self.teachers, seen, strict=True):
-                target = self.ask(teacher, batch, own)
-                try:
-                    spaces[teacher.name].update(target, [batch.grids[i] for i in own])
-                except ValueError as error:
-                    raise Standstill(f"statistics of teacher {teacher.name}: {error}") from error
-        bad, *good = sum_over_ranks(counts.to(self.group.device)).tolist()
-        if not all(good):
-            raise Standstill(f"none of the {bad} pictures of the first steps could be read")
-        for space in spaces.values():
-            space.synchronize()
-        old, self.spaces = self.spaces, spaces
-        if self.model is None:
-            for name, head in self.student.heads.items():
-                if name not in self.folded_heads:
-                    spaces[name].fold_into(head, is_new=True)
-                spaces[name].unfold_from(head)
-            self.distribute()
-        else:
-            self.carry_heads(old)
-
-    def supervised(self, name: str, stage: int, batch: PackedBatch) -> list[int]:
-        """The pictures whose stream a teacher supervises; all where it supervises none."""
-        streams = self.cfg.stages[stage].streams
-        taught = [not stream.teachers or name in stream.teachers for stream in streams]
-        return [i for i, p in enumerate(batch.partition_B) if taught[p] or not any(taught)]
-
-    @torch.no_grad()
-    def carry_heads(self, old: dict[str, losses.TargetSpace]) -> None:
-        """Move the heads, and their running means, from the old spaces to the new (collective)."""
-        for name, head in self.student.heads.items():
-            params = dict(head.named_parameters())
-            # a frozen pool has no running mean
-            means = {n: self.average.get(f"heads.{name}.{n}", p) for n, p in params.items()}
-            copies = [params, means] if self.average else [params]
-            for tensors, moved in [(x, self.carried(name, x, old[name])) for x in copies]:
-                for n, x in tensors.items():
-                    new = moved.get_parameter(n).detach().to(x.device, x.dtype)
-                    if dist.is_initialized():  # unequal machines round differently
-                        dist.broadcast(new, 0)
-                    x.copy_(spread(new, x))
-
-    def carried(self, name: str, tensors: dict[str, Tensor], old: losses.TargetSpace) -> nn.Module:
-        """A whole copy of a head with these weights, moved from its old space to the new one."""
-        head = self.student.heads[name]
-        with torch.device("meta"):
-            moved = type(head)(head.spec, self.student.config.dim)
-        copy = {n: whole(x.detach()).double() for n, x in tensors.items()}  # to be rounded once
-        moved.load_state_dict(copy, assign=True)
-        old.fold_into(moved)
-        self.spaces[name].unfold_from(moved)
-        return moved
-
-    def distribute(self) -> None:
-        """Spread the student over the ranks; make the optimizer of what each of them holds."""
-        self.model = distribute(self.cfg, self.student, self.group)
-        self.optimizer = make_optimizer(self.cfg, self.student)
-        self.average = {
-            name: p.detach().clone() for name, p in trained(self.student) if self.cfg.ema
-        }
-
-    def step(self, step: int, packs: list[PackedBatch], stop: int = 0) -> StepResult:
-        """One optimizer step on this rank's packs of the global batch.
-
-        Args:
-            step: number of the step, from 1.
-            packs: this rank's share of the step's packs.
-            stop: the signal that asked this rank to stop, or 0; the result has all ranks'.
-        Raises:
-            Standstill: a loss or a gradient on any rank is not finite; nothing was stepped.
-        """
-        self.student.frozen_trunk = step <= self.cfg.frozen_steps
-        size = self.packs_of_a_forward(step, len(packs))
-        packs = [pack.to(self.group.device) for pack in packs]  # one by one, as they are pinned
-        micros = [PackedBatch.cat(packs[i : i + size]) for i in range(0, len(packs), size)]
-        targets = [self.targets(m) for m in micros]
-        weights = self.image_weights(self.cfg.stage_at(step).streams, micros)
-        shares, counts_LE = self.backward(step, micros, targets, weights)
-        grad_norm = nn.utils.clip_grad_norm_(self.student.parameters(), self.cfg.clip)
-        grad_norm = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
-        images, tokens = sum(map(len, micros)), sum(self.token_count(m) for m in micros)
-        bad = sum(len(m.skipped) for m in micros)
-        counts = sum_over_ranks(torch.tensor([images, tokens, bad, stop]))  # known to the host
-        images, tokens, bad, stop = counts.tolist()
-        loads_LE = grad_norm.new_ones(1, 1) if counts_LE is None else sum_over_ranks(counts_LE)
-        max_load = (loads_LE.max(1).values / loads_LE.float().mean(1)).max()
-        alike = torch.stack([grad_norm, max_load]) / self.group.world  # on all ranks
-        report = sum_over_ranks(torch.stack([*shares.values(), *alike]).double())
-        # the one moment of a step at which the host waits for the device
-        *values, grad_norm, max_load = report.tolist()
-        parts = dict(zip(shares, values, strict=True))
-        if not math.isfinite(sum(values)) or not math.isfinite(grad_norm):
-            raise Standstill(self.blame(step, parts, grad_norm, micros, targets))
-        lr = self.set_lr(step)
-        self.optimizer.step()
-        decay = min(self.cfg.ema, (1 + step) / (10 + step))
-        for name, p in trained(self.student):
-            if name in self.average:
-                self.average[name].lerp_(p.detach(), 1 - decay)
-        if counts_LE is not None and not self.student.frozen_trunk:
-            self.student.update_router(loads_LE, self.cfg.router_rate)
-        total = sum(self.weight(name) * value for name, value in parts.items())
-        self.ada.update(parts)
-        skipped = merge_skipped([m.skipped for m in micros], bad > 0, self.group)
-        return StepResult(
-            {"total": total, **parts}, grad_norm, lr, images, tokens, max_load, skipped, stop
-        )
-
-    def packs_of_a_forward(self, step: int, count: int) -> int:
-        """--micro-packs; 0: all, on CUDA as many as fit at the stage's start, alike on all ranks.
-
-        Raises: Standstill where not even one pack fits.
-        """
-        streams = self.cfg.stage_at(step).streams
-        if self.cfg.micro_packs or self.group.device.type != "cuda":
-            return self.cfg.micro_packs or count
-        if streams not in self.fitting:
-            tokens, student = max(stream.budget for stream in streams), self.student
-            needed = tokens * activation_bytes(student.config, self.cfg.recompute)
-            needed *= 2 if self.cfg.precision == "fp32" else 1
-            free = torch.cuda.mem_get_info(self.group.device)[0]
-            if not self.optimizer.state:  # gradients and two moments are still to come
-                free -= 12 * sum(held(p).numel() for _, p in trained(student))
-            fits = torch.tensor(packs_that_fit(count, needed, free))
-            if dist.is_initialized():
-                dist.all_reduce(fits, dist.ReduceOp.MIN)
-            if not fits:
-                raise Standstill(f"a pack of {tokens} tokens takes some {needed / 1e9:.1f} GB, and "
-                                 f"{free / 1e9:.1f} GB of {self.group.device} are free: pass "
-                                 "--recompute, or --parallel fsdp on more GPUs")  # fmt: skip
-            self.fitting[streams] = int(fits)
-            if self.group.rank == 0:
-                print(f"{int(fits)} of {count} packs in one forward", file=sys.stderr)
-        return self.fitting[streams]
-
-    def weight(self, loss: str) -> float:
-        """Weight of a part of the loss; the paper's are all 1 (AMoE Sec. 2.1, PHI-S Sec. 3)."""
-        own = self.cfg.relation_weight if loss.endswith("/relation") else 1.0
-        return own * (self.ada.weight(loss) if self.cfg.balance == "adaloss" else 1.0)
-
-    def targets(self, batch: PackedBatch) -> dict[str, TeacherOutput]:
-        """What the teachers say of a batch's pictures, in the space of the loss."""
-        raw = {t.name: self.ask(t, batch, range(len(batch))) for t in self.teachers}
-        return {name: self.spaces[name](target, batch.grids) for name, target in raw.items()}
-
-    def ask(self, teacher: Teacher, batch: PackedBatch, chosen: Sequence[int]) -> TeacherOutput:
-        """A teacher's own features of some of a batch's pictures, from what the loader made."""
-        if teacher.name in batch.pixels:
-            pictures = batch.seen(teacher.name)
-            return teacher.features([pictures[i] for i in chosen]).to(self.group.device)
-        boxes = batch.boxes(teacher.name)
-        return teacher.targets(
-            [batch.samples[i] for i in chosen],
-            [batch.sizes[i] for i in chosen],
-            boxes and [boxes[i] for i in chosen],
-        ).to(self.group.device)
-
-    def token_count(self, batch: PackedBatch) -> int:
-        return sum(batch.lengths) + self.student.config.prefix * len(batch)
-
-    def image_weights(self, streams: tuple[Stream, ...], micros: list[PackedBatch]) -> list[dict]:
-        """Per micro-batch and teacher: the `Weights` of its images, made on the host.
-
-        AMoE Sec. 2.1: 1 / (images on all ranks), whatever an image's size and wherever it landed.
-        average="partition" (RADIO Sec. 2.1) does so within each stream and then over the streams;
-        with "token" patches count by their number (the ablation). A teacher that does not supervise
-        an image's stream gives it 0.
-        """
-        partitions = [torch.tensor(m.partition_B, dtype=torch.int64) for m in micros]
-        sizes = [torch.tensor(m.lengths, dtype=torch.float64) for m in micros]
-        totals = torch.zeros(2, len(streams), dtype=torch.float64)
-        for partition_B, size_B in zip(partitions, sizes, strict=True):
-            totals[0].index_add_(0, partition_B, torch.ones_like(size_B))
-            totals[1].index_add_(0, partition_B, size_B)
-        images_S, tokens_S = sum_over_ranks(totals)
-        result: list[dict] = [{} for _ in micros]
-        for name in (teacher.name for teacher in self.teachers):
-            taught = [not stream.teachers or name in stream.teachers for stream in streams]
-            taught_S = totals.new_tensor(taught)
-            image_S = taught_S / (taught_S * images_S).sum().clamp(min=1)
-            if self.cfg.average == "partition":
-                image_S = taught_S / images_S.clamp(min=1) / len(streams)
-            token_S = taught_S / (taught_S * tokens_S).sum().clamp(min=1)
-            for micro, partition_B, size_B in zip(result, partitions, sizes, strict=True):
-                summary_B = patch_B = image_S[partition_B].float()
-                if self.cfg.average == "token":
-                    patch_B = (token_S[partition_B] * size_B).float()
-                both_2B = to_device(torch.stack([summary_B, patch_B]), self.group.device)
-                micro[name] = Weights(both_2B[0], both_2B[1], taught_S[partition_B].tolist())
-        return result
-
-    def forward(self, step: int, batch: PackedBatch) -> StudentOutput:
-        """The student on one micro-batch; its randomness depends on step and picture alone."""
-        windows_B5 = None
-        if isinstance(self.student.positions, TablePositions) and self.cfg.windows:
-            keys = [(self.cfg.seed, step, sample.key, "window") for sample in batch.samples]
-            rows = [position_windows(1, keyed_generator(*key)) for key in keys]
-            windows_B5 = torch.cat([torch.zeros(0, 5), *rows])
-        with self.autocast:
-            return self.model(batch, windows_B5)
-
-    def summaries(self, out: StudentOutput) -> dict[str, Tensor]:
-        """Predicted summaries in the space of the loss; a pooling head answers in the teacher's."""
-        pooled = {head.name for head in self.student.config.heads if head.pool}
-        norms = {name: self.spaces[name].parts["summary"] for name in pooled}
-        return {k: norms[k].normalize(v) if k in pooled else v for k, v in out.summary.items()}
-
-    def backward(self, step, micros, targets, weights) -> tuple[dict[str, Tensor], Tensor | None]:
-        """Gradients of the step's loss; returns this rank's shares of its parts and expert counts.
-
-        The relational loss needs the summaries of all micro-batches on all ranks at once, so its
-        gradient is taken first, on detached summaries, and then enters each micro-batch's backward
-        as <summary, gradient>. With several micro-batches that takes a forward without graph.
-        """
-        self.optimizer.zero_grad(set_to_none=True)
-        first, counts = None, []
-        relation: dict[str, tuple[Tensor, list[Tensor]]] = {}
-        if len(micros) == 1:
-            first = self.forward(step, micros[0])
-        if self.cfg.relation != "none":
-            with torch.no_grad():
-                own = [self.summaries(first or self.forward(step, m)) for m in micros]
-            relation = self.relation_gradients(own, targets, weights)
-        shares: dict[str, Tensor] = {f"{t}/relation": v for t, (v, _) in relation.items()}
-        for i, batch in enumerate(micros):
-            with gradient_sync(self.model, i == len(micros) - 1):
-                out = first or self.forward(step, batch)
-                summaries = self.summaries(out)
-                parts = self.feature_losses(out, summaries, batch, targets[i], weights[i])
-                loss = torch.stack([self.weight(name) * v for name, v in parts.items()]).sum()
-                for name, (_, grads) in relation.items():
-                    pull = (summaries[name] * grads[i]).sum()
-                    loss = loss + self.weight(f"{name}/relation") * pull
-                # DDP and FSDP2 average gradients over the ranks; the shares are to be summed.
-                (loss * self.group.world).backward()
-            for name, value in parts.items():
-                shares[name] = shares.get(name, 0) + value.detach()
-            if out.counts_LE is not None:
-                counts.append(out.counts_LE)
-        return shares, torch.stack(counts).sum(0) if counts else None
-
-    def feature_losses(self, out, summaries, batch, targets, weights) -> dict[str, Tensor]:
-        """This rank's share of each teacher's patch, summary and register loss (AMoE Sec. 2.1)."""
-        parts, kind = {}, self.cfg.summary_loss
-        for name, target in targets.items():
-            summary_B, patch_B, _ = weights[name]
-            patches_MC, maps, how = out.patches[name], target.patches, self.cfg.patch_loss
-            if batch.views:  # each saw its own part of the picture, all of as many patches
-                maps = [losses.resize_map(*x) for x in zip(maps, batch.grids, strict=True)]
-                ours, theirs = ([v.origin for v in batch.views[key]] for key in ("", name))
-                loss_B = losses.shift_loss(patches_MC, batch.grids, ours, maps, theirs, how)
-            else:
-                loss_B = losses.patch_loss(patches_MC, batch.grids, maps, how)
-            parts[f"{name}/patches"] = (loss_B * patch_B).sum()
-            if target.summary_BC is not None:
-                pair = summaries[name], target.summary_BC
-                if dispersion := self.spaces[name].dispersion:
-                    loss_B = losses.angle_loss(*pair, dispersion.value)
-                else:
-                    loss_B = losses.vector_loss(*pair, kind)
-                parts[f"{name}/summary"] = (loss_B * summary_B).sum()
-            if target.registers_BRC is not None and name in out.registers:
-                raw_BRC = self.spaces[name].parts["patches"].denormalize(out.registers[name])
-                loss_B = losses.vector_loss(raw_BRC, target.registers_BRC, how)
-                parts[f"{name}/registers"] = (loss_B * summary_B).sum()
-        return parts
-
-    def relation_gradients(self, own, targets, weights) -> dict[str, tuple[Tensor, list[Tensor]]]:
-        """Per teacher: this rank's share of the loss's value and d loss / d its own summaries.
-
-        Only the images that the teacher supervises are related to each other.
-        """
-        compare = {"arkd": losses.arkd, "rkd": losses.rkd}[self.cfg.relation]
-        result = {}
-        for name in (teacher.name for teacher in self.teachers if teacher.summary_dim is not None):
-            is_taught_B = torch.tensor([x for micro in weights for x in micro[name].is_taught])
-            taught_K = to_device(is_taught_B.nonzero()[:, 0], self.group.device)
-            own_BC = torch.cat([summaries[name] for summaries in own]).float()
-            target_BC = torch.cat([target[name].summary_BC for target in targets])
-            pairs_KC = torch.cat([own_BC, target_BC], dim=1).index_select(0, taught_K)
-            pairs_KC, mine = gather_rows(pairs_KC, self.group)
-            student_BC, teacher_BC = pairs_KC.split([own_BC.shape[1], target_BC.shape[1]], dim=1)
-            student_BC = student_BC.detach().requires_grad_()
-            loss = compare(student_BC, teacher_BC, self.cfg.relation_mean)
-            (grad_BC,) = torch.autograd.grad(loss, student_BC)
-            whole_BC = torch.zeros_like(own_BC).index_copy(0, taught_K, grad_BC[mine])
-            sizes = [len(summaries[name]) for summaries in own]
-            result[name] = (loss.detach() / self.group.world, whole_BC.split(sizes))
-        return result
-
-    def set_lr(self, step: int) -> float:
-        """Linear warm-up, then cosine down to min_lr (RADIO Sec. 4; AMoE does not say)."""
-        cfg = self.cfg
-        part = min(1.0, max(0.0, (step - cfg.warmup) / max(1, cfg.steps - cfg.warmup)))
-        cosine = cfg.min_lr + (1 - cfg.min_lr) * 0.5 * (1 + math.cos(math.pi * part))
-        lr = cfg.lr * min(1.0, step / max(1, cfg.warmup)) * cosine
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr * group["share"]
-        return lr
-
-    def blame(self, step, parts, grad_norm, micros, targets) -> str:
-        """The message of a step with a number that is not finite: what, where, which pictures."""
-        bad = [name for name, value in parts.items() if not math.isfinite(value)]
-        keys = []
-        for batch, target in zip(micros, targets, strict=True):
-            for i, sample in enumerate(batch.samples):
-                maps = [t.patches[i] for t in target.values()]
-                maps += [t.summary_BC[i] for t in target.values() if t.summary_BC is not None]
-                if not all(bool(m.isfinite().all()) for m in maps):
-                    keys.append(sample.key)
-        seen = [sample.key for batch in micros for sample in batch.samples]
-        fault = f"bad teacher features on rank {self.group.rank}: {', '.join(keys)}"
-        if not keys:
-            fault = f"good teacher features on rank {self.group.rank}, of {', '.join(seen)}"
-        return (
-            f"step {step}: not finite: {', '.join(bad) or f'gradient norm {grad_norm}'}; {fault}. "
-            "Nothing was stepped and the newest checkpoint is good: start from its model.pt by "
-            "--init NAME=PATH with a lower --lr and another --out, or leave such pictures out"
-        )
-
-    def state_dict(self) -> dict:
-        """Everything that the next step depends on, but the data, which is a function of `step`.
-
-        A collective call under FSDP2: rank 0 gets whole tensors.
-        """
-        return {
-            "student": get_model_state_dict(self.student, options=WHOLE),
-            "optimizer": get_optimizer_state_dict(self.student, self.optimizer, options=WHOLE),
-            "average": {name: whole(mean) for name, mean in self.average.items()},
-            "normalizers": {name: space.state_dict() for name, space in self.spaces.items()},
-            "adaloss": self.ada.state_dict(),
-        }
-
-    def load_state_dict(self, state: dict) -> None:
-        """Go on from `state_dict`, on any number of ranks."""
-        self.distribute()
-        set_model_state_dict(self.student, state["student"], options=WHOLE)
-        moments = dataclasses.replace(WHOLE, strict=False)  # a frozen trunk has none yet
-        set_optimizer_state_dict(self.student, self.optimizer, state["optimizer"], options=moments)
-        for name, p in trained(self.student):
-            if name not in state["optimizer"]["state"]:
-                self.optimizer.state.pop(p, None)
-        for name, mean in self.average.items():
-            mean.copy_(spread(state["average"][name], mean))
-        for name, space in self.spaces.items():
-            space.load_state_dict(state["normalizers"][name])
-        self.ada.load_state_dict(state["adaloss"])
-
-    def save_folded(self, path: Path, state: dict) -> None:
-        """Write the student that `load_student` reads: the running mean if there is one, PHI-S
-        folded into its heads."""
-        folded = Student(self.student.config)
-        folded.load_state_dict(state["student"] | state["average"])
-        for name, head in folded.heads.items():
-            self.spaces[name].fold_into(head)
-        save_student(folded, path)
+    average: dict[str, Tensor]  # the weights' running mean; empty without --ema
+    spaces: dict[str, losses.TargetSpace]  # of each teacher's targets
+    ada: losses.AdaLoss
 
 
-# ---------------------------------------------------------------- where the student comes from
+def train(
+    cfg: TrainConfig,
+    teachers: list[Teacher],
+    sources: list[Source],
+    held_out: Source | None = None,
+) -> Job:
+    """Distil the teachers into a student, from its first step or its newest checkpoint to the last.
+
+    Args:
+        teachers: frozen; the student gets a head for each.
+        sources: the pictures of each --data SOURCE that are trained on.
+        held_out: pictures for --evaluate-every; None: there is no such evaluation.
+    Returns: what the run leaves behind, its record among it.
+    Raises: Standstill where training must not go on; SystemExit when it was told to stop.
+    """
+    job = open_run(cfg, teachers, sources, held_out)
+    group, device = job.group, job.group.device
+
+    # The student: random by the seed, or from --init. Heads that come trained answer in their
+    # teachers' own spaces.
+    student, trained_heads = build_student(cfg, teachers)
+    student.to(device)
+    prefix = student.config.prefix
+    # Data: which pictures a step sees is a function of the seed and the step's number alone.
+    stages = make_stages(cfg, sources, student.config, group, teachers)
+    # The optimizer holds what this rank holds: all of the student, or its shards.
+    model = distribute(cfg, student, group)
+    optimizer = make_optimizer(cfg, student)
+    average = {name: p.detach().clone() for name, p in trained(student) if cfg.ema}
+    spaces, ada = new_spaces(cfg, teachers, device), losses.AdaLoss()
+    state = State(student, optimizer, average, spaces, ada)
+    start = resume(job, state, stages)
+
+    for stage, ((first, last), data) in enumerate(zip(cfg.stage_bounds(), stages, strict=True)):
+        if start >= last:
+            continue
+        streams, begin = cfg.stages[stage].streams, max(start, first)
+        if begin == first:
+            # Targets: how a teacher's features vary depends on the resolution, so each stage has
+            # its own PHI-S, estimated before its first step; the heads move along.
+            fitted = fit_spaces(cfg, teachers, data, streams, group)
+            carry_heads(state, fitted, None if stage else trained_heads)
+        size = 0  # packs of a forward, found at the stage's first step
+        loader = make_loader(data, begin - first, last - first, cfg.workers, device.type == "cuda")
+        for step, packs in enumerate(loader, begin + 1):
+            # RADIO trains new heads alone at first, lest they spoil a pretrained trunk.
+            student.frozen_trunk = step <= cfg.frozen_steps
+            # Gradient accumulation: one optimizer step of several forwards. Pack by pack to the
+            # device, as they are pinned.
+            packs = [pack.to(device) for pack in packs]
+            size = size or packs_of_a_forward(cfg, streams, state, len(packs), group)
+            micros = [PackedBatch.cat(packs[i : i + size]) for i in range(0, len(packs), size)]
+            targets = [targets_of(teachers, spaces, batch) for batch in micros]
+            weights = image_weights(cfg, teachers, streams, micros)
+            optimizer.zero_grad(set_to_none=True)
+
+            # ARKD compares every image with every other of the global batch, so its gradient is
+            # taken first, on detached summaries of all micro-batches and ranks; it then enters
+            # each backward as <summary, gradient>. Several micro-batches take a forward more.
+            only = forward(cfg, model, step, micros[0]) if len(micros) == 1 else None
+            parts: dict[str, Tensor] = {}
+            pulls: dict[str, list[Tensor]] = {}
+            if cfg.relation != "none":
+                with torch.no_grad():
+                    outs = (only or forward(cfg, model, step, batch) for batch in micros)
+                    said = [summaries(spaces, student, out) for out in outs]
+                parts, pulls = relation_gradients(cfg, said, targets, weights, group)
+
+            # Every image weighs 1 / (images of the global batch), whatever its size and its rank.
+            counts: list[Tensor] = []
+            for i, batch in enumerate(micros):
+                with gradient_sync(model, is_last=i == len(micros) - 1):
+                    out = only or forward(cfg, model, step, batch)
+                    mine = feature_losses(cfg, spaces, student, out, batch, targets[i], weights[i])
+                    loss = sum_of(part_weight(cfg, ada, name) * x for name, x in mine.items())
+                    for name, grads_BC in pulls.items():
+                        pull = (summaries(spaces, student, out)[name] * grads_BC[i]).sum()
+                        loss = loss + part_weight(cfg, ada, f"{name}/relation") * pull
+                    # DDP and FSDP2 average gradients over the ranks; the shares are to be summed.
+                    (loss * group.world).backward()
+                for name, value in mine.items():
+                    parts[name] = parts.get(name, 0) + value.detach()
+                if out.counts_LE is not None:
+                    counts.append(out.counts_LE)
+
+            norm = nn.utils.clip_grad_norm_(student.parameters(), cfg.clip)
+            # All ranks' numbers, in the step's one wait for the device; stops where one is not
+            # finite, with nothing stepped.
+            report = settle(job, step, parts, norm, counts, micros, targets, prefix)
+            report.lr = set_lr(cfg, optimizer, step)
+            optimizer.step()
+            update_average(cfg, state, step)
+            if counts and not student.frozen_trunk:
+                student.update_router(report.loads_LE, cfg.router_rate)
+            weigh = {name: part_weight(cfg, ada, name) * x for name, x in report.losses.items()}
+            report.losses["total"] = sum(weigh.values())
+            ada.update({name: report.losses[name] for name in weigh})
+            log(job, report)
+            save(job, state, report)
+    return job
+
+
+# ---- Where the student comes from
 
 
 def build_student(cfg: TrainConfig, teachers: list[Teacher]) -> tuple[Student, set[str]]:
@@ -952,76 +579,328 @@ def head_spec(cfg: TrainConfig, base: ModelConfig, teacher: Teacher) -> HeadSpec
                     split=True, bias=True, hidden=cfg.head_hidden)  # fmt: skip
 
 
-def read_init(cfg: TrainConfig) -> Student:
-    """What --init names, as a student: one of our checkpoints, or a ViT of transformers."""
-    spec = parse_teacher(cfg.init)
-    path = Path(spec.path)
-    if path.is_file() and path.suffix != ".onnx":
-        return load_student(path)
-    is_folder = path.is_dir() or not (path.is_file() or spec.path.startswith("builtin:"))
-    if is_folder and pretrained(spec, "AutoConfig").model_type == "vit":  # no teacher: a classifier
-        vit = load_network(spec, "ViTModel", add_pooling_layer=False)
-        return read_vit(vit, spec.layer, HALF_RGB)
-    backbone = load_backbone(spec)
-    try:
-        return read_vit(backbone.network, spec.layer or backbone.layer, backbone.stats)
-    except (ValueError, RuntimeError) as error:
-        raise ValueError(
-            f"--init {cfg.init} is no ViT or DINOv2 that we can read: {error}"
-        ) from error
+# ---- What a stage's steps see
 
 
-# ------------------------------------------------------------- distribution and the optimizer
+def make_stages(cfg: TrainConfig, sources: list[Source], config: ModelConfig, group: Group,
+                teachers: Collection[Teacher] | None = None) -> list[StepData]:  # fmt: skip
+    """One `StepData` per stage; each stage starts its own epoch 0.
 
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
-
-
-def held(x: Tensor) -> Tensor:
-    """What this rank has of a tensor."""
-    return x.to_local() if isinstance(x, DTensor) else x
-
-
-def whole(x: Tensor) -> Tensor:
-    """A tensor of which this rank may hold a shard, as a whole on the host (a collective call)."""
-    return (x.full_tensor() if isinstance(x, DTensor) else x).cpu()
-
-
-def spread(x: Tensor, like: Tensor) -> Tensor:
-    """This rank's shard of a whole tensor, if `like` is one."""
-    if isinstance(like, DTensor):
-        return distribute_tensor(x.to(like.device), like.device_mesh, like.placements)
-    return x
-
-
-def distribute(cfg: TrainConfig, student: Student, group: Group) -> Any:
-    """The student as the ranks share it: as it is (one process), copies (DDP), shards (FSDP2)."""
-    student.recompute = cfg.recompute
-    for block in student.blocks if cfg.compile else ():
-        block.compile(dynamic=True)
-    if group.world == 1:
-        return student
-    if cfg.parallel == "ddp":
-        # buffers change alike on all ranks; a frozen trunk's parameters get no gradient
-        return nn.parallel.DistributedDataParallel(
-            student,
-            broadcast_buffers=False,
-            find_unused_parameters=cfg.frozen_steps > 0,
-            gradient_as_bucket_view=True,
-        )
-    # Weights are gathered in float32 and autocast rounds them where it is safe: gathering bf16
-    # would halve the traffic, but round the routers and the residual stream, too.
-    for block in student.blocks:
-        fully_shard(block)
-    return fully_shard(student)
+    With `teachers`, what the live ones see of a picture is made in the loader's workers, which
+    then keep the picture itself.
+    """
+    live = None
+    if teachers is not None:
+        live = {t.name: t.size_for for t in teachers if not isinstance(t, CachedTeacher)}
+    patch, prefix = config.patch, config.prefix
+    shares = cfg.data_weights or tuple(float(len(s)) for s in sources)
+    mix = list(zip(sources, shares, strict=True))
+    stages = []
+    for number, stage in enumerate(cfg.stages):
+        partitions = []
+        for stream in stage.streams:
+            sizes = Sizes(0, stream.max_side**2, stream.choices)
+            chosen = [mix[i] for i in stream.data] or mix
+            if stream.min_side:
+                chosen = [(at_least(source, stream.min_side), share) for source, share in chosen]
+            parts = tuple(Component(source, sizes, share) for source, share in chosen)
+            packs = stream.packs * cfg.times(stage, patch, prefix)
+            partitions.append(Partition(stream.name, parts, stream.budget, packs, cfg.max_images))
+        total = sum(partition.packs_per_step for partition in partitions)
+        if cfg.micro_packs and total % (cfg.micro_packs * group.world):
+            raise ValueError(
+                f"micro_packs={cfg.micro_packs} * {group.world} processes does not divide the "
+                f"{total} packs of a step; change --micro-packs or --global-tokens"
+            )
+        stages.append(
+            StepData(
+                partitions, patch, prefix, cfg.seed + number, group.rank, group.world,
+                shift=cfg.shift, teachers=live,
+            )
+        )  # fmt: skip
+    return stages
 
 
-def gradient_sync(model: Any, last: bool) -> Any:
-    """Ranks add up their gradients in the backward of a step's last micro-batch only."""
-    if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(last)
-    elif isinstance(model, nn.parallel.DistributedDataParallel) and not last:
-        return model.no_sync()
-    return nullcontext()
+def at_least(source: Source, side: int) -> Subset:
+    """The pictures with an area of side^2 px or more."""
+    areas = [math.prod(source.size(i)) for i in range(len(source))]
+    return Subset(source, [i for i, area in enumerate(areas) if area >= side**2])
+
+
+# ---- The targets' spaces, and heads that move with them
+
+
+def new_spaces(
+    cfg: TrainConfig, teachers: list[Teacher], device: torch.device
+) -> dict[str, losses.TargetSpace]:
+    """A space for each teacher's targets, fitted to nothing yet."""
+    spaces = {
+        t.name: losses.TargetSpace(cfg.normalizer, t.dim, t.summary_dim, cfg.summary_loss)
+        for t in teachers
+    }
+    return {name: space.to(device) for name, space in spaces.items()}
+
+
+def fit_spaces(
+    cfg: TrainConfig,
+    teachers: list[Teacher],
+    data: StepData,
+    streams: tuple[Stream, ...],
+    group: Group,
+) -> dict[str, losses.TargetSpace]:
+    """Spaces fitted to the pictures of a stage's first steps, as its losses will see them.
+
+    The first 3,000 steps of a stage estimate them while the heads chase a moving rotation (PHI-S
+    Table 10). We estimate first, which costs only the teachers and keeps the targets still.
+
+    Raises: Standstill where nothing can be read, or features are not finite.
+    """
+    spaces = new_spaces(cfg, teachers, group.device)
+    steps = min(cfg.stats_steps, data.steps_in(0))
+    loader = make_loader(data, 0, steps, cfg.workers, group.device.type == "cuda")
+    counts = torch.zeros(1 + len(teachers), dtype=torch.int64)  # broken; seen by each
+    for packs in progress(loader, "teacher statistics", group, total=steps):
+        batch = PackedBatch.cat([pack.to(group.device) for pack in packs])
+        seen = [supervised(t.name, streams, batch) for t in teachers]
+        counts += torch.tensor([len(batch.skipped), *map(len, seen)])
+        for teacher, own in zip(teachers, seen, strict=True):
+            target = ask(teacher, batch, own)
+            try:
+                spaces[teacher.name].update(target, [batch.grids[i] for i in own])
+            except ValueError as error:
+                raise Standstill(f"statistics of teacher {teacher.name}: {error}") from error
+    bad, *good = sum_over_ranks(counts.to(group.device)).tolist()
+    if not all(good):
+        raise Standstill(f"none of the {bad} pictures of the first steps could be read")
+    for space in spaces.values():
+        space.synchronize()
+    return spaces
+
+
+def supervised(name: str, streams: tuple[Stream, ...], batch: PackedBatch) -> list[int]:
+    """The pictures whose stream a teacher supervises; all where it supervises none."""
+    taught = [not stream.teachers or name in stream.teachers for stream in streams]
+    return [i for i, p in enumerate(batch.partition_B) if taught[p] or not any(taught)]
+
+
+@torch.no_grad()
+def carry_heads(
+    state: State, fitted: dict[str, losses.TargetSpace], trained_heads: set[str] | None
+) -> None:
+    """Move heads and their running means into new spaces: they answer as before (a collective).
+
+    The optimizer's moments and AdaLoss' means stay: both forget the old space soon enough.
+
+    Args: trained_heads: before step 1, the heads that answer in their teachers' own spaces; the
+        others are new. None later: all answer in the spaces so far.
+    """
+    for name, head in state.student.heads.items():
+        params = dict(head.named_parameters())
+        # a frozen pool has no running mean
+        means = {n: state.average.get(f"heads.{name}.{n}", p) for n, p in params.items()}
+        for tensors in [params, means] if state.average else [params]:
+            with torch.device("meta"):
+                moved = type(head)(head.spec, state.student.config.dim)
+            # whole, where ranks hold shards, and rounded once
+            copy = {n: whole(x.detach()).double() for n, x in tensors.items()}
+            moved.load_state_dict(copy, assign=True)
+            if trained_heads is None:
+                state.spaces[name].fold_into(moved)
+            elif name not in trained_heads:
+                fitted[name].fold_into(moved, is_new=True)
+            fitted[name].unfold_from(moved)
+            for n, x in tensors.items():
+                new = moved.get_parameter(n).detach().to(x.device, x.dtype)
+                if dist.is_initialized():  # unequal machines round differently
+                    dist.broadcast(new, 0)
+                x.copy_(spread(new, x))
+    state.spaces.update(fitted)
+
+
+def ask(teacher: Teacher, batch: PackedBatch, chosen: Sequence[int]) -> TeacherOutput:
+    """A teacher's own features of some of a batch's pictures, from what the loader made."""
+    device = batch.patches_MX.device
+    if teacher.name in batch.pixels:
+        pictures = batch.seen(teacher.name)
+        return teacher.features([pictures[i] for i in chosen]).to(device)
+    boxes = batch.boxes(teacher.name)
+    return teacher.targets(
+        [batch.samples[i] for i in chosen],
+        [batch.sizes[i] for i in chosen],
+        boxes and [boxes[i] for i in chosen],
+    ).to(device)
+
+
+def targets_of(
+    teachers: list[Teacher], spaces: dict[str, losses.TargetSpace], batch: PackedBatch
+) -> dict[str, TeacherOutput]:
+    """What the teachers say of a batch's pictures, in the spaces of the losses."""
+    every = range(len(batch))
+    return {t.name: spaces[t.name](ask(t, batch, every), batch.grids) for t in teachers}
+
+
+# ---- A step's losses
+
+
+class Weights(NamedTuple):
+    """What each image of a micro-batch counts in a teacher's losses."""
+
+    summary_B: Tensor
+    patch_B: Tensor
+    is_taught: list[float]  # 0 where the teacher does not supervise the image's stream
+
+
+def image_weights(
+    cfg: TrainConfig,
+    teachers: list[Teacher],
+    streams: tuple[Stream, ...],
+    micros: list[PackedBatch],
+) -> list[dict[str, Weights]]:
+    """Per micro-batch and teacher: the `Weights` of its images, made on the host.
+
+    1 / (images on all ranks), whatever an image's size and wherever it landed (AMoE: per-image
+    loss). average="partition" does so within each stream and then over the streams (RADIOv2.5:
+    partitions); with "token" patches count by their number (the ablation). A teacher that does
+    not supervise an image's stream gives it 0.
+    """
+    partitions = [torch.tensor(m.partition_B, dtype=torch.int64) for m in micros]
+    sizes = [torch.tensor(m.lengths, dtype=torch.float64) for m in micros]
+    totals = torch.zeros(2, len(streams), dtype=torch.float64)
+    for partition_B, size_B in zip(partitions, sizes, strict=True):
+        totals[0].index_add_(0, partition_B, torch.ones_like(size_B))
+        totals[1].index_add_(0, partition_B, size_B)
+    images_S, tokens_S = sum_over_ranks(totals)
+    result: list[dict] = [{} for _ in micros]
+    for name in (teacher.name for teacher in teachers):
+        taught = [not stream.teachers or name in stream.teachers for stream in streams]
+        taught_S = totals.new_tensor(taught)
+        image_S = taught_S / (taught_S * images_S).sum().clamp(min=1)
+        if cfg.average == "partition":
+            image_S = taught_S / images_S.clamp(min=1) / len(streams)
+        token_S = taught_S / (taught_S * tokens_S).sum().clamp(min=1)
+        for micro, partition_B, size_B in zip(result, partitions, sizes, strict=True):
+            summary_B = patch_B = image_S[partition_B].float()
+            if cfg.average == "token":
+                patch_B = (token_S[partition_B] * size_B).float()
+            both_2B = to_device(torch.stack([summary_B, patch_B]), micros[0].patches_MX.device)
+            micro[name] = Weights(both_2B[0], both_2B[1], taught_S[partition_B].tolist())
+    return result
+
+
+def forward(cfg: TrainConfig, model: Any, step: int, batch: PackedBatch) -> StudentOutput:
+    """The student on one micro-batch; its randomness depends on step and picture alone."""
+    windows_B5 = None
+    if cfg.windows and isinstance(getattr(model, "module", model).positions, TablePositions):
+        keys = [(cfg.seed, step, sample.key, "window") for sample in batch.samples]
+        rows = [position_windows(1, keyed_generator(*key)) for key in keys]
+        windows_B5 = torch.cat([torch.zeros(0, 5), *rows])
+    with autocast(batch.patches_MX.device, cfg.precision):
+        return model(batch, windows_B5)
+
+
+def summaries(
+    spaces: dict[str, losses.TargetSpace], student: Student, out: StudentOutput
+) -> dict[str, Tensor]:
+    """Predicted summaries in the space of the loss; a pooling head answers in the teacher's."""
+    pooled = {head.name for head in student.config.heads if head.pool}
+    norms = {name: spaces[name].parts["summary"] for name in pooled}
+    return {k: norms[k].normalize(v) if k in pooled else v for k, v in out.summary.items()}
+
+
+def feature_losses(
+    cfg: TrainConfig,
+    spaces: dict[str, losses.TargetSpace],
+    student: Student,
+    out: StudentOutput,
+    batch: PackedBatch,
+    targets: dict[str, TeacherOutput],
+    weights: dict[str, Weights],
+) -> dict[str, Tensor]:
+    """This rank's share of each teacher's losses (AMoE: L_patch, L_CLS, L_reg)."""
+    parts, said = {}, summaries(spaces, student, out)
+    for name, target in targets.items():
+        summary_B, patch_B, _ = weights[name]
+        patches_MC, maps, how = out.patches[name], target.patches, cfg.patch_loss
+        if batch.views:  # each saw its own part of the picture, all of as many patches
+            maps = [losses.resize_map(*x) for x in zip(maps, batch.grids, strict=True)]
+            ours, theirs = ([v.origin for v in batch.views[key]] for key in ("", name))
+            loss_B = losses.shift_loss(patches_MC, batch.grids, ours, maps, theirs, how)
+        else:
+            loss_B = losses.patch_loss(patches_MC, batch.grids, maps, how)
+        parts[f"{name}/patches"] = (loss_B * patch_B).sum()
+        if target.summary_BC is not None:
+            pair = said[name], target.summary_BC
+            if dispersion := spaces[name].dispersion:
+                loss_B = losses.angle_loss(*pair, dispersion.value)
+            else:
+                loss_B = losses.vector_loss(*pair, cfg.summary_loss)
+            parts[f"{name}/summary"] = (loss_B * summary_B).sum()
+        if target.registers_BRC is not None and name in out.registers:
+            raw_BRC = spaces[name].parts["patches"].denormalize(out.registers[name])
+            loss_B = losses.vector_loss(raw_BRC, target.registers_BRC, how)
+            parts[f"{name}/registers"] = (loss_B * summary_B).sum()
+    return parts
+
+
+def relation_gradients(
+    cfg: TrainConfig,
+    said: list[dict[str, Tensor]],
+    targets: list[dict[str, TeacherOutput]],
+    weights: list[dict[str, Weights]],
+    group: Group,
+) -> tuple[dict[str, Tensor], dict[str, list[Tensor]]]:
+    """Per teacher: this rank's share of the loss's value, and its gradient by the summaries of each
+    micro-batch. Only the images that the teacher supervises are related to each other.
+    """
+    compare = {"arkd": losses.arkd, "rkd": losses.rkd}[cfg.relation]
+    parts, pulls = {}, {}
+    for name in said[0]:
+        is_taught_B = torch.tensor([x for micro in weights for x in micro[name].is_taught])
+        taught_K = to_device(is_taught_B.nonzero()[:, 0], group.device)
+        own_BC = torch.cat([summary[name] for summary in said]).float()
+        target_BC = torch.cat([target[name].summary_BC for target in targets])
+        pairs_KC = torch.cat([own_BC, target_BC], dim=1).index_select(0, taught_K)
+        pairs_KC, mine = gather_rows(pairs_KC, group)
+        student_BC, teacher_BC = pairs_KC.split([own_BC.shape[1], target_BC.shape[1]], dim=1)
+        student_BC = student_BC.detach().requires_grad_()
+        loss = compare(student_BC, teacher_BC, cfg.relation_mean)
+        (grad_BC,) = torch.autograd.grad(loss, student_BC)
+        whole_BC = torch.zeros_like(own_BC).index_copy(0, taught_K, grad_BC[mine])
+        sizes = [len(summary[name]) for summary in said]
+        parts[f"{name}/relation"] = loss.detach() / group.world
+        pulls[name] = list(whole_BC.split(sizes))
+    return parts, pulls
+
+
+def part_weight(cfg: TrainConfig, ada: losses.AdaLoss, name: str) -> float:
+    """Weight of a part of the loss; the papers' are all 1 (AMoE, PHI-S Sec. 3)."""
+    own = cfg.relation_weight if name.endswith("/relation") else 1.0
+    return own * (ada.weight(name) if cfg.balance == "adaloss" else 1.0)
+
+
+def sum_of(values: Iterable[Tensor]) -> Tensor:
+    return torch.stack(list(values)).sum()
+
+
+def set_lr(cfg: TrainConfig, optimizer: torch.optim.Optimizer, step: int) -> float:
+    """Linear warm-up, then cosine down to min_lr (RADIOv2.5: cosine; AMoE does not say)."""
+    part = min(1.0, max(0.0, (step - cfg.warmup) / max(1, cfg.steps - cfg.warmup)))
+    cosine = cfg.min_lr + (1 - cfg.min_lr) * 0.5 * (1 + math.cos(math.pi * part))
+    lr = cfg.lr * min(1.0, step / max(1, cfg.warmup)) * cosine
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["share"]
+    return lr
+
+
+def update_average(cfg: TrainConfig, state: State, step: int) -> None:
+    """The weights' running mean; a rising decay, so that it soon forgets the untrained ones."""
+    decay = min(cfg.ema, (1 + step) / (10 + step))
+    for name, p in trained(state.student):
+        if name in state.average:
+            state.average[name].lerp_(p.detach(), 1 - decay)
+
+
+# ---- The optimizer, and how ranks share the student
 
 
 def trained(student: Student) -> Iterator[tuple[str, nn.Parameter]]:
@@ -1032,19 +911,6 @@ def is_decayed(name: str, p: Tensor) -> bool:
     """Matrices decay, several learned tokens among them; vectors, scalars, one token and the
     position table (RADIO release) do not."""
     return p.ndim >= 2 and p.shape[0] > 1 and not name.startswith("positions.")
-
-
-def describe(optimizer: torch.optim.Optimizer) -> str:
-    """A table of the optimizer's groups."""
-    rows = [
-        f"{type(optimizer).__name__:<8}{'tensors':>9}{'M numbers':>11}{'decay':>8}{'lr share':>10}"
-    ]
-    names = ("trunk", "", "heads", "")
-    for name, group in zip(names, optimizer.param_groups, strict=True):
-        numbers = sum(p.numel() for p in group["params"]) / 1e6
-        rows.append(f"{name:<8}{len(group['params']):>9}{numbers:>11.3f}"
-                    f"{group['weight_decay']:>8.3g}{group['share']:>10.3g}")  # fmt: skip
-    return "\n".join(rows)
 
 
 def make_optimizer(cfg: TrainConfig, student: Student) -> torch.optim.Optimizer:
@@ -1100,7 +966,381 @@ class Lamb(torch.optim.Optimizer):
         p.add_(change, alpha=-group["lr"])
 
 
-# ------------------------------------------------------------------------------ checkpoints
+def distribute(cfg: TrainConfig, student: Student, group: Group) -> Any:
+    """The student as the ranks share it: as it is (one process), copies (DDP), shards (FSDP2)."""
+    student.recompute = cfg.recompute
+    for block in student.blocks if cfg.compile else ():
+        block.compile(dynamic=True)
+    if group.world == 1:
+        return student
+    if cfg.parallel == "ddp":
+        # buffers change alike on all ranks; a frozen trunk's parameters get no gradient
+        return nn.parallel.DistributedDataParallel(
+            student,
+            broadcast_buffers=False,
+            find_unused_parameters=cfg.frozen_steps > 0,
+            gradient_as_bucket_view=True,
+        )
+    # Weights are gathered in float32 and autocast rounds them where it is safe: gathering bf16
+    # would halve the traffic, but round the routers and the residual stream, too.
+    for block in student.blocks:
+        fully_shard(block)
+    return fully_shard(student)
+
+
+def gradient_sync(model: Any, is_last: bool) -> Any:
+    """Ranks add up their gradients in the backward of a step's last micro-batch only."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(is_last)
+    elif isinstance(model, nn.parallel.DistributedDataParallel) and not is_last:
+        return model.no_sync()
+    return nullcontext()
+
+
+# ---- Part II: the plumbing
+# ---- The five verbs of `train`: open_run, resume, settle, log, save
+
+
+class Standstill(RuntimeError):
+    """Training must not go on: a number is not finite, or too many pictures are broken."""
+
+
+@dataclass
+class Job:
+    """A run's surroundings. The record is what a checkpoint holds besides the `State`."""
+
+    cfg: TrainConfig
+    group: Group
+    teachers: list[Teacher]
+    sources: list[Source]
+    held_out: Source | None
+    folder: Path | None  # the checkpoint to go on from
+    identity: dict[str, Any]
+    record: dict[str, Any]
+    stop: StopSignal
+    bar: Any = None
+    began: float = 0.0
+    marked: tuple[float, int] = (0.0, 0)  # time and tokens at the last line of metrics.jsonl
+
+
+@dataclass
+class StepReport:
+    """What one optimizer step says; every number but the loads is global and on the host."""
+
+    step: int
+    losses: dict[str, float]
+    grad_norm: float
+    images: int
+    tokens: int
+    max_load: float
+    loads_LE: Tensor
+    skipped: dict[str, str]
+    stop: int  # the signal that asked any rank to stop, or 0
+    lr: float = 0.0
+
+
+def open_run(
+    cfg: TrainConfig, teachers: list[Teacher], sources: list[Source], held_out: Source | None
+) -> Job:
+    """Join the processes, choose the checkpoint to go on from, and take over the signals."""
+    need("matplotlib", "curves.png")
+    group = start_process(cfg)
+    folder = choose_checkpoint(cfg, group)
+    identity = {
+        **cfg.identity(),
+        "sources": [source.fingerprint() for source in sources],
+        "fingerprints": {teacher.name: teacher.fingerprint for teacher in teachers},
+    }
+    skipped = {key: reason for source in sources for key, reason in source.skipped.items()}
+    record = {"step": 0, "seconds": 0.0, "images": 0, "tokens": 0, "bad": 0, "skipped": skipped}
+    return Job(cfg, group, teachers, sources, held_out, folder, identity, record, StopSignal())
+
+
+def resume(job: Job, state: State, stages: list[StepData]) -> int:
+    """Load the checkpoint to go on from, if there is one; returns its step."""
+    cfg, group = job.cfg, job.group
+    if job.folder:
+        saved = read_state(job.folder)
+        refuse_changes(job.folder, saved["identity"], job.identity)
+        load_state(state, saved)
+        job.record = {name: saved[name] for name in job.record}
+    step = job.record["step"]
+    if group.rank == 0:
+        if job.folder:
+            set_aside(cfg, step)
+        note_registers(state.student.config, job.teachers)
+        print(describe(state.optimizer), file=sys.stderr)
+        begin_metrics(job, stages)
+    job.bar = progress(None, cfg.preset, group, total=cfg.steps, initial=step)
+    job.began = time.monotonic() - job.record["seconds"]
+    job.marked = time.monotonic(), job.record["tokens"]
+    return step
+
+
+def settle(
+    job: Job,
+    step: int,
+    parts: dict[str, Tensor],
+    grad_norm: Tensor,
+    counts: list[Tensor],
+    micros: list[PackedBatch],
+    targets: list[dict[str, TeacherOutput]],
+    prefix: int,
+) -> StepReport:
+    """The step's numbers over all ranks. Raises: Standstill if one of them is not finite."""
+    grad_norm = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
+    images = sum(map(len, micros))
+    tokens = sum(sum(m.lengths) + prefix * len(m) for m in micros)
+    bad = sum(len(m.skipped) for m in micros)
+    known = sum_over_ranks(torch.tensor([images, tokens, bad, job.stop.poll()]))  # to the host
+    images, tokens, bad, stop = known.tolist()
+    loads_LE = sum_over_ranks(torch.stack(counts).sum(0)) if counts else grad_norm.new_ones(1, 1)
+    max_load = (loads_LE.max(1).values / loads_LE.float().mean(1)).max()
+    alike = torch.stack([grad_norm, max_load]) / job.group.world  # on all ranks
+    report = sum_over_ranks(torch.stack([*parts.values(), *alike]).double())
+    # the one moment of a step at which the host waits for the device
+    *values, norm, load = report.tolist()
+    found = dict(zip(parts, values, strict=True))
+    if not math.isfinite(sum(values)) or not math.isfinite(norm):
+        raise Standstill(blame(job, step, found, norm, micros, targets))
+    skipped = merge_skipped([m.skipped for m in micros], bad > 0, job.group)
+    return StepReport(step, found, norm, images, tokens, load, loads_LE, skipped, stop)
+
+
+def blame(
+    job: Job, step: int, parts: dict[str, float], grad_norm: float, micros: list, targets: list
+) -> str:
+    """The message of a step with a number that is not finite: what, where, which pictures."""
+    bad = [name for name, value in parts.items() if not math.isfinite(value)]
+    keys = []
+    for batch, target in zip(micros, targets, strict=True):
+        for i, sample in enumerate(batch.samples):
+            maps = [t.patches[i] for t in target.values()]
+            maps += [t.summary_BC[i] for t in target.values() if t.summary_BC is not None]
+            if not all(bool(m.isfinite().all()) for m in maps):
+                keys.append(sample.key)
+    seen = [sample.key for batch in micros for sample in batch.samples]
+    fault = f"bad teacher features on rank {job.group.rank}: {', '.join(keys)}"
+    if not keys:
+        fault = f"good teacher features on rank {job.group.rank}, of {', '.join(seen)}"
+    return (
+        f"step {step}: not finite: {', '.join(bad) or f'gradient norm {grad_norm}'}; {fault}. "
+        "Nothing was stepped and the newest checkpoint is good: start from its model.pt by "
+        "--init NAME=PATH with a lower --lr and another --out, or leave such pictures out"
+    )
+
+
+def log(job: Job, report: StepReport) -> None:
+    """Count the step in the record; every --log-every steps a line of metrics.jsonl."""
+    cfg, record = job.cfg, job.record
+    record["step"], record["seconds"] = report.step, time.monotonic() - job.began
+    record["images"] += report.images
+    record["tokens"] += report.tokens
+    note_skipped(cfg, record, report.skipped)
+    if report.step % cfg.log_every == 0 or report.step == cfg.steps:
+        (then, tokens), job.marked = job.marked, (time.monotonic(), record["tokens"])
+        speed = (record["tokens"] - tokens) / (job.marked[0] - then)
+        write_metrics(job, metrics_row(job, report, speed))
+        job.bar.set_postfix(loss=f"{report.losses['total']:.3f}", tok_s=f"{speed:.0f}")
+    job.bar.update()
+
+
+def save(job: Job, state: State, report: StepReport) -> None:
+    """Write a checkpoint where one is due, evaluate it, and leave where told to stop."""
+    cfg, step = job.cfg, report.step
+    is_last = step == cfg.steps
+    is_evaluation = not is_last and cfg.evaluate_every and step % cfg.evaluate_every == 0
+    if step % cfg.save_every == 0 or is_last or is_evaluation or report.stop:
+        write_step(job, state)
+    if is_evaluation:
+        write_metrics(job, {"step": step, **evaluate(job)})
+    if report.stop and not is_last:
+        if job.group.rank == 0:
+            print(f"told to stop: step {step} is saved in {cfg.out}; the same command goes on")
+        raise SystemExit(EXIT_SIGNALLED + (job.stop.number or signal.SIGTERM))
+    if is_last:
+        job.bar.close()
+        job.stop.release()
+
+
+# ---- What ranks share
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values
+
+
+def gather_rows(rows_BC: Tensor, group: Group) -> tuple[Tensor, slice]:
+    """All ranks' rows in rank order, without gradient, and where this rank's own lie."""
+    if group.world == 1:
+        return rows_BC, slice(0, len(rows_BC))
+    sizes = torch.zeros(group.world, dtype=torch.int64)  # on the host, see `setup_distributed`
+    sizes[group.rank] = len(rows_BC)
+    counts = sum_over_ranks(sizes).tolist()
+    padded = rows_BC.new_zeros(max(counts), rows_BC.shape[1])
+    padded[: len(rows_BC)] = rows_BC
+    parts = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(parts, padded)
+    start = sum(counts[: group.rank])
+    everyone = torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)])
+    return everyone, slice(start, start + len(rows_BC))
+
+
+def merge_skipped(parts: list[dict[str, str]], any_rank: bool, group: Group) -> dict[str, str]:
+    """The pictures that did not decode on any rank, key -> reason; rarely costs a collective."""
+    if any_rank and group.world > 1:
+        everyone: list = [None] * group.world
+        dist.all_gather_object(everyone, parts)
+        parts = [part for rank in everyone for part in rank]
+    return {key: reason for part in parts for key, reason in part.items()}
+
+
+def held(x: Tensor) -> Tensor:
+    """What this rank has of a tensor."""
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def whole(x: Tensor) -> Tensor:
+    """A tensor of which this rank may hold a shard, as a whole on the host (a collective call)."""
+    return (x.full_tensor() if isinstance(x, DTensor) else x).cpu()
+
+
+def spread(x: Tensor, like: Tensor) -> Tensor:
+    """This rank's shard of a whole tensor, if `like` is one."""
+    if isinstance(like, DTensor):
+        return distribute_tensor(x.to(like.device), like.device_mesh, like.placements)
+    return x
+
+
+def packs_that_fit(count: int, needed: float, free: float) -> int:
+    """Of `count` packs of so many bytes those of one forward, in forwards as equal as can be."""
+    most = int(0.85 * free / needed)  # the rest is for backward's own tensors and fragments
+    return -(-count // -(-count // most)) if most > 0 else 0
+
+
+def packs_of_a_forward(
+    cfg: TrainConfig, streams: tuple[Stream, ...], state: State, count: int, group: Group
+) -> int:
+    """--micro-packs; 0: all, on CUDA as many as fit at the stage's start, alike on all ranks.
+
+    Raises: Standstill where not even one pack fits.
+    """
+    if cfg.micro_packs or group.device.type != "cuda":
+        return cfg.micro_packs or count
+    tokens, student = max(stream.budget for stream in streams), state.student
+    needed = tokens * activation_bytes(student.config, cfg.recompute)
+    needed *= 2 if cfg.precision == "fp32" else 1
+    free = torch.cuda.mem_get_info(group.device)[0]
+    if not state.optimizer.state:  # gradients and two moments are still to come
+        free -= 12 * sum(held(p).numel() for _, p in trained(student))
+    fits = torch.tensor(packs_that_fit(count, needed, free))
+    if dist.is_initialized():
+        dist.all_reduce(fits, dist.ReduceOp.MIN)
+    if not fits:
+        raise Standstill(
+            f"a pack of {tokens} tokens takes some {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB "
+            f"of {group.device} are free: pass --recompute, or --parallel fsdp on more GPUs"
+        )
+    if group.rank == 0:
+        print(f"{int(fits)} of {count} packs in one forward", file=sys.stderr)
+    return int(fits)
+
+
+def describe(optimizer: torch.optim.Optimizer) -> str:
+    """A table of the optimizer's groups."""
+    rows = [
+        f"{type(optimizer).__name__:<8}{'tensors':>9}{'M numbers':>11}{'decay':>8}{'lr share':>10}"
+    ]
+    names = ("trunk", "", "heads", "")
+    for name, group in zip(names, optimizer.param_groups, strict=True):
+        numbers = sum(p.numel() for p in group["params"]) / 1e6
+        rows.append(f"{name:<8}{len(group['params']):>9}{numbers:>11.3f}"
+                    f"{group['weight_decay']:>8.3g}{group['share']:>10.3g}")  # fmt: skip
+    return "\n".join(rows)
+
+
+# ---- Pretrained weights to start from
+
+
+def read_init(cfg: TrainConfig) -> Student:
+    """What --init names, as a student: one of our checkpoints, or a ViT of transformers."""
+    spec = parse_teacher(cfg.init)
+    path = Path(spec.path)
+    if path.is_file() and path.suffix != ".onnx":
+        return load_student(path)
+    is_folder = path.is_dir() or not (path.is_file() or spec.path.startswith("builtin:"))
+    if is_folder and pretrained(spec, "AutoConfig").model_type == "vit":  # no teacher: a classifier
+        vit = load_network(spec, "ViTModel", add_pooling_layer=False)
+        return read_vit(vit, spec.layer, HALF_RGB)
+    backbone = load_backbone(spec)
+    try:
+        return read_vit(backbone.network, spec.layer or backbone.layer, backbone.stats)
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"--init {cfg.init} is no ViT or DINOv2 that we can read: {error}"
+        ) from error
+
+
+# ---- Checkpoints
+
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+def state_dict(state: State) -> dict[str, Any]:
+    """Everything that the next step depends on, but the data, which is a function of the step.
+
+    A collective call under FSDP2: rank 0 gets whole tensors.
+    """
+    return {
+        "student": get_model_state_dict(state.student, options=WHOLE),
+        "optimizer": get_optimizer_state_dict(state.student, state.optimizer, options=WHOLE),
+        "average": {name: whole(mean) for name, mean in state.average.items()},
+        "normalizers": {name: space.state_dict() for name, space in state.spaces.items()},
+        "adaloss": state.ada.state_dict(),
+    }
+
+
+def load_state(state: State, saved: dict[str, Any]) -> None:
+    """Go on from `state_dict`, on any number of ranks."""
+    student, optimizer = state.student, state.optimizer
+    set_model_state_dict(student, saved["student"], options=WHOLE)
+    moments = dataclasses.replace(WHOLE, strict=False)  # a frozen trunk has none yet
+    set_optimizer_state_dict(student, optimizer, saved["optimizer"], options=moments)
+    for name, p in trained(student):
+        if name not in saved["optimizer"]["state"]:
+            optimizer.state.pop(p, None)
+    for name, mean in state.average.items():
+        mean.copy_(spread(saved["average"][name], mean))
+    for name, space in state.spaces.items():
+        space.load_state_dict(saved["normalizers"][name])
+    state.ada.load_state_dict(saved["adaloss"])
+
+
+def save_folded(state: State, saved: dict[str, Any], path: Path) -> None:
+    """Write the student that `load_student` reads: the running mean if there is one, with PHI-S
+    folded into its heads."""
+    folded = Student(state.student.config)
+    folded.load_state_dict(saved["student"] | saved["average"])
+    for name, head in folded.heads.items():
+        state.spaces[name].fold_into(head)
+    save_student(folded, path)
+
+
+def write_step(job: Job, state: State) -> None:
+    """Write step_NNNNNN on rank 0, redraw the curves, drop the checkpoints that are not kept."""
+    saved = {**job.record, "identity": job.identity, **state_dict(state)}
+    if job.group.rank == 0:
+        out, cfg = Path(job.cfg.out), job.cfg
+        write_checkpoint(out / f"step_{job.record['step']:06d}", state, saved)
+        for old in checkpoints(out)[: -cfg.keep]:
+            if not cfg.keep_every or int(old.name[5:]) % cfg.keep_every:
+                shutil.rmtree(old)
+        if rows := [row for row in read_metrics(cfg) if "loss/total" in row]:
+            draw_curves(rows, out / "curves.png", cfg)
+    if dist.is_initialized():
+        dist.barrier()
 
 
 def fsync(path: Path) -> None:
@@ -1111,14 +1351,7 @@ def fsync(path: Path) -> None:
         os.close(handle)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace a small file as a whole: a reader sees the old one or the new one."""
-    draft = path.with_name(path.name + ".tmp")
-    draft.write_text(text)
-    os.replace(draft, path)
-
-
-def write_checkpoint(folder: Path, trainer: Trainer, state: dict) -> None:
+def write_checkpoint(folder: Path, state: State, saved: dict[str, Any]) -> None:
     """Write `folder` so that it is whole or absent, whatever happens meanwhile.
 
     All files go to a temporary folder and are flushed to the disk; the manifest with their SHA-256
@@ -1128,8 +1361,8 @@ def write_checkpoint(folder: Path, trainer: Trainer, state: dict) -> None:
     shutil.rmtree(draft, ignore_errors=True)
     try:
         draft.mkdir(parents=True)
-        trainer.save_folded(draft / "model.pt", state)
-        torch.save(state, draft / "state.pt")
+        save_folded(state, saved, draft / "model.pt")
+        torch.save(saved, draft / "state.pt")
         manifest = {name: sha256_of(draft / name) for name in ("model.pt", "state.pt")}
         for name in manifest:
             fsync(draft / name)
@@ -1185,19 +1418,24 @@ def newest_checkpoint(cfg: TrainConfig) -> Path | None:
     return None
 
 
-def agree_on_checkpoint(cfg: TrainConfig, group: Group) -> Path | None:
-    """`newest_checkpoint` as rank 0 sees it, on all ranks; or its ValueError on all of them."""
-    if group.world == 1:
-        return newest_checkpoint(cfg)
+def choose_checkpoint(cfg: TrainConfig, group: Group) -> Path | None:
+    """`newest_checkpoint` as rank 0 sees it, on all ranks; or its ValueError on all of them.
+
+    Where there is none, what an older run left is set aside, before a restart could take it for
+    this run's.
+    """
     box: list = [None, None]
     if group.rank == 0:
         try:
             box[0] = newest_checkpoint(cfg)
         except ValueError as error:
             box[1] = str(error)
-    dist.broadcast_object_list(box)
+    if group.world > 1:
+        dist.broadcast_object_list(box)
     if box[1]:
         raise ValueError(box[1])
+    if not box[0] and group.rank == 0:
+        set_aside(cfg, 0)
     return box[0]
 
 
@@ -1231,50 +1469,52 @@ def refuse_changes(folder: Path, saved: dict, current: dict) -> None:
                          "old values, another --out, or --resume none")  # fmt: skip
 
 
-# -------------------------------------------------------------------------------- the run
+# ---- What a run writes beside its checkpoints
 
 
-@dataclass
-class Run:
-    """A prepared run. The record is what a checkpoint holds besides the trainer."""
-
-    cfg: TrainConfig
-    trainer: Trainer
-    stages: list[StepData]
-    train_sources: list[Source]
-    held_out: Source
-    identity: dict
-    record: dict
-    log: "Log"
-
-
-class Log:
-    """metrics.jsonl: a header line, then one object per logged step.
+def begin_metrics(job: Job, stages: list[StepData]) -> None:
+    """metrics.jsonl: a header line, then the old run's lines up to the step that it goes on from.
 
     "left over" are, by stage, the pictures of the first epoch in packs that do not fill a step.
     """
+    header = {
+        "config": job.cfg.identity(),
+        "version": VERSION,
+        "torch": torch.__version__,
+        "device": str(job.group.device),
+        "world": job.group.world,
+        "left over": [data.dropped(0) for data in stages],
+    }
+    path, kept = Path(job.cfg.out) / "metrics.jsonl", []
+    if path.exists():
+        whole = [line for line in path.read_text().splitlines()[1:] if line.endswith("}")]
+        kept = [line for line in whole if json.loads(line)["step"] <= job.record["step"]]
+    lines = [json.dumps(header, allow_nan=False), *kept]
+    write_whole(path, ("\n".join(lines) + "\n").encode())
 
-    def __init__(self, cfg: TrainConfig, group: Group, last_step: int, stages: list[StepData]):
-        self.path = Path(cfg.out) / "metrics.jsonl"
-        self.main = group.rank == 0
-        if not self.main:
-            return
-        header = {"config": cfg.identity(), "version": VERSION, "torch": torch.__version__,
-                  "device": str(group.device), "world": group.world,
-                  "left over": [data.dropped(0) for data in stages]}  # fmt: skip
-        old = self.path.read_text().splitlines()[1:] if self.path.exists() else []
-        whole = [line for line in old if line.endswith("}")]
-        kept = [line for line in whole if json.loads(line)["step"] <= last_step]
-        first = json.dumps(header, allow_nan=False)
-        write_text(self.path, "\n".join([first, *kept]) + "\n")
 
-    def write(self, row: dict) -> None:
-        if self.main:
-            with self.path.open("a") as file:
-                file.write(json.dumps(row, allow_nan=False) + "\n")
+def write_metrics(job: Job, row: dict[str, Any]) -> None:
+    if job.group.rank == 0:
+        with (Path(job.cfg.out) / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(row, allow_nan=False) + "\n")
 
-    def rows(self) -> list[dict]:
-        return [json.loads(line) for line in self.path.read_text().splitlines()[1:]]
+
+def read_metrics(cfg: TrainConfig) -> list[dict[str, Any]]:
+    """The logged steps' objects."""
+    lines = (Path(cfg.out) / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines[1:]]
+
+
+def metrics_row(job: Job, report: StepReport, tokens_per_s: float) -> dict:
+    parts = {f"loss/{name}": value for name, value in report.losses.items()}
+    record, devices = job.record, job.group.world
+    return finite({
+        "step": record["step"], **parts, "lr": report.lr, "grad_norm": report.grad_norm,
+        "tokens_per_s": round(tokens_per_s, 1),
+        "tokens_per_s_device": round(tokens_per_s / devices, 1),
+        "moe/max_load": report.max_load,
+        "images": record["images"], "tokens": record["tokens"],
+    }, **{"moe/max_load": "the step has no token"})  # fmt: skip
 
 
 def draw_curves(rows: list[dict], path: Path, cfg: TrainConfig) -> None:
@@ -1321,90 +1561,57 @@ def progress(items, name: str, group: Group, **kwargs):
     return tqdm(items, desc=name, disable=hidden, dynamic_ncols=True, **kwargs)
 
 
-def open_sources(cfg: TrainConfig) -> tuple[list[Source], Source]:
-    """The training sources, and pictures held out of the first one for the report.
-
-    Drawings are held out by character, a user's pictures by content (`packing.hold_out`); with
-    --held-out 0 all are trained on, and the report has nothing to score.
-    """
-    train, held_out = [], []
-    for spec in cfg.data:
-        source = open_source(spec)
-        if spec.split(":")[0] == "openmoji":
-            if spec.split(":")[1:2] not in ([], [""], ["train"]):
-                raise ValueError(f"--data {spec}: the report is scored on openmoji:test; train on "
-                                 "openmoji or openmoji:train:COUNT")  # fmt: skip
-            rest = open_source(f"openmoji:test:{max(16, round(cfg.held_out * len(source)))}")
-        else:
-            source, rest = hold_out(source, cfg.held_out)
-        if cfg.held_out and not (len(source) and len(rest)):
-            raise ValueError(
-                f"held_out={cfg.held_out} leaves {len(source)} pictures of {spec} to train on and "
-                f"{len(rest)} for the report; give some {math.ceil(3 / cfg.held_out)} different "
-                "pictures or change --held-out; 0 trains on all, without a report"
-            )
-        train.append(source)
-        held_out.append(rest)
-    return train, held_out[0]
+# ---- Evaluation
 
 
-def at_least(source: Source, side: int) -> Subset:
-    """The pictures with an area of side^2 px or more."""
-    areas = [math.prod(source.size(i)) for i in range(len(source))]
-    return Subset(source, [i for i, area in enumerate(areas) if area >= side**2])
+def evaluate(job: Job, pictures: int = 500) -> dict[str, float]:
+    """kNN accuracy of the checkpoint just saved, all ranks sharing the work, and pca.png."""
+    out, group = Path(job.cfg.out), job.group
+    newest = out / f"step_{job.record['step']:06d}" / "model.pt"
+    student = load_student(newest, device=str(group.device))
+    student.precision = job.cfg.precision
+    if job.held_out is None:
+        return {}
+    some = [Subset(s, evenly(len(s), pictures)) for s in (job.sources[0], job.held_out)]
+    train, test = (extract({"student": student}, source, 0) for source in some)
+    if group.rank == 0:
+        draw_pca(job, student)
+    try:
+        return {f"knn/{name}": row["value"] for name, row in knn(train, test).items()}
+    except ValueError as error:  # no labels, or a class that only one of the two has
+        if group.rank == 0:
+            print(f"step {job.record['step']}: no kNN: {error}", file=sys.stderr)
+        return {}
 
 
-def make_stages(cfg: TrainConfig, sources: list[Source], student: Student, group: Group,
-                teachers: Collection[Teacher] | None = None) -> list[StepData]:  # fmt: skip
-    """One `StepData` per stage; each stage starts its own epoch 0.
-
-    With `teachers`, what the live ones see of a picture is made in the loader's workers, which
-    then keep the picture itself.
-    """
-    live = None
-    if teachers is not None:
-        live = {t.name: t.size_for for t in teachers if not isinstance(t, CachedTeacher)}
-    patch, prefix = student.config.patch, student.config.prefix
-    shares = cfg.data_weights or tuple(float(len(s)) for s in sources)
-    mix = list(zip(sources, shares, strict=True))
-    stages = []
-    for number, stage in enumerate(cfg.stages):
-        partitions = []
-        for stream in stage.streams:
-            sizes = Sizes(0, stream.max_side**2, stream.choices)
-            chosen = [mix[i] for i in stream.data] or mix
-            if stream.min_side:
-                chosen = [(at_least(source, stream.min_side), share) for source, share in chosen]
-            parts = tuple(Component(source, sizes, share) for source, share in chosen)
-            packs = stream.packs * cfg.times(stage, patch, prefix)
-            partitions.append(Partition(stream.name, parts, stream.budget, packs, cfg.max_images))
-        total = sum(partition.packs_per_step for partition in partitions)
-        if cfg.micro_packs and total % (cfg.micro_packs * group.world):
-            raise ValueError(
-                f"micro_packs={cfg.micro_packs} * {group.world} processes does not divide the "
-                f"{total} packs of a step; change --micro-packs or --global-tokens"
-            )
-        stages.append(
-            StepData(
-                partitions, patch, prefix, cfg.seed + number, group.rank, group.world,
-                shift=cfg.shift, teachers=live,
-            )
-        )  # fmt: skip
-    return stages
+def draw_pca(job: Job, student: Student) -> None:
+    """pca.png: held-out pictures, each teacher's maps, the student's."""
+    shown = job.held_out or job.sources[0]
+    pictures, _ = first_pictures(shown, 8)  # the report names those that do not decode
+    teachers = {teacher.name: teacher for teacher in job.teachers}
+    pca_sheet(Path(job.cfg.out) / "pca.png", pictures, {"teacher": teachers, "student": student})
 
 
-def steps_from(run: Run, start: int) -> Iterator[tuple[int, list[PackedBatch]]]:
-    """(step, this rank's packs) for the steps after `start`, through the stages."""
-    pin = run.trainer.group.device.type == "cuda"
-    bounds = zip(run.cfg.stage_bounds(), run.stages, strict=True)
-    for stage, ((first, last), data) in enumerate(bounds):
-        if start < last:
-            begin = max(start, first)
-            if stage and begin == first:  # a run that resumes inside a stage has its spaces
-                run.trainer.fit_normalizers(data, stage)
-            loader = make_loader(data, begin - first, last - first, run.cfg.workers, pin)
-            yield from enumerate(loader, begin + 1)
+def finish(job: Job) -> dict[str, Any]:
+    """Score the student on held-out pictures; write summary.json and pca.png; print the table."""
+    out, cfg = Path(job.cfg.out), job.cfg
+    device = str(job.group.device)
+    student = load_student(out / f"step_{cfg.steps:06d}" / "model.pt", device=device)
+    control = random_control(student, cfg.seed)
+    student.precision = control.precision = cfg.precision
+    teachers = {t.name: t for t in job.teachers}
+    report = final_report(student, control, teachers, job.sources[0], job.held_out, limit=1000)
+    draw_pca(job, student)
+    skipped = job.record["skipped"] | report["skipped"]
+    summary = {"steps": cfg.steps, "minutes": job.record["seconds"] / 60, "report": report,
+               "scored": cfg.data[0], "skipped": skipped, "config": cfg.identity()}  # fmt: skip
+    write_whole(out / "summary.json", json.dumps(summary, indent=1, allow_nan=False).encode())
+    print(format_table(report))
+    print(f"{out / 'pca.png'}  {out / 'curves.png'}  {out / 'summary.json'}")
+    return summary
 
+
+# ---- Signals, pictures that do not decode, and what is said about data and teachers
 
 LAUNCHER = os.getppid()
 
@@ -1429,36 +1636,6 @@ class StopSignal:
         """The signal's number, or 0. A launcher that is gone counts as SIGTERM: no orphans."""
         orphaned = "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != LAUNCHER
         return int(signal.SIGTERM) if orphaned else self.number
-
-
-def train_loop(run: Run, stop: StopSignal) -> None:
-    """Train from the record's step to the last one: log, save, and leave when told to."""
-    cfg, trainer, record, group = run.cfg, run.trainer, run.record, run.trainer.group
-    bar = progress(None, cfg.preset, group, total=cfg.steps, initial=record["step"])
-    began, marked, tokens = time.monotonic() - record["seconds"], time.monotonic(), 0
-    for step, packs in steps_from(run, record["step"]):
-        result = trainer.step(step, packs, stop.poll())
-        tokens += result.tokens
-        record["step"], record["seconds"] = step, time.monotonic() - began
-        record["images"] += result.images
-        record["tokens"] += result.tokens
-        note_skipped(cfg, record, result.skipped)
-        if step % cfg.log_every == 0 or step == cfg.steps:
-            speed, marked, tokens = tokens / (time.monotonic() - marked), time.monotonic(), 0
-            run.log.write(metrics_row(run, result, speed))
-            bar.set_postfix(loss=f"{result.losses['total']:.3f}", tok_s=f"{speed:.0f}")
-        bar.update()
-        is_look = cfg.look_every and step % cfg.look_every == 0 and step < cfg.steps
-        if step % cfg.save_every == 0 or step == cfg.steps or is_look or result.stop:
-            save(run)
-        if is_look:
-            run.log.write({"step": step, **look(run)})
-        if result.stop and step < cfg.steps:
-            if group.rank == 0:
-                print(f"told to stop: step {step} is saved in {cfg.out}; the same command goes on")
-            raise SystemExit(EXIT_SIGNALLED + (stop.number or signal.SIGTERM))
-    bar.close()
-    stop.release()
 
 
 def note_skipped(cfg: TrainConfig, record: dict, skipped: dict[str, str]) -> None:
@@ -1503,96 +1680,41 @@ def note_registers(config: ModelConfig, teachers: list[Teacher]) -> None:
                   "takes a --model with as many", file=sys.stderr)  # fmt: skip
 
 
-def metrics_row(run: Run, result: StepResult, tokens_per_s: float) -> dict:
-    parts = {f"loss/{name}": value for name, value in result.losses.items()}
-    record, devices = run.record, run.trainer.group.world
-    return finite({
-        "step": record["step"], **parts, "lr": result.lr, "grad_norm": result.grad_norm,
-        "tokens_per_s": round(tokens_per_s, 1),
-        "tokens_per_s_device": round(tokens_per_s / devices, 1),
-        "moe/max_load": result.max_load,
-        "images": record["images"], "tokens": record["tokens"],
-    }, **{"moe/max_load": "the step has no token"})  # fmt: skip
-
-
-def save(run: Run) -> None:
-    """Write step_NNNNNN on rank 0, redraw the curves, drop the checkpoints that are not kept."""
-    state = {**run.record, "identity": run.identity, **run.trainer.state_dict()}
-    if run.trainer.group.rank == 0:
-        out, cfg = Path(run.cfg.out), run.cfg
-        write_checkpoint(out / f"step_{run.record['step']:06d}", run.trainer, state)
-        for old in checkpoints(out)[: -cfg.keep]:
-            if not cfg.keep_every or int(old.name[5:]) % cfg.keep_every:
-                shutil.rmtree(old)
-        if rows := [row for row in run.log.rows() if "loss/total" in row]:
-            draw_curves(rows, out / "curves.png", cfg)
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def look(run: Run, pictures: int = 500) -> dict[str, float]:
-    """kNN accuracy of the checkpoint just saved, all ranks sharing the work, and pca.png."""
-    out, group = Path(run.cfg.out), run.trainer.group
-    newest = out / f"step_{run.record['step']:06d}" / "model.pt"
-    student = load_student(newest, device=str(group.device))
-    student.precision = run.cfg.precision
-    sources = (run.train_sources[0], run.held_out)
-    some = [Subset(s, range(0, len(s), max(1, len(s) // pictures))) for s in sources]
-    train, test = (extract({"student": student}, source, 0) for source in some)
-    if group.rank == 0:
-        draw_pca(run, student)
-    try:
-        return {f"knn/{name}": row["value"] for name, row in knn(train, test).items()}
-    except ValueError as error:  # no labels, or a class that only one of the two has
-        if group.rank == 0:
-            print(f"step {run.record['step']}: no kNN: {error}", file=sys.stderr)
-        return {}
-
-
-def draw_pca(run: Run, student: Student) -> None:
-    """pca.png: held-out pictures, each teacher's maps, the student's."""
-    shown = run.held_out if len(run.held_out) else run.train_sources[0]
-    pictures, _ = first_pictures(shown, 8)  # the report names those that do not decode
-    teachers = {teacher.name: teacher for teacher in run.trainer.teachers}
-    pca_sheet(Path(run.cfg.out) / "pca.png", pictures, {"teacher": teachers, "student": student})
-
-
-def finish(run: Run) -> None:
-    """Score the student on held-out pictures; write summary.json and pca.png; print the table."""
-    out, cfg = Path(run.cfg.out), run.cfg
-    device = str(run.trainer.group.device)
-    student = load_student(out / f"step_{cfg.steps:06d}" / "model.pt", device=device)
-    control = random_control(student, cfg.seed)
-    student.precision = control.precision = cfg.precision
-    teachers = {t.name: t for t in run.trainer.teachers}
-    report = final_report(
-        student, control, teachers, run.train_sources[0], run.held_out, limit=1000
-    )
-    draw_pca(run, student)
-    skipped = run.record["skipped"] | report["skipped"]
-    summary = {"steps": cfg.steps, "minutes": run.record["seconds"] / 60, "report": report,
-               "scored": cfg.data[0], "skipped": skipped, "config": cfg.identity()}  # fmt: skip
-    write_text(out / "summary.json", json.dumps(summary, indent=1, allow_nan=False))
-    print(format_table(report))
-    print(f"{out / 'pca.png'}  {out / 'curves.png'}  {out / 'summary.json'}")
-
-
 def is_main() -> bool:
     """True in the one process that prints; holds before the process group is there, too."""
     return os.environ.get("RANK", "0") == "0"
 
 
-def is_finished(cfg: TrainConfig) -> bool:
-    """True if the run folder holds the report of this very run; says so."""
-    path = Path(cfg.out) / "summary.json"
-    if cfg.resume != "auto" or not path.exists():
-        return False
-    summary = json.loads(path.read_text())
-    refuse_changes(path.parent, summary["config"], cfg.identity())
-    if is_main():
-        print(f"{cfg.out} is finished ({summary['steps']} steps); another --out starts a new run")
-        print(format_table(summary["report"]))
-    return True
+# ---- The command
+
+
+def open_sources(
+    cfg: TrainConfig, given: list[Source] | None = None
+) -> tuple[list[Source], Source]:
+    """The training sources, and pictures held out of the first one for the report.
+
+    Drawings are held out by character, a user's pictures by content (`packing.hold_out`); with
+    --held-out 0 all are trained on, and the report has nothing to score.
+    """
+    train, held_out = [], []
+    for number, spec in enumerate(cfg.data):
+        source = given[number] if given else open_source(spec)
+        if not given and spec.split(":")[0] == "openmoji":
+            if spec.split(":")[1:2] not in ([], [""], ["train"]):
+                raise ValueError(f"--data {spec}: the report is scored on openmoji:test; train on "
+                                 "openmoji or openmoji:train:COUNT")  # fmt: skip
+            rest = open_source(f"openmoji:test:{max(16, round(cfg.held_out * len(source)))}")
+        else:
+            source, rest = hold_out(source, cfg.held_out)
+        if cfg.held_out and not (len(source) and len(rest)):
+            raise ValueError(
+                f"held_out={cfg.held_out} leaves {len(source)} pictures of {spec} to train on and "
+                f"{len(rest)} for the report; give some {math.ceil(3 / cfg.held_out)} different "
+                "pictures or change --held-out; 0 trains on all, without a report"
+            )
+        train.append(source)
+        held_out.append(rest)
+    return train, held_out[0]
 
 
 def load_teachers(cfg: TrainConfig, sources: list[Source], group: Group) -> list:
@@ -1613,62 +1735,92 @@ def load_teachers(cfg: TrainConfig, sources: list[Source], group: Group) -> list
     return cached
 
 
-def prepare(cfg: TrainConfig) -> Run:
-    """Everything up to the first step: process group, data, teachers, student, resume."""
-    need("matplotlib", "curves.png")
+def start_process(cfg: TrainConfig) -> Group:
+    """Join the processes that torchrun started, once, and share the cores among them."""
     group = setup_distributed(cfg.pg_timeout, cfg.device)
     if cfg.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
         torch.use_deterministic_algorithms(True)
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     torch.set_num_threads(cfg.threads or max(1, (os.cpu_count() or 1) // local_world))
+    return group
+
+
+def finished(cfg: TrainConfig) -> dict[str, Any] | None:
+    """The summary of this very run, if its folder holds one already; says so."""
+    path = Path(cfg.out) / "summary.json"
+    if cfg.resume != "auto" or not path.exists():
+        return None
+    summary = json.loads(path.read_text())
+    refuse_changes(path.parent, summary["config"], cfg.identity())
+    if is_main():
+        print(f"{cfg.out} is finished ({summary['steps']} steps); another --out starts a new run")
+        print(format_table(summary["report"]))
+    return summary
+
+
+def run(
+    cfg: TrainConfig, teachers: list[Teacher] | None = None, sources: list[Source] | None = None
+) -> dict[str, Any] | None:
+    """A whole run: checks, `train` with checkpoints and resume, and the report at its end.
+
+    Args:
+        teachers: your own, named as the heads shall be; None: those of cfg.teachers.
+        sources: your own, one for each of cfg.data, of which a part is held out for the report;
+            None: those of cfg.data.
+    Returns: what summary.json holds, on rank 0.
+    Raises: ValueError, OSError or ImportError for what was given; Standstill; SystemExit on a
+        signal.
+    """
+    if summary := finished(cfg):
+        return summary
+    group = start_process(cfg)
     Path(cfg.out).mkdir(parents=True, exist_ok=True)
     if group.rank == 0:  # a folder that can't be written to is found out before any work
         fields = {f.name: _plain(getattr(cfg, f.name)) for f in dataclasses.fields(cfg)}
-        write_text(Path(cfg.out) / "config.json", json.dumps(fields, indent=1, allow_nan=False))
-    train_sources, held_out = open_sources(cfg)
-    scanned, folder = note_scan(cfg, train_sources), agree_on_checkpoint(cfg, group)
-    if not folder and group.rank == 0:  # before a restart could take them for this run's
-        set_aside(cfg, 0)
-    teachers = load_teachers(cfg, [*train_sources, held_out], group)
-    trainer = Trainer(cfg, group, teachers)
-    note_registers(trainer.student.config, teachers)
-    stages = make_stages(cfg, train_sources, trainer.student, group, teachers)
-    identity = {**cfg.identity(), "sources": [s.fingerprint() for s in train_sources],
-                "fingerprints": {t.name: t.fingerprint for t in teachers}}  # fmt: skip
-    record: dict[str, Any] = {"step": 0, "seconds": 0.0, "images": 0, "tokens": 0, "bad": 0,
-              "skipped": scanned}  # fmt: skip
-    if folder:
-        state = read_state(folder)
-        refuse_changes(folder, state["identity"], identity)
-        trainer.load_state_dict(state)
-        record = {name: state[name] for name in record}
-        if group.rank == 0:
-            set_aside(cfg, record["step"])
-    else:
-        trainer.fit_normalizers(stages[0])
-    if group.rank == 0:
-        print(describe(trainer.optimizer), file=sys.stderr)
-    log = Log(cfg, group, record["step"], stages)
-    return Run(cfg, trainer, stages, train_sources, held_out, identity, record, log)
+        text = json.dumps(fields, indent=1, allow_nan=False)
+        write_whole(Path(cfg.out) / "config.json", text.encode())
+    train_sources, held_out = open_sources(cfg, sources)
+    note_scan(cfg, train_sources)
+    choose_checkpoint(cfg, group)
+    teachers = teachers or load_teachers(cfg, [*train_sources, held_out], group)
+    job = train(cfg, teachers, train_sources, held_out)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return finish(job) if group.rank == 0 else None
+
+
+def parse_args(argv: list[str] | None = None) -> TrainConfig:
+    """Build the command line from `TrainConfig`, the preset's values being the defaults."""
+    first = argparse.ArgumentParser(add_help=False)
+    first.add_argument("--preset", default="demo", choices=PRESETS, help="named configuration")
+    preset = PRESETS[first.parse_known_args(argv)[0].preset]
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], parents=[first])
+    for item in dataclasses.fields(TrainConfig):
+        if item.name == "preset" or not item.metadata.get("flag", True):
+            continue
+        value, flag = getattr(preset, item.name), "--" + item.name.replace("_", "-")
+        if isinstance(value, bool):
+            yes_no = argparse.BooleanOptionalAction
+            parser.add_argument(flag, action=yes_no, default=value, help=item.metadata["help"])
+            continue
+        many = isinstance(value, tuple)
+        kind = float if item.name == "data_weights" else str if many else type(value)
+        parser.add_argument(
+            flag, type=kind, default=value,
+            nargs="+" if many else None, choices=item.metadata.get("choices"),
+            help=f"{item.metadata['help']} [{value}]",
+        )  # fmt: skip
+    given = vars(parser.parse_args(argv)).items()
+    flags: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in given}
+    return dataclasses.replace(preset, **flags)
 
 
 def main(argv: list[str] | None = None) -> None:
     try:
-        cfg = parse_args(argv)
-        if is_finished(cfg):
-            return
-        run = prepare(cfg)
-    except (ValueError, OSError, ImportError, Standstill) as error:  # what the user gave
+        run(parse_args(argv))
+    except (ValueError, OSError, ImportError, Standstill) as error:
         raise SystemExit(f"train.py: {error}") from error
-    try:
-        train_loop(run, StopSignal())
-    except Standstill as error:
-        raise SystemExit(f"train.py: {error}") from error
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    if run.trainer.group.rank == 0:
-        finish(run)
 
 
 if __name__ == "__main__":
