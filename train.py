@@ -251,69 +251,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if not self.out:
             object.__setattr__(self, "out", f"runs/{self.preset}")
-        if self.model not in MODELS and not (self.model == "init" and self.init):
-            known = ", ".join(MODELS)
-            raise ValueError(f"model={self.model!r} is unknown; choose from {known}, or init with "
-                             "--init NAME=PATH")  # fmt: skip
-        if self.data_weights and len(self.data_weights) != len(self.data):
-            raise ValueError(
-                f"data_weights has {len(self.data_weights)} numbers for {len(self.data)} sources; "
-                "pass one per --data SOURCE"
-            )
-        for name, value in vars(self).items():
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"{name}={value} must be a finite number")
-        for name in ("steps", "save_every", "keep", "log_every", "stats_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.shift < 0 or (self.shift and self.cache != "none"):
-            raise ValueError(
-                f"shift={self.shift} with cache={self.cache}: it must be 0 or more, and above 0 "
-                "each teacher sees views that no cache holds; pass --cache none"
-            )
-        if not 0 <= self.ema < 1:
-            raise ValueError(f"ema={self.ema} must be at least 0 and below 1")
-        untils = [stage.until for stage in self.stages]
-        if untils != sorted(untils) or untils[-1] != 1.0:
-            raise ValueError(f"stages end at {untils}; they must rise to 1.0")
-        parsed = [parse_teacher(text).name for text in self.teachers]
-        if len(set(parsed)) != len(parsed) or not parsed:
-            raise ValueError(f"teachers={parsed} must be one or more different names")
-        for stream in (stream for stage in self.stages for stream in stage.streams):
-            if unknown := set(stream.teachers) - set(parsed):
-                raise ValueError(f"stream {stream.name}: teachers {unknown} are not in {parsed}")
-            if max(stream.data, default=0) >= len(self.data):
-                raise ValueError(
-                    f"stream {stream.name} of preset {self.preset} draws from SOURCE number "
-                    f"{max(stream.data)}, but --data has {len(self.data)}, counted from 0; give "
-                    "one --data SOURCE for each (the same one twice will do)"
-                )
-        if self.global_images and self.global_tokens:
-            raise ValueError(f"{self.global_images=} and {self.global_tokens=}: pass one of them")
-        for stage in self.stages if self.global_tokens else ():
-            self.times(stage)
-
-    def times(self, stage: Stage, patch: int = 16, prefix: int = 0) -> int:
-        """How often the packs of the preset go into a step of the global batch.
-
-        Args: patch, prefix: the student's pixels and tokens, where the batch is given in images.
-        """
-        wanted, what = self.global_tokens, "tokens"
-        smallest = sum(stream.budget * stream.packs for stream in stage.streams)
-        if self.global_images:
-            wanted, what, smallest = self.global_images, "images", 0
-            for stream in stage.streams:
-                if len(stream.choices) != 1:
-                    raise ValueError(f"global_images={wanted}: packs of stream {stream.name} hold "
-                                     "pictures of many sizes; pass --global-tokens")  # fmt: skip
-                room = stream.budget // ((stream.choices[0] // patch) ** 2 + prefix)
-                smallest += stream.packs * min(self.max_images, room)
-        if wanted % smallest:
-            raise ValueError(
-                f"global_{what}={wanted} is not a multiple of the {smallest} {what} in the "
-                f"smallest step of preset {self.preset}"
-            )
-        return wanted // smallest or 1
+        check(self)
 
     def stage_bounds(self) -> list[tuple[int, int]]:
         """Steps [start, stop) of each stage."""
@@ -428,6 +366,9 @@ PRESETS: dict[str, TrainConfig] = {
 
 # ---- The run on one page
 
+Spaces = dict[str, losses.TargetSpace]  # of each teacher's targets
+Targets = dict[str, TeacherOutput]  # of each teacher, for the pictures of a micro-batch
+
 
 @dataclass
 class State:
@@ -436,7 +377,7 @@ class State:
     student: Student
     optimizer: torch.optim.Optimizer
     average: dict[str, Tensor]  # the weights' running mean; empty without --ema
-    spaces: dict[str, losses.TargetSpace]  # of each teacher's targets
+    spaces: Spaces
     ada: losses.AdaLoss
 
 
@@ -462,15 +403,14 @@ def train(
     # teachers' own spaces.
     student, trained_heads = build_student(cfg, teachers)
     student.to(device)
-    prefix = student.config.prefix
     # Data: which pictures a step sees is a function of the seed and the step's number alone.
     stages = make_stages(cfg, sources, student.config, group, teachers)
     # The optimizer holds what this rank holds: all of the student, or its shards.
     model = distribute(cfg, student, group)
     optimizer = make_optimizer(cfg, student)
     average = {name: p.detach().clone() for name, p in trained(student) if cfg.ema}
-    spaces, ada = new_spaces(cfg, teachers, device), losses.AdaLoss()
-    state = State(student, optimizer, average, spaces, ada)
+    spaces = new_spaces(cfg, teachers, device)
+    state = State(student, optimizer, average, spaces, losses.AdaLoss())
     start = resume(job, state, stages)
 
     for stage, ((first, last), data) in enumerate(zip(cfg.stage_bounds(), stages, strict=True)):
@@ -505,7 +445,7 @@ def train(
             if cfg.relation != "none":
                 with torch.no_grad():
                     outs = (only or forward(cfg, model, step, batch) for batch in micros)
-                    said = [summaries(spaces, student, out) for out in outs]
+                    said = [summaries(state, out) for out in outs]
                 parts, pulls = relation_gradients(cfg, said, targets, weights, group)
 
             # Every image weighs 1 / (images of the global batch), whatever its size and its rank.
@@ -513,11 +453,11 @@ def train(
             for i, batch in enumerate(micros):
                 with gradient_sync(model, is_last=i == len(micros) - 1):
                     out = only or forward(cfg, model, step, batch)
-                    mine = feature_losses(cfg, spaces, student, out, batch, targets[i], weights[i])
-                    loss = sum_of(part_weight(cfg, ada, name) * x for name, x in mine.items())
+                    mine = feature_losses(cfg, state, out, batch, targets[i], weights[i])
+                    loss = sum_of(part_weight(cfg, state, name) * x for name, x in mine.items())
                     for name, grads_BC in pulls.items():
-                        pull = (summaries(spaces, student, out)[name] * grads_BC[i]).sum()
-                        loss = loss + part_weight(cfg, ada, f"{name}/relation") * pull
+                        pull = (summaries(state, out)[name] * grads_BC[i]).sum()
+                        loss = loss + part_weight(cfg, state, f"{name}/relation") * pull
                     # DDP and FSDP2 average gradients over the ranks; the shares are to be summed.
                     (loss * group.world).backward()
                 for name, value in mine.items():
@@ -528,15 +468,13 @@ def train(
             norm = nn.utils.clip_grad_norm_(student.parameters(), cfg.clip)
             # All ranks' numbers, in the step's one wait for the device; stops where one is not
             # finite, with nothing stepped.
-            report = settle(job, step, parts, norm, counts, micros, targets, prefix)
+            report = settle(job, state, step, parts, norm, counts, micros, targets)
             report.lr = set_lr(cfg, optimizer, step)
             optimizer.step()
             update_average(cfg, state, step)
             if counts and not student.frozen_trunk:
                 student.update_router(report.loads_LE, cfg.router_rate)
-            weigh = {name: part_weight(cfg, ada, name) * x for name, x in report.losses.items()}
-            report.losses["total"] = sum(weigh.values())
-            ada.update({name: report.losses[name] for name in weigh})
+            state.ada.update(report.losses)
             log(job, report)
             save(job, state, report)
     return job
@@ -604,7 +542,7 @@ def make_stages(cfg: TrainConfig, sources: list[Source], config: ModelConfig, gr
             if stream.min_side:
                 chosen = [(at_least(source, stream.min_side), share) for source, share in chosen]
             parts = tuple(Component(source, sizes, share) for source, share in chosen)
-            packs = stream.packs * cfg.times(stage, patch, prefix)
+            packs = stream.packs * times(cfg, stage, patch, prefix)
             partitions.append(Partition(stream.name, parts, stream.budget, packs, cfg.max_images))
         total = sum(partition.packs_per_step for partition in partitions)
         if cfg.micro_packs and total % (cfg.micro_packs * group.world):
@@ -630,9 +568,7 @@ def at_least(source: Source, side: int) -> Subset:
 # ---- The targets' spaces, and heads that move with them
 
 
-def new_spaces(
-    cfg: TrainConfig, teachers: list[Teacher], device: torch.device
-) -> dict[str, losses.TargetSpace]:
+def new_spaces(cfg: TrainConfig, teachers: list[Teacher], device: torch.device) -> Spaces:
     """A space for each teacher's targets, fitted to nothing yet."""
     spaces = {
         t.name: losses.TargetSpace(cfg.normalizer, t.dim, t.summary_dim, cfg.summary_loss)
@@ -647,7 +583,7 @@ def fit_spaces(
     data: StepData,
     streams: tuple[Stream, ...],
     group: Group,
-) -> dict[str, losses.TargetSpace]:
+) -> Spaces:
     """Spaces fitted to the pictures of a stage's first steps, as its losses will see them.
 
     The first 3,000 steps of a stage estimate them while the heads chase a moving rotation (PHI-S
@@ -684,9 +620,7 @@ def supervised(name: str, streams: tuple[Stream, ...], batch: PackedBatch) -> li
 
 
 @torch.no_grad()
-def carry_heads(
-    state: State, fitted: dict[str, losses.TargetSpace], trained_heads: set[str] | None
-) -> None:
+def carry_heads(state: State, fitted: Spaces, trained_heads: set[str] | None) -> None:
     """Move heads and their running means into new spaces: they answer as before (a collective).
 
     The optimizer's moments and AdaLoss' means stay: both forget the old space soon enough.
@@ -731,9 +665,7 @@ def ask(teacher: Teacher, batch: PackedBatch, chosen: Sequence[int]) -> TeacherO
     ).to(device)
 
 
-def targets_of(
-    teachers: list[Teacher], spaces: dict[str, losses.TargetSpace], batch: PackedBatch
-) -> dict[str, TeacherOutput]:
+def targets_of(teachers: list[Teacher], spaces: Spaces, batch: PackedBatch) -> Targets:
     """What the teachers say of a batch's pictures, in the spaces of the losses."""
     every = range(len(batch))
     return {t.name: spaces[t.name](ask(t, batch, every), batch.grids) for t in teachers}
@@ -798,26 +730,19 @@ def forward(cfg: TrainConfig, model: Any, step: int, batch: PackedBatch) -> Stud
         return model(batch, windows_B5)
 
 
-def summaries(
-    spaces: dict[str, losses.TargetSpace], student: Student, out: StudentOutput
-) -> dict[str, Tensor]:
+def summaries(state: State, out: StudentOutput) -> dict[str, Tensor]:
     """Predicted summaries in the space of the loss; a pooling head answers in the teacher's."""
-    pooled = {head.name for head in student.config.heads if head.pool}
-    norms = {name: spaces[name].parts["summary"] for name in pooled}
+    pooled = {head.name for head in state.student.config.heads if head.pool}
+    norms = {name: state.spaces[name].parts["summary"] for name in pooled}
     return {k: norms[k].normalize(v) if k in pooled else v for k, v in out.summary.items()}
 
 
 def feature_losses(
-    cfg: TrainConfig,
-    spaces: dict[str, losses.TargetSpace],
-    student: Student,
-    out: StudentOutput,
-    batch: PackedBatch,
-    targets: dict[str, TeacherOutput],
+    cfg: TrainConfig, state: State, out: StudentOutput, batch: PackedBatch, targets: Targets,
     weights: dict[str, Weights],
-) -> dict[str, Tensor]:
+) -> dict[str, Tensor]:  # fmt: skip
     """This rank's share of each teacher's losses (AMoE: L_patch, L_CLS, L_reg)."""
-    parts, said = {}, summaries(spaces, student, out)
+    parts, said = {}, summaries(state, out)
     for name, target in targets.items():
         summary_B, patch_B, _ = weights[name]
         patches_MC, maps, how = out.patches[name], target.patches, cfg.patch_loss
@@ -830,13 +755,13 @@ def feature_losses(
         parts[f"{name}/patches"] = (loss_B * patch_B).sum()
         if target.summary_BC is not None:
             pair = said[name], target.summary_BC
-            if dispersion := spaces[name].dispersion:
+            if dispersion := state.spaces[name].dispersion:
                 loss_B = losses.angle_loss(*pair, dispersion.value)
             else:
                 loss_B = losses.vector_loss(*pair, cfg.summary_loss)
             parts[f"{name}/summary"] = (loss_B * summary_B).sum()
         if target.registers_BRC is not None and name in out.registers:
-            raw_BRC = spaces[name].parts["patches"].denormalize(out.registers[name])
+            raw_BRC = state.spaces[name].parts["patches"].denormalize(out.registers[name])
             loss_B = losses.vector_loss(raw_BRC, target.registers_BRC, how)
             parts[f"{name}/registers"] = (loss_B * summary_B).sum()
     return parts
@@ -845,7 +770,7 @@ def feature_losses(
 def relation_gradients(
     cfg: TrainConfig,
     said: list[dict[str, Tensor]],
-    targets: list[dict[str, TeacherOutput]],
+    targets: list[Targets],
     weights: list[dict[str, Weights]],
     group: Group,
 ) -> tuple[dict[str, Tensor], dict[str, list[Tensor]]]:
@@ -872,10 +797,10 @@ def relation_gradients(
     return parts, pulls
 
 
-def part_weight(cfg: TrainConfig, ada: losses.AdaLoss, name: str) -> float:
+def part_weight(cfg: TrainConfig, state: State, name: str) -> float:
     """Weight of a part of the loss; the papers' are all 1 (AMoE, PHI-S Sec. 3)."""
     own = cfg.relation_weight if name.endswith("/relation") else 1.0
-    return own * (ada.weight(name) if cfg.balance == "adaloss" else 1.0)
+    return own * (state.ada.weight(name) if cfg.balance == "adaloss" else 1.0)
 
 
 def sum_of(values: Iterable[Tensor]) -> Tensor:
@@ -1028,7 +953,8 @@ class StepReport:
     """What one optimizer step says; every number but the loads is global and on the host."""
 
     step: int
-    losses: dict[str, float]
+    total: float
+    losses: dict[str, float]  # by part
     grad_norm: float
     images: int
     tokens: int
@@ -1078,18 +1004,13 @@ def resume(job: Job, state: State, stages: list[StepData]) -> int:
 
 
 def settle(
-    job: Job,
-    step: int,
-    parts: dict[str, Tensor],
-    grad_norm: Tensor,
-    counts: list[Tensor],
-    micros: list[PackedBatch],
-    targets: list[dict[str, TeacherOutput]],
-    prefix: int,
-) -> StepReport:
+    job: Job, state: State, step: int, parts: dict[str, Tensor], grad_norm: Tensor,
+    counts: list[Tensor], micros: list[PackedBatch], targets: list[Targets],
+) -> StepReport:  # fmt: skip
     """The step's numbers over all ranks. Raises: Standstill if one of them is not finite."""
     grad_norm = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
     images = sum(map(len, micros))
+    prefix = state.student.config.prefix
     tokens = sum(sum(m.lengths) + prefix * len(m) for m in micros)
     bad = sum(len(m.skipped) for m in micros)
     known = sum_over_ranks(torch.tensor([images, tokens, bad, job.stop.poll()]))  # to the host
@@ -1101,10 +1022,11 @@ def settle(
     # the one moment of a step at which the host waits for the device
     *values, norm, load = report.tolist()
     found = dict(zip(parts, values, strict=True))
+    total = sum(part_weight(job.cfg, state, name) * value for name, value in found.items())
     if not math.isfinite(sum(values)) or not math.isfinite(norm):
         raise Standstill(blame(job, step, found, norm, micros, targets))
     skipped = merge_skipped([m.skipped for m in micros], bad > 0, job.group)
-    return StepReport(step, found, norm, images, tokens, load, loads_LE, skipped, stop)
+    return StepReport(step, total, found, norm, images, tokens, load, loads_LE, skipped, stop)
 
 
 def blame(
@@ -1141,7 +1063,7 @@ def log(job: Job, report: StepReport) -> None:
         (then, tokens), job.marked = job.marked, (time.monotonic(), record["tokens"])
         speed = (record["tokens"] - tokens) / (job.marked[0] - then)
         write_metrics(job, metrics_row(job, report, speed))
-        job.bar.set_postfix(loss=f"{report.losses['total']:.3f}", tok_s=f"{speed:.0f}")
+        job.bar.set_postfix(loss=f"{report.total:.3f}", tok_s=f"{speed:.0f}")
     job.bar.update()
 
 
@@ -1506,7 +1428,8 @@ def read_metrics(cfg: TrainConfig) -> list[dict[str, Any]]:
 
 
 def metrics_row(job: Job, report: StepReport, tokens_per_s: float) -> dict:
-    parts = {f"loss/{name}": value for name, value in report.losses.items()}
+    parts = {"loss/total": report.total}
+    parts |= {f"loss/{name}": value for name, value in report.losses.items()}
     record, devices = job.record, job.group.world
     return finite({
         "step": record["step"], **parts, "lr": report.lr, "grad_norm": report.grad_norm,
@@ -1683,6 +1606,79 @@ def note_registers(config: ModelConfig, teachers: list[Teacher]) -> None:
 def is_main() -> bool:
     """True in the one process that prints; holds before the process group is there, too."""
     return os.environ.get("RANK", "0") == "0"
+
+
+# ---- What a configuration must be
+
+
+def check(cfg: TrainConfig) -> None:
+    """Raises: ValueError for a contradiction or a number out of range, naming the values."""
+    if cfg.model not in MODELS and not (cfg.model == "init" and cfg.init):
+        known = ", ".join(MODELS)
+        raise ValueError(f"model={cfg.model!r} is unknown; choose from {known}, or init with "
+                         "--init NAME=PATH")  # fmt: skip
+    if cfg.data_weights and len(cfg.data_weights) != len(cfg.data):
+        raise ValueError(
+            f"data_weights has {len(cfg.data_weights)} numbers for {len(cfg.data)} sources; "
+            "pass one per --data SOURCE"
+        )
+    for name, value in vars(cfg).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{name}={value} must be a finite number")
+    for name in ("steps", "save_every", "keep", "log_every", "stats_steps"):
+        if getattr(cfg, name) < 1:
+            raise ValueError(f"{name}={getattr(cfg, name)} must be at least 1")
+    if cfg.shift < 0 or (cfg.shift and cfg.cache != "none"):
+        raise ValueError(
+            f"shift={cfg.shift} with cache={cfg.cache}: it must be 0 or more, and above 0 "
+            "each teacher sees views that no cache holds; pass --cache none"
+        )
+    if not 0 <= cfg.ema < 1:
+        raise ValueError(f"ema={cfg.ema} must be at least 0 and below 1")
+    untils = [stage.until for stage in cfg.stages]
+    if untils != sorted(untils) or untils[-1] != 1.0:
+        raise ValueError(f"stages end at {untils}; they must rise to 1.0")
+    parsed = [parse_teacher(text).name for text in cfg.teachers]
+    if len(set(parsed)) != len(parsed) or not parsed:
+        raise ValueError(f"teachers={parsed} must be one or more different names")
+    for stream in (stream for stage in cfg.stages for stream in stage.streams):
+        if unknown := set(stream.teachers) - set(parsed):
+            raise ValueError(f"stream {stream.name}: teachers {unknown} are not in {parsed}")
+        if max(stream.data, default=0) >= len(cfg.data):
+            raise ValueError(
+                f"stream {stream.name} of preset {cfg.preset} draws from SOURCE number "
+                f"{max(stream.data)}, but --data has {len(cfg.data)}, counted from 0; give "
+                "one --data SOURCE for each (the same one twice will do)"
+            )
+    if cfg.global_images and cfg.global_tokens:
+        raise ValueError(
+            f"global_images={cfg.global_images} and global_tokens={cfg.global_tokens}: pass one"
+        )
+    for stage in cfg.stages if cfg.global_tokens else ():
+        times(cfg, stage)
+
+
+def times(cfg: TrainConfig, stage: Stage, patch: int = 16, prefix: int = 0) -> int:
+    """How often the packs of the preset go into a step of the global batch.
+
+    Args: patch, prefix: the student's pixels and tokens, where the batch is given in images.
+    """
+    wanted, what = cfg.global_tokens, "tokens"
+    smallest = sum(stream.budget * stream.packs for stream in stage.streams)
+    if cfg.global_images:
+        wanted, what, smallest = cfg.global_images, "images", 0
+        for stream in stage.streams:
+            if len(stream.choices) != 1:
+                raise ValueError(f"global_images={wanted}: packs of stream {stream.name} hold "
+                                 "pictures of many sizes; pass --global-tokens")  # fmt: skip
+            room = stream.budget // ((stream.choices[0] // patch) ** 2 + prefix)
+            smallest += stream.packs * min(cfg.max_images, room)
+    if wanted % smallest:
+        raise ValueError(
+            f"global_{what}={wanted} is not a multiple of the {smallest} {what} in the "
+            f"smallest step of preset {cfg.preset}"
+        )
+    return wanted // smallest or 1
 
 
 # ---- The command
