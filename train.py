@@ -275,18 +275,12 @@ def _plain(value):
     return [_plain(item) for item in value] if isinstance(value, tuple) else value
 
 
-def _preset(base: TrainConfig, name: str, **changes) -> TrainConfig:
-    return dataclasses.replace(base, preset=name, out=f"runs/{name}", **changes)
-
-
-def _native(until: float, max_side: int, budget: int) -> Stage:
-    return Stage(until, (Stream("native", max_side=max_side, budget=budget),))
-
-
-# RADIO Sec. 4. Teachers, sizes, batch, steps, LAMB, learning rate, decay, statistics and frozen
-# steps are the papers'; warm-up, clipping and the second beta are ours. Pictures are squares of the
+# What each preset changes of the defaults.
+#
+# RADIOv2.5: teachers, sizes, batch, steps, LAMB, learning rate, decay, statistics and frozen steps
+# are the papers'; warm-up, clipping and the second beta are ours. Pictures are squares of the
 # stage's side, 16 or 2 to a pack (16 * (16 * 16 + 8) = 4224 tokens, and so on).
-_RADIO = TrainConfig(
+_RADIO: dict[str, Any] = dict(
     teachers=("clip=apple/DFN5B-CLIP-ViT-H-14-378", "siglip=google/siglip-so400m-patch14-384",
               "dino_v2=facebook/dinov2-with-registers-giant", "sam=facebook/sam-vit-huge"),
     model="radio-h", steps=300_000, summary_loss="cosine", relation="none", average="partition",
@@ -296,72 +290,51 @@ _RADIO = TrainConfig(
 )  # fmt: skip
 _RADIO_LOW = Stream("low", choices=(432,), budget=16 * 737, packs=64)
 
-# AMoE Sec. 5. Teachers, sizes, steps, kinds of streams and the pack of 2304 + 5 tokens are the
-# paper's; 1.6 M tokens a step follow from its totals. The rest is ours, and so is each stream's
-# share. Stage 2 takes --data LOW HIGH: the replay from LOW, large pictures from HIGH.
-_AMOE = TrainConfig(
+# AMoE: teachers, sizes, steps, kinds of streams and the pack of 2304 + 5 tokens are the paper's;
+# 1.6 M tokens a step follow from its totals. The rest is ours, and so is each stream's share.
+# Stage 2 takes --data LOW HIGH: the replay from LOW, large pictures from HIGH.
+_AMOE: dict[str, Any] = dict(
     teachers=("siglip2=google/siglip2-so400m-patch16-naflex",
               "dinov3=facebook/dinov3-vitl16-pretrain-lvd1689m"),
     model="amoe-0.3b", stats_steps=300, lr=1e-3, warmup=1000, cache="none", workers=8,
     recompute=True, save_every=1000, evaluate_every=10_000, held_out=1e-4,
 )  # fmt: skip
 
-PRESETS: dict[str, TrainConfig] = {
+
+def native(until: float, max_side: int, budget: int) -> Stage:
+    """A stage of pictures in their own shape."""
+    return Stage(until, (Stream("native", max_side=max_side, budget=budget),))
+
+
+RECIPES: dict[str, dict[str, Any]] = {
     # Low resolution first, as both papers: a picture of 64^2 px costs a fifth of one of 224^2.
     # The budgets are those of the 16 pictures that a pack may hold.
-    "demo": TrainConfig(
-        steps=1000,
-        stages=(_native(0.5, 64, 336), _native(0.85, 96, 656), _native(1.0, 224, 1200)),
-        head_hidden=384,
-        lr=2e-3,
-    ),
+    "demo": dict(stages=(native(0.5, 64, 336), native(0.85, 96, 656), native(1.0, 224, 1200)),
+                 steps=1000, head_hidden=384, lr=2e-3),
     # RADIO's way: from a pretrained network on, the trunk at 3e-5 at most (2e-4 makes it forget).
-    "warm": TrainConfig(
-        preset="warm", model="init", init="vit-s=builtin:vit-s@8", relation="none", steps=400,
-        stages=(_native(1.0, 112, 16 * 66),), head_hidden=384, frozen_steps=200, lr=1e-3,
-        trunk_lr=0.03, warmup=20, windows=False,
-    ),
-    "debug": TrainConfig(
-        preset="debug",
-        model="test",
-        data=("openmoji:train:96",),
-        teachers=("dense=builtin:tiny-dense", "semantic=builtin:tiny-semantic"),
-        stages=(_native(1.0, 96, 256),),
-        steps=40,
-        warmup=5,
-        stats_steps=4,
-        save_every=20,
-        log_every=5,
-        cache="none",
-    ),
-    "amoe-stage1": _preset(
-        _AMOE, "amoe-stage1", steps=50_000,
-        stages=(Stage(1.0, (Stream("low", max_side=256, budget=2309, packs=704),)),),
-    ),
-    "amoe-stage2": _preset(
-        _AMOE, "amoe-stage2", steps=90_000, data=("openmoji", "openmoji"),
-        stages=(Stage(1.0, (
-            Stream("replay", max_side=256, budget=2309, packs=128, data=(0,)),
-            Stream("middle", min_side=256, max_side=384, budget=2309, packs=128, data=(0,)),
-            Stream("high-256", max_side=256, budget=2309, packs=64, data=(1,)),
-            Stream("high-512", max_side=512, budget=2309, packs=128, data=(1,)),
-            Stream("high", max_side=768, budget=2309, packs=256, data=(1,)),
-        )),),
-    ),
-    "radio-stage1": _preset(
-        _RADIO, "radio-stage1",
-        stages=(Stage(1.0, (Stream("low", choices=(256,), budget=16 * 264, packs=64),)),),
-    ),
-    "radio-stage2": _preset(
-        _RADIO, "radio-stage2", stages=(Stage(1.0, (_RADIO_LOW,)),)
-    ),
-    "radio-stage3": _preset(
-        _RADIO, "radio-stage3",
-        stages=(Stage(1.0, (
-            _RADIO_LOW,
-            Stream("high", choices=(1024,), budget=2 * 4104, packs=64),
-        )),),
-    ),
+    "warm": dict(stages=(native(1.0, 112, 16 * 66),), model="init", init="vit-s=builtin:vit-s@8",
+                 relation="none", steps=400, head_hidden=384, frozen_steps=200, lr=1e-3,
+                 trunk_lr=0.03, warmup=20, windows=False),
+    "debug": dict(stages=(native(1.0, 96, 256),), model="test", data=("openmoji:train:96",),
+                  teachers=("dense=builtin:tiny-dense", "semantic=builtin:tiny-semantic"), steps=40,
+                  warmup=5, stats_steps=4, save_every=20, log_every=5, cache="none"),
+    "amoe-stage1": _AMOE | dict(steps=50_000, stages=(
+        Stage(1.0, (Stream("low", max_side=256, budget=2309, packs=704),)),
+    )),
+    "amoe-stage2": _AMOE | dict(steps=90_000, data=("openmoji", "openmoji"), stages=(Stage(1.0, (
+        Stream("replay", max_side=256, budget=2309, packs=128, data=(0,)),
+        Stream("middle", min_side=256, max_side=384, budget=2309, packs=128, data=(0,)),
+        Stream("high-256", max_side=256, budget=2309, packs=64, data=(1,)),
+        Stream("high-512", max_side=512, budget=2309, packs=128, data=(1,)),
+        Stream("high", max_side=768, budget=2309, packs=256, data=(1,)),
+    )),)),
+    "radio-stage1": _RADIO | dict(stages=(
+        Stage(1.0, (Stream("low", choices=(256,), budget=16 * 264, packs=64),)),
+    )),
+    "radio-stage2": _RADIO | dict(stages=(Stage(1.0, (_RADIO_LOW,)),)),
+    "radio-stage3": _RADIO | dict(stages=(
+        Stage(1.0, (_RADIO_LOW, Stream("high", choices=(1024,), budget=2 * 4104, packs=64))),
+    )),
 }  # fmt: skip
 
 # ---- The run on one page
@@ -1652,7 +1625,8 @@ def check(cfg: TrainConfig) -> None:
             )
     if cfg.global_images and cfg.global_tokens:
         raise ValueError(
-            f"global_images={cfg.global_images} and global_tokens={cfg.global_tokens}: pass one"
+            f"global_images={cfg.global_images} and global_tokens={cfg.global_tokens}: pass one of "
+            "them"
         )
     for stage in cfg.stages if cfg.global_tokens else ():
         times(cfg, stage)
@@ -1679,6 +1653,9 @@ def times(cfg: TrainConfig, stage: Stage, patch: int = 16, prefix: int = 0) -> i
             f"smallest step of preset {cfg.preset}"
         )
     return wanted // smallest or 1
+
+
+PRESETS = {name: TrainConfig(preset=name, **changes) for name, changes in RECIPES.items()}
 
 
 # ---- The command
