@@ -1602,8 +1602,8 @@ def test_a_nan_stops_before_the_step_and_names_the_picture(tmp_path, monkeypatch
     whole = train.Trainer.ask
     calls = []
 
-    def poisoned(self, teacher, batch):
-        out = whole(self, teacher, batch)
+    def poisoned(self, teacher, batch, chosen):
+        out = whole(self, teacher, batch, chosen)
         calls.append(batch.samples[0].key)
         if len(calls) == 9:
             out.patches[0][0, 0, 0] = float("nan")
