@@ -19,6 +19,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
+import conftest
 import numpy as np
 import pytest
 import torch
@@ -256,6 +257,16 @@ def test_the_loader_makes_what_live_teachers_see():
     cached.name = "cached"
     (data,) = train.make_stages(cfg, sources, trainer.student, CPU, [cached])
     assert not data[0][0].views, "it knows the pictures by their digests"
+
+
+@pytest.mark.parametrize(
+    ("expression", "is_hidden"), [("not slow", True), ("not gpu", True), ("gpu", False)]
+)
+def test_tests_see_a_gpu_only_where_they_ask_for_it(expression, is_hidden, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    option = type("Option", (), {"markexpr": expression})
+    conftest.pytest_configure(type("Config", (), {"option": option}))
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ("" if is_hidden else "0")
 
 
 def test_packs_of_a_forward_fit_into_the_free_memory():
