@@ -445,24 +445,32 @@ def test_a_scan_is_cached_until_the_folder_changes(tmp_path, monkeypatch):
     assert open_source(str(root)).fingerprint() == changed.fingerprint()
 
 
-SMALL_BMP, TURNED_BMP = (encoded(random_pixels(*size), "BMP") for size in ((32, 64), (64, 32)))
+BITMAPS = {size: encoded(random_pixels(*size), "BMP") for size in ((32, 64), (64, 32), (48, 48))}
 
 
 @pytest.mark.parametrize("in_tar", [False, True], ids=["folder", "shard"])
-def test_another_picture_of_equal_name_and_size_is_scanned_anew(in_tar, tmp_path):
-    """The time of a file alone tells it; a scan kept by name and size would give the old sizes."""
-    assert len(SMALL_BMP) == len(TURNED_BMP)
+def test_another_picture_of_an_equal_name_is_scanned_anew(in_tar, tmp_path):
+    """By its time where its size is the same, by its size where its time is the same."""
+    lengths = [len(data) for data in BITMAPS.values()]
+    assert lengths[0] == lengths[1] != lengths[2]
     path = tmp_path / ("a.tar" if in_tar else "data")
-    path.parent.mkdir(exist_ok=True)
-    for second, data in enumerate((SMALL_BMP, TURNED_BMP)):
-        if in_tar:
-            write_shard(path, {"x.bmp": data})
+    file = path if in_tar else path / "x.bmp"
+    for second, (size, data) in zip((0, 1, 1), BITMAPS.items(), strict=True):
+        file.parent.mkdir(exist_ok=True)
+        if in_tar:  # a second file, as a tar grows by whole blocks of 10 KB only
+            write_shard(file, {"x.bmp": data} | ({"y.bmp": data} if size == (48, 48) else {}))
         else:
-            path.mkdir(exist_ok=True)
-            (path / "x.bmp").write_bytes(data)
-        os.utime(path if in_tar else path / "x.bmp", ns=(10**18, 10**18 + 10**9 * second))
+            file.write_bytes(data)
+        os.utime(file, ns=(10**18, 10**18 + 10**9 * second))
         source = open_source(str(path))
-        assert source.size(0) == source.load(0).image.shape[:2] == ((32, 64), (64, 32))[second]
+        assert source.size(0) == source.load(0).image.shape[:2] == size
+
+
+def test_folders_of_one_name_have_scans_of_their_own(tmp_path):
+    many, few = (write_folder(tmp_path / n / "data", i) for n, i in (("many", 5), ("few", 3)))
+    for _ in range(2):
+        assert [len(open_source(str(root))) for root in (many, few)] == [5, 3]
+        assert not open_source(str(few)).skipped  # it never had five
 
 
 def test_a_file_that_comes_goes_or_takes_another_name_is_seen(tmp_path):
