@@ -239,20 +239,21 @@ def test_majority_class():
     assert ev.knn(train, test)["majority class"]["value"] == 0.25
 
 
-def test_the_nearest_vote_by_hand():
-    """Cosines 0.99, 0.98, 0.98: the nearest is outvoted by the next two, e^(0.01 / 0.07) < 2."""
-    rows = [[x, (1 - x**2) ** 0.5] for x in (0.99, 0.98, 0.98)]
+@pytest.mark.parametrize(("other", "k", "value"), [(0.945, 1, 0), (0.945, 3, 1), (0.945, 20, 1),
+                                                   (0.938, 3, 0)])  # fmt: skip
+def test_the_nearest_vote_by_hand(other, k, value):
+    """One at cosine 0.99 is outvoted by two that are nearer to it than 0.07 log 2 = 0.0485."""
+    rows = [[x, (1 - x**2) ** 0.5] for x in (0.99, other, other)]
     train, test = labelled("baa", m=rows), labelled("aaaa", m=[[1.0, 0.0]] * 4)
-    for k, value in ((1, 0), (3, 1), (20, 1)):
-        assert ev.knn(train, test, k)["m"]["value"] == value
+    assert ev.knn(train, test, k)["m"]["value"] == value
 
 
-def test_the_length_of_a_head_is_no_weight(sets):
-    long = []
-    for side in only(sets, "student/a", "student/b"):
-        side.summary["student/b"] = 100 * side.summary["student/b"]
-        long.append(side)
-    assert ev.knn(*long) == ev.knn(*only(sets, "student/a", "student/b"))
+def test_heads_are_joined_at_unit_length():
+    """Cosines with x and y: 1 and 0 in one head, 0.5 and 1 in the other, which is longer."""
+    train = {"s/a": [[1.0, 0], [0, 1]], "s/b": [[50, 50 * 3**0.5], [100, 0]]}
+    test = {"s/a": [[1.0, 0]], "s/b": [[100.0, 0]]}
+    rows = ev.knn(labelled("xy", **train), labelled(["x"], **test), k=1)
+    assert [rows[name]["value"] for name in ("s/a", "s/b", "s/concat")] == [1, 0, 1]
 
 
 def test_per_class_accuracy_by_hand():

@@ -1082,6 +1082,7 @@ def test_two_interruptions_change_no_bit(tmp_path, reference, monkeypatch):
                 run(tmp_path, "--workers", str(step % 4 // 2))
     assert totals(run(tmp_path)) == totals(rows_of(reference))
     assert_same_end(tmp_path, reference)
+    assert not list(tmp_path.glob("old_*"))
 
 
 def two_stages(monkeypatch) -> None:
@@ -1115,6 +1116,10 @@ def test_stages_follow_each_other_also_through_interruptions(tmp_path, monkeypat
         rows = run(tmp_path / "whole", *flags)
     assert [step for step, _, _ in whole] == [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     assert [tokens <= 9 for _, _, tokens in whole] == [True] * 3 + [False] * 3
+    rows_of_stages = [data[step] for data in trainer_of(cfg)[1] for step in range(3)]
+    assert [keys for _, keys, _ in whole] == [
+        [sample.key for batch in packs for sample in batch.samples] for packs in rows_of_stages
+    ]
     seen = []
     for stop in (3, 4, 5, 7):  # inside each stage, and between the two
         with monkeypatch.context() as patch:
@@ -1333,7 +1338,8 @@ def test_a_nan_stops_before_the_step_and_names_the_picture(tmp_path, monkeypatch
     monkeypatch.setattr(train.Teacher, "targets", poisoned)
     with pytest.raises(SystemExit) as stop:
         run(tmp_path)
-    assert calls[8] in str(stop.value.code)
+    assert "not finite: " in str(stop.value.code)
+    assert f"; bad teacher features on rank 0: {calls[8]}. " in str(stop.value.code)
     assert "step 4" in str(stop.value.code)
     newest = train.checkpoints(tmp_path)[-1]
     assert train.broken(newest) is None
