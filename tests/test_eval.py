@@ -311,8 +311,12 @@ def test_a_probe_is_at_the_minimum_of_its_loss():
     assert weight.abs().max() > 0.2
 
 
-def test_a_penalty_is_chosen_on_pictures_held_out():
+def test_a_penalty_is_chosen_on_pictures_held_out_and_all_are_fitted_then(monkeypatch):
     """Fifty channels of noise and one that tells: what was fitted is right with any penalty."""
+    fitted, whole = [], ev.fit_probe
+    monkeypatch.setattr(
+        ev, "fit_probe", lambda x, *more: (fitted.append(len(x)), whole(x, *more))[1]
+    )
     generator = torch.Generator().manual_seed(0)
     x, y = torch.randn(60, 50, generator=generator), torch.arange(60) % 2
     x[:, 0] += 2 * y
@@ -320,6 +324,7 @@ def test_a_penalty_is_chosen_on_pictures_held_out():
     fit, held = ev.split(60)
     assert (len(fit), len(held)) == (48, 12) and sorted([*fit, *held]) == list(range(60))
     assert ev.linear(train, test)["m"]["l2"] > 0
+    assert fitted == [48, 60]
 
 
 def test_no_setting_depends_on_what_is_tested(sets):
@@ -368,6 +373,13 @@ def test_a_ridge_penalty_is_chosen_on_pairs_held_out():
     generator = torch.Generator().manual_seed(0)
     x, y = torch.randn(40, 30, generator=generator), torch.randn(40, 3, generator=generator)
     assert (ev.aligned(x, y)(x) - y.mean(0)).square().mean() < 0.2 * y.var()
+
+
+def test_a_ridge_map_is_fitted_to_all_pairs_in_the_end():
+    """Each picture has a channel of its own, so that only its own pair can teach its text."""
+    y = torch.randn(10, 4, generator=torch.Generator().manual_seed(0))
+    found = ev.aligned(torch.eye(10), y)(torch.eye(10))
+    assert F.cosine_similarity(found - y.mean(0), y - y.mean(0)).min() > 0.99
 
 
 def test_templates_are_averaged_at_unit_length(tmp_path):
