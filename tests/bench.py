@@ -449,7 +449,7 @@ def photographs(count: int = 20) -> Iterator[Row]:
             held.append((samples + sum(batch.patches_MX.nbytes for batch in batches)) / 1e6)
     what = "12-megapixel JPEG to its patches / decoded whole (smaller is better)"
     yield Row(16, what, ours, other, "ms", ours / other, "40 ms", "23 ms")
-    what = f"a step of {count}, with a live teacher / with whole pictures (smaller is better)"
+    what = f"a step of {count}, a live teacher / whole pictures (smaller is better)"
     yield Row(16, what, *held, "MB", held[0] / held[1], "200", "50")
 
 
