@@ -552,11 +552,8 @@ def _tar_members(path: Path, root: Path) -> tuple[dict[str, Record], Skipped, Ex
                     skipped[member.name] = "not a plain file"
             end = tar.offset
         # tarfile takes a shard that is cut between two members for a whole one
-        rest = {
-            "path": path,
-            "offset": end,
-            "size": max(512, min(path.stat().st_size - end, 2**20)),
-        }
+        size = max(512, min(path.stat().st_size - end, 2**20))
+        rest = {"path": path, "offset": end, "size": size}
         if (tail := _read(rest))[:512] != bytes(512):
             raise tarfile.ReadError("damaged header")
         if tail.strip(b"\0"):
@@ -1252,8 +1249,8 @@ class StepData(Dataset):
     `prefix` counts an image's tokens besides its patches. `shift` moves the student's view by up to
     so many patches each way (C-RADIOv4 Eq. 1): what leaves it is cut, so packs are less full.
 
-    `ships` says at what size a sample's picture goes along, given its own and the student's; None:
-    without pixels. Without it pictures go along whole: a photograph is 36 MB.
+    `ships` says at what size a sample's picture goes along, given its own and the student's (None:
+    without pixels); as the student sees it, if not given. A whole photograph is 36 MB.
     """
 
     def __init__(self, partitions: Sequence[Partition], patch: int, prefix: int, seed: int = 0,
@@ -1281,17 +1278,15 @@ class StepData(Dataset):
         for component, i, h, w in items.tolist():
             source = self.partitions[number].components[component].source
             size = h * self.patch, w * self.patch
-            shipped, at_least = None, None
-            if self._ships:
-                shipped = self._ships(source.size(i), size)
-                at_least = tuple(map(max, size, shipped or size))
+            shipped = self._ships(source.size(i), size) if self._ships else size
+            at_least = tuple(map(max, size, shipped or size))
             try:
                 sample = source.load(i, at_least)
             except BadImage as error:
                 skipped[source.key(i)] = str(error)
             else:
                 (y, x), (rows, columns) = self._view(step, sample.key, (h, w))
-                pixels = _to_size(sample.image, shipped) if self._ships else sample.image
+                pixels = _to_size(sample.image, shipped)
                 samples.append(replace(sample, image=pixels, mask=None))
                 images.append(to_float(sample.image, size)[:, rows, columns])
                 origins.append((y, x))

@@ -128,12 +128,15 @@ class SizeRule:
 
 
 def shipped(
-    rules: Sequence[SizeRule], whole: tuple[int, int], seen: tuple[int, int]
+    rules: Sequence[SizeRule] | None, whole: tuple[int, int], seen: tuple[int, int]
 ) -> tuple[int, int] | None:
-    """The size of a picture that is enough for some live teachers; None if there are none.
+    """The size of a picture that is enough for live teachers; None if there are none.
 
-    It is the one size that they ask for, else the picture's own aspect, and never more than it has.
+    It is the one size that they ask for, else the picture's own aspect, and never more than it has;
+    its own for unknown teachers (rules=None).
     """
+    if rules is None:
+        return whole
     asks = {rule.asks(whole, seen) for rule in rules}
     if len(asks) == 1 and math.prod(size := asks.pop()) <= math.prod(whole):
         return size

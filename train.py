@@ -1292,8 +1292,8 @@ def make_stages(
 
     With `teachers`, pictures go along no larger than the live ones among them ask for.
     """
-    live = [t.size_for for t in teachers or () if not isinstance(t, CachedTeacher)]
-    ships = None if teachers is None else partial(shipped, live)
+    live = teachers and [t.size_for for t in teachers if not isinstance(t, CachedTeacher)]
+    ships = partial(shipped, live)
     patch, prefix = student.config.patch, student.config.prefix
     shares = cfg.data_weights or tuple(float(len(s)) for s in sources)
     mix = list(zip(sources, shares, strict=True))

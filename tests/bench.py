@@ -434,7 +434,7 @@ def photographs(count: int = 20) -> Iterator[Row]:
         parts = [Partition("p", (Component(source, Sizes(0, 256**2)),), 24 * 300, 1, 32)]
 
         def step_of(rules: list[SizeRule] | None) -> list[PackedBatch]:
-            return StepData(parts, 16, 5, ships=rules and partial(shipped, rules))[0]
+            return StepData(parts, 16, 5, ships=partial(shipped, rules))[0]
 
         rules = [SizeRule("native", 16, 1024)]
         times: dict[bool, list[float]] = {True: [], False: []}

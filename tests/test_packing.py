@@ -1280,10 +1280,12 @@ def test_pictures_leave_the_loader_no_larger_than_asked(tmp_path):
     parts = one_partition(open_source(str(tmp_path)), packs_per_step=1)
     (whole,), (none,), (small,) = (
         StepData(parts, 16, 5, ships=ships)[0]
-        for ships in (None, lambda *_: None, lambda *_: (90, 120))
+        for ships in (lambda whole, _: whole, lambda *_: None, lambda *_: (90, 120))
     )
     assert whole.samples[0].image.shape == (600, 800, 3) and none.samples[0].image.size == 0
     assert small.samples[0].image.shape == (90, 120, 3)
+    (seen,) = StepData(parts, 16, 5)[0]
+    assert seen.samples[0].image.shape == (16 * seen.grids[0][0], 16 * seen.grids[0][1], 3)
     assert small.samples[0].digest == none.samples[0].digest == whole.samples[0].digest
     for batch in (none, small):  # the student's view, through a smaller decode
         assert (batch.patches_MX - whole.patches_MX).square().mean() < 1e-4
