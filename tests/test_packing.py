@@ -1436,6 +1436,8 @@ def test_the_picture_of_a_group_is_the_one_whose_whole_extension_says_so(tmp_pat
     assert source.lost == 2  # what lies beside a picture is not lost
     assert all("group x" in source.skipped[name] and "x.jpg" in source.skipped[name]
                for name in refused)  # fmt: skip
+    twins = open_source(str(write_shard(tmp_path / "c.tar", {"a.JPG": RED, "a.jpg": GREEN})))
+    assert len(twins) == twins.lost == 1 and list(twins.skipped) == ["a.jpg"]
     twenty = {f"photo.{i:04d}.jpg": RED for i in range(20)}
     with pytest.raises(ValueError, match=r"20 files.*photo\.0000\.jpg.*group photo"):
         open_source(str(write_shard(tmp_path / "b.tar", twenty)))
@@ -1582,9 +1584,10 @@ def test_sidecars_say_zero_and_speak_windows(tmp_path):
                      "c": ("of json", None), "d": ("ein \u00fc", None)}  # fmt: skip
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "IMG_1.JPG").write_bytes(RED)
+    (tmp_path / "data" / "IMG_1.jpg").write_bytes(GREEN)
     (tmp_path / "data" / "IMG_1.TXT").write_bytes(b"upper\r\n")
-    source = open_source(str(tmp_path / "data"))
-    assert records_of(source) == {"IMG_1.JPG": ("upper", None)} and not source.skipped
+    found = records_of(open_source(str(tmp_path / "data")))
+    assert found == {"IMG_1.JPG": ("upper", None), "IMG_1.jpg": ("upper", None)}
 
 
 def test_copies_are_on_one_side_in_folders_tars_and_plain_indexes(tmp_path):
