@@ -343,11 +343,13 @@ class Run:
 
     cfg: train.TrainConfig
     teachers: list[Teacher]
-    group: train.Group
     steps: int  # 0: left when all is ready for the first
     ready: Callable[[train.State], Any]  # called then
     packs: list[list[PackedBatch]] | None = None  # of each step; None: as the configuration has it
-    after: Callable[[], Any] = lambda: None  # called after each step
+    after: Callable[[train.StepReport], Any] = lambda _: None  # called after each step
+    sources: list | None = None
+    group: train.Group = CPU
+    keeps: bool = True  # the weights of each step
     state: Any = None
     stages: list = field(default_factory=list)
     weights: list[dict] = field(default_factory=list)  # of the student, before and after each step
@@ -356,13 +358,14 @@ class Run:
 
     def go(self) -> "Run":
         HERE.run = self
-        sources, _ = train.open_sources(self.cfg)
         with suppress(Left):
+            sources = self.sources or train.open_sources(self.cfg)[0]
             train.train(self.cfg, self.teachers, sources)
         return self
 
     def keep(self) -> None:
-        self.weights.append({k: x.clone() for k, x in self.state.student.state_dict().items()})
+        weights = self.state.student.state_dict() if self.keeps else {}
+        self.weights.append({name: x.clone() for name, x in weights.items()})
         if len(self.reports) == self.steps:
             raise Left
 
@@ -372,7 +375,7 @@ class Run:
 
     def log(self, report: train.StepReport) -> None:
         self.reports.append(report)
-        self.after()
+        self.after(report)
         self.keep()
 
 
@@ -398,11 +401,11 @@ def quietly(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(train, "save", lambda *_: None)
 
 
-def train_for(cfg: train.TrainConfig, steps: int = 0, ready=lambda _: None, teachers=None, **more):
+def train_for(cfg: train.TrainConfig, steps=0, ready=lambda _: None, teachers=None, **more) -> Run:
     """A `Run` that was left after so many steps."""
     with pytest.MonkeyPatch.context() as patch:
         quietly(patch)
-        return Run(cfg, teachers or load_teachers(cfg), CPU, steps, ready, **more).go()
+        return Run(cfg, teachers or load_teachers(cfg), steps, ready, **more).go()
 
 
 def whole_pictures(run: Run) -> list:
@@ -819,7 +822,7 @@ def test_compiled_blocks_learn_the_same_and_compile_once():
         torch._dynamo.utils.counters.clear()
         graphs: list[int] = []
         counted = torch._dynamo.utils.counters["stats"]
-        run = train_for(cfg, 4, after=lambda g=graphs, c=counted: g.append(c["unique_graphs"]))
+        run = train_for(cfg, 4, after=lambda _, g=graphs, c=counted: g.append(c["unique_graphs"]))
         results.append([report.total for report in run.reports])
         assert graphs[3] == graphs[2] and bool(graphs[2]) == is_compiled
     assert results[1] == pytest.approx(results[0], rel=1e-5)
@@ -1285,7 +1288,7 @@ def test_two_ranks_of_unequal_pictures_take_one_process_steps(changes, monkeypat
     def steps_of(rank):
         torch.set_num_threads(1)
         group = train.Group(rank, 2, CPU.device)
-        return Run(cfg, expected.teachers, group, 2, awake).go()
+        return Run(cfg, expected.teachers, 2, awake, group=group).go()
 
     runs = ranks.run(steps_of)
     for run in runs:
