@@ -3,6 +3,8 @@
 import itertools
 import math
 import warnings
+from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -663,6 +665,52 @@ def test_round_trip_and_folding(kind):
         norm.fold_into(nn.Linear(5, 12, bias=False))
     with pytest.raises(ValueError, match="30 rows are no multiple of C=12"):
         norm.fold_into(nn.Linear(5, 30))
+
+
+@pytest.mark.parametrize("kind", losses.NORMALIZERS)
+def test_a_target_space_folds_a_head_and_its_reader(kind):
+    """Keys and values of what the head says are the same in training, saved, and in training."""
+    maps = [anisotropic(35, 12, seed=i).view(5, 7, 12) for i in range(20)]
+    target = Output(anisotropic(20, 12, seed=9), maps)
+    space = losses.TargetSpace(kind, 12, 12)
+    grids = [(3, 9), (5, 7)] * 10
+    space.update(target, grids)
+    small = [y if grid == (5, 7) else interpolate(y, (3, 7)) for y, grid in zip(maps, grids)]  # noqa: B905
+    rows_NC = torch.cat([y.flatten(0, 1) for y in small])
+    expected = fitted(losses.NORMALIZERS[kind], rows_NC)
+    for y, ours in zip(small, space(target, grids).patches, strict=True):
+        torch.testing.assert_close(ours, expected.normalize(y), rtol=1e-6, atol=1e-6)
+
+    last, reader = nn.Linear(5, 12).double(), nn.Linear(12, 36).double()
+    head = Head(last, reader)
+    hidden_ND, given = randn(7, 5), [x.clone() for x in reader.parameters()]
+    wanted = F.linear(expected.denormalize(last(hidden_ND)), *given).detach()[:, 12:]
+    space.fold_into(head, is_new=True)
+    torch.testing.assert_close(reader(last(hidden_ND))[:, 12:], wanted)
+    space.unfold_from(head)
+    torch.testing.assert_close(reader(last(hidden_ND))[:, 12:], wanted)
+    assert all(torch.equal(x[:12], y[:12]) for x, y in zip(reader.parameters(), given, strict=True))
+    space.fold_into(head)
+    for x, y in zip(reader.parameters(), given, strict=True):
+        torch.testing.assert_close(x, y)
+
+
+@dataclass
+class Output:
+    summary_BC: torch.Tensor
+    patches: list
+    registers_BRC: None = None
+
+
+class Head:
+    """A head with a pool, as much of it as folding needs."""
+
+    def __init__(self, last: nn.Linear, reader: nn.Linear):
+        self.last, self.spec = last, SimpleNamespace(pool=True)
+        self.pool = SimpleNamespace(qkv=reader)
+
+    def output_layers(self):
+        return {"patches": self.last}
 
 
 def test_the_rivals_are_their_equations():

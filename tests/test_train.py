@@ -27,7 +27,7 @@ from PIL import Image
 
 import losses
 import train
-from model import MODELS, load_student, save_student
+from model import MODELS, Layout, load_student, save_student
 from packing import PackedBatch, Sample, to_float
 from teachers import Backbone, SizeRule, Teacher
 
@@ -1330,6 +1330,12 @@ def test_siglips_pooling_head_makes_the_summary(tmp_path):
     kept = saved.heads["siglip2"].pool.qkv  # the teacher's own again
     torch.testing.assert_close(kept.weight, model.head.attention.in_proj_weight)
     torch.testing.assert_close(kept.bias, model.head.attention.in_proj_bias)
+    faint = 1e-4 * torch.randn(1, 9, 32)  # so faint that the norm's epsilon counts
+    for p in (saved.heads["siglip2"].pool, model.head):
+        torch.nn.init.zeros_((p.proj if hasattr(p, "proj") else p.attention.out_proj).bias)
+    with torch.no_grad():
+        ours = saved.heads["siglip2"].pool(faint[0], Layout.of([(3, 3)], 0, faint.device))
+        torch.testing.assert_close(ours, model.head(faint), rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(raw.summary["siglip2"], normal.summary["siglip2"], rtol=1e-3,
                                atol=1e-4)  # fmt: skip
     # a student whose patches are right has a summary near the teacher's: it reads the same space
