@@ -1,19 +1,17 @@
-"""From files to packed batches: sources, decoding, sizes, the sample order, the packer, the loader.
+"""From files to packed batches: which pictures a training step sees, and how.
 
-Pictures of any size become one sequence of patches (AMoE Sec. 3). Which pictures a step sees is a
-pure function of (seed, step) and of the sizes in the file headers: no rank, worker or earlier step
+Pictures of any size become one sequence of patches (AMoE: token-balanced batching), and streams of
+several resolutions share a step (RADIOv2.5: partitions). Which pictures a step sees is a pure
+function of (seed, step) and of the sizes in the file headers: no rank, worker or earlier step
 enters it, so a run resumes from one integer, at any number of processes. A picture that does not
 decode is dropped from its pack and named; nothing else moves.
 
-Legend: B images, M patches of a pack, P patches of one image, X = 3 * patch**2 numbers of a patch,
-flattened (row, column, channel). Sizes are (height, width), in pixels unless called a grid.
+Read: `fit_size`, `patchify`, `mosaic`; `PackedBatch`; `pack`; `Stage` and `Stream`; `Packs` (what
+fills a pack); `StepData` (what a rank gets). Part II: decoding, sources, what is a picture among
+files, loader and process group, the built-in drawings.
 
-Index file: JSON lines, first a header with `format` "amoe-index", `version` 1, `count` and `sha256`
-of the other lines, and what the writer adds. Each further line is what `source.record(i)` gives:
-`source` (its name), `key` (unique), `height` and `width` (EXIF orientation applied), and where the
-picture is: `path` (absolute, or relative to the file), `size` and `offset` in bytes; or, for a
-built-in drawing, `spec`, `seed` and `item`. Where known also `label`, `caption`, `digest` (sha256
-of the picture's bytes) and `mask` ({path, offset, size}).
+Legend: B images, M patches of a pack, P patches of an image, X = 3 * patch**2 numbers of a patch,
+flattened (row, column, channel). Sizes are (height, width), in pixels unless called a grid.
 """
 
 from __future__ import annotations
@@ -55,24 +53,21 @@ from torch.utils.data import DataLoader, Dataset
 Record = dict[str, Any]
 Skipped = dict[str, str]  # key or file -> reason
 Size = tuple[int, int]  # height, width
+Weighted = tuple["Source", float]  # a source and its share of the pictures, among others
 Box = tuple[float, float, float, float]  # top, left, bottom, right, as shares of a picture's sides
 
 
-# ---- Part I, the papers: native sizes in whole patches
+# ---- Part I, the papers: one picture, native size in whole patches
 
 
-def fit_size(height: float, width: float, patch: int, min_area: float = 0,
-             max_area: float | None = None, upsample: bool = False) -> Size:  # fmt: skip
+def fit_size(height: float, width: float, patch: int, max_area: float | None = None) -> Size:
     """The size a picture is resized to: each side the nearest multiple of the patch, at least one.
 
-    Above `max_area` pixels it shrinks, and below `min_area` it grows if `upsample`; the aspect is
-    kept as far as whole patches allow. Source: AMoE's image processor (round, floor, ceil).
+    Above `max_area` pixels it shrinks; the aspect is kept as far as whole patches allow.
+    Source: AMoE release, image processor.
     """
     sides = height / patch, width / patch
     h, w = (max(math.floor(side + 0.5), 1) for side in sides)
-    if upsample and h * w * patch**2 < min_area:
-        scale = math.sqrt(min_area / patch**2 / (sides[0] * sides[1]))
-        h, w = (math.ceil(side * scale - 1e-6) for side in sides)
     if max_area is not None and h * w * patch**2 > max_area:
         most = max(max_area / patch**2, 1)
         scale = math.sqrt(most / (sides[0] * sides[1]))
@@ -88,19 +83,16 @@ def patchify(image_CHW: Tensor, patch: int) -> Tensor:
 
 
 def mosaic(
-    images: Sequence[Tensor], canvas: int, patch: int,
-    generator: torch.Generator | None = None, fill: Sequence[float] = (0.5, 0.5, 0.5),
-) -> tuple[Tensor, list[tuple[int, int, int, int]]]:  # fmt: skip
+    images: Sequence[Tensor], canvas: int, patch: int, fill: Sequence[float] = (0.5, 0.5, 0.5)
+) -> tuple[Tensor, list[tuple[int, int, int, int]]]:
     """Tile pictures (3, H, W) on one square canvas, for a teacher that works at that size only.
 
-    The canvas is cut into k x k cells, k the largest for which all pictures fit; cells may stay
-    empty. A generator draws the cells, and the places in them in whole patches; without one the
-    pictures go in reading order to the top left of their cells. `fill` is the colour of the rest.
+    The canvas has k x k cells, k the largest for which all pictures fit. They go in reading order
+    to the top left of their cells; `fill` is the colour of the rest.
 
     Returns: (3, canvas, canvas), and each picture's box in the teacher's feature map, in tokens:
         (top, left, height, width), for features[top : top + height, left : left + width].
-
-    Source: RADIOv2.5 mosaic augmentation: 256 px k=4; 432 px k=2 with 80 px of padding.
+    Source: RADIOv2.5: mosaic augmentation (256 px: k=4; 432 px: k=2 with 80 px of padding).
     """
     sides = [side for image in images for side in image.shape[1:]]
     if not sides or any(side % patch for side in (canvas, *sides)):
@@ -108,49 +100,15 @@ def mosaic(
     k = canvas // max(sides)
     if len(images) > k * k:
         raise ValueError(f"{len(images)} pictures, but {canvas=} has {k}x{k} cells of that size")
-    cell = canvas // patch // k
-    order = torch.arange(k * k) if generator is None else torch.randperm(k * k, generator=generator)
+    cell = canvas // patch // k  # in tokens, so that no token sees two pictures
     ground_311 = torch.tensor(fill, device=images[0].device)[:, None, None]
     sheet, boxes = ground_311.repeat(1, canvas, canvas), []
-    for image, slot in zip(images, order.tolist(), strict=False):
-        height, width = image.shape[1] // patch, image.shape[2] // patch
-        top, left = slot // k * cell, slot % k * cell
-        if generator is not None:
-            top += int(torch.randint(cell - height + 1, (), generator=generator))
-            left += int(torch.randint(cell - width + 1, (), generator=generator))
+    for i, image in enumerate(images):
+        (height, width), top, left = image.shape[1:], i // k * cell, i % k * cell
         y, x = top * patch, left * patch
-        sheet[:, y : y + image.shape[1], x : x + image.shape[2]] = image
-        boxes.append((top, left, height, width))
+        sheet[:, y : y + height, x : x + width] = image
+        boxes.append((top, left, height // patch, width // patch))
     return sheet, boxes
-
-
-class View(NamedTuple):
-    """What one of those that look at the same picture sees of it."""
-
-    origin: Size  # (row, column) of its first patch; only the differences between views count
-    box: Box | None  # None: the whole picture
-
-
-def shifted_views(
-    grid: Size, names: Sequence[str], std: float, generator: torch.Generator
-) -> dict[str, View]:
-    """A view of `grid` patches for each name, moved by its own draw of whole patches, N(0, std).
-
-    The picture is enlarged, its aspect kept, until it holds them all, so nothing is cut off a view.
-    A move is at most (side - 1) // 2 patches, so that any two views overlap.
-    C-RADIOv4 Eq. 1; std = 0.5, which leaves 68 % of the draws at 0, is its makers'
-    """
-    grid_2 = torch.tensor(grid, dtype=torch.float64)
-    most_2 = ((grid_2 - 1) / 2).floor()
-    drawn_V2 = std * torch.randn(len(names), 2, generator=generator, dtype=torch.float64)
-    moves_V2 = drawn_V2.round().clamp(-most_2, most_2)
-    low_2, span_2 = moves_V2.amin(0), moves_V2.amax(0) - moves_V2.amin(0)
-    side_2 = grid_2 * ((grid_2 + span_2) / grid_2).max()  # of the enlarged picture, in patches
-    starts_V2 = moves_V2 - low_2 + (side_2 - grid_2 - span_2) / 2
-    boxes_V4 = (torch.cat([starts_V2, starts_V2 + grid_2], 1) / side_2.repeat(2)).clamp(0, 1)
-    boxes = [tuple(box) if span_2.any() else None for box in boxes_V4.tolist()]
-    origins = moves_V2.int().tolist()
-    return {n: View((y, x), box) for n, (y, x), box in zip(names, origins, boxes, strict=True)}
 
 
 # ---- Packed batches
@@ -158,21 +116,20 @@ def shifted_views(
 
 @dataclass
 class PackedBatch:
-    """Pictures of many sizes as one sequence of patches; may be empty."""
+    """Pictures of many sizes as one sequence of patches, one after the other; may be empty."""
 
-    patches_MX: Tensor  # float32 in [0, 1], one picture after the other
+    patches_MX: Tensor  # float32 in [0, 1]
     grids: list[Size]  # (h, w) in patches of each picture
     patch: int  # pixels
     samples: list[Sample] = field(default_factory=list)  # one per picture, or none
-    partition_B: list[int] = field(default_factory=list)  # the partition of each picture
+    stream_B: list[int] = field(default_factory=list)  # the number of each picture's stream
     skipped: Skipped = field(default_factory=dict)  # pictures of this pack that did not decode
     # by teacher, and "" for the student: its view of each picture; nothing if all see the whole
     views: dict[str, list[View]] = field(default_factory=dict)
-    # by teacher: the pictures as it sees them, in one row of numbers, and their sizes in pixels
-    pixels: dict[str, tuple[Tensor, list[Size]]] = field(default_factory=dict)
+    pixels: dict[str, Pictures] = field(default_factory=dict)  # by teacher: what it sees of them
 
     def __post_init__(self) -> None:
-        self.partition_B = self.partition_B or [0] * len(self.grids)
+        self.stream_B = self.stream_B or [0] * len(self.grids)
 
     @classmethod
     def from_images(
@@ -190,13 +147,12 @@ class PackedBatch:
         for batch in batches:
             joined.grids += batch.grids
             joined.samples += batch.samples
-            joined.partition_B += batch.partition_B
+            joined.stream_B += batch.stream_B
             joined.skipped |= batch.skipped
             for name, views in batch.views.items():
                 joined.views.setdefault(name, []).extend(views)
         for name in batches[0].pixels:
-            rows, sizes = zip(*(batch.pixels[name] for batch in batches), strict=True)
-            joined.pixels[name] = torch.cat(rows), list(itertools.chain(*sizes))
+            joined.pixels[name] = Pictures.cat([batch.pixels[name] for batch in batches])
         return joined
 
     def __len__(self) -> int:
@@ -216,34 +172,16 @@ class PackedBatch:
         """The part of each picture that a teacher sees; None: all see all of them."""
         return [view.box for view in self.views[name]] if self.views else None
 
-    def with_pixels(self, pixels: Mapping[str, list[Tensor]]) -> PackedBatch:
-        """The same with the pictures (3, H, W) that each teacher sees, all in one storage: a
-        loader's worker hands each storage over as an open file, of which there may be 1024."""
-        rows = [
-            torch.cat([x.flatten() for x in (self.patches_MX[:0], *xs)]) for xs in pixels.values()
-        ]
-        parts = [self.patches_MX.flatten(), *rows]
-        patches, *rows = torch.cat(parts).split([part.numel() for part in parts])
-        sizes = [[(x.shape[1], x.shape[2]) for x in xs] for xs in pixels.values()]
-        named = dict(zip(pixels, zip(rows, sizes, strict=True), strict=True))
-        return replace(self, patches_MX=patches.view_as(self.patches_MX), pixels=named)
-
     def seen(self, name: str) -> list[Tensor]:
         """The pictures as a teacher sees them, each (3, H, W)."""
-        row, sizes = self.pixels[name]
-        pictures = row.split([3 * height * width for height, width in sizes])
-        return [x.unflatten(0, (3, *size)) for x, size in zip(pictures, sizes, strict=True)]
-
-    def map(self, move: Callable[[Tensor], Tensor]) -> PackedBatch:
-        """The same with its tensors moved; what is still on the host stays there."""
-        pixels = {name: (move(row), sizes) for name, (row, sizes) in self.pixels.items()}
-        return replace(self, patches_MX=move(self.patches_MX), pixels=pixels)
+        return self.pixels[name].split()
 
     def to(self, device: torch.device | str) -> PackedBatch:
-        return self.map(lambda x: to_device(x, device))
+        """The same with its tensors moved; what is still on the host stays there."""
+        return moved(self, lambda x: to_device(x, device))
 
     def pin_memory(self) -> PackedBatch:  # the loader's pinning thread calls it
-        return self.map(Tensor.pin_memory)
+        return moved(self, Tensor.pin_memory)
 
 
 def pack(
@@ -254,13 +192,10 @@ def pack(
     A pack starts with the oldest waiting picture, so that none waits forever, and takes the
     largest that fits, until none does; once two could fill the rest, it takes the best pair.
 
-    Args:
-        lengths: tokens of each picture, prefix tokens counted.
-        lookahead: pictures that wait at a time; more fill better.
-        max_images: the most in a pack, or None for no limit.
-
+    Args: lengths: tokens of each picture, prefix tokens counted. lookahead: pictures that wait at
+        a time; more fill better. max_images: the most in a pack, or None for no limit.
     Returns: packs of indices into `lengths`, each index once.
-    Source: AMoE Sec. 3; it does not state the algorithm.
+    Source: AMoE: token-balanced batching; the paper has no algorithm, we chose this one.
     """
     if lookahead < 1 or (max_images is not None and max_images < 1):
         raise ValueError(f"{lookahead=} and {max_images=} must be at least 1")
@@ -283,12 +218,231 @@ def pack(
             is_packed[-minus_i] = True
             for arrived in itertools.islice(stream, 1):
                 bisect.insort(waiting, arrived)
-            at = _best_fit(waiting, room, (max_images or len(lengths)) - len(members))
+            at = best_fit(waiting, room, (max_images or len(lengths)) - len(members))
         packs.append(members)
     return packs
 
 
-def _best_fit(waiting: list[tuple[int, int]], room: int, places: int) -> int:
+# ---- What a step sees: a stage's streams, the packs of each, and this rank's share
+
+
+@dataclass(frozen=True)
+class Stream:
+    """What RADIO calls a partition: a size rule, a share of the step, and its teachers.
+
+    A picture keeps its aspect and gets an area of at most max_side**2. With `choices` it becomes a
+    square instead, of a side that each (epoch, picture) draws, or of its own area if that is less.
+    Source: RADIOv2.5: partitions; AMoE: native sizes; C-RADIOv4: stochastic resolutions.
+    """
+
+    name: str  # enters the key of the order
+    max_side: int = 224
+    min_side: int = 0  # smaller pictures are left out of this stream
+    choices: tuple[int, ...] = ()
+    budget: int = 1024  # tokens of a pack, prefix tokens counted
+    packs: int = 2  # of a step, over all ranks
+    teachers: tuple[str, ...] = ()  # those that supervise it; () all (AM-RADIO had each on one)
+    data: tuple[int, ...] = ()  # which of the --data SOURCEs, counted from 0; () all
+
+    def fit(self, height: int, width: int, patch: int, draw: float) -> Size:
+        """Size of a picture; `draw` in [0, 1) picks one of the choices."""
+        if not self.choices:
+            return fit_size(height, width, patch, self.max_side**2)
+        side = min(self.choices[int(draw * len(self.choices))], math.sqrt(height * width))
+        return fit_size(side, side, patch)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the run, up to the fraction `until` of its steps."""
+
+    until: float
+    streams: tuple[Stream, ...]
+
+
+@dataclass
+class Packs:
+    """The endless row of packs of one stream, planned an epoch at a time: what fills a pack.
+
+    Each source gives its share of the epoch's pictures (`_share`); each picture gets its size, and
+    all are shuffled (`_pictures`); they are packed in that order (`plan`). A step takes the next
+    `stream.packs`, and the last packs of an epoch that do not fill a step are left out.
+
+    A pack is an array of (source, index, h, w), the grid in patches.
+    """
+
+    stream: Stream
+    sources: Sequence[Weighted]  # the stream's are chosen from them
+    patch: int  # pixels
+    prefix: int  # tokens of an image besides its patches
+    seed: int
+    max_images: int | None = 16  # in a pack (AMoE: token-balanced batching)
+
+    def __post_init__(self) -> None:
+        self.sources = sources_of(self.stream, self.sources)
+        self._plans: dict[int, list[np.ndarray]] = {}
+        self._starts = [0]  # first step of each epoch known so far
+
+    def _random(self, epoch: int, *purpose: object) -> torch.Generator:
+        return keyed_generator(self.seed, epoch, self.stream.name, *purpose)
+
+    def _share(self, number: int, epoch: int) -> list[int]:
+        """A source's pictures in an epoch: a window on an endless row of its permutations.
+
+        An epoch has as many pictures as all sources together. A source whose weight is in
+        proportion to its size, and so any single one, is passed over exactly once.
+        """
+        count, weights = len(self.sources[number][0]), [weight for _, weight in self.sources]
+        quota = weights[number] * sum(len(source) for source, _ in self.sources) / sum(weights)
+        start, stop = int(epoch * quota), int((epoch + 1) * quota)
+        row, first = list[int](), start // count
+        for turn in range(first, -(-stop // count)):
+            row += torch.randperm(count, generator=self._random(turn, number, "order")).tolist()
+        return row[start - first * count : stop - first * count]
+
+    def _pictures(self, epoch: int) -> np.ndarray:
+        """All pictures of an epoch, shuffled: rows of (source, index, h, w)."""
+        rows = []
+        for number, (source, _) in enumerate(self.sources):
+            # a draw for each picture of the source, so that it depends on the picture alone
+            generator = self._random(epoch, number, "size")
+            draws = torch.rand(len(source), generator=generator, dtype=torch.float64).tolist()
+            for i in self._share(number, epoch):
+                height, width = self.stream.fit(*source.size(i), self.patch, draws[i])
+                rows.append((number, i, height // self.patch, width // self.patch))
+        mixed = torch.randperm(len(rows), generator=self._random(epoch, "mix"))
+        return np.array(rows)[mixed.numpy()]
+
+    def plan(self, epoch: int) -> list[np.ndarray]:
+        """All packs of an epoch."""
+        if epoch not in self._plans:
+            pictures = self._pictures(epoch)
+            lengths = pictures[:, 2] * pictures[:, 3] + self.prefix
+            refuse_too_long(self, pictures, lengths)
+            packs = pack(lengths.tolist(), self.stream.budget, max_images=self.max_images)
+            refuse_too_few(self.stream, len(pictures), len(packs))
+            self._plans.pop(epoch - 2, None)  # a loader looks at two epochs at most
+            self._plans[epoch] = [pictures[members] for members in packs]
+        return self._plans[epoch]
+
+    def steps_in(self, epoch: int) -> int:
+        return len(self.plan(epoch)) // self.stream.packs
+
+    def dropped(self, epoch: int) -> int:
+        return sum(map(len, self.plan(epoch)[self.steps_in(epoch) * self.stream.packs :]))
+
+    def locate(self, step: int) -> tuple[int, int]:
+        """The epoch of a global step, and the step's number in it."""
+        while self._starts[-1] <= step:
+            self._starts.append(self._starts[-1] + self.steps_in(len(self._starts) - 1))
+        epoch = bisect.bisect_right(self._starts, step) - 1
+        return epoch, step - self._starts[epoch]
+
+    def packs_at(self, step: int) -> list[np.ndarray]:
+        (epoch, step), each = self.locate(step), self.stream.packs
+        return self.plan(epoch)[step * each : (step + 1) * each]
+
+
+@dataclass(eq=False)
+class StepData(Dataset):
+    """The packs of each global step of a stage that belong to one rank.
+
+    The packs of all streams stand in one row, and each rank has an equal, contiguous part: many
+    ranks form low- and high-resolution groups, and one rank has micro-batches of one step. Every
+    stream goes through its own epochs.
+    """
+
+    streams: Sequence[Stream]
+    sources: Sequence[Weighted]  # of the run
+    patch: int
+    prefix: int
+    seed: int = 0
+    rank: int = 0
+    world: int = 1
+    max_images: int | None = 16
+    shift: float = 0.0  # deviation, in patches, of what each looks at, see `shifted_views`
+    # the live ones: what each sees of a picture is made here, and no picture leaves the worker
+    # besides (a photograph is 36 MB); None: the samples keep theirs
+    teachers: Mapping[str, Viewer] | None = None
+
+    def __post_init__(self) -> None:
+        count = sum(stream.packs for stream in self.streams)
+        if count % self.world:
+            raise ValueError(f"{count} packs per step do not divide over world={self.world} ranks")
+        rest = self.sources, self.patch, self.prefix, self.seed, self.max_images
+        self.packs = [Packs(stream, *rest) for stream in self.streams]
+        self.mine = slice(self.rank * count // self.world, (self.rank + 1) * count // self.world)
+
+    def packs_at(self, step: int) -> list[tuple[int, np.ndarray]]:
+        """All packs of a global step, over all ranks, each with the number of its stream."""
+        return [(s, members) for s, row in enumerate(self.packs) for members in row.packs_at(step)]
+
+    def __getitem__(self, step: int) -> list[PackedBatch]:
+        """This rank's packs of a global step."""
+        return [load_pack(self, step, s, members) for s, members in self.packs_at(step)[self.mine]]
+
+    def steps_in(self, epoch: int) -> int:
+        """Steps in an epoch of the first stream."""
+        return self.packs[0].steps_in(epoch)
+
+    def dropped(self, epoch: int) -> int:
+        """Pictures of an epoch, over all streams, in the last packs that do not fill a step."""
+        return sum(row.dropped(epoch) for row in self.packs)
+
+
+# ---- Part II: the plumbing
+# ---- The order: keys, a stream's sources, and what cannot be packed
+
+
+def keyed_seed(*key: object) -> int:
+    """63-bit integer from the sha256 of the key's repr, the same in every process."""
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") >> 1
+
+
+def keyed_generator(*key: object) -> torch.Generator:
+    """Random generator of a key such as (seed, epoch, sample, purpose)."""
+    return torch.Generator().manual_seed(keyed_seed(*key))
+
+
+def sources_of(stream: Stream, mix: Sequence[Weighted]) -> list[Weighted]:
+    """The sources that a stream draws from, each without the pictures that are too small for it."""
+    chosen = [mix[i] for i in stream.data] or list(mix)
+    if stream.min_side:
+        chosen = [(large_enough(source, stream.min_side), weight) for source, weight in chosen]
+    for source, weight in chosen:
+        if not (weight > 0 and len(source)):
+            raise ValueError(
+                f"stream {stream.name}: {source.name}: {len(source)} pictures of min_side="
+                f"{stream.min_side} and weight={weight} must be above 0"
+            )
+    return chosen
+
+
+def large_enough(source: Source, side: int) -> Subset:
+    """The pictures with an area of side^2 px or more."""
+    areas = [math.prod(source.size(i)) for i in range(len(source))]
+    return Subset(source, [i for i, area in enumerate(areas) if area >= side**2])
+
+
+def refuse_too_long(packs: Packs, pictures: np.ndarray, lengths: np.ndarray) -> None:
+    if lengths.max() > packs.stream.budget:
+        number, i, h, w = pictures[lengths.argmax()].tolist()
+        raise ValueError(
+            f"stream {packs.stream.name}: {packs.sources[number][0].key(i)} has {h}x{w} patches, "
+            f"more than budget={packs.stream.budget} holds; raise it or lower max_side"
+        )
+
+
+def refuse_too_few(stream: Stream, pictures: int, packs: int) -> None:
+    if packs < stream.packs:
+        raise ValueError(
+            f"stream {stream.name}: {pictures} pictures make {packs} packs, fewer than the "
+            f"{stream.packs} of a step: about {-(-pictures * stream.packs // packs)} pictures are "
+            "needed"
+        )
+
+
+def best_fit(waiting: list[tuple[int, int]], room: int, places: int) -> int:
     """Position in the sorted list of the length to take next, -1 for none."""
     at = bisect.bisect_right(waiting, (room, 1)) - 1 if places else -1
     if at < 1 or places < 2 or room > 2 * waiting[at][0]:  # more than a pair will fit
@@ -302,136 +456,7 @@ def _best_fit(waiting: list[tuple[int, int]], room: int, places: int) -> int:
     return at
 
 
-# ---- The sample order: which pictures a step sees
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """What size a picture gets: native aspect, whole patches, and an area in pixels."""
-
-    min_area: float = 0  # smaller pictures grow to it if `upsample`, else stay as they are
-    max_area: float | None = None  # larger pictures shrink to it (AMoE: 256**2, then 768**2)
-    # RADIO's stochastic sizes: each (epoch, sample) draws a side and is resized to that square;
-    # the areas do not count then, but the native one is still the limit unless `upsample`
-    choices: tuple[int, ...] = ()
-    upsample: bool = False
-
-    def __post_init__(self) -> None:
-        if self.max_area is not None and self.min_area > self.max_area:
-            raise ValueError(f"min_area={self.min_area} is above max_area={self.max_area}")
-
-    def fit(self, height: int, width: int, patch: int, draw: float) -> Size:
-        """Size of a picture; `draw` in [0, 1) picks one of the choices."""
-        if not self.choices:
-            return fit_size(height, width, patch, self.min_area, self.max_area, self.upsample)
-        side: float = self.choices[int(draw * len(self.choices))]
-        side = side if self.upsample else min(side, math.sqrt(height * width))
-        return fit_size(side, side, patch)
-
-
-@dataclass(frozen=True)
-class Component:
-    """A source at some sizes."""
-
-    source: Source
-    sizes: Sizes
-    weight: float = 1.0  # the source's share of the pictures, relative to the other components'
-
-    def __post_init__(self) -> None:
-        if not (self.weight > 0 and len(self.source)):
-            name, count = self.source.name, len(self.source)
-            raise ValueError(f"{name}: {count} pictures and weight={self.weight} must be above 0")
-
-
-@dataclass(frozen=True)
-class Partition:
-    """A stream of packs with its own resolution and batch size (RADIO: low and high)."""
-
-    name: str
-    components: tuple[Component, ...]
-    budget: int  # tokens of a pack, prefix tokens counted
-    packs_per_step: int  # over all ranks
-    max_images: int | None = 16  # in a pack
-
-
-class StepData(Dataset):
-    """The packs of each global step that belong to one rank.
-
-    The packs of all partitions stand in one row, and each rank has an equal, contiguous part: many
-    ranks form low- and high-resolution groups, and one rank has micro-batches of one step. Every
-    partition goes through its own epochs.
-
-    `prefix` counts an image's tokens besides its patches. `teachers` are the live ones: what each
-    sees of a picture is made here, and no picture leaves the worker besides (a photograph is
-    36 MB). None: the samples keep theirs. `shift` is the deviation, in patches, by which the views
-    of the student and of each teacher move, see `shifted_views`.
-    """
-
-    def __init__(self, partitions: Sequence[Partition], patch: int, prefix: int, seed: int = 0,
-                 rank: int = 0, world: int = 1, lookahead: int = 64,
-                 shift: float = 0.0, teachers: Mapping[str, Viewer] | None = None):  # fmt: skip
-        packs = sum(partition.packs_per_step for partition in partitions)
-        if packs % world:
-            raise ValueError(f"{packs} packs per step do not divide over {world=} processes")
-        self.partitions, self.patch = tuple(partitions), patch
-        self.shift, self.teachers = shift, teachers
-        self._streams = [_Stream(p, patch, prefix, seed, lookahead) for p in partitions]
-        self._part = slice(rank * packs // world, (rank + 1) * packs // world)
-        self._seed = seed
-
-    def _row(self, step: int) -> list[tuple[int, np.ndarray]]:
-        """All packs of a global step, each with the number of its partition."""
-        return [(n, items) for n, s in enumerate(self._streams) for items in s.packs_at(step)]
-
-    def __getitem__(self, step: int) -> list[PackedBatch]:
-        """This rank's packs of a global step."""
-        return [self._load(step, number, items) for number, items in self._row(step)[self._part]]
-
-    def _load(self, step: int, number: int, items: np.ndarray) -> PackedBatch:
-        images, samples, skipped, viewers = [], [], Skipped(), dict(self.teachers or {})
-        names = ("", *viewers)
-        views: dict[str, list[View]] = {name: [] for name in names if self.shift}
-        pixels: dict[str, list[Tensor]] = {name: [] for name in viewers}
-        epoch, _ = self._streams[number].locate(step)
-        for component, i, h, w in items.tolist():
-            source = self.partitions[number].components[component].source
-            size = h * self.patch, w * self.patch
-            asked = [viewer.asks(source.size(i), size) for viewer in viewers.values()]
-            whole = self.teachers is None or self.shift  # a view may be a part of the picture
-            at_least = None if whole else tuple(map(max, zip(size, *asked, strict=True)))
-            try:
-                sample = source.load(i, at_least)
-            except BadImage as error:
-                skipped[source.key(i)] = str(error)
-            else:
-                samples.append(sample if self.teachers is None else without_pixels(sample))
-                found = dict.fromkeys(names, View((0, 0), None))
-                if self.shift:
-                    generator = keyed_generator(self._seed, epoch, sample.key, "shift")
-                    found = shifted_views((h, w), names, self.shift, generator)
-                for name in views:
-                    views[name].append(found[name])
-                images.append(to_float(sample.image, size, found[""].box))
-                for name, viewer in viewers.items():
-                    pixels[name].append(viewer.view(sample.image, size, found[name].box))
-        batch = PackedBatch.from_images(images, self.patch, samples)
-        partition_B = [number] * len(images)
-        batch = replace(batch, partition_B=partition_B, skipped=skipped, views=views)
-        return batch.with_pixels(pixels) if pixels else batch
-
-    def steps_in(self, epoch: int) -> int:
-        """Steps in an epoch of the first partition."""
-        return self._streams[0].steps_in(epoch)
-
-    def plan(self, step: int) -> list[list[str]]:
-        """Keys of the pictures of every pack of a global step, over all ranks."""
-        parts = [partition.components for partition in self.partitions]
-        row = [(parts[number], items.tolist()) for number, items in self._row(step)]
-        return [[part[c].source.key(i) for c, i, _, _ in items] for part, items in row]
-
-    def dropped(self, epoch: int) -> int:
-        """Pictures of an epoch, over all partitions, in the last packs that do not fill a step."""
-        return sum(stream.dropped(epoch) for stream in self._streams)
+# ---- What the student and each teacher sees of a picture
 
 
 class Viewer(Protocol):
@@ -446,100 +471,107 @@ class Viewer(Protocol):
         ...
 
 
-class _Stream:
-    """The endless row of packs of one partition, planned an epoch at a time.
+class View(NamedTuple):
+    """What one of those that look at the same picture sees of it."""
 
-    An epoch has as many pictures as all sources together; a source whose weight is in proportion
-    to its size, and so any single one, is passed over exactly once. A pack is an array of
-    (component, index, h, w), the grid in patches.
+    origin: Size  # (row, column) of its first patch; only the differences between views count
+    box: Box | None  # None: the whole picture
+
+
+def shifted_views(
+    grid: Size, names: Sequence[str], std: float, generator: torch.Generator
+) -> dict[str, View]:
+    """A view of `grid` patches for each name, moved by its own draw of whole patches, N(0, std).
+
+    The picture is enlarged, its aspect kept, until it holds them all, so nothing is cut off a view.
+    A move is at most (side - 1) // 2 patches, so that any two of the V views overlap.
+    Source: C-RADIOv4 Eq. 1; std = 0.5, which leaves 68 % of the draws at 0, is its makers'.
     """
-
-    def __init__(self, partition: Partition, patch: int, prefix: int, seed: int, lookahead: int):
-        self.partition, self.patch, self.prefix = partition, patch, prefix
-        self.seed, self.lookahead = seed, lookahead
-        self._plans: dict[int, list[np.ndarray]] = {}
-        self._starts = [0]  # first step of each epoch known so far
-
-    def _generator(self, epoch: int, *purpose: object) -> torch.Generator:
-        return keyed_generator(self.seed, epoch, self.partition.name, *purpose)
-
-    def _indices(self, number: int, epoch: int) -> list[int]:
-        """A component's pictures in an epoch: a window on an endless row of permutations."""
-        parts = self.partition.components
-        count, total = len(parts[number].source), sum(len(part.source) for part in parts)
-        quota = parts[number].weight * total / sum(part.weight for part in parts)
-        start, stop = int(epoch * quota), int((epoch + 1) * quota)
-        row, first = list[int](), start // count
-        for turn in range(first, -(-stop // count)):
-            order = torch.randperm(count, generator=self._generator(turn, number, "order"))
-            row += order.tolist()
-        return row[start - first * count : stop - first * count]
-
-    def _items(self, epoch: int) -> np.ndarray:
-        """All pictures of an epoch, shuffled: rows of (component, index, h, w)."""
-        rows = []
-        for number, part in enumerate(self.partition.components):
-            # a draw for each picture of the source, so that it depends on the picture alone
-            generator = self._generator(epoch, number, "size")
-            draws = torch.rand(len(part.source), generator=generator, dtype=torch.float64).tolist()
-            for i in self._indices(number, epoch):
-                height, width = part.sizes.fit(*part.source.size(i), self.patch, draws[i])
-                rows.append((number, i, height // self.patch, width // self.patch))
-        mixed = torch.randperm(len(rows), generator=self._generator(epoch, "mix"))
-        return np.array(rows)[mixed.numpy()]
-
-    def plan(self, epoch: int) -> list[np.ndarray]:
-        """All packs of an epoch."""
-        if epoch in self._plans:
-            return self._plans[epoch]
-        part, items = self.partition, self._items(epoch)
-        lengths = items[:, 2] * items[:, 3] + self.prefix
-        if lengths.max() > part.budget:
-            component, i, h, w = items[lengths.argmax()].tolist()
-            raise ValueError(
-                f"partition {part.name}: {part.components[component].source.key(i)} has {h}x{w} "
-                f"patches, more than budget={part.budget} holds; raise it or lower Sizes.max_area"
-            )
-        packs = pack(lengths.tolist(), part.budget, self.lookahead, part.max_images)
-        if len(packs) < part.packs_per_step:
-            raise ValueError(
-                f"partition {part.name}: {len(items)} pictures make {len(packs)} packs, fewer than "
-                f"packs_per_step={part.packs_per_step}: about "
-                f"{-(-len(items) * part.packs_per_step // len(packs))} pictures are needed"
-            )
-        self._plans.pop(epoch - 2, None)  # a loader looks at two epochs at most
-        self._plans[epoch] = [items[members] for members in packs]
-        return self._plans[epoch]
-
-    def steps_in(self, epoch: int) -> int:
-        return len(self.plan(epoch)) // self.partition.packs_per_step
-
-    def dropped(self, epoch: int) -> int:
-        used = self.steps_in(epoch) * self.partition.packs_per_step
-        return sum(map(len, self.plan(epoch)[used:]))
-
-    def locate(self, step: int) -> tuple[int, int]:
-        while self._starts[-1] <= step:
-            self._starts.append(self._starts[-1] + self.steps_in(len(self._starts) - 1))
-        epoch = bisect.bisect_right(self._starts, step) - 1
-        return epoch, step - self._starts[epoch]
-
-    def packs_at(self, step: int) -> list[np.ndarray]:
-        (epoch, step), each = self.locate(step), self.partition.packs_per_step
-        return self.plan(epoch)[step * each : (step + 1) * each]
+    grid_2 = torch.tensor(grid, dtype=torch.float64)
+    most_2 = ((grid_2 - 1) / 2).floor()
+    drawn_V2 = std * torch.randn(len(names), 2, generator=generator, dtype=torch.float64)
+    moves_V2 = drawn_V2.round().clamp(-most_2, most_2)
+    low_2, span_2 = moves_V2.amin(0), moves_V2.amax(0) - moves_V2.amin(0)
+    side_2 = grid_2 * ((grid_2 + span_2) / grid_2).max()  # of the enlarged picture, in patches
+    starts_V2 = moves_V2 - low_2 + (side_2 - grid_2 - span_2) / 2
+    boxes_V4 = (torch.cat([starts_V2, starts_V2 + grid_2], 1) / side_2.repeat(2)).clamp(0, 1)
+    boxes = [tuple(box) if span_2.any() else None for box in boxes_V4.tolist()]
+    origins = moves_V2.int().tolist()
+    return {n: View((y, x), box) for n, (y, x), box in zip(names, origins, boxes, strict=True)}
 
 
-def keyed_seed(*key: object) -> int:
-    """63-bit integer from the sha256 of the key's repr, the same in every process."""
-    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") >> 1
+def load_pack(data: StepData, step: int, number: int, members: np.ndarray) -> PackedBatch:
+    """A pack of a stream, decoded, and resized to what the student and each teacher sees."""
+    row, patch, teachers = data.packs[number], data.patch, data.teachers or {}
+    epoch, names, skipped = row.locate(step)[0], ("", *teachers), Skipped()
+    images, samples = [], []
+    views: dict[str, list[View]] = {name: [] for name in names if data.shift}
+    pixels: dict[str, list[Tensor]] = {name: [] for name in teachers}
+    for which, i, h, w in members.tolist():
+        source, size = row.sources[which][0], (h * patch, w * patch)
+        asked = [teacher.asks(source.size(i), size) for teacher in teachers.values()]
+        whole = data.teachers is None or data.shift  # a view may be a part of the picture
+        at_least = None if whole else tuple(map(max, zip(size, *asked, strict=True)))
+        for _, sample in readable(source, [i], skipped, at_least):
+            samples.append(sample if data.teachers is None else without_pixels(sample))
+            found = dict.fromkeys(names, View((0, 0), None))
+            if data.shift:
+                generator = keyed_generator(data.seed, epoch, sample.key, "shift")
+                found = shifted_views((h, w), names, data.shift, generator)
+            for name in views:
+                views[name].append(found[name])
+            images.append(to_float(sample.image, size, found[""].box))
+            for name, teacher in teachers.items():
+                pixels[name].append(teacher.view(sample.image, size, found[name].box))
+    batch = PackedBatch.from_images(images, patch, samples)
+    batch = replace(batch, stream_B=[number] * len(images), skipped=skipped, views=views)
+    return with_pixels(batch, pixels) if pixels else batch
 
 
-def keyed_generator(*key: object) -> torch.Generator:
-    """Random generator of a key such as (seed, epoch, sample, purpose)."""
-    return torch.Generator().manual_seed(keyed_seed(*key))
+class Pictures(NamedTuple):
+    """Pictures of many sizes in one row of numbers."""
+
+    row: Tensor
+    sizes: list[Size]
+
+    @classmethod
+    def cat(cls, parts: Sequence[Pictures]) -> Pictures:
+        return cls(torch.cat([p.row for p in parts]), [size for p in parts for size in p.sizes])
+
+    def split(self) -> list[Tensor]:
+        pictures = self.row.split([3 * height * width for height, width in self.sizes])
+        return [x.unflatten(0, (3, *size)) for x, size in zip(pictures, self.sizes, strict=True)]
 
 
-# ---- Part II: the plumbing
+def with_pixels(batch: PackedBatch, pixels: Mapping[str, list[Tensor]]) -> PackedBatch:
+    """The same with the pictures (3, H, W) that each teacher sees, all in one storage: a loader's
+    worker hands each storage over as an open file, of which there may be 1024."""
+    sizes = {name: [(x.shape[1], x.shape[2]) for x in xs] for name, xs in pixels.items()}
+    parts = [batch.patches_MX, *itertools.chain(*pixels.values())]
+    counts = [sum(x.numel() for x in xs) for xs in pixels.values()]
+    flat = torch.cat([x.flatten() for x in parts])
+    patches, *rows = flat.split([batch.patches_MX.numel(), *counts])
+    named = dict(zip(sizes, map(Pictures, rows, sizes.values()), strict=True))
+    return replace(batch, patches_MX=patches.view_as(batch.patches_MX), pixels=named)
+
+
+def moved(batch: PackedBatch, move: Callable[[Tensor], Tensor]) -> PackedBatch:
+    pixels = {name: Pictures(move(x.row), x.sizes) for name, x in batch.pixels.items()}
+    return replace(batch, patches_MX=move(batch.patches_MX), pixels=pixels)
+
+
+def to_device(x: Tensor, device: torch.device | str) -> Tensor:
+    """A copy that the host does not wait for: one to CUDA goes on alone from pinned memory."""
+    if torch.device(device).type == "cuda" and x.device.type == "cpu":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
+
+
+def without_pixels(sample: Sample) -> Sample:
+    """What a step still needs of a picture when all views of it are made."""
+    return replace(sample, image=np.zeros((0, 0, 3), np.uint8), mask=None)
+
+
 # ---- Decoding
 
 MAX_PIXELS = 2**26  # 8192 x 8192; a larger picture is refused by its header, before decoding
@@ -694,18 +726,6 @@ def resize(image_CHW: Tensor, size: Size) -> Tensor:
     if tuple(image_CHW.shape[1:]) == tuple(size):
         return image_CHW
     return F.interpolate(image_CHW[None], size, mode="bicubic", antialias=True)[0].clamp(0, 1)
-
-
-def to_device(x: Tensor, device: torch.device | str) -> Tensor:
-    """A copy that the host does not wait for: one to CUDA goes on alone from pinned memory."""
-    if torch.device(device).type == "cuda" and x.device.type == "cpu":
-        return x.pin_memory().to(device, non_blocking=True)
-    return x.to(device)
-
-
-def without_pixels(sample: Sample) -> Sample:
-    """What a step still needs of a picture when all views of it are made."""
-    return replace(sample, image=np.zeros((0, 0, 3), np.uint8), mask=None)
 
 
 # ---- Sources: folders, tar shards and index files all become lines of an index
@@ -954,9 +974,7 @@ def write_index(path: str | Path, records: Iterable[Record] | bytes, **header: A
     lines = records if isinstance(records, bytes) else _to_lines(records)
     header |= {"format": "amoe-index", "version": 1, "count": lines.count(b"\n")}
     header["sha256"] = hashlib.sha256(lines).hexdigest()
-    part = Path(f"{path}.{os.getpid()}.part")
-    part.write_bytes(_to_lines([header]) + lines)
-    os.replace(part, path)
+    write_whole(path, _to_lines([header]) + lines)
 
 
 def read_index(path: str | Path) -> tuple[Record, bytes]:
