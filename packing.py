@@ -7,8 +7,7 @@ enters it, so a run resumes from one integer, at any number of processes. A pict
 decode is dropped from its pack and named; nothing else moves.
 
 Read: `fit_size`, `patchify`, `mosaic`; `PackedBatch`; `pack`; `Stage` and `Stream`; `Packs` (what
-fills a pack); `StepData` (what a rank gets). Part II: decoding, sources, what is a picture among
-files, loader and process group, the built-in drawings.
+fills a pack); `StepData` (what a rank gets). Part II: views, files, processes, drawings.
 
 Legend: B images, M patches of a pack, P patches of an image, X = 3 * patch**2 numbers of a patch,
 flattened (row, column, channel). Sizes are (height, width), in pixels unless called a grid.
@@ -464,11 +463,9 @@ class Viewer(Protocol):
 
     def asks(self, whole: Size, seen: Size) -> Size:
         """The size that it needs of a picture, given its own and that at which the student sees."""
-        ...
 
     def view(self, image_u8: np.ndarray, size: Any = None, box: Any = None) -> Tensor:
         """What it sees of a picture, (3, H, W)."""
-        ...
 
 
 class View(NamedTuple):
@@ -500,6 +497,9 @@ def shifted_views(
     return {n: View((y, x), box) for n, (y, x), box in zip(names, origins, boxes, strict=True)}
 
 
+NO_IMAGE = np.zeros((0, 0, 3), np.uint8)  # a step needs no more of it when all views are made
+
+
 def load_pack(data: StepData, step: int, number: int, members: np.ndarray) -> PackedBatch:
     """A pack of a stream, decoded, and resized to what the student and each teacher sees."""
     row, patch, teachers = data.packs[number], data.patch, data.teachers or {}
@@ -513,7 +513,8 @@ def load_pack(data: StepData, step: int, number: int, members: np.ndarray) -> Pa
         whole = data.teachers is None or data.shift  # a view may be a part of the picture
         at_least = None if whole else tuple(map(max, zip(size, *asked, strict=True)))
         for _, sample in readable(source, [i], skipped, at_least):
-            samples.append(sample if data.teachers is None else without_pixels(sample))
+            keeps = data.teachers is None
+            samples.append(sample if keeps else replace(sample, image=NO_IMAGE, mask=None))
             found = dict.fromkeys(names, View((0, 0), None))
             if data.shift:
                 generator = keyed_generator(data.seed, epoch, sample.key, "shift")
@@ -565,11 +566,6 @@ def to_device(x: Tensor, device: torch.device | str) -> Tensor:
     if torch.device(device).type == "cuda" and x.device.type == "cpu":
         return x.pin_memory().to(device, non_blocking=True)
     return x.to(device)
-
-
-def without_pixels(sample: Sample) -> Sample:
-    """What a step still needs of a picture when all views of it are made."""
-    return replace(sample, image=np.zeros((0, 0, 3), np.uint8), mask=None)
 
 
 # ---- Decoding
@@ -827,8 +823,7 @@ class Subset(Source):
 
     def __init__(self, source: Source, indices: Sequence[int]):
         self.source, self.indices = source, list(indices)
-        self.name, self.skipped = source.name, source.skipped
-        self.lost = getattr(source, "lost", 0)
+        self.name, self.skipped, self.lost = source.name, source.skipped, source.lost
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -928,11 +923,11 @@ def _find(spec: str) -> list[Path]:
 
 def _scan_all(paths: list[Path], root: Path) -> list[Scan]:
     """The scans of shards, or of a folder; under torchrun each rank makes its part of them."""
-    if dist.is_initialized():
-        mine = {path: _scan(path, root) for path in paths[dist.get_rank() :: dist.get_world_size()]}
+    rank, world = rank_and_world()
+    mine = {path: _scan(path, root) for path in paths[rank::world]}
+    if world > 1:
         dist.barrier()  # then the others' are kept
-        return [mine.get(path) or _scan(path, root) for path in paths]
-    return [_scan(path, root) for path in paths]
+    return [mine.get(path) or _scan(path, root) for path in paths]
 
 
 def _join(scans: dict[str, Scan], name: str, root: Path) -> IndexSource:
@@ -970,7 +965,14 @@ def _to_lines(records: Iterable[Record]) -> bytes:
 
 
 def write_index(path: str | Path, records: Iterable[Record] | bytes, **header: Any) -> None:
-    """Write an index file whole or not at all; `header` adds fields, such as `fingerprints`."""
+    """Write an index file, JSON lines; `header` adds fields, such as `fingerprints`.
+
+    The header has `format` "amoe-index", `version` 1, `count` and `sha256` of the other lines. Each
+    of these is what `source.record(i)` gives: `source` (its name), `key` (unique), `height`,
+    `width` (EXIF orientation applied), and where the picture is: `path` (absolute, or relative to
+    the file), `size` and `offset` in bytes; or, for a drawing, `spec`, `seed` and `item`. Where
+    known also `label`, `caption`, `digest` (sha256 of its bytes) and `mask` ({path, offset, size}).
+    """
     lines = records if isinstance(records, bytes) else _to_lines(records)
     header |= {"format": "amoe-index", "version": 1, "count": lines.count(b"\n")}
     header["sha256"] = hashlib.sha256(lines).hexdigest()
@@ -981,10 +983,8 @@ def read_index(path: str | Path) -> tuple[Record, bytes]:
     """Header and lines of an index file; ValueError if it is none, cut or changed."""
     with open(path, "rb") as file:
         first, lines = file.readline(2**24), file.read()
-    header: Any = None
-    with contextlib.suppress(ValueError, RecursionError):
-        header = json.loads(first)
-    if not isinstance(header, dict) or header.get("format") != "amoe-index":
+    header = _object(first)
+    if header.get("format") != "amoe-index":
         raise ValueError(f"{path}: not an index file")
     if header["version"] != 1 or header["sha256"] != hashlib.sha256(lines).hexdigest():
         found = lines.count(b"\n")
@@ -1056,7 +1056,7 @@ def _walk(root: Path) -> tuple[dict[str, os.stat_result], Skipped]:
 
 def _tar_members(path: Path, root: Path) -> tuple[dict[str, Record], Skipped, Exception | None]:
     """Places of a shard's plain files by name; other members; what ended the scan if damaged."""
-    places, skipped, shard = dict[str, Record](), Skipped(), os.path.relpath(path, root)
+    places, skipped, head = dict[str, Record](), Skipped(), b""
     try:
         with open(path, "rb") as file:
             head = file.read(64)
@@ -1065,25 +1065,21 @@ def _tar_members(path: Path, root: Path) -> tuple[dict[str, Record], Skipped, Ex
                 if member.name in places:
                     skipped[member.name] = "a name seen before"
                 elif member.isreg() and not member.issparse():
-                    place = {"path": shard, "offset": member.offset_data, "size": member.size}
-                    places[member.name] = place
+                    place = {"path": os.path.relpath(path, root), "offset": member.offset_data}
+                    places[member.name] = place | {"size": member.size}
                 elif not member.isdir():
                     skipped[member.name] = "not a plain file"
             end = tar.offset
         # tarfile takes a shard that is cut between two members for a whole one
-        rest = {
-            "path": path,
-            "offset": end,
-            "size": max(512, min(path.stat().st_size - end, 2**20)),
-        }
-        if (tail := _read(rest))[:512] != bytes(512):
+        size = max(512, min(path.stat().st_size - end, 2**20))
+        tail = _read({"path": path, "offset": end, "size": size})
+        if tail[:512] != bytes(512):
             raise tarfile.ReadError("damaged header")
         if tail.strip(b"\0"):
             raise tarfile.ReadError("more behind its end: unpack tars that were joined by cat")
-    except tarfile.ReadError as error:
-        return places, skipped, tarfile.ReadError((not places and _inside(head)) or str(error))
     except Exception as error:  # tarfile raises many kinds
-        return places, skipped, error
+        what = _inside(head) if isinstance(error, tarfile.ReadError) and not places else ""
+        return places, skipped, tarfile.ReadError(what) if what else error
     return places, skipped, None
 
 
@@ -1110,6 +1106,14 @@ def _why_no_picture(name: str) -> str:
     return "neither a picture by its name nor a sidecar of one"
 
 
+def _object(data: bytes) -> Record:
+    """A JSON object in UTF-8 with or without a mark, UTF-16 or UTF-32; empty if it is none."""
+    found: Any = None
+    with contextlib.suppress(ValueError, RecursionError):
+        found = json.loads(data)
+    return found if isinstance(found, dict) else {}
+
+
 def _decoded(data: bytes) -> str:
     is_utf_16 = data.startswith((b"\xff\xfe", b"\xfe\xff"))
     text = data.decode("utf-16" if is_utf_16 else "utf-8-sig", "replace")
@@ -1118,10 +1122,7 @@ def _decoded(data: bytes) -> str:
 
 def _texts(beside: dict[str, bytes]) -> Record:
     """Caption and label from the contents of the text sidecars; only None and "" are absent."""
-    fields: Any = None
-    with contextlib.suppress(ValueError, RecursionError):
-        fields = json.loads(beside.get("json", b""))  # UTF-8 with or without a mark, UTF-16, UTF-32
-    fields, found = fields if isinstance(fields, dict) else {}, Record()
+    fields, found = _object(beside.get("json", b"")), Record()
     for name, sidecar in (("caption", "txt"), ("label", "cls")):
         value = _decoded(beside.get(sidecar, b"")) or fields.get(name)
         value = "\n".join(map(str, value)) if isinstance(value, list) else value
@@ -1156,17 +1157,14 @@ def _group(names: Iterable[str], in_tar: bool) -> tuple[dict[str, tuple[str, Rec
         if not pictures:
             pictures = [ext for ext in members if _is_picture(ext)]
             if len(pictures) > 1:
-                lost |= {
-                    members[ext]: TWO.format(stem, stem.rpartition("/")[2]) for ext in pictures
-                }
+                why = TWO.format(stem, stem.rpartition("/")[2])
+                lost |= {members[ext]: why for ext in pictures}
                 continue
         for ext in pictures[:1] if in_tar else pictures:
-            beside = {}
-            for kind in SIDECARS:
-                kin = [e for e in members if e == kind]
-                if not kin and "." in ext:
-                    kin = [e for e in members if e.endswith(f".{kind}")]
-                if len(kin) == 1:
+            beside = {kind: members[kind] for kind in SIDECARS if kind in members}
+            for kind in SIDECARS if "." in ext else ():
+                kin = [e for e in members if e.endswith(f".{kind}")]
+                if kind not in beside and len(kin) == 1:
                     beside[kind] = members[kin[0]]
             chosen[members[ext]] = (stem if in_tar else members[ext]), beside
         lost |= {members[ext]: "a key seen before" for ext in pictures[1:] if in_tar}
@@ -1309,14 +1307,15 @@ def readable(
 # ---- The loader and the process group
 
 
-def make_loader(data: StepData, start: int, stop: int, workers: int = 0,
-                pin: bool = False) -> Iterator[list[PackedBatch]]:  # fmt: skip
+def make_loader(
+    data: StepData, start: int, stop: int, workers: int = 0, pin: bool = False
+) -> Iterator[list[PackedBatch]]:
     """The rank's packs of steps start..stop-1, decoded ahead by `workers` processes of one thread.
 
     A worker that dies ends the iteration with a RuntimeError that names its process id.
     """
-    return iter(DataLoader(data, batch_size=None, sampler=range(start, stop), num_workers=workers,
-                           pin_memory=pin))  # fmt: skip
+    options: Any = {"sampler": range(start, stop), "num_workers": workers, "pin_memory": pin}
+    return iter(DataLoader(data, batch_size=None, **options))
 
 
 @dataclass(frozen=True)
@@ -1372,26 +1371,26 @@ def choose_device(device: str, processes: int) -> torch.device:
 
 # Unicode ranges of the coarse labels. A later label wins, and what none has is an object, so that a
 # range may run on over such characters.
-LABEL_RANGES = """
-    clocks 1F550-1F567 1F570
-    symbols 2605 2611-267F 2695 269B-26AB 26CE 26D4 2705 2714-1F3F5 1F493-1F4AF 1F500-1F50A
-        1F518-1F524 1F52F-1F54E 1F5A4 1F6AB-1F6BC 1F6BE 1F6C2-1F6C5 1F7E0-1F90E 1F9E1 1FA75-1FA77
-    food 2615 1F32D-1F382 1F942-1F96F 1F9C0-1F9CB 1FAD0-1FADF
-    people 261D 270A-270D 1F440-1F450 1F464-1F487 1F48F-1F491 1F4AA 1F574-1F575 1F590-1F596
-        1F645-1F64F 1F6B4-1F6B6 1F90C 1F90F-1F937 1F977 1F9B5-1F9B6 1F9B8-1F9B9 1F9CC-1F9DF
-        1FAC2-1FAC8 1FAF0-1FAF8
-    animals 1F400-1F43F 1F54A 1F577-1F578 1F648-1F64A 1F980-1F9AE 1FAB0-1FAB8 1FABC-1FABF
-        1FACE-1FACF
-    faces 2639-263A 1F479-1F480 1F600-1F644 1F910-1F917 1F920-1F925 1F927-1F92F 1F970-1F976
-        1F978-1F97A 1F9D0 1FAE0-1FAEF
-    plants 2618 1F331-1F335 1F337-1F344 1F490 1F940 1FAB4-1FAB5 1FAB7 1FABB 1FABE
-    weather 2600-2604 2614 26C4-26C8 2744 1F300-1F32C 1FA90
-    places 26E9-26FA 1F303-1F307 1F309 1F30B-1F310 1F3D4-1F3F0 1F492 1F54B-1F54D 1F5FB-1F5FF
-        1F6D5-1F6D6 1F6E3-1F6E4
-    activities 265F 26BD-26BE 26F3-26F9 1F380-1F381 1F383-1F3D3 1F3F8-1F3F9 1F57A 1F938-1F93F
-        1F945-1F94F 1F9E9 1FA80-1FA86
-    vehicles 26F4-26F5 2708 1F3CD-1F3CE 1F680-1F6A4 1F6B2 1F6E5-1F6FC
-"""
+LABEL_RANGES = {
+    "clocks": "1F550-1F567 1F570",
+    "symbols": "2605 2611-267F 2695 269B-26AB 26CE 26D4 2705 2714-1F3F5 1F493-1F4AF 1F500-1F50A "
+        "1F518-1F524 1F52F-1F54E 1F5A4 1F6AB-1F6BC 1F6BE 1F6C2-1F6C5 1F7E0-1F90E 1F9E1 1FA75-1FA77",
+    "food": "2615 1F32D-1F382 1F942-1F96F 1F9C0-1F9CB 1FAD0-1FADF",
+    "people": "261D 270A-270D 1F440-1F450 1F464-1F487 1F48F-1F491 1F4AA 1F574-1F575 1F590-1F596 "
+        "1F645-1F64F 1F6B4-1F6B6 1F90C 1F90F-1F937 1F977 1F9B5-1F9B6 1F9B8-1F9B9 1F9CC-1F9DF "
+        "1FAC2-1FAC8 1FAF0-1FAF8",
+    "animals": "1F400-1F43F 1F54A 1F577-1F578 1F648-1F64A 1F980-1F9AE 1FAB0-1FAB8 1FABC-1FABF "
+        "1FACE-1FACF",
+    "faces": "2639-263A 1F479-1F480 1F600-1F644 1F910-1F917 1F920-1F925 1F927-1F92F 1F970-1F976 "
+        "1F978-1F97A 1F9D0 1FAE0-1FAEF",
+    "plants": "2618 1F331-1F335 1F337-1F344 1F490 1F940 1FAB4-1FAB5 1FAB7 1FABB 1FABE",
+    "weather": "2600-2604 2614 26C4-26C8 2744 1F300-1F32C 1FA90",
+    "places": "26E9-26FA 1F303-1F307 1F309 1F30B-1F310 1F3D4-1F3F0 1F492 1F54B-1F54D 1F5FB-1F5FF "
+        "1F6D5-1F6D6 1F6E3-1F6E4",
+    "activities": "265F 26BD-26BE 26F3-26F9 1F380-1F381 1F383-1F3D3 1F3F8-1F3F9 1F57A 1F938-1F93F "
+        "1F945-1F94F 1F9E9 1FA80-1FA86",
+    "vehicles": "26F4-26F5 2708 1F3CD-1F3CE 1F680-1F6A4 1F6B2 1F6E5-1F6FC",
+}  # fmt: skip
 DRAWINGS = "2600-27BF 1F300-1FAFF"
 NOT_DRAWINGS = "1F3FB-1F3FF 1F9B0-1F9B3 1F595"  # skin, hair; a gesture that no README should show
 FONT_SIZES = (32, 48, 64, 80, 112, 144, 184)  # pixels; a drawing is rendered larger and shrunk
@@ -1404,16 +1403,8 @@ def _characters(ranges: str) -> list[str]:
     return [chr(n) for low, _, high in ends for n in range(int(low, 16), int(high or low, 16) + 1)]
 
 
-LABEL_OF: dict[str, str] = dict.fromkeys(_characters(DRAWINGS), "objects")
-
-
-for word in LABEL_RANGES.split():
-    if word.islower():
-        label = word
-    else:
-        LABEL_OF |= dict.fromkeys(_characters(word), label)
-
-
+LABEL_OF = dict.fromkeys(_characters(DRAWINGS), "objects")
+LABEL_OF |= {char: name for name in LABEL_RANGES for char in _characters(LABEL_RANGES[name])}
 LABELS = tuple(sorted({*LABEL_OF.values()}))
 
 

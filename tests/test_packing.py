@@ -157,11 +157,11 @@ def test_deep_pictures_are_scaled_not_saturated():
     [
         (np.array([[0, 257], [514, 65535]], np.uint16), [[0, 1], [2, 255]]),
         (np.array([[0, 1], [1, 1]], np.uint16), [[0, 0], [0, 0]]),  # a dark picture stays dark
-        (np.array([[0, 1], [1, 257]], np.int32), [[0, 0], [0, 1]]),
+        (np.array([[0, 1], [1, 257]], np.int32), [[0, 0], [0, 128]]),  # 0 to 511
         (np.array([[0, 0.2], [0.4, 0.8]], np.float32), [[0, 51], [102, 204]]),
-        (np.array([[0, 257], [514, 1]], np.float32), [[0, 1], [2, 0]]),
+        (np.array([[0, 257], [514, 1]], np.float32), [[0, 64], [128, 0]]),  # 0 to 1023
         (np.array([[-1, 0], [1, 3]], np.float32), [[0, 64], [128, 255]]),
-        (np.array([[7, 7], [7, 7 + 2**17]], np.float32), [[0, 0], [0, 255]]),
+        (np.array([[7, 7], [7, 7 + 2**17]], np.float32), [[0, 0], [0, 128]]),  # to 2**18 - 1
     ],
 )
 def test_deep_pixels_by_hand(values, expected):
