@@ -6,7 +6,7 @@ function of (seed, step) and of the sizes in the file headers: no rank, worker o
 enters it, so a run resumes from one integer, at any number of processes. A picture that does not
 decode is dropped from its pack and named; nothing else moves.
 
-Read: `fit_size`, `patchify`, `mosaic`; `PackedBatch`; `pack`; `Stage` and `Stream`; `Packs` (what
+Read: `fit_size`, `patchify`, `mosaic`; `PackedBatch`; `pack`; `Stream`, `Stage`; `Packs` (what
 fills a pack); `StepData` (what a rank gets). Part II: views, files, processes, drawings.
 
 Legend: B images, M patches of a pack, P patches of an image, X = 3 * patch**2 numbers of a patch,
@@ -49,14 +49,14 @@ from PIL import Image, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageEr
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-Record = dict[str, Any]
+Record = dict[str, Any]  # a line of an index
 Skipped = dict[str, str]  # key or file -> reason
 Size = tuple[int, int]  # height, width
 Weighted = tuple["Source", float]  # a source and its share of the pictures, among others
 Box = tuple[float, float, float, float]  # top, left, bottom, right, as shares of a picture's sides
 
 
-# ---- Part I, the papers: one picture, native size in whole patches
+# ---- Part I, the papers: from a picture's size to packs of patches
 
 
 def fit_size(height: float, width: float, patch: int, max_area: float | None = None) -> Size:
@@ -66,10 +66,11 @@ def fit_size(height: float, width: float, patch: int, max_area: float | None = N
     Source: AMoE release, image processor.
     """
     sides = height / patch, width / patch
-    h, w = (max(math.floor(side + 0.5), 1) for side in sides)
+    h, w = (max(math.floor(side + 0.5), 1) for side in sides)  # a half goes up, as theirs does
     if max_area is not None and h * w * patch**2 > max_area:
         most = max(max_area / patch**2, 1)
         scale = math.sqrt(most / (sides[0] * sides[1]))
+        # rounded down, so that the limit holds; what is whole but for rounding errors stays so
         h, w = (max(math.floor(side * scale + 1e-6), 1) for side in sides)
         longest = int(most / min(h, w))  # a side that was less than a patch grew: the other pays
         h, w = min(h, longest), min(w, longest)
@@ -99,18 +100,15 @@ def mosaic(
     k = canvas // max(sides)
     if len(images) > k * k:
         raise ValueError(f"{len(images)} pictures, but {canvas=} has {k}x{k} cells of that size")
-    cell = canvas // patch // k  # in tokens, so that no token sees two pictures
+    cell = canvas // patch // k * patch  # whole patches, so that no token sees two pictures
     ground_311 = torch.tensor(fill, device=images[0].device)[:, None, None]
     sheet, boxes = ground_311.repeat(1, canvas, canvas), []
     for i, image in enumerate(images):
-        (height, width), top, left = image.shape[1:], i // k * cell, i % k * cell
-        y, x = top * patch, left * patch
+        y, x = i // k * cell, i % k * cell
+        height, width = image.shape[1:]
         sheet[:, y : y + height, x : x + width] = image
-        boxes.append((top, left, height // patch, width // patch))
+        boxes.append((y // patch, x // patch, height // patch, width // patch))
     return sheet, boxes
-
-
-# ---- Packed batches
 
 
 @dataclass
@@ -128,13 +126,14 @@ class PackedBatch:
     pixels: dict[str, Pictures] = field(default_factory=dict)  # by teacher: what it sees of them
 
     def __post_init__(self) -> None:
-        self.stream_B = self.stream_B or [0] * len(self.grids)
+        self.stream_B = self.stream_B or [0] * len(self.grids)  # where there is but one stream
 
     @classmethod
     def from_images(
         cls, images: Sequence[Tensor], patch: int, samples: Sequence[Sample] = ()
     ) -> PackedBatch:
         """Pack float pictures (3, H, W) whose sides are multiples of the patch."""
+        # the empty row first: a pack of broken pictures alone is a batch as well
         rows = [torch.zeros(0, 3 * patch**2), *(patchify(image, patch) for image in images)]
         grids = [(image.shape[1] // patch, image.shape[2] // patch) for image in images]
         return cls(torch.cat(rows), grids, patch, list(samples))
@@ -196,17 +195,13 @@ def pack(
     Returns: packs of indices into `lengths`, each index once.
     Source: AMoE: token-balanced batching; the paper has no algorithm, we chose this one.
     """
-    if lookahead < 1 or (max_images is not None and max_images < 1):
-        raise ValueError(f"{lookahead=} and {max_images=} must be at least 1")
-    for i, length in enumerate(lengths):
-        if not 0 < length <= budget:
-            raise ValueError(f"picture {i} has {length} tokens, but a pack holds 1 to {budget=}")
-    stream = iter([(length, -i) for i, length in enumerate(lengths)])
+    refuse_unpackable(lengths, budget, lookahead, max_images)
+    arriving = iter([(length, -i) for i, length in enumerate(lengths)])
     # sorted by length; among equal ones the last, with the smallest index, is the oldest
-    waiting = sorted(itertools.islice(stream, lookahead))
+    waiting = sorted(itertools.islice(arriving, lookahead))
     is_packed, packs = bytearray(len(lengths)), []
     for oldest, length in enumerate(lengths):
-        if is_packed[oldest]:
+        if is_packed[oldest]:  # some earlier pack had room for it
             continue
         members: list[int] = []
         room, at = budget, bisect.bisect_left(waiting, (length, -oldest))
@@ -215,8 +210,8 @@ def pack(
             room -= taken
             members.append(-minus_i)
             is_packed[-minus_i] = True
-            for arrived in itertools.islice(stream, 1):
-                bisect.insort(waiting, arrived)
+            for next_one in itertools.islice(arriving, 1):  # so that as many wait as before
+                bisect.insort(waiting, next_one)
             at = best_fit(waiting, room, (max_images or len(lengths)) - len(members))
         packs.append(members)
     return packs
@@ -247,6 +242,7 @@ class Stream:
         """Size of a picture; `draw` in [0, 1) picks one of the choices."""
         if not self.choices:
             return fit_size(height, width, patch, self.max_side**2)
+        # no picture grows beyond its own area: there is nothing to see that it doesn't hold
         side = min(self.choices[int(draw * len(self.choices))], math.sqrt(height * width))
         return fit_size(side, side, patch)
 
@@ -265,9 +261,8 @@ class Packs:
 
     Each source gives its share of the epoch's pictures (`_share`); each picture gets its size, and
     all are shuffled (`_pictures`); they are packed in that order (`plan`). A step takes the next
-    `stream.packs`, and the last packs of an epoch that do not fill a step are left out.
-
-    A pack is an array of (source, index, h, w), the grid in patches.
+    `stream.packs` of them; the last ones, if too few for a step, are left out. A pack is an array
+    of (source, index, h, w), the grid in patches.
     """
 
     stream: Stream
@@ -283,6 +278,7 @@ class Packs:
         self._starts = [0]  # first step of each epoch known so far
 
     def _random(self, epoch: int, *purpose: object) -> torch.Generator:
+        # by name, not by number: a stream's order stays when another one is added
         return keyed_generator(self.seed, epoch, self.stream.name, *purpose)
 
     def _share(self, number: int, epoch: int) -> list[int]:
@@ -293,9 +289,10 @@ class Packs:
         """
         count, weights = len(self.sources[number][0]), [weight for _, weight in self.sources]
         quota = weights[number] * sum(len(source) for source, _ in self.sources) / sum(weights)
+        # the window of an epoch, a pure function of its number: no counter has to be saved
         start, stop = int(epoch * quota), int((epoch + 1) * quota)
         row, first = list[int](), start // count
-        for turn in range(first, -(-stop // count)):
+        for turn in range(first, -(-stop // count)):  # each pass over the source is another order
             row += torch.randperm(count, generator=self._random(turn, number, "order")).tolist()
         return row[start - first * count : stop - first * count]
 
@@ -309,6 +306,7 @@ class Packs:
             for i in self._share(number, epoch):
                 height, width = self.stream.fit(*source.size(i), self.patch, draws[i])
                 rows.append((number, i, height // self.patch, width // self.patch))
+        # or all of one source would stand together
         mixed = torch.randperm(len(rows), generator=self._random(epoch, "mix"))
         return np.array(rows)[mixed.numpy()]
 
@@ -327,11 +325,9 @@ class Packs:
     def steps_in(self, epoch: int) -> int:
         return len(self.plan(epoch)) // self.stream.packs
 
-    def dropped(self, epoch: int) -> int:
-        return sum(map(len, self.plan(epoch)[self.steps_in(epoch) * self.stream.packs :]))
-
     def locate(self, step: int) -> tuple[int, int]:
         """The epoch of a global step, and the step's number in it."""
+        # how many steps an epoch has is only known by packing it, so they are counted from 0 on
         while self._starts[-1] <= step:
             self._starts.append(self._starts[-1] + self.steps_in(len(self._starts) - 1))
         epoch = bisect.bisect_right(self._starts, step) - 1
@@ -386,7 +382,7 @@ class StepData(Dataset):
 
     def dropped(self, epoch: int) -> int:
         """Pictures of an epoch, over all streams, in the last packs that do not fill a step."""
-        return sum(row.dropped(epoch) for row in self.packs)
+        return sum(left_over(row, epoch) for row in self.packs)
 
 
 # ---- Part II: the plumbing
@@ -423,6 +419,16 @@ def large_enough(source: Source, side: int) -> Subset:
     return Subset(source, [i for i, area in enumerate(areas) if area >= side**2])
 
 
+def refuse_unpackable(
+    lengths: Sequence[int], budget: int, lookahead: int, max_images: int | None
+) -> None:
+    if lookahead < 1 or (max_images is not None and max_images < 1):
+        raise ValueError(f"{lookahead=} and {max_images=} must be at least 1")
+    for i, length in enumerate(lengths):
+        if not 0 < length <= budget:
+            raise ValueError(f"picture {i} has {length} tokens, but a pack holds 1 to {budget=}")
+
+
 def refuse_too_long(packs: Packs, pictures: np.ndarray, lengths: np.ndarray) -> None:
     if lengths.max() > packs.stream.budget:
         number, i, h, w = pictures[lengths.argmax()].tolist()
@@ -434,11 +440,17 @@ def refuse_too_long(packs: Packs, pictures: np.ndarray, lengths: np.ndarray) -> 
 
 def refuse_too_few(stream: Stream, pictures: int, packs: int) -> None:
     if packs < stream.packs:
+        needed = -(-pictures * stream.packs // packs)
         raise ValueError(
             f"stream {stream.name}: {pictures} pictures make {packs} packs, fewer than the "
-            f"{stream.packs} of a step: about {-(-pictures * stream.packs // packs)} pictures are "
-            "needed"
+            f"{stream.packs} of a step: about {needed} pictures are needed"
         )
+
+
+def left_over(packs: Packs, epoch: int) -> int:
+    """Pictures of an epoch in the last packs of a stream, which don't fill a step."""
+    used = packs.steps_in(epoch) * packs.stream.packs
+    return sum(map(len, packs.plan(epoch)[used:]))
 
 
 def best_fit(waiting: list[tuple[int, int]], room: int, places: int) -> int:
@@ -459,13 +471,14 @@ def best_fit(waiting: list[tuple[int, int]], room: int, places: int) -> int:
 
 
 class Viewer(Protocol):
-    """How a live teacher sees pictures (`teachers.SizeRule` is one)."""
+    """How a live teacher sees pictures (`teachers.SizeRule` is one).
 
-    def asks(self, whole: Size, seen: Size) -> Size:
-        """The size that it needs of a picture, given its own and that at which the student sees."""
+    `asks`: the size that it needs of a picture, given its own and that at which the student sees.
+    `view`: what it sees of a picture, (3, H, W).
+    """
 
-    def view(self, image_u8: np.ndarray, size: Any = None, box: Any = None) -> Tensor:
-        """What it sees of a picture, (3, H, W)."""
+    def asks(self, whole: Size, seen: Size) -> Size: ...
+    def view(self, image_u8: np.ndarray, size: Any = None, box: Any = None) -> Tensor: ...
 
 
 class View(NamedTuple):
@@ -823,7 +836,8 @@ class Subset(Source):
 
     def __init__(self, source: Source, indices: Sequence[int]):
         self.source, self.indices = source, list(indices)
-        self.name, self.skipped, self.lost = source.name, source.skipped, source.lost
+        self.name, self.skipped = source.name, source.skipped
+        self.lost = getattr(source, "lost", 0)  # a user's source may not know
 
     def __len__(self) -> int:
         return len(self.indices)

@@ -1080,7 +1080,7 @@ def test_streams_keep_their_own_epochs_and_sizes():
     assert [set(b.stream_B) for group in groups for b in group] == [{0}, {0}, {1}, {1}]
     stream = data.packs[1]  # by its own calendar, the high stream sees every picture as well
     rows = np.concatenate([p for step in range(stream.steps_in(0)) for p in stream.packs_at(step)])
-    assert len(set(rows[:, 1].tolist())) == len(rows) == 90 - stream.dropped(0)
+    assert len(set(rows[:, 1].tolist())) == len(rows) == 90 - packing.left_over(stream, 0)
 
 
 def test_weights_are_shares_and_every_source_is_passed_over_evenly():
