@@ -76,17 +76,13 @@ class FeatureSet:
 
     def take(self, places: list[int]) -> FeatureSet:
         """Some of the pictures."""
-        kept = [place for place in places if place in self.dense]
-        return replace(
-            self,
-            samples=[self.samples[place] for place in places],
-            summary={column: x_NC[places] for column, x_NC in self.summary.items()},
-            patches={
-                column: [maps[self.dense.index(place)] for place in kept]
-                for column, maps in self.patches.items()
-            },
-            dense=[places.index(place) for place in kept],
-        )
+        map_of = {place: n for n, place in enumerate(self.dense)}
+        dense = [n for n, place in enumerate(places) if place in map_of]
+        kept = [map_of[places[n]] for n in dense]
+        summary = {column: x_NC[places] for column, x_NC in self.summary.items()}
+        patches = {column: [maps[n] for n in kept] for column, maps in self.patches.items()}
+        samples = [self.samples[place] for place in places]
+        return replace(self, samples=samples, summary=summary, patches=patches, dense=dense)
 
     def known(self, what: str, side: str) -> list[Any]:
         """A field of every sample; samples without it are an error that names them."""
@@ -128,12 +124,8 @@ def extract(
             summary = {name: x.float().cpu() for name, x in out.summary.items()}
             maps = {name: x.half().cpu() for name, x in out.patches.items() if i in is_kept}
             records[i] = replace(sample, image=sample.image[:0]), summary, maps
-    found_all = _gather(records, skipped, world)
-    found_all.broken, found_all.skipped = (
-        list(found_all.skipped),
-        source.skipped | found_all.skipped,
-    )
-    return found_all
+    result = _gather(records, skipped, world)
+    return replace(result, broken=[*result.skipped], skipped=source.skipped | result.skipped)
 
 
 @torch.no_grad()
@@ -240,12 +232,12 @@ def comparable(train: FeatureSet, test: FeatureSet, by_label: bool = False) -> F
     Those left out go into `test.skipped`. Raises: ValueError if none is left.
     """
     seen = {sample.digest: sample.key for sample in train.samples}
-    classes = {sample.label for sample in train.samples} if by_label else set()
-    why: dict[int, str] = {}
+    classes, why = {sample.label for sample in train.samples}, dict[int, str]()
+    by_label = by_label and None not in classes
     for i, sample in enumerate(test.samples):
         if sample.digest in seen:
             why[i] = "in both train and test"
-        elif by_label and None not in {sample.label, *classes} and sample.label not in classes:
+        elif by_label and sample.label and sample.label not in classes:
             why[i] = f"classes ['{sample.label}'] of --test have no picture in --train"
     if why and len(why) == len(test.samples):
         names = [f"{s.key} (= {seen.get(s.digest, 'none')})" for s in test.samples[:5]]

@@ -450,24 +450,33 @@ def test_a_scan_is_cached_until_the_folder_changes(tmp_path, monkeypatch):
     assert open_source(str(root)).fingerprint() == changed.fingerprint()
 
 
-SMALL_BMP, TURNED_BMP = (encoded(random_pixels(*size), "BMP") for size in ((32, 64), (64, 32)))
+BITMAPS = {size: encoded(random_pixels(*size), "BMP") for size in ((32, 64), (64, 32), (48, 48))}
 
 
 @pytest.mark.parametrize("in_tar", [False, True], ids=["folder", "shard"])
-def test_another_picture_of_equal_name_and_size_is_scanned_anew(in_tar, tmp_path):
-    """The time of a file alone tells it; a scan kept by name and size would give the old sizes."""
-    assert len(SMALL_BMP) == len(TURNED_BMP)
+def test_another_picture_of_an_equal_name_is_scanned_anew(in_tar, tmp_path):
+    """By its time where its size is the same, by its size where its time is the same."""
+    lengths = [len(data) for data in BITMAPS.values()]
+    assert lengths[0] == lengths[1] != lengths[2]
     path = tmp_path / ("a.tar" if in_tar else "data")
-    path.parent.mkdir(exist_ok=True)
-    for second, data in enumerate((SMALL_BMP, TURNED_BMP)):
-        if in_tar:
-            write_shard(path, {"x.bmp": data})
+    file = path if in_tar else path / "x.bmp"
+    for second, (size, data) in zip((0, 1, 1), BITMAPS.items(), strict=True):
+        file.parent.mkdir(exist_ok=True)
+        if in_tar:  # a second file, as a tar grows by whole blocks of 10 KB only
+            write_shard(file, {"x.bmp": data} | ({"y.bmp": data} if size == (48, 48) else {}))
         else:
-            path.mkdir(exist_ok=True)
-            (path / "x.bmp").write_bytes(data)
-        os.utime(path if in_tar else path / "x.bmp", ns=(10**18, 10**18 + 10**9 * second))
+            file.write_bytes(data)
+        os.utime(file, ns=(10**18, 10**18 + 10**9 * second))
         source = open_source(str(path))
-        assert source.size(0) == source.load(0).image.shape[:2] == ((32, 64), (64, 32))[second]
+        assert source.size(0) == source.load(0).image.shape[:2] == size
+
+
+def test_folders_of_one_name_have_scans_of_their_own(tmp_path):
+    many, few = (write_folder(tmp_path / n / "data", i) for n, i in (("many", 5), ("few", 3)))
+    for _ in range(2):
+        sources = [open_source(str(root)) for root in (many, few)]
+        assert [len(source) for source in sources] == [5, 3]
+        assert not sources[0].skipped and not sources[1].skipped  # the second never had five
 
 
 def test_a_file_that_comes_goes_or_takes_another_name_is_seen(tmp_path):
@@ -991,6 +1000,25 @@ def test_a_view_depends_on_seed_epoch_and_sample_alone():
         assert sum(one[key] != other[key] for key in one.keys() & other.keys()) > 20
 
 
+def test_a_steps_packs_keep_their_limits():
+    """The budget with every picture's prefix, and the number of pictures, 16 unless said."""
+    sources = [(OpenMoji("train", 100), 1.0)]
+
+    def packs(budget: int, **options) -> list[list[int]]:
+        stream = Stream("p", 64, budget=budget, packs=1)
+        data = StepData([stream], sources, 16, 5, **options)
+        return [batch.lengths for step in range(data.steps_in(0)) for batch in data[step]]
+
+    for lengths in packs(64):
+        assert sum(lengths) + 5 * len(lengths) <= 64
+    assert max(sum(lengths) + 5 * len(lengths) for lengths in packs(64)) == 64
+    counts = [{len(lengths) for lengths in packs(4096, **o)} for o in ({}, {"max_images": 3})]
+    assert max(counts[0]) == 16 and max(counts[1]) == 3
+    assert [len(lengths) for lengths in packs(4096, max_images=None)] == [100]
+    lengths = [length + 5 for pictures in packs(64) for length in pictures]
+    assert pack(lengths, 64, lookahead=1) != pack(lengths, 64) == pack(lengths, 64, lookahead=64)
+
+
 def test_a_rank_has_a_contiguous_part_of_a_step():
     """Four packs over two ranks: the first two are rank 0's, so a rank sees few resolutions."""
     source = OpenMoji("train", 60)
@@ -1035,18 +1063,31 @@ def test_an_order_depends_on_the_seed_the_epoch_and_the_streams_name():
     assert orders(0, "p") == found[:2] and {*found[0]} == {*found[5]}
 
 
+def test_two_sources_draw_sizes_of_their_own():
+    """The n-th pictures of both would be of one size if they shared their numbers."""
+    twins = [(OpenMoji(part, 40), 1.0) for part in ("train", "test")]
+    data = StepData([Stream("p", choices=(32, 48, 64), budget=512, packs=1)], twins, 16, 5)
+    found = {"train": {}, "test": {}}
+    for batch in (batch for step in range(data.steps_in(0)) for batch in data[step]):
+        for sample, grid in zip(batch.samples, batch.grids, strict=True):
+            _, part, _, number, _ = sample.key.split("-")
+            found[part][number] = grid
+    assert len(found["train"]) == 40 and found["train"].keys() == found["test"].keys()
+    assert found["train"] != found["test"]
+
+
 def test_drawn_sizes_differ_by_seed_and_stream():
     source = OpenMoji("train", 40)
 
     def sides(seed: int, name: str) -> dict[str, tuple[int, int]]:
-        stream = Stream(name, choices=(48, 56, 64), budget=512, packs=1)
+        stream = Stream(name, choices=(32, 48, 64), budget=512, packs=1)
         data = StepData([stream], [(source, 1.0)], 16, 5, seed)
         batches = [batch for step in range(data.steps_in(0)) for batch in data[step]]
         return {s.key: grid for b in batches for s, grid in zip(b.samples, b.grids, strict=True)}
 
     found = [sides(0, "p"), sides(1, "p"), sides(0, "q")]
     assert found[0] != found[1] != found[2] != found[0]
-    assert {grid for one in found for grid in one.values()} == {(3, 3), (4, 4)}  # 56 goes up
+    assert {grid for one in found for grid in one.values()} == {(2, 2), (3, 3), (4, 4)}
 
 
 @pytest.mark.slow
@@ -1389,6 +1430,8 @@ def test_the_picture_of_a_group_is_the_one_whose_whole_extension_says_so(tmp_pat
     assert source.lost == 2  # what lies beside a picture is not lost
     assert all("group x" in source.skipped[name] and "x.jpg" in source.skipped[name]
                for name in refused)  # fmt: skip
+    twins = open_source(str(write_shard(tmp_path / "c.tar", {"a.JPG": RED, "a.jpg": GREEN})))
+    assert len(twins) == twins.lost == 1 and list(twins.skipped) == ["a.jpg"]
     twenty = {f"photo.{i:04d}.jpg": RED for i in range(20)}
     with pytest.raises(ValueError, match=r"20 files.*photo\.0000\.jpg.*group photo"):
         open_source(str(write_shard(tmp_path / "b.tar", twenty)))
@@ -1535,9 +1578,10 @@ def test_sidecars_say_zero_and_speak_windows(tmp_path):
                      "c": ("of json", None), "d": ("ein \u00fc", None)}  # fmt: skip
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "IMG_1.JPG").write_bytes(RED)
+    (tmp_path / "data" / "IMG_1.jpg").write_bytes(GREEN)
     (tmp_path / "data" / "IMG_1.TXT").write_bytes(b"upper\r\n")
-    source = open_source(str(tmp_path / "data"))
-    assert records_of(source) == {"IMG_1.JPG": ("upper", None)} and not source.skipped
+    found = records_of(open_source(str(tmp_path / "data")))
+    assert found == {"IMG_1.JPG": ("upper", None), "IMG_1.jpg": ("upper", None)}
 
 
 def test_copies_are_on_one_side_in_folders_tars_and_plain_indexes(tmp_path):
