@@ -584,7 +584,6 @@ def to_device(x: Tensor, device: torch.device | str) -> Tensor:
 # ---- Decoding
 
 MAX_PIXELS = 2**26  # 8192 x 8192; a larger picture is refused by its header, before decoding
-MAX_BYTES = 2**30  # of a file
 # Text and colour profiles of a PNG, which nobody needs but Pillow inflates: 1 MB refused good files
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**26
 ALPHA_GROUND = (255, 255, 255)  # transparent pictures are composed on white
@@ -1009,8 +1008,6 @@ def read_index(path: str | Path) -> tuple[Record, bytes]:
 def _read(place: Record, root: Path | str = "") -> bytes:
     """The bytes at a {path, offset, size}."""
     path = os.path.join(root, place["path"])
-    if place["size"] > MAX_BYTES:
-        raise BadImage(f"{path!r}: {place['size']} bytes, more than {MAX_BYTES}")
     try:
         with open(path, "rb") as file:
             data = os.pread(file.fileno(), place["size"], place.get("offset", 0))
@@ -1033,6 +1030,9 @@ def cache_home() -> Path:
 
 
 # ---- What is a picture among files, and what lies beside it
+
+
+UNSEEN = "a file or folder that cannot be read"
 
 
 def _walk(root: Path) -> tuple[dict[str, os.stat_result], Skipped]:
@@ -1064,7 +1064,8 @@ def _walk(root: Path) -> tuple[dict[str, os.stat_result], Skipped]:
                 links += [entry.path for entry in entries if entry.is_symlink()]
             seen.add((status.st_dev, status.st_ino))
         except OSError as error:
-            skipped[_printable(name)] = f"{'a link that ends nowhere: ' * is_link}{error.strerror}"
+            kind = "a link that leads nowhere" if is_link else UNSEEN
+            skipped[_printable(name)] = f"{kind}: {error.strerror}"
     return dict(sorted(found.items())), skipped
 
 
@@ -1148,7 +1149,7 @@ def _texts(beside: dict[str, bytes]) -> Record:
 # stem and extension: in a tar all behind the first dot (webdataset), in a folder behind the last
 TAR_NAME = re.compile(r"((?:.*/)?[^/][^./]*)\.([^/]+)", re.DOTALL)
 FILE_NAME = re.compile(r"(.*?[^/])\.(mask\.png|[^./]+)", re.DOTALL | re.IGNORECASE)
-TWO = "two pictures of group {}, and none is called {}.jpg: name one so, or have no dots in names"
+TWO = "two pictures of group {0}, and none is {0}.jpg: name one so, or have no dots in names"
 
 
 def _group(names: Iterable[str], in_tar: bool) -> tuple[dict[str, tuple[str, Record]], Skipped]:
@@ -1163,17 +1164,16 @@ def _group(names: Iterable[str], in_tar: bool) -> tuple[dict[str, tuple[str, Rec
     for name in names:
         match = (TAR_NAME if in_tar else FILE_NAME).fullmatch(name)
         if match and not _is_junk(name):
-            first = groups.setdefault(match[1], {}).setdefault(match[2].lower(), name)
-            if first != name and _is_picture(name):
-                lost[name] = f"it differs from {first} only in the case of its extension"
+            members = groups.setdefault(match[1], {})
+            ext = match[2].lower()  # a.jpg may be beside a.JPG
+            members[f"{len(members)}/.{ext}" if ext in members else ext] = name
     for stem, members in groups.items():
-        pictures = [ext for ext in members if ext in SUFFIXES]
-        if not pictures:
-            pictures = [ext for ext in members if _is_picture(ext)]
-            if len(pictures) > 1:
-                why = TWO.format(stem, stem.rpartition("/")[2])
-                lost |= {members[ext]: why for ext in pictures}
-                continue
+        pictures = [ext for ext in members if _is_picture(ext)]
+        if in_tar and (plain := [e for e in pictures if e.rpartition("/.")[2] in SUFFIXES]):
+            pictures = plain
+        elif in_tar and len(pictures) > 1:
+            lost |= dict.fromkeys((members[ext] for ext in pictures), TWO.format(stem))
+            continue
         for ext in pictures[:1] if in_tar else pictures:
             beside = {kind: members[kind] for kind in SIDECARS if kind in members}
             for kind in SIDECARS if "." in ext else ():
@@ -1242,7 +1242,8 @@ def _scan(path: Path, root: Path) -> Scan:
         files, odd = _walk(path) if is_folder else ({path.name: path.stat()}, odd)
     except OSError as error:
         return Scan(b"", {os.path.relpath(path, root): str(error.strerror)}, 0, False)
-    rules = SCAN_VERSION, PIL.__version__, FORMATS, sorted(SUFFIXES), MAX_PIXELS, MAX_BYTES
+    unseen = sum(why.startswith(UNSEEN) for why in odd.values())
+    rules = SCAN_VERSION, PIL.__version__, FORMATS, sorted(SUFFIXES), MAX_PIXELS
     times = [(n, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for n, s in files.items()]
     state = hashlib.sha256(repr((rules, os.path.relpath(path, root), times)).encode()).hexdigest()
     name = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:32]
@@ -1251,7 +1252,8 @@ def _scan(path: Path, root: Path) -> Scan:
         header, lines = read_index(kept)
         before = header["count"]
         if header["state"] == state:
-            return Scan(lines, odd | header["skipped"], header["lost"], header["is_whole"])
+            lost = header["lost"] + unseen
+            return Scan(lines, odd | header["skipped"], lost, header["is_whole"])
     if is_folder:
         places = {name: {"path": name, "size": status.st_size} for name, status in files.items()}
     else:
@@ -1272,7 +1274,7 @@ def _scan(path: Path, root: Path) -> Scan:
             write_index(kept, lines, **facts)
     if scan.count < before:
         scan.skipped[str(path)] = f"{before} pictures at the last scan, {scan.count} now"
-    scan.skipped = odd | scan.skipped
+    scan.skipped, scan.lost = odd | scan.skipped, scan.lost + unseen
     return scan
 
 
