@@ -59,7 +59,7 @@ from model import (
     load_student,
     save_student,
 )
-from packing import Group, Source, Subset, cache_home, make_loader
+from packing import Group, Source, Subset, cache_home, large_enough, make_loader
 from sampling import balanced_sample, hierarchical_kmeans
 from teachers import Teacher, TeacherOutput
 from train import (
@@ -67,7 +67,6 @@ from train import (
     Stream,
     TrainConfig,
     Trainer,
-    at_least,
     load_teachers,
     make_stages,
     open_sources,
@@ -265,7 +264,7 @@ def distil(name: str, arm: str, seed: int, quick: bool) -> dict[str, Any]:
     if claim.unenlarged:
         streams = [stream for stage in cfg.stages for stream in stage.streams]
         side = max(side for stream in streams for side in stream.choices)
-        train, held_out = at_least(train, side), at_least(held_out, side)
+        train, held_out = large_enough(train, side), large_enough(held_out, side)
     named = {t.name: t for t in teachers}
     reference = extract({"teacher": named}, spread(train, 200))
     if arm in claim.patterned:  # in training alone
@@ -398,7 +397,8 @@ def merge(name: str, arm: str, seed: int, quick: bool) -> dict[str, Any]:
     cfg = config(name, arm, seed, quick)
     train, held_out, _ = opened(cfg.teachers, quick)
     some = [
-        spread(at_least(source, HIGH), limit) for source, limit in ((train, 600), (held_out, 300))
+        spread(large_enough(source, HIGH), limit)
+        for source, limit in ((train, 600), (held_out, 300))
     ]
     sets = [extract(models, source, size=(HIGH, HIGH)) for source in some]
     asked, figures, column = questions(*sets), {}, "student/trunk"

@@ -28,7 +28,7 @@ from PIL import Image
 import losses
 import train
 from model import MODELS, Layout, load_student, save_student
-from packing import PackedBatch, Sample, to_float
+from packing import PackedBatch, Sample, large_enough, to_float
 from teachers import Backbone, SizeRule, Teacher
 
 ROOT = Path(__file__).parent.parent
@@ -353,7 +353,7 @@ def test_two_steps_of_a_shrunken_copy_of_each_preset(preset, monkeypatch):
     assert any(not torch.equal(trainer.student.state_dict()[n], before[n]) for n in trunk)
     for result in (first, second):
         assert all(value == value for value in result.losses.values())
-        partitions = {p for batch in stages[0][0] for p in batch.partition_B}
+        partitions = {p for batch in stages[0][0] for p in batch.stream_B}
         assert partitions == set(range(len(trainer.cfg.stages[0].streams)))
 
 
@@ -402,7 +402,7 @@ def test_wrong_batches_are_refused_with_both_numbers():
 def batch_of(sides: list[int], partitions: list[int]) -> PackedBatch:
     images = [torch.rand(3, side, side) for side in sides]
     batch = PackedBatch.from_images(images, 16, [sample_of(x, i) for i, x in enumerate(images)])
-    return dataclasses.replace(batch, partition_B=partitions)
+    return dataclasses.replace(batch, stream_B=partitions)
 
 
 def sample_of(image: torch.Tensor, i: int) -> Sample:
@@ -604,7 +604,7 @@ def test_statistics_are_of_the_streams_that_a_teacher_supervises():
     batch = PackedBatch.cat([pack for step in range(cfg.stats_steps) for pack in data[step]])
     seen = {name: int(space.parts["summary"].statistics.total)
             for name, space in trainer.spaces.items()}  # fmt: skip
-    assert seen == {"dense": len(batch), "semantic": batch.partition_B.count(0)}
+    assert seen == {"dense": len(batch), "semantic": batch.stream_B.count(0)}
     # one that supervises none of a stage has a space all the same: its pictures' weights are 0
     other = (dataclasses.replace(streams[1], teachers=("dense",)),)
     trainer, (data,) = trainer_of(dataclasses.replace(cfg, stages=(train.Stage(1.0, other),)))
@@ -1098,7 +1098,7 @@ def test_pictures_of_the_side_itself_are_large_enough():
         def size(self, i):
             return [(48, 48), (47, 48), (96, 24)][i]
 
-    assert train.at_least(Listed(), 48).indices == [0, 2]
+    assert large_enough(Listed(), 48).indices == [0, 2]
 
 
 def test_how_many_pictures_are_held_out(tmp_path):
