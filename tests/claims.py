@@ -786,7 +786,7 @@ def triangle(base: float, leg: float) -> Tensor:
     return torch.tensor([[-base / 2, 0], [base / 2, 0], [0, height]])
 
 
-# ------------------------------------------------------------------------------ questions for a reader
+# ------------------------------------------------------------------------------ a small reader
 
 
 def questions(train: FeatureSet, test: FeatureSet) -> tuple[Tensor, Tensor]:

@@ -88,51 +88,6 @@ def test_reading_finds_what_tokens_say_and_where():
     assert row["value"] > 0.65 and row["n"] == 30  # guessing: 0.37
 
 
-def drawn(label, caption, rows=(0, 0), columns=(0, 0)):
-    """A sample without pixels, whose mask is a rectangle in 30 x 30."""
-    mask = np.zeros((30, 30), np.uint8)
-    mask[slice(*rows), slice(*columns)] = 1
-    return Sample(f"{label}{caption}", "", np.zeros((0, 0, 3), np.uint8), label, caption, mask)
-
-
-def test_questions():
-    """Label, the caption's last word (five pictures have it), place of 3 x 3, size of 4."""
-    names = (("cat", "red cat, tree"), ("dog", "blue dog"), ("owl", "green owl"))
-    train = FeatureSet([drawn(*name, (0, 15), (0, 15)) for name in names * 5])
-    test = FeatureSet([
-        drawn("dog", "a dog", (0, 9), (21, 30)),
-        drawn("emu", "an emu", (22, 28), (1, 5)),
-        drawn("owl", "owl", (0, 30), (0, 30)),
-        drawn("cat", None),
-    ])  # fmt: skip
-    known, asked = claims.questions(train, test)
-    assert known.tolist() == [[i % 3, i % 3, 0, 2] for i in range(15)]
-    assert asked.tolist() == [[1, 1, 2, 0], [-1, -1, 6, 0], [2, 2, 4, 3], [0, -1, -1, -1]]
-
-
-@pytest.mark.slow
-def test_reading_finds_what_tokens_say_and_where():
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randn(90, 16, 4, generator=generator)
-    places = torch.randint(16, (90,), generator=generator)
-    tokens[torch.arange(90), places] = torch.eye(4)[torch.arange(90) % 4] * 8
-    answers = torch.stack([torch.arange(90) % 4, places // 8, torch.full((90,), -1)], 1)
-    read = [(x, torch.arange(16)) for x in tokens]
-    row = claims.reading(read[:60], read[60:], (4, 4), answers[:60], answers[60:])
-    assert row["value"] > 0.65 and row["n"] == 30  # guessing: 0.37
-
-
-@pytest.mark.slow
-def test_merging_fills_its_table():
-    parts = {"student": Heads(trunk=Network(0))}
-    rows = ev.merging(parts, Pictures(36), Pictures(18, seed=1), 32)
-    assert len(rows) == 7 * 3
-    assert rows["student/trunk 16 tokens, all: reading"]["value"] > 0.6
-    assert rows["student/trunk 4 tokens, merge: patch kNN"]["value"] > 0.5
-    with pytest.raises(ValueError, match="5x5, no multiple of 4"):
-        ev.merging(parts, Pictures(4), Pictures(4, seed=1), 40)
-
-
 @pytest.fixture(scope="module")
 def quick_runs(tmp_path_factory):
     """The folder with two seeds of every arm of every claim."""
