@@ -1133,13 +1133,6 @@ def read_image(image: Any, name: str) -> Tensor:
     return image
 
 
-def siglino_size(height: int, width: int, min_pixels=128**2, max_pixels=256**2) -> tuple[int, int]:
-    """The AMoE release's own size rule, for comparisons with it; it also enlarges. AMoE 1.1."""
-    if max(height, width) > 200 * min(height, width):
-        raise ValueError(f"{height}x{width}: the release's rule stops at an aspect ratio of 200")
-    return fit_size(height, width, 16, min_pixels, max_pixels, upsample=True)
-
-
 # ---- Our checkpoints
 
 FORMAT = "amoe-from-scratch student"

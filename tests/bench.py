@@ -34,11 +34,9 @@ from test_train import train_for
 
 from model import MODELS, Layout, ModelConfig, MoE, Student, attention
 from packing import (
-    Component,
     PackedBatch,
-    Partition,
-    Sizes,
     StepData,
+    Stream,
     make_loader,
     open_source,
     pack,
@@ -408,10 +406,10 @@ def megapixels(count: int = 96, repeats: int = 5) -> Iterator[Row]:
                 for i in range(n, count, 2):
                     tar.add(Path(folder, f"{i}.jpg"), f"{i}.jpg")
         source = open_source(str(Path(folder, "*.tar")))
-        parts = [Partition("p", (Component(source, Sizes(0, 224**2)),), 16 * 197, 1)]
+        order = [Stream("p", 224, budget=16 * 197, packs=1)], [(source, 1.0)], 16, 5
 
         def ours(rules: list[SizeRule]) -> None:
-            data = StepData(parts, 16, 5, teachers={f"t{i}": r for i, r in enumerate(rules)})
+            data = StepData(*order, teachers={f"t{i}": r for i, r in enumerate(rules)})
             for _ in make_loader(data, 0, data.steps_in(0), workers=2):
                 pass
 
@@ -439,10 +437,10 @@ def photographs(count: int = 20) -> Iterator[Row]:
         for i in range(count):  # with a comment each, so that no two are the same
             Path(folder, f"{i}.jpg").write_bytes(data[:2] + b"\xff\xfe\0\x08%06d" % i + data[2:])
         source = open_source(folder)
-        parts = [Partition("p", (Component(source, Sizes(0, 256**2)),), 24 * 300, 1, 32)]
+        order = [Stream("p", 256, budget=24 * 300, packs=1)], [(source, 1.0)], 16, 5
 
         def step_of(rules: list[SizeRule] | None) -> list[PackedBatch]:
-            return StepData(parts, 16, 5, teachers=rules and {"t": rules[0]})[0]
+            return StepData(*order, max_images=32, teachers=rules and {"t": rules[0]})[0]
 
         rules = [SizeRule("native", 16, 1024)]
         times: dict[bool, list[float]] = {True: [], False: []}

@@ -31,7 +31,6 @@ from model import (
     load_student,
     merge_tokens,
     save_student,
-    siglino_size,
     unmerge_tokens,
     with_heads,
 )
@@ -1121,13 +1120,6 @@ def test_encode_resizes_antialiased_and_answers_in_float32():
 def test_encode_refuses(bad, message):
     with pytest.raises(ValueError, match=f"image 1.*{message}"):
         Student(MODELS["test"]).encode([torch.rand(3, 16, 16), bad])
-
-
-def test_siglino_size():
-    assert siglino_size(200, 400) == (176, 352)
-    assert siglino_size(64, 64) == (128, 128)
-    with pytest.raises(ValueError, match="aspect"):
-        siglino_size(16, 5000)
 
 
 # ------------------------------------------------------------------------------ token merging

@@ -30,8 +30,8 @@ from PIL import Image
 
 import losses
 import train
-from model import MODELS, load_student, save_student
-from packing import PackedBatch, Sample, to_float
+from model import MODELS, Layout, load_student, save_student
+from packing import PackedBatch, Sample, large_enough, to_float
 from teachers import Backbone, SizeRule, Teacher
 
 ROOT = Path(__file__).parent.parent
@@ -442,7 +442,7 @@ def test_two_steps_of_a_shrunken_copy_of_each_preset(preset, monkeypatch):
     assert any(not torch.equal(second[n], before[n]) for n in trunk)
     for report in run.reports:
         assert all(value == value for value in report.losses.values())
-    partitions = {p for batch in run.stages[0][0] for p in batch.partition_B}
+    partitions = {p for batch in run.stages[0][0] for p in batch.stream_B}
     assert partitions == set(range(len(run.cfg.stages[0].streams)))
 
 
@@ -491,7 +491,7 @@ def test_wrong_batches_are_refused_with_both_numbers():
 def batch_of(sides: list[int], partitions: list[int]) -> PackedBatch:
     images = [torch.rand(3, side, side) for side in sides]
     batch = PackedBatch.from_images(images, 16, [sample_of(x, i) for i, x in enumerate(images)])
-    return dataclasses.replace(batch, partition_B=partitions)
+    return dataclasses.replace(batch, stream_B=partitions)
 
 
 def sample_of(image: torch.Tensor, i: int) -> Sample:
@@ -698,7 +698,7 @@ def test_statistics_are_of_the_streams_that_a_teacher_supervises():
     batch = PackedBatch.cat([pack for step in range(cfg.stats_steps) for pack in data[step]])
     seen = {name: int(space.parts["summary"].statistics.total)
             for name, space in ready.state.spaces.items()}  # fmt: skip
-    assert seen == {"dense": len(batch), "semantic": batch.partition_B.count(0)}
+    assert seen == {"dense": len(batch), "semantic": batch.stream_B.count(0)}
     # one that supervises none of a stage has a space all the same: its pictures' weights are 0
     other = (dataclasses.replace(streams[1], teachers=("dense",)),)
     run = train_for(dataclasses.replace(cfg, stages=(train.Stage(1.0, other),)), 1)
@@ -1184,7 +1184,7 @@ def test_pictures_of_the_side_itself_are_large_enough():
         def size(self, i):
             return [(48, 48), (47, 48), (96, 24)][i]
 
-    assert train.at_least(Listed(), 48).indices == [0, 2]
+    assert large_enough(Listed(), 48).indices == [0, 2]
 
 
 def test_how_many_pictures_are_held_out(tmp_path):
@@ -1411,6 +1411,12 @@ def test_siglips_pooling_head_makes_the_summary(tmp_path):
     kept = saved.heads["siglip2"].pool.qkv  # the teacher's own again
     torch.testing.assert_close(kept.weight, model.head.attention.in_proj_weight)
     torch.testing.assert_close(kept.bias, model.head.attention.in_proj_bias)
+    faint = 1e-4 * torch.randn(1, 9, 32)  # so faint that the norm's epsilon counts
+    for p in (saved.heads["siglip2"].pool, model.head):
+        torch.nn.init.zeros_((p.proj if hasattr(p, "proj") else p.attention.out_proj).bias)
+    with torch.no_grad():
+        ours = saved.heads["siglip2"].pool(faint[0], Layout.of([(3, 3)], 0, faint.device))
+        torch.testing.assert_close(ours, model.head(faint), rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(raw.summary["siglip2"], normal.summary["siglip2"], rtol=1e-3,
                                atol=1e-4)  # fmt: skip
     # a student whose patches are right has a summary near the teacher's: it reads the same space
