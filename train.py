@@ -4,19 +4,18 @@
     torchrun --nproc-per-node 2 train.py --preset debug
     python -c 'from train import PRESETS, run; run(PRESETS["debug"])'
 
-Reading path: `TrainConfig` and `PRESETS` say what a run is. `train` is all of it on one page:
+Reading path: `TrainConfig` and `RECIPES` say what a run is. `train` is all of it on one page:
 per-image feature losses in PHI-S space, averaged over the images of the *global* batch, plus ARKD
 between the summaries of all images on all ranks. What it calls follows in the order of the calls.
 AMoE, arXiv 2512.20157; RADIOv2.5, arXiv 2412.07679; PHI-S, arXiv 2410.01680.
 
-Legend: B images, N packed tokens, M packed patches, C teacher width, L layers, E experts, K images
-that a teacher supervises.
+Legend: B images, N packed tokens, M packed patches, C teacher width, L layers, E experts, S streams
+of a stage, K images that a teacher supervises.
 """
 
 from __future__ import annotations
 
 import argparse
-import bisect
 import dataclasses
 import json
 import math
@@ -25,7 +24,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,14 +32,8 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint.state_dict as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
@@ -89,6 +82,7 @@ from packing import (
     left_out,
     make_loader,
     open_source,
+    rank_and_world,
     setup_distributed,
     to_device,
     write_whole,
@@ -108,14 +102,20 @@ from teachers import (
 )
 
 VERSION = 1
+AVERAGES = ("image", "partition", "token")  # AMoE's, RADIOv2.5's, and the ablation
 EXIT_SIGNALLED = 128  # a run that was told to stop saves and exits with 128 + the signal's number
 
 # ---- Part I, the papers: the recipe
 
 
-def option(default, help: str, **metadata):
+def option(default, help: str, choices: tuple[str, ...] | None = None, **metadata) -> Any:
     """A config field: its help carries the unit and the source, and becomes the flag's help."""
-    return field(default=default, metadata={"help": help, **metadata})
+    return field(default=default, metadata={"help": help, "choices": choices, **metadata})
+
+
+def control(default, help: str, choices: tuple[str, ...] | None = None) -> Any:
+    """A field that decides how a run goes, not what it computes: it may change on resume."""
+    return option(default, help, choices, control=True)
 
 
 @dataclass(frozen=True)
@@ -131,64 +131,49 @@ class TrainConfig:
     model: str = option("nano", "student, a key of model.MODELS; init: the sizes of --init")
     init: str = option("", "NAME=PATH[@layers] to start from: a ViT or DINOv2, or our checkpoint")
     head_hidden: int = option(0, "hidden width of the heads; 0: the teacher's (AMoE), 1024 (RADIO)")
-    windows: bool = option(True, "RADIO form: random windows of the position table (Sec. 1.2)")
-    pool: bool = option(True, "SigLIP: its frozen pooling head makes the summary (AMoE Sec. 1.6)")
-    out: str = option("", "run folder (default runs/<preset>)", control=True)
+    windows: bool = option(True, "RADIO form: random windows of the position table")
+    pool: bool = option(True, "SigLIP: its frozen pooling head makes the summary (AMoE)")
+    out: str = control("", "run folder (default runs/<preset>)")
     steps: int = option(1000, "optimizer steps")
     seed: int = option(0, "seed of weights, order and augmentation")
-    resume: str = option("auto", "auto, none, or a checkpoint folder", control=True)
-    save_every: int = option(150, "steps between checkpoints", control=True)
-    keep: int = option(3, "newest checkpoints that are kept", control=True)
-    keep_every: int = option(0, "also keep each that is a multiple of so many steps", control=True)
-    log_every: int = option(10, "steps between lines of metrics.jsonl", control=True)
-    evaluate_every: int = option(
-        0, "steps between evaluations (kNN, pca.png); 0: none", control=True
-    )
-    workers: int = option(0, "loader processes per rank; 0 loads in the main one", control=True)
-    threads: int = option(0, "torch threads per rank; 0 shares the cores evenly", control=True)
-    pg_timeout: float = option(600.0, "seconds that a rank waits for the others", control=True)
-    max_bad_frac: float = option(0.1, "share of pictures that may fail to decode", control=True)
+    resume: str = control("auto", "auto, none, or a checkpoint folder")
+    save_every: int = control(150, "steps between checkpoints")
+    keep: int = control(3, "newest checkpoints that are kept")
+    keep_every: int = control(0, "also keep each that is a multiple of so many steps")
+    log_every: int = control(10, "steps between lines of metrics.jsonl")
+    evaluate_every: int = control(0, "steps between evaluations (kNN, pca.png); 0: none")
+    workers: int = control(0, "loader processes per rank; 0 loads in the main one")
+    threads: int = control(0, "torch threads per rank; 0 shares the cores evenly")
+    pg_timeout: float = control(600.0, "seconds that a rank waits for the others")
+    max_bad_frac: float = control(0.1, "share of pictures that may fail to decode")
     cache: str = option("auto", "folder of teacher features; auto: user cache; none: live teachers")
     held_out: float = option(0.15, "share of each SOURCE's pictures held out of training")
     stages: tuple[Stage, ...] = option(
         (Stage(1.0, (Stream("native"),)),), "resolution stages, set by presets", flag=False
     )
-    max_images: int = option(16, "images in a pack at the most (AMoE Sec. 3)")
+    max_images: int = option(16, "images in a pack at the most (AMoE: token-balanced batching)")
     global_tokens: int = option(0, "tokens of a step over all ranks; 0: the packs of the preset")
     global_images: int = option(0, "instead: images of a step, if packs hold squares of one size")
-    micro_packs: int = option(
-        0,
-        "packs of one forward on a rank; 0: all of the step's, on CUDA as many as fit",
-        control=True,
-    )
-    patch_loss: str = option(
-        "mse", "feature loss of patches and registers", choices=tuple(losses.KINDS)
-    )
-    summary_loss: str = option("mse", "feature loss of summaries", choices=(*losses.KINDS, "angle"))
+    micro_packs: int = control(0, "packs of one forward on a rank; 0: all, on CUDA all that fit")
+    patch_loss: str = option("mse", "feature loss of patches and registers", tuple(losses.KINDS))
+    summary_loss: str = option("mse", "feature loss of summaries", (*losses.KINDS, "angle"))
+    # A fixed pattern of a teacher can't be learnt where each sees another view (C-RADIOv4 Eq. 1).
     shift: float = option(
-        0.0, "deviation, in patches, of the whole-patch moves of the student's view and each "
-        "teacher's own, so that no fixed pattern of a teacher is learnt (C-RADIOv4 Eq. 1: 0.5); "
-        "0: all see the same. Needs live teachers, --cache none"
-    )  # fmt: skip
-    relation: str = option("arkd", "relational loss of summaries", choices=("arkd", "rkd", "none"))
-    relation_mean: str = option(
-        "own", "whose mean distance divides the student's distances", choices=("own", "teacher")
-    )  # fmt: skip
-    relation_weight: float = option(1.0, "weight of the relational loss (AMoE Sec. 2.1: 1)")
-    average: str = option(
-        "image", "weigh each image the same (AMoE), within each stream (RADIO), or each token",
-        choices=("image", "partition", "token"),
-    )  # fmt: skip
-    balance: str = option(
-        "none", "weights of the losses: 1, or AdaLoss'", choices=("none", "adaloss")
+        0.0, "deviation of the views' moves, in patches (C-RADIOv4: 0.5); needs --cache none"
     )
-    normalizer: str = option("phis", "space of the targets", choices=tuple(losses.NORMALIZERS))
+    relation: str = option("arkd", "relational loss of summaries", ("arkd", "rkd", "none"))
+    relation_mean: str = option(
+        "own", "whose mean distance divides the student's distances", ("own", "teacher")
+    )
+    relation_weight: float = option(1.0, "weight of the relational loss (AMoE: 1)")
+    average: str = option("image", "weigh images alike, in each stream, or by tokens", AVERAGES)
+    balance: str = option("none", "weights of the losses: 1, or AdaLoss'", ("none", "adaloss"))
+    normalizer: str = option("phis", "space of the targets", tuple(losses.NORMALIZERS))
     stats_steps: int = option(
-        30, "steps of each stage whose teacher features fit the targets' space before its first "
-        "step; they cost the teachers' forward, or reading the cache, and no student"
-    )  # fmt: skip
-    frozen_steps: int = option(0, "first steps that train the heads alone (RADIO Sec. 4: 5000)")
-    optimizer: str = option("adamw", "optimizer (RADIO Sec. 4: lamb)", choices=("adamw", "lamb"))
+        30, "first steps of each stage whose teacher features fit the targets' space, before them"
+    )
+    frozen_steps: int = option(0, "first steps that train the heads alone (RADIOv2.5: 5000)")
+    optimizer: str = option("adamw", "optimizer (RADIOv2.5: lamb)", ("adamw", "lamb"))
     lr: float = option(1.5e-3, "peak learning rate")
     trunk_lr: float = option(1.0, "the trunk's learning rate as a share of the heads'")
     min_lr: float = option(0.02, "last learning rate as a share of the peak")
@@ -196,29 +181,14 @@ class TrainConfig:
     weight_decay: float = option(0.05, "decay of matrices; vectors and scalars have none")
     beta2: float = option(0.95, "second-moment decay of the optimizer")
     clip: float = option(1.0, "gradient norm limit")
-    ema: float = option(
-        0.0, "decay of the weights' running mean, at most (1 + step) / (10 + step) so that the "
-        "first weights are soon forgotten; the mean is then what is saved (0: none)"
-    )  # fmt: skip
-    router_rate: float = option(1e-3, "expert-bias step of load balancing (AMoE Sec. 1.4)")
-    parallel: str = option(
-        "ddp", "copies of the weights, or shards of them (FSDP2)", choices=("ddp", "fsdp"),
-        control=True,
-    )  # fmt: skip
-    device: str = option(
-        "auto", "where to compute; auto: cuda if there is one", choices=("auto", "cpu", "cuda"),
-        control=True,
-    )  # fmt: skip
-    deterministic: bool = option(
-        False, "ask torch for the same bits in every run on CUDA, where it has them", control=True
-    )
-    precision: str = option(
-        "auto", "arithmetic; auto: bf16 on CUDA, else fp32", choices=("auto", "fp32", "bf16")
-    )
-    recompute: bool = option(
-        False, "activation checkpointing: less memory, a third more time", control=True
-    )
-    compile: bool = option(False, "torch.compile each block", control=True)
+    ema: float = option(0.0, "decay of the weights' running mean, which is then saved; 0: none")
+    router_rate: float = option(1e-3, "step of the experts' bias (AMoE release: load balancing)")
+    parallel: str = control("ddp", "copies of the weights, or shards (FSDP2)", ("ddp", "fsdp"))
+    device: str = control("auto", "auto: cuda if there is one", ("auto", "cpu", "cuda"))
+    deterministic: bool = control(False, "ask torch for the same bits in every run on CUDA")
+    precision: str = option("auto", "auto: bf16 on CUDA, else fp32", ("auto", "fp32", "bf16"))
+    recompute: bool = control(False, "activation checkpointing: less memory, a third more time")
+    compile: bool = control(False, "torch.compile each block")
 
     def __post_init__(self) -> None:
         if not self.out:
@@ -230,21 +200,11 @@ class TrainConfig:
         stops = [round(stage.until * self.steps) for stage in self.stages]
         return list(zip([0, *stops[:-1]], stops, strict=True))
 
-    def stage_at(self, step: int) -> Stage:
-        """The stage that a step, counted from 1, belongs to."""
-        stops = [stop for _, stop in self.stage_bounds()]
-        return self.stages[bisect.bisect_left(stops, step)]
-
     def identity(self) -> dict:
         """The fields that decide the run's numbers, as JSON: what a resumed run must share."""
-        kept = [f.name for f in dataclasses.fields(self) if not f.metadata.get("control")]
-        return {name: json.loads(json.dumps(_plain(getattr(self, name)))) for name in kept}
-
-
-def _plain(value):
-    if dataclasses.is_dataclass(value):
-        return dataclasses.asdict(value)
-    return [_plain(item) for item in value] if isinstance(value, tuple) else value
+        controls = {f.name for f in dataclasses.fields(self) if f.metadata.get("control")}
+        given = json.loads(json.dumps(dataclasses.asdict(self)))
+        return {name: value for name, value in given.items() if name not in controls}
 
 
 # What each preset changes of the defaults.
@@ -274,8 +234,8 @@ _AMOE: dict[str, Any] = dict(
 
 
 def native(until: float, max_side: int, budget: int) -> Stage:
-    """A stage of pictures in their own shape."""
-    return Stage(until, (Stream("native", max_side=max_side, budget=budget),))
+    """A stage of pictures in their own shape, of at most max_side^2 px."""
+    return Stage(until, (Stream("native", max_side, budget=budget),))
 
 
 RECIPES: dict[str, dict[str, Any]] = {
@@ -311,15 +271,19 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 # ---- The run on one page
 
+Streams = tuple[Stream, ...]
+Teachers = Sequence[Teacher]
 Spaces = dict[str, losses.TargetSpace]  # of each teacher's targets
 Targets = dict[str, TeacherOutput]  # of each teacher, for the pictures of a micro-batch
 
 
 @dataclass
 class State:
-    """All that a step changes."""
+    """What a step changes, and the configuration by which it does."""
 
+    cfg: TrainConfig
     student: Student
+    model: Any  # the student as the ranks share it
     optimizer: torch.optim.Optimizer
     average: dict[str, Tensor]  # the weights' running mean; empty without --ema
     spaces: Spaces
@@ -327,10 +291,7 @@ class State:
 
 
 def train(
-    cfg: TrainConfig,
-    teachers: list[Teacher],
-    sources: list[Source],
-    held_out: Source | None = None,
+    cfg: TrainConfig, teachers: Teachers, sources: list[Source], held_out: Source | None = None
 ) -> Job:
     """Distil the teachers into a student, from its first step or its newest checkpoint to the last.
 
@@ -355,7 +316,7 @@ def train(
     optimizer = make_optimizer(cfg, student)
     average = {name: p.detach().clone() for name, p in trained(student) if cfg.ema}
     spaces = new_spaces(cfg, teachers, device)
-    state = State(student, optimizer, average, spaces, losses.AdaLoss())
+    state = State(cfg, student, model, optimizer, average, spaces, losses.AdaLoss())
     start = resume(job, state, stages)
 
     for stage, ((first, last), data) in enumerate(zip(cfg.stage_bounds(), stages, strict=True)):
@@ -365,7 +326,7 @@ def train(
         if begin == first:
             # Targets: how a teacher's features vary depends on the resolution, so each stage has
             # its own PHI-S, estimated before its first step; the heads move along.
-            fitted = fit_spaces(cfg, teachers, data, streams, group)
+            fitted = fit_spaces(cfg, teachers, data, streams, device)
             carry_heads(state, fitted, None if stage else trained_heads)
         size = 0  # packs of a forward, found at the stage's first step
         loader = make_loader(data, begin - first, last - first, cfg.workers, device.type == "cuda")
@@ -375,7 +336,7 @@ def train(
             # Gradient accumulation: one optimizer step of several forwards. Pack by pack to the
             # device, as they are pinned.
             packs = [pack.to(device) for pack in packs]
-            size = size or packs_of_a_forward(cfg, streams, state, len(packs), group)
+            size = size or packs_of_a_forward(state, streams, len(packs), device)
             micros = [PackedBatch.cat(packs[i : i + size]) for i in range(0, len(packs), size)]
             targets = [targets_of(teachers, spaces, batch) for batch in micros]
             weights = image_weights(cfg, teachers, streams, micros)
@@ -384,25 +345,25 @@ def train(
             # ARKD compares every image with every other of the global batch, so its gradient is
             # taken first, on detached summaries of all micro-batches and ranks; it then enters
             # each backward as <summary, gradient>. Several micro-batches take a forward more.
-            only = forward(cfg, model, step, micros[0]) if len(micros) == 1 else None
+            only = forward(state, step, micros[0]) if len(micros) == 1 else None
             parts: dict[str, Tensor] = {}
             pulls: dict[str, list[Tensor]] = {}
             if cfg.relation != "none":
                 with torch.no_grad():
-                    outs = (only or forward(cfg, model, step, batch) for batch in micros)
+                    outs = (only or forward(state, step, batch) for batch in micros)
                     said = [summaries(state, out) for out in outs]
-                parts, pulls = relation_gradients(cfg, said, targets, weights, group)
+                parts, pulls = relation_gradients(cfg, said, targets, weights)
 
             # Every image weighs 1 / (images of the global batch), whatever its size and its rank.
             counts: list[Tensor] = []
             for i, batch in enumerate(micros):
                 with gradient_sync(model, is_last=i == len(micros) - 1):
-                    out = only or forward(cfg, model, step, batch)
-                    mine = feature_losses(cfg, state, out, batch, targets[i], weights[i])
-                    loss = sum_of(part_weight(cfg, state, name) * x for name, x in mine.items())
+                    out = only or forward(state, step, batch)
+                    mine = feature_losses(state, out, batch, targets[i], weights[i])
+                    loss = torch.stack([part_weight(state, n) * x for n, x in mine.items()]).sum()
                     for name, grads_BC in pulls.items():
                         pull = (summaries(state, out)[name] * grads_BC[i]).sum()
-                        loss = loss + part_weight(cfg, state, f"{name}/relation") * pull
+                        loss = loss + part_weight(state, f"{name}/relation") * pull
                     # DDP and FSDP2 average gradients over the ranks; the shares are to be summed.
                     (loss * group.world).backward()
                 for name, value in mine.items():
@@ -416,7 +377,8 @@ def train(
             report = settle(job, state, step, parts, norm, counts, micros, targets)
             report.lr = set_lr(cfg, optimizer, step)
             optimizer.step()
-            update_average(cfg, state, step)
+            update_average(state, step)
+            # Experts with more than their share get a lower bias (auxiliary-loss-free balancing).
             if counts and not student.frozen_trunk:
                 student.update_router(report.loads_LE, cfg.router_rate)
             state.ada.update(report.losses)
@@ -428,7 +390,7 @@ def train(
 # ---- Where the student comes from
 
 
-def build_student(cfg: TrainConfig, teachers: list[Teacher]) -> tuple[Student, set[str]]:
+def build_student(cfg: TrainConfig, teachers: Teachers) -> tuple[Student, set[str]]:
     """The student before step 1, and the names of the heads that already answer in teacher space.
 
     It depends on the configuration and the files alone. Raises: ValueError if --init does not fit.
@@ -436,7 +398,7 @@ def build_student(cfg: TrainConfig, teachers: list[Teacher]) -> tuple[Student, s
     given = read_init(cfg) if cfg.init else None
     base = given.config if given and cfg.model == "init" else MODELS[cfg.model]
     if given and cfg.model == "init" and not given.heads:
-        base = dataclasses.replace(base, cls_tokens=2)  # with_heads: one for each (RADIO Sec. 1.3)
+        base = dataclasses.replace(base, cls_tokens=2)  # with_heads: one for each (RADIOv2.5)
     torch.manual_seed(cfg.seed)
     student = Student(with_heads(base, [head_spec(cfg, base, t) for t in teachers]))
     for teacher in teachers:
@@ -448,34 +410,30 @@ def build_student(cfg: TrainConfig, teachers: list[Teacher]) -> tuple[Student, s
 def head_spec(cfg: TrainConfig, base: ModelConfig, teacher: Teacher) -> HeadSpec:
     """The head for a teacher: AMoE's adapter with foldable outputs, or RADIO's two MLPs."""
     name, dim, summary_dim = teacher.name, teacher.dim, teacher.summary_dim
+    kind: dict[str, Any] = {"hidden": cfg.head_hidden or 1024}
     if base.form == "radio":
-        hidden = cfg.head_hidden or 1024
-        return HeadSpec(name, dim, summary_dim, "v2", hidden=hidden, summary_hidden=hidden,
-                        in_trunk_summary=summary_dim is not None)  # fmt: skip
+        kind |= {"summary_hidden": kind["hidden"], "in_trunk_summary": summary_dim is not None}
+        return HeadSpec(name, dim, summary_dim, "v2", **kind)
+    kind = {"hidden": cfg.head_hidden, "bias": True}
     pool: Any = getattr(teacher.backbone.network, "head", None) if cfg.pool else None
     if hasattr(pool, "probe"):
-        return HeadSpec(name, dim, dim, pool=True, bias=True, hidden=cfg.head_hidden,
-                        pool_hidden=pool.mlp.fc1.out_features,
-                        pool_heads=pool.attention.num_heads)  # fmt: skip
+        sizes = {"pool_hidden": pool.mlp.fc1.out_features, "pool_heads": pool.attention.num_heads}
+        return HeadSpec(name, dim, dim, pool=True, **sizes, **kind)
     # registers are matched one to one, so there must be as many (AMoE: DINOv3's 4)
-    return HeadSpec(name, dim, summary_dim, registers=teacher.registers == base.registers > 0,
-                    split=True, bias=True, hidden=cfg.head_hidden)  # fmt: skip
+    has_registers = teacher.registers == base.registers > 0
+    return HeadSpec(name, dim, summary_dim, registers=has_registers, split=True, **kind)
 
 
 # ---- What a stage's steps see
 
 
 def make_stages(
-    cfg: TrainConfig,
-    sources: list[Source],
-    config: ModelConfig,
-    group: Group,
-    teachers: Collection[Teacher] | None = None,
+    cfg: TrainConfig, sources: list[Source], config: ModelConfig, group: Group, teachers: Any
 ) -> list[StepData]:
     """One `StepData` per stage; each stage starts its own epoch 0.
 
-    With `teachers`, what the live ones see of a picture is made in the loader's workers, which
-    then keep the picture itself.
+    What the live `teachers` see of a picture is made in the loader's workers, which then keep the
+    picture itself. None: the samples have it.
     """
     live = None
     if teachers is not None:
@@ -484,40 +442,27 @@ def make_stages(
     mix = list(zip(sources, shares, strict=True))
     stages = []
     for number, stage in enumerate(cfg.stages):
-        often = times(cfg, stage, config.patch, config.prefix)
+        often = times(cfg, stage, config.patch, config.prefix, group.world)
         streams = [dataclasses.replace(s, packs=s.packs * often) for s in stage.streams]
-        total = sum(stream.packs for stream in streams)
-        if cfg.micro_packs and total % (cfg.micro_packs * group.world):
-            raise ValueError(
-                f"micro_packs={cfg.micro_packs} * {group.world} processes does not divide the "
-                f"{total} packs of a step; change --micro-packs or --global-tokens"
-            )
-        data = StepData(
-            streams, mix, config.patch, config.prefix, cfg.seed + number, group.rank, group.world,
-            cfg.max_images, cfg.shift, live,
-        )  # fmt: skip
-        stages.append(data)
+        order = config.patch, config.prefix, cfg.seed + number, group.rank, group.world
+        stages.append(StepData(streams, mix, *order, cfg.max_images, cfg.shift, live))
     return stages
 
 
 # ---- The targets' spaces, and heads that move with them
 
 
-def new_spaces(cfg: TrainConfig, teachers: list[Teacher], device: torch.device) -> Spaces:
+def new_spaces(cfg: TrainConfig, teachers: Teachers, device: torch.device) -> Spaces:
     """A space for each teacher's targets, fitted to nothing yet."""
-    spaces = {
-        t.name: losses.TargetSpace(cfg.normalizer, t.dim, t.summary_dim, cfg.summary_loss)
-        for t in teachers
-    }
-    return {name: space.to(device) for name, space in spaces.items()}
+    spaces = {}
+    for t in teachers:
+        space = losses.TargetSpace(cfg.normalizer, t.dim, t.summary_dim, cfg.summary_loss)
+        spaces[t.name] = space.to(device)
+    return spaces
 
 
 def fit_spaces(
-    cfg: TrainConfig,
-    teachers: list[Teacher],
-    data: StepData,
-    streams: tuple[Stream, ...],
-    group: Group,
+    cfg: TrainConfig, teachers: Teachers, data: StepData, streams: Streams, device: torch.device
 ) -> Spaces:
     """Spaces fitted to the pictures of a stage's first steps, as its losses will see them.
 
@@ -526,12 +471,12 @@ def fit_spaces(
 
     Raises: Standstill where nothing can be read, or features are not finite.
     """
-    spaces = new_spaces(cfg, teachers, group.device)
+    spaces = new_spaces(cfg, teachers, device)
     steps = min(cfg.stats_steps, data.steps_in(0))
-    loader = make_loader(data, 0, steps, cfg.workers, group.device.type == "cuda")
+    loader = make_loader(data, 0, steps, cfg.workers, device.type == "cuda")
     counts = torch.zeros(1 + len(teachers), dtype=torch.int64)  # broken; seen by each
-    for packs in progress(loader, "teacher statistics", group, total=steps):
-        batch = PackedBatch.cat([pack.to(group.device) for pack in packs])
+    for packs in progress(loader, "teacher statistics", total=steps):
+        batch = PackedBatch.cat([pack.to(device) for pack in packs])
         seen = [supervised(t.name, streams, batch) for t in teachers]
         counts += torch.tensor([len(batch.skipped), *map(len, seen)])
         for teacher, own in zip(teachers, seen, strict=True):
@@ -540,7 +485,7 @@ def fit_spaces(
                 spaces[teacher.name].update(target, [batch.grids[i] for i in own])
             except ValueError as error:
                 raise Standstill(f"statistics of teacher {teacher.name}: {error}") from error
-    bad, *good = sum_over_ranks(counts.to(group.device)).tolist()
+    bad, *good = sum_over_ranks(counts.to(device)).tolist()
     if not all(good):
         raise Standstill(f"none of the {bad} pictures of the first steps could be read")
     for space in spaces.values():
@@ -548,10 +493,15 @@ def fit_spaces(
     return spaces
 
 
-def supervised(name: str, streams: tuple[Stream, ...], batch: PackedBatch) -> list[int]:
+def is_taught(name: str, streams: Streams) -> list[bool]:
+    """Of each stream: does the teacher supervise it?"""
+    return [not stream.teachers or name in stream.teachers for stream in streams]
+
+
+def supervised(name: str, streams: Streams, batch: PackedBatch) -> list[int]:
     """The pictures whose stream a teacher supervises; all where it supervises none."""
-    taught = [not stream.teachers or name in stream.teachers for stream in streams]
-    return [i for i, p in enumerate(batch.stream_B) if taught[p] or not any(taught)]
+    taught = is_taught(name, streams)
+    return [i for i, s in enumerate(batch.stream_B) if taught[s] or not any(taught)]
 
 
 @torch.no_grad()
@@ -588,19 +538,16 @@ def carry_heads(state: State, fitted: Spaces, trained_heads: set[str] | None) ->
 
 def ask(teacher: Teacher, batch: PackedBatch, chosen: Sequence[int]) -> TeacherOutput:
     """A teacher's own features of some of a batch's pictures, from what the loader made."""
-    device = batch.patches_MX.device
     if teacher.name in batch.pixels:
         pictures = batch.seen(teacher.name)
-        return teacher.features([pictures[i] for i in chosen]).to(device)
-    boxes = batch.boxes(teacher.name)
-    return teacher.targets(
-        [batch.samples[i] for i in chosen],
-        [batch.sizes[i] for i in chosen],
-        boxes and [boxes[i] for i in chosen],
-    ).to(device)
+        out = teacher.features([pictures[i] for i in chosen])
+    else:
+        given: Any = batch.samples, batch.sizes, batch.boxes(teacher.name)
+        out = teacher.targets(*(x and [x[i] for i in chosen] for x in given))
+    return out.to(batch.patches_MX.device)
 
 
-def targets_of(teachers: list[Teacher], spaces: Spaces, batch: PackedBatch) -> Targets:
+def targets_of(teachers: Teachers, spaces: Spaces, batch: PackedBatch) -> Targets:
     """What the teachers say of a batch's pictures, in the spaces of the losses."""
     every = range(len(batch))
     return {t.name: spaces[t.name](ask(t, batch, every), batch.grids) for t in teachers}
@@ -609,7 +556,7 @@ def targets_of(teachers: list[Teacher], spaces: Spaces, batch: PackedBatch) -> T
 # ---- A step's losses
 
 
-class Weights(NamedTuple):
+class ImageWeights(NamedTuple):
     """What each image of a micro-batch counts in a teacher's losses."""
 
     summary_B: Tensor
@@ -617,52 +564,51 @@ class Weights(NamedTuple):
     is_taught: list[float]  # 0 where the teacher does not supervise the image's stream
 
 
+Weights = dict[str, ImageWeights]  # of each teacher, for a micro-batch
+
+
 def image_weights(
-    cfg: TrainConfig,
-    teachers: list[Teacher],
-    streams: tuple[Stream, ...],
-    micros: list[PackedBatch],
-) -> list[dict[str, Weights]]:
-    """Per micro-batch and teacher: the `Weights` of its images, made on the host.
+    cfg: TrainConfig, teachers: Teachers, streams: Streams, micros: list[PackedBatch]
+) -> list[Weights]:
+    """What each image of the micro-batches counts in each teacher's losses, made on the host.
 
     1 / (images on all ranks), whatever an image's size and wherever it landed (AMoE: per-image
     loss). average="partition" does so within each stream and then over the streams (RADIOv2.5:
     partitions); with "token" patches count by their number (the ablation). A teacher that does
     not supervise an image's stream gives it 0.
     """
-    partitions = [torch.tensor(m.stream_B, dtype=torch.int64) for m in micros]
+    stream_of = [torch.tensor(m.stream_B, dtype=torch.int64) for m in micros]
     sizes = [torch.tensor(m.lengths, dtype=torch.float64) for m in micros]
     totals = torch.zeros(2, len(streams), dtype=torch.float64)
-    for stream_B, size_B in zip(partitions, sizes, strict=True):
+    for stream_B, size_B in zip(stream_of, sizes, strict=True):
         totals[0].index_add_(0, stream_B, torch.ones_like(size_B))
         totals[1].index_add_(0, stream_B, size_B)
     images_S, tokens_S = sum_over_ranks(totals)
     result: list[dict] = [{} for _ in micros]
     for name in (teacher.name for teacher in teachers):
-        taught = [not stream.teachers or name in stream.teachers for stream in streams]
-        taught_S = totals.new_tensor(taught)
+        taught_S = totals.new_tensor(is_taught(name, streams))
         image_S = taught_S / (taught_S * images_S).sum().clamp(min=1)
         if cfg.average == "partition":
             image_S = taught_S / images_S.clamp(min=1) / len(streams)
         token_S = taught_S / (taught_S * tokens_S).sum().clamp(min=1)
-        for micro, stream_B, size_B in zip(result, partitions, sizes, strict=True):
+        for micro, stream_B, size_B in zip(result, stream_of, sizes, strict=True):
             summary_B = patch_B = image_S[stream_B].float()
             if cfg.average == "token":
                 patch_B = (token_S[stream_B] * size_B).float()
             both_2B = to_device(torch.stack([summary_B, patch_B]), micros[0].patches_MX.device)
-            micro[name] = Weights(both_2B[0], both_2B[1], taught_S[stream_B].tolist())
+            micro[name] = ImageWeights(both_2B[0], both_2B[1], taught_S[stream_B].tolist())
     return result
 
 
-def forward(cfg: TrainConfig, model: Any, step: int, batch: PackedBatch) -> StudentOutput:
+def forward(state: State, step: int, batch: PackedBatch) -> StudentOutput:
     """The student on one micro-batch; its randomness depends on step and picture alone."""
-    windows_B5 = None
-    if cfg.windows and isinstance(getattr(model, "module", model).positions, TablePositions):
+    cfg, windows_B5 = state.cfg, None
+    if cfg.windows and isinstance(state.student.positions, TablePositions):
         keys = [(cfg.seed, step, sample.key, "window") for sample in batch.samples]
         rows = [position_windows(1, keyed_generator(*key)) for key in keys]
         windows_B5 = torch.cat([torch.zeros(0, 5), *rows])
     with autocast(batch.patches_MX.device, cfg.precision):
-        return model(batch, windows_B5)
+        return state.model(batch, windows_B5)
 
 
 def summaries(state: State, out: StudentOutput) -> dict[str, Tensor]:
@@ -673,14 +619,13 @@ def summaries(state: State, out: StudentOutput) -> dict[str, Tensor]:
 
 
 def feature_losses(
-    cfg: TrainConfig, state: State, out: StudentOutput, batch: PackedBatch, targets: Targets,
-    weights: dict[str, Weights],
-) -> dict[str, Tensor]:  # fmt: skip
+    state: State, out: StudentOutput, batch: PackedBatch, targets: Targets, weights: Weights
+) -> dict[str, Tensor]:
     """This rank's share of each teacher's losses (AMoE: L_patch, L_CLS, L_reg)."""
-    parts, said = {}, summaries(state, out)
+    parts, said, how = {}, summaries(state, out), state.cfg.patch_loss
     for name, target in targets.items():
         summary_B, patch_B, _ = weights[name]
-        patches_MC, maps, how = out.patches[name], target.patches, cfg.patch_loss
+        patches_MC, maps = out.patches[name], target.patches
         if batch.views:  # each saw its own part of the picture, all of as many patches
             maps = [losses.resize_map(*x) for x in zip(maps, batch.grids, strict=True)]
             ours, theirs = ([v.origin for v in batch.views[key]] for key in ("", name))
@@ -693,7 +638,7 @@ def feature_losses(
             if dispersion := state.spaces[name].dispersion:
                 loss_B = losses.angle_loss(*pair, dispersion.value)
             else:
-                loss_B = losses.vector_loss(*pair, cfg.summary_loss)
+                loss_B = losses.vector_loss(*pair, state.cfg.summary_loss)
             parts[f"{name}/summary"] = (loss_B * summary_B).sum()
         if target.registers_BRC is not None and name in out.registers:
             raw_BRC = state.spaces[name].parts["patches"].denormalize(out.registers[name])
@@ -703,11 +648,7 @@ def feature_losses(
 
 
 def relation_gradients(
-    cfg: TrainConfig,
-    said: list[dict[str, Tensor]],
-    targets: list[Targets],
-    weights: list[dict[str, Weights]],
-    group: Group,
+    cfg: TrainConfig, said: list[dict[str, Tensor]], targets: list[Targets], weights: list[Weights]
 ) -> tuple[dict[str, Tensor], dict[str, list[Tensor]]]:
     """Per teacher: this rank's share of the loss's value, and its gradient by the summaries of each
     micro-batch. Only the images that the teacher supervises are related to each other.
@@ -716,30 +657,36 @@ def relation_gradients(
     parts, pulls = {}, {}
     for name in said[0]:
         is_taught_B = torch.tensor([x for micro in weights for x in micro[name].is_taught])
-        taught_K = to_device(is_taught_B.nonzero()[:, 0], group.device)
+        taught_K = to_device(is_taught_B.nonzero()[:, 0], said[0][name].device)
         own_BC = torch.cat([summary[name] for summary in said]).float()
-        target_BC = torch.cat([target[name].summary_BC for target in targets])
+        target_BC = torch.cat([target[name].summary_BC for target in targets])  # type: ignore[misc]
         pairs_KC = torch.cat([own_BC, target_BC], dim=1).index_select(0, taught_K)
-        pairs_KC, mine = gather_rows(pairs_KC, group)
+        pairs_KC, mine = gather_rows(pairs_KC)
         student_BC, teacher_BC = pairs_KC.split([own_BC.shape[1], target_BC.shape[1]], dim=1)
         student_BC = student_BC.detach().requires_grad_()
         loss = compare(student_BC, teacher_BC, cfg.relation_mean)
         (grad_BC,) = torch.autograd.grad(loss, student_BC)
         whole_BC = torch.zeros_like(own_BC).index_copy(0, taught_K, grad_BC[mine])
         sizes = [len(summary[name]) for summary in said]
-        parts[f"{name}/relation"] = loss.detach() / group.world
+        parts[f"{name}/relation"] = loss.detach() / rank_and_world()[1]
         pulls[name] = list(whole_BC.split(sizes))
     return parts, pulls
 
 
-def part_weight(cfg: TrainConfig, state: State, name: str) -> float:
+def packs_of_a_forward(state: State, streams: Streams, count: int, device: torch.device) -> int:
+    """--micro-packs; 0: all, on CUDA as many as fit at the stage's start, alike on all ranks.
+
+    Raises: Standstill where not even one pack fits.
+    """
+    if state.cfg.micro_packs or device.type != "cuda":
+        return state.cfg.micro_packs or count
+    return packs_in_memory(state, max(stream.budget for stream in streams), count, device)
+
+
+def part_weight(state: State, name: str) -> float:
     """Weight of a part of the loss; the papers' are all 1 (AMoE, PHI-S Sec. 3)."""
-    own = cfg.relation_weight if name.endswith("/relation") else 1.0
-    return own * (state.ada.weight(name) if cfg.balance == "adaloss" else 1.0)
-
-
-def sum_of(values: Iterable[Tensor]) -> Tensor:
-    return torch.stack(list(values)).sum()
+    own = state.cfg.relation_weight if name.endswith("/relation") else 1.0
+    return own * (state.ada.weight(name) if state.cfg.balance == "adaloss" else 1.0)
 
 
 def set_lr(cfg: TrainConfig, optimizer: torch.optim.Optimizer, step: int) -> float:
@@ -752,9 +699,9 @@ def set_lr(cfg: TrainConfig, optimizer: torch.optim.Optimizer, step: int) -> flo
     return lr
 
 
-def update_average(cfg: TrainConfig, state: State, step: int) -> None:
+def update_average(state: State, step: int) -> None:
     """The weights' running mean; a rising decay, so that it soon forgets the untrained ones."""
-    decay = min(cfg.ema, (1 + step) / (10 + step))
+    decay = min(state.cfg.ema, (1 + step) / (10 + step))
     for name, p in trained(state.student):
         if name in state.average:
             state.average[name].lerp_(p.detach(), 1 - decay)
@@ -778,12 +725,9 @@ def make_optimizer(cfg: TrainConfig, student: Student) -> torch.optim.Optimizer:
     groups = []
     for is_head, share in ((False, cfg.trunk_lr), (True, 1.0)):
         for decays in (True, False):
-            params = [
-                p
-                for name, p in trained(student)
-                if (name.startswith("heads."), is_decayed(name, p)) == (is_head, decays)
-            ]
-            decay = cfg.weight_decay if decays else 0.0
+            kind, decay = (is_head, decays), cfg.weight_decay if decays else 0.0
+            of = {p: (n.startswith("heads."), is_decayed(n, p)) for n, p in trained(student)}
+            params = [p for p, its_kind in of.items() if its_kind == kind]
             groups.append({"params": params, "weight_decay": decay, "share": share})
     if cfg.optimizer == "lamb":
         return Lamb(groups, lr=cfg.lr, betas=(0.9, cfg.beta2))
@@ -793,8 +737,8 @@ def make_optimizer(cfg: TrainConfig, student: Student) -> torch.optim.Optimizer:
 class Lamb(torch.optim.Optimizer):
     """Adam whose step in each decayed tensor is as long as lr times the tensor itself.
 
-    You et al. 2020, arXiv 1904.00962, Algorithm 2; RADIO Sec. 4. As usual, what does not decay
-    takes Adam's plain step.
+    What does not decay takes Adam's plain step, as usual. LAMB (You et al. 2020, arXiv 1904.00962)
+    Algorithm 2; RADIOv2.5: LAMB
     """
 
     def __init__(self, groups: Any, lr: float, betas: tuple[float, float], eps: float = 1e-6):
@@ -835,12 +779,8 @@ def distribute(cfg: TrainConfig, student: Student, group: Group) -> Any:
         return student
     if cfg.parallel == "ddp":
         # buffers change alike on all ranks; a frozen trunk's parameters get no gradient
-        return nn.parallel.DistributedDataParallel(
-            student,
-            broadcast_buffers=False,
-            find_unused_parameters=cfg.frozen_steps > 0,
-            gradient_as_bucket_view=True,
-        )
+        how: Any = {"broadcast_buffers": False, "find_unused_parameters": cfg.frozen_steps > 0}
+        return nn.parallel.DistributedDataParallel(student, gradient_as_bucket_view=True, **how)
     # Weights are gathered in float32 and autocast rounds them where it is safe: gathering bf16
     # would halve the traffic, but round the routers and the residual stream, too.
     for block in student.blocks:
@@ -871,7 +811,7 @@ class Job:
 
     cfg: TrainConfig
     group: Group
-    teachers: list[Teacher]
+    teachers: Teachers
     sources: list[Source]
     held_out: Source | None
     folder: Path | None  # the checkpoint to go on from
@@ -881,6 +821,10 @@ class Job:
     bar: Any = None
     began: float = 0.0
     marked: tuple[float, int] = (0.0, 0)  # time and tokens at the last line of metrics.jsonl
+
+    @property
+    def out(self) -> Path:
+        return Path(self.cfg.out)
 
 
 @dataclass
@@ -901,17 +845,14 @@ class StepReport:
 
 
 def open_run(
-    cfg: TrainConfig, teachers: list[Teacher], sources: list[Source], held_out: Source | None
+    cfg: TrainConfig, teachers: Teachers, sources: list[Source], held_out: Source | None
 ) -> Job:
     """Join the processes, choose the checkpoint to go on from, and take over the signals."""
     need("matplotlib", "curves.png")
     group = start_process(cfg)
-    folder = choose_checkpoint(cfg, group)
-    identity = {
-        **cfg.identity(),
-        "sources": [source.fingerprint() for source in sources],
-        "fingerprints": {teacher.name: teacher.fingerprint for teacher in teachers},
-    }
+    folder, identity = choose_checkpoint(cfg, group), cfg.identity()
+    identity["sources"] = [source.fingerprint() for source in sources]
+    identity["fingerprints"] = {teacher.name: teacher.fingerprint for teacher in teachers}
     skipped = {key: reason for source in sources for key, reason in source.skipped.items()}
     record = {"step": 0, "seconds": 0.0, "images": 0, "tokens": 0, "bad": 0, "skipped": skipped}
     return Job(cfg, group, teachers, sources, held_out, folder, identity, record, StopSignal())
@@ -919,69 +860,72 @@ def open_run(
 
 def resume(job: Job, state: State, stages: list[StepData]) -> int:
     """Load the checkpoint to go on from, if there is one; returns its step."""
-    cfg, group = job.cfg, job.group
     if job.folder:
         saved = read_state(job.folder)
         refuse_changes(job.folder, saved["identity"], job.identity)
         load_state(state, saved)
         job.record = {name: saved[name] for name in job.record}
     step = job.record["step"]
-    if group.rank == 0:
-        if job.folder:
-            set_aside(cfg, step)
+    if job.group.rank == 0:
+        set_aside(job.cfg, step)
         note_registers(state.student.config, job.teachers)
         print(describe(state.optimizer), file=sys.stderr)
         begin_metrics(job, stages)
-    job.bar = progress(None, cfg.preset, group, total=cfg.steps, initial=step)
+    job.bar = progress(None, job.cfg.preset, total=job.cfg.steps, initial=step)
     job.began = time.monotonic() - job.record["seconds"]
     job.marked = time.monotonic(), job.record["tokens"]
     return step
 
 
 def settle(
-    job: Job, state: State, step: int, parts: dict[str, Tensor], grad_norm: Tensor,
-    counts: list[Tensor], micros: list[PackedBatch], targets: list[Targets],
-) -> StepReport:  # fmt: skip
+    job: Job,
+    state: State,
+    step: int,
+    parts: dict[str, Tensor],
+    norm: Tensor,
+    counts: list[Tensor],
+    micros: list[PackedBatch],
+    targets: list[Targets],
+) -> StepReport:
     """The step's numbers over all ranks. Raises: Standstill if one of them is not finite."""
-    grad_norm = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
-    images = sum(map(len, micros))
-    prefix = state.student.config.prefix
-    tokens = sum(sum(m.lengths) + prefix * len(m) for m in micros)
-    bad = sum(len(m.skipped) for m in micros)
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    images, bad = sum(map(len, micros)), sum(len(m.skipped) for m in micros)
+    tokens = sum(sum(m.lengths) for m in micros) + state.student.config.prefix * images
     known = sum_over_ranks(torch.tensor([images, tokens, bad, job.stop.poll()]))  # to the host
     images, tokens, bad, stop = known.tolist()
-    loads_LE = sum_over_ranks(torch.stack(counts).sum(0)) if counts else grad_norm.new_ones(1, 1)
+    loads_LE = sum_over_ranks(torch.stack(counts).sum(0)) if counts else norm.new_ones(1, 1)
     max_load = (loads_LE.max(1).values / loads_LE.float().mean(1)).max()
-    alike = torch.stack([grad_norm, max_load]) / job.group.world  # on all ranks
-    report = sum_over_ranks(torch.stack([*parts.values(), *alike]).double())
+    alike = torch.stack([norm, max_load]) / job.group.world  # on all ranks
+    numbers = sum_over_ranks(torch.stack([*parts.values(), *alike]).double())
     # the one moment of a step at which the host waits for the device
-    *values, norm, load = report.tolist()
+    *values, length, load = numbers.tolist()
     found = dict(zip(parts, values, strict=True))
-    total = sum(part_weight(job.cfg, state, name) * value for name, value in found.items())
-    if not math.isfinite(sum(values)) or not math.isfinite(norm):
-        raise Standstill(blame(job, step, found, norm, micros, targets))
-    skipped = merge_skipped([m.skipped for m in micros], bad > 0, job.group)
-    return StepReport(step, total, found, norm, images, tokens, load, loads_LE, skipped, stop)
+    total = sum(part_weight(state, name) * value for name, value in found.items())
+    if not math.isfinite(sum(values)) or not math.isfinite(length):
+        raise Standstill(blame(job, step, found, length, micros, targets))
+    skipped = merge_skipped([m.skipped for m in micros], bad > 0)
+    return StepReport(step, total, found, length, images, tokens, load, loads_LE, skipped, stop)
 
 
 def blame(
-    job: Job, step: int, parts: dict[str, float], grad_norm: float, micros: list, targets: list
+    job: Job, step: int, parts: dict[str, float], norm: float, micros: list, targets: list
 ) -> str:
     """The message of a step with a number that is not finite: what, where, which pictures."""
-    bad = [name for name, value in parts.items() if not math.isfinite(value)]
     keys = []
     for batch, target in zip(micros, targets, strict=True):
         for i, sample in enumerate(batch.samples):
-            maps = [t.patches[i] for t in target.values()]
-            maps += [t.summary_BC[i] for t in target.values() if t.summary_BC is not None]
-            if not all(bool(m.isfinite().all()) for m in maps):
+            said = [
+                x[i] for t in target.values() for x in (t.patches, t.summary_BC) if x is not None
+            ]
+            if not all(bool(x.isfinite().all()) for x in said):
                 keys.append(sample.key)
-    seen = [sample.key for batch in micros for sample in batch.samples]
     fault = f"bad teacher features on rank {job.group.rank}: {', '.join(keys)}"
     if not keys:
-        fault = f"good teacher features on rank {job.group.rank}, of {', '.join(seen)}"
+        seen = ", ".join(sample.key for batch in micros for sample in batch.samples)
+        fault = f"good teacher features on rank {job.group.rank}, of {seen}"
+    bad = [name for name, value in parts.items() if not math.isfinite(value)]
     return (
-        f"step {step}: not finite: {', '.join(bad) or f'gradient norm {grad_norm}'}; {fault}. "
+        f"step {step}: not finite: {', '.join(bad) or f'gradient norm {norm}'}; {fault}. "
         "Nothing was stepped and the newest checkpoint is good: start from its model.pt by "
         "--init NAME=PATH with a lower --lr and another --out, or leave such pictures out"
     )
@@ -1004,8 +948,7 @@ def log(job: Job, report: StepReport) -> None:
 
 def save(job: Job, state: State, report: StepReport) -> None:
     """Write a checkpoint where one is due, evaluate it, and leave where told to stop."""
-    cfg, step = job.cfg, report.step
-    is_last = step == cfg.steps
+    cfg, step, is_last = job.cfg, report.step, report.step == job.cfg.steps
     is_evaluation = not is_last and cfg.evaluate_every and step % cfg.evaluate_every == 0
     if step % cfg.save_every == 0 or is_last or is_evaluation or report.stop:
         write_step(job, state)
@@ -1029,34 +972,31 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     return values
 
 
-def gather_rows(rows_BC: Tensor, group: Group) -> tuple[Tensor, slice]:
+def gather_rows(rows_BC: Tensor) -> tuple[Tensor, slice]:
     """All ranks' rows in rank order, without gradient, and where this rank's own lie."""
-    if group.world == 1:
+    rank, world = rank_and_world()
+    if world == 1:
         return rows_BC, slice(0, len(rows_BC))
-    sizes = torch.zeros(group.world, dtype=torch.int64)  # on the host, see `setup_distributed`
-    sizes[group.rank] = len(rows_BC)
+    sizes = torch.zeros(world, dtype=torch.int64)  # on the host, see `setup_distributed`
+    sizes[rank] = len(rows_BC)
     counts = sum_over_ranks(sizes).tolist()
     padded = rows_BC.new_zeros(max(counts), rows_BC.shape[1])
     padded[: len(rows_BC)] = rows_BC
     parts = [torch.empty_like(padded) for _ in counts]
     dist.all_gather(parts, padded)
-    start = sum(counts[: group.rank])
+    start = sum(counts[:rank])
     everyone = torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)])
     return everyone, slice(start, start + len(rows_BC))
 
 
-def merge_skipped(parts: list[dict[str, str]], any_rank: bool, group: Group) -> dict[str, str]:
+def merge_skipped(parts: list[dict[str, str]], any_rank: bool) -> dict[str, str]:
     """The pictures that did not decode on any rank, key -> reason; rarely costs a collective."""
-    if any_rank and group.world > 1:
-        everyone: list = [None] * group.world
+    _, world = rank_and_world()
+    if any_rank and world > 1:
+        everyone: list = [None] * world
         dist.all_gather_object(everyone, parts)
         parts = [part for rank in everyone for part in rank]
     return {key: reason for part in parts for key, reason in part.items()}
-
-
-def held(x: Tensor) -> Tensor:
-    """What this rank has of a tensor."""
-    return x.to_local() if isinstance(x, DTensor) else x
 
 
 def whole(x: Tensor) -> Tensor:
@@ -1077,45 +1017,25 @@ def packs_that_fit(count: int, needed: float, free: float) -> int:
     return -(-count // -(-count // most)) if most > 0 else 0
 
 
-def packs_of_a_forward(
-    cfg: TrainConfig, streams: tuple[Stream, ...], state: State, count: int, group: Group
-) -> int:
-    """--micro-packs; 0: all, on CUDA as many as fit at the stage's start, alike on all ranks.
-
-    Raises: Standstill where not even one pack fits.
-    """
-    if cfg.micro_packs or group.device.type != "cuda":
-        return cfg.micro_packs or count
-    tokens, student = max(stream.budget for stream in streams), state.student
-    needed = tokens * activation_bytes(student.config, cfg.recompute)
-    needed *= 2 if cfg.precision == "fp32" else 1
-    free = torch.cuda.mem_get_info(group.device)[0]
+def packs_in_memory(state: State, tokens: int, count: int, device: torch.device) -> int:
+    """The packs of so many tokens that fit into one forward on every rank's GPU."""
+    needed = tokens * activation_bytes(state.student.config, state.cfg.recompute)
+    needed *= 2 if state.cfg.precision == "fp32" else 1
+    free = torch.cuda.mem_get_info(device)[0]
     if not state.optimizer.state:  # gradients and two moments are still to come
-        free -= 12 * sum(held(p).numel() for _, p in trained(student))
+        held = [p.to_local() if isinstance(p, DTensor) else p for _, p in trained(state.student)]
+        free -= 12 * sum(p.numel() for p in held)
     fits = torch.tensor(packs_that_fit(count, needed, free))
     if dist.is_initialized():
         dist.all_reduce(fits, dist.ReduceOp.MIN)
     if not fits:
         raise Standstill(
             f"a pack of {tokens} tokens takes some {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB "
-            f"of {group.device} are free: pass --recompute, or --parallel fsdp on more GPUs"
+            f"of {device} are free: pass --recompute, or --parallel fsdp on more GPUs"
         )
-    if group.rank == 0:
+    if is_main():
         print(f"{int(fits)} of {count} packs in one forward", file=sys.stderr)
     return int(fits)
-
-
-def describe(optimizer: torch.optim.Optimizer) -> str:
-    """A table of the optimizer's groups."""
-    rows = [
-        f"{type(optimizer).__name__:<8}{'tensors':>9}{'M numbers':>11}{'decay':>8}{'lr share':>10}"
-    ]
-    names = ("trunk", "", "heads", "")
-    for name, group in zip(names, optimizer.param_groups, strict=True):
-        numbers = sum(p.numel() for p in group["params"]) / 1e6
-        rows.append(f"{name:<8}{len(group['params']):>9}{numbers:>11.3f}"
-                    f"{group['weight_decay']:>8.3g}{group['share']:>10.3g}")  # fmt: skip
-    return "\n".join(rows)
 
 
 # ---- Pretrained weights to start from
@@ -1135,14 +1055,13 @@ def read_init(cfg: TrainConfig) -> Student:
     try:
         return read_vit(backbone.network, spec.layer or backbone.layer, backbone.stats)
     except (ValueError, RuntimeError) as error:
-        raise ValueError(
-            f"--init {cfg.init} is no ViT or DINOv2 that we can read: {error}"
-        ) from error
+        why = f"--init {cfg.init} is no ViT or DINOv2 that we can read: {error}"
+        raise ValueError(why) from error
 
 
 # ---- Checkpoints
 
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+WHOLE = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def state_dict(state: State) -> dict[str, Any]:
@@ -1151,8 +1070,8 @@ def state_dict(state: State) -> dict[str, Any]:
     A collective call under FSDP2: rank 0 gets whole tensors.
     """
     return {
-        "student": get_model_state_dict(state.student, options=WHOLE),
-        "optimizer": get_optimizer_state_dict(state.student, state.optimizer, options=WHOLE),
+        "student": dcp.get_model_state_dict(state.student, options=WHOLE),
+        "optimizer": dcp.get_optimizer_state_dict(state.student, state.optimizer, options=WHOLE),
         "average": {name: whole(mean) for name, mean in state.average.items()},
         "normalizers": {name: space.state_dict() for name, space in state.spaces.items()},
         "adaloss": state.ada.state_dict(),
@@ -1162,9 +1081,9 @@ def state_dict(state: State) -> dict[str, Any]:
 def load_state(state: State, saved: dict[str, Any]) -> None:
     """Go on from `state_dict`, on any number of ranks."""
     student, optimizer = state.student, state.optimizer
-    set_model_state_dict(student, saved["student"], options=WHOLE)
+    dcp.set_model_state_dict(student, saved["student"], options=WHOLE)
     moments = dataclasses.replace(WHOLE, strict=False)  # a frozen trunk has none yet
-    set_optimizer_state_dict(student, optimizer, saved["optimizer"], options=moments)
+    dcp.set_optimizer_state_dict(student, optimizer, saved["optimizer"], options=moments)
     for name, p in trained(student):
         if name not in saved["optimizer"]["state"]:
             optimizer.state.pop(p, None)
@@ -1189,13 +1108,12 @@ def write_step(job: Job, state: State) -> None:
     """Write step_NNNNNN on rank 0, redraw the curves, drop the checkpoints that are not kept."""
     saved = {**job.record, "identity": job.identity, **state_dict(state)}
     if job.group.rank == 0:
-        out, cfg = Path(job.cfg.out), job.cfg
-        write_checkpoint(out / f"step_{job.record['step']:06d}", state, saved)
-        for old in checkpoints(out)[: -cfg.keep]:
-            if not cfg.keep_every or int(old.name[5:]) % cfg.keep_every:
+        write_checkpoint(job.out / f"step_{job.record['step']:06d}", state, saved)
+        for old in checkpoints(job.out)[: -job.cfg.keep]:
+            if not job.cfg.keep_every or int(old.name[5:]) % job.cfg.keep_every:
                 shutil.rmtree(old)
-        if rows := [row for row in read_metrics(cfg) if "loss/total" in row]:
-            draw_curves(rows, out / "curves.png", cfg)
+        if rows := [row for row in read_metrics(job.out) if "loss/total" in row]:
+            draw_curves(rows, job.out / "curves.png", job.cfg)
     if dist.is_initialized():
         dist.barrier()
 
@@ -1219,12 +1137,11 @@ def write_checkpoint(folder: Path, state: State, saved: dict[str, Any]) -> None:
     try:
         draft.mkdir(parents=True)
         save_folded(state, saved, draft / "model.pt")
-        torch.save(saved, draft / "state.pt")
+        fsync(draft / "model.pt")
+        write_whole(draft / "state.pt", lambda file: torch.save(saved, file))
         manifest = {name: sha256_of(draft / name) for name in ("model.pt", "state.pt")}
-        for name in manifest:
-            fsync(draft / name)
-        (draft / "manifest.json").write_text(json.dumps({"version": VERSION, "sha256": manifest}))
-        fsync(draft / "manifest.json")
+        text = json.dumps({"version": VERSION, "sha256": manifest})
+        write_whole(draft / "manifest.json", text.encode())
         fsync(draft)
         shutil.rmtree(folder, ignore_errors=True)
         draft.rename(folder)
@@ -1268,10 +1185,9 @@ def newest_checkpoint(cfg: TrainConfig) -> Path | None:
             raise ValueError(f"--resume {cfg.resume}: {reason}")
         return Path(cfg.resume)
     for folder in reversed(checkpoints(Path(cfg.out))):
-        if reason := broken(folder):
-            print(f"skipping a broken checkpoint: {reason}", file=sys.stderr)
-        else:
+        if not (reason := broken(folder)):
             return folder
+        print(f"skipping a broken checkpoint: {reason}", file=sys.stderr)
     return None
 
 
@@ -1317,13 +1233,13 @@ def read_state(folder: Path) -> dict:
 def refuse_changes(folder: Path, saved: dict, current: dict) -> None:
     """A run goes on only with the configuration, data and teachers that it began with."""
     changed = [
-        f"{key}: {saved.get(key)!r} in the checkpoint, {current.get(key)!r} now"
+        f"{key}: {saved.get(key)!r} in the checkpoint, {current.get(key)!r} now. "
         for key in sorted({*saved, *current})
         if saved.get(key) != current.get(key)
     ]
     if changed:
-        raise ValueError(f"{folder} belongs to another run. " + "; ".join(changed) + ". Pass the "
-                         "old values, another --out, or --resume none")  # fmt: skip
+        advice = "Pass the old values, another --out, or --resume none"
+        raise ValueError(f"{folder} belongs to another run. {''.join(changed)}{advice}")
 
 
 # ---- What a run writes beside its checkpoints
@@ -1334,45 +1250,36 @@ def begin_metrics(job: Job, stages: list[StepData]) -> None:
 
     "left over" are, by stage, the pictures of the first epoch in packs that do not fill a step.
     """
-    header = {
-        "config": job.cfg.identity(),
-        "version": VERSION,
-        "torch": torch.__version__,
-        "device": str(job.group.device),
-        "world": job.group.world,
-        "left over": [data.dropped(0) for data in stages],
-    }
-    path, kept = Path(job.cfg.out) / "metrics.jsonl", []
+    header = {"config": job.cfg.identity(), "version": VERSION, "torch": torch.__version__}
+    header |= {"device": str(job.group.device), "world": job.group.world}
+    header["left over"] = [data.dropped(0) for data in stages]
+    path, kept = job.out / "metrics.jsonl", []
     if path.exists():
-        whole = [line for line in path.read_text().splitlines()[1:] if line.endswith("}")]
-        kept = [line for line in whole if json.loads(line)["step"] <= job.record["step"]]
-    lines = [json.dumps(header, allow_nan=False), *kept]
-    write_whole(path, ("\n".join(lines) + "\n").encode())
+        lines = [line for line in path.read_text().splitlines()[1:] if line.endswith("}")]
+        kept = [line for line in lines if json.loads(line)["step"] <= job.record["step"]]
+    text = "\n".join([json.dumps(header, allow_nan=False), *kept, ""])
+    write_whole(path, text.encode())
 
 
 def write_metrics(job: Job, row: dict[str, Any]) -> None:
     if job.group.rank == 0:
-        with (Path(job.cfg.out) / "metrics.jsonl").open("a") as file:
+        with (job.out / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(row, allow_nan=False) + "\n")
 
 
-def read_metrics(cfg: TrainConfig) -> list[dict[str, Any]]:
+def read_metrics(out: Path) -> list[dict[str, Any]]:
     """The logged steps' objects."""
-    lines = (Path(cfg.out) / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines[1:]]
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()[1:]]
 
 
 def metrics_row(job: Job, report: StepReport, tokens_per_s: float) -> dict:
-    parts = {"loss/total": report.total}
-    parts |= {f"loss/{name}": value for name, value in report.losses.items()}
-    record, devices = job.record, job.group.world
-    return finite({
-        "step": record["step"], **parts, "lr": report.lr, "grad_norm": report.grad_norm,
-        "tokens_per_s": round(tokens_per_s, 1),
-        "tokens_per_s_device": round(tokens_per_s / devices, 1),
-        "moe/max_load": report.max_load,
-        "images": record["images"], "tokens": record["tokens"],
-    }, **{"moe/max_load": "the step has no token"})  # fmt: skip
+    record, row = job.record, {"step": report.step, "loss/total": report.total}
+    row |= {f"loss/{name}": value for name, value in report.losses.items()}
+    row |= {"lr": report.lr, "grad_norm": report.grad_norm, "moe/max_load": report.max_load}
+    row |= {"tokens_per_s": round(tokens_per_s, 1), "images": record["images"]}
+    row |= {"tokens_per_s_device": round(tokens_per_s / job.group.world, 1)}
+    row["tokens"] = record["tokens"]
+    return finite(row, **{"moe/max_load": "the step has no token"})
 
 
 def draw_curves(rows: list[dict], path: Path, cfg: TrainConfig) -> None:
@@ -1383,89 +1290,99 @@ def draw_curves(rows: list[dict], path: Path, cfg: TrainConfig) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 3.6), layout="constrained")
-    left, middle, right = figure.subplots(1, 3)
+    left, middle, right = axes = figure.subplots(1, 3)
     steps = [row["step"] for row in rows]
-    for name in [key for key in rows[-1] if key.startswith("loss/") and "relation" not in key]:
-        if name != "loss/total":
-            label = name[5:] + (" (raw)" if name.endswith("/registers") else "")
-            left.plot(steps, [row[name] for row in rows], label=label)
+    for name in [key for key in rows[-1] if key.startswith("loss/") and key != "loss/total"]:
+        axis = middle if name.endswith("/relation") else left
+        label = name[5:] + (" (raw)" if name.endswith("/registers") else "")
+        axis.plot(steps, [row[name] for row in rows], label=label)
     kinds = cfg.patch_loss, cfg.summary_loss
     if cfg.normalizer in ("phis", "channel") and kinds in (("mse", "mse"), ("mse", "angle")):
         left.set(title="feature loss (1: whoever answers the stage's mean)", ylim=(0, 1.2))
     else:
         left.set(title=f"feature loss ({', '.join(kinds)} of {cfg.normalizer})", yscale="log")
-    left.set(xlabel="step")
-    left.legend(fontsize=8)
-    for name in [key for key in rows[-1] if key.endswith("/relation")]:
-        middle.plot(steps, [row[name] for row in rows], label=name[5:])
-    middle.set(title="relational loss", xlabel="step")
-    if middle.get_legend_handles_labels()[0]:
-        middle.legend(fontsize=8)
+    middle.set(title="relational loss")
     right.plot(steps, [row["moe/max_load"] for row in rows], label="busiest expert / mean")
     right.plot(steps, [row["grad_norm"] for row in rows], label="gradient norm", alpha=0.5)
     peak = max(row["lr"] for row in rows)
     right.plot(steps, [row["lr"] / peak for row in rows], label="learning rate / its peak")
-    right.set(title="experts, gradients, learning rate", xlabel="step", yscale="log")
-    right.legend(fontsize=8)
-    for _, last in cfg.stage_bounds()[:-1]:
-        for axis in (left, middle, right):
+    right.set(title="experts, gradients, learning rate", yscale="log")
+    for axis in axes:
+        axis.set(xlabel="step")
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=8)
+        for _, last in cfg.stage_bounds()[:-1]:
             axis.axvline(last + 0.5, color="0.8", linewidth=1, zorder=0)
     figure.savefig(path, dpi=110)
 
 
-def progress(items, name: str, group: Group, **kwargs):
+def describe(optimizer: torch.optim.Optimizer) -> str:
+    """A table of the optimizer's groups."""
+    kind = type(optimizer).__name__
+    lines = [f"{kind:<8}{'tensors':>9}{'M numbers':>11}{'decay':>8}{'lr share':>10}"]
+    for name, group in zip(("trunk", "", "heads", ""), optimizer.param_groups, strict=True):
+        tensors, decay, share = group["params"], group["weight_decay"], group["share"]
+        numbers = sum(p.numel() for p in tensors) / 1e6
+        lines.append(f"{name:<8}{len(tensors):>9}{numbers:>11.3f}{decay:>8.3g}{share:>10.3g}")
+    return "\n".join(lines)
+
+
+def progress(items, name: str, **kwargs):
     """A tqdm bar on rank 0 and a terminal only."""
-    hidden = group.rank != 0 or not sys.stderr.isatty()
+    hidden = not is_main() or not sys.stderr.isatty()
     return tqdm(items, desc=name, disable=hidden, dynamic_ncols=True, **kwargs)
 
 
 # ---- Evaluation
 
 
+def saved_student(job: Job) -> Student:
+    """That of the checkpoint just written."""
+    path = job.out / f"step_{job.record['step']:06d}" / "model.pt"
+    student = load_student(path, device=str(job.group.device))
+    student.precision = job.cfg.precision
+    return student
+
+
 def evaluate(job: Job, pictures: int = 500) -> dict[str, float]:
     """kNN accuracy of the checkpoint just saved, all ranks sharing the work, and pca.png."""
-    out, group = Path(job.cfg.out), job.group
-    newest = out / f"step_{job.record['step']:06d}" / "model.pt"
-    student = load_student(newest, device=str(group.device))
-    student.precision = job.cfg.precision
     if job.held_out is None:
         return {}
+    student = saved_student(job)
     some = [Subset(s, evenly(len(s), pictures)) for s in (job.sources[0], job.held_out)]
     train, test = (extract({"student": student}, source, 0) for source in some)
-    if group.rank == 0:
+    if job.group.rank == 0:
         draw_pca(job, student)
     try:
         return {f"knn/{name}": row["value"] for name, row in knn(train, test).items()}
     except ValueError as error:  # no labels, or a class that only one of the two has
-        if group.rank == 0:
+        if job.group.rank == 0:
             print(f"step {job.record['step']}: no kNN: {error}", file=sys.stderr)
         return {}
 
 
 def draw_pca(job: Job, student: Student) -> None:
     """pca.png: held-out pictures, each teacher's maps, the student's."""
-    shown = job.held_out or job.sources[0]
-    pictures, _ = first_pictures(shown, 8)  # the report names those that do not decode
+    pictures, _ = first_pictures(job.held_out or job.sources[0], 8)  # the report names bad ones
     teachers = {teacher.name: teacher for teacher in job.teachers}
-    pca_sheet(Path(job.cfg.out) / "pca.png", pictures, {"teacher": teachers, "student": student})
+    pca_sheet(job.out / "pca.png", pictures, {"teacher": teachers, "student": student})
 
 
 def finish(job: Job) -> dict[str, Any]:
     """Score the student on held-out pictures; write summary.json and pca.png; print the table."""
-    out, cfg = Path(job.cfg.out), job.cfg
-    device = str(job.group.device)
-    student = load_student(out / f"step_{cfg.steps:06d}" / "model.pt", device=device)
+    cfg, student = job.cfg, saved_student(job)
     control = random_control(student, cfg.seed)
-    student.precision = control.precision = cfg.precision
-    teachers = {t.name: t for t in job.teachers}
+    control.precision = cfg.precision
+    teachers = {teacher.name: teacher for teacher in job.teachers}
     report = final_report(student, control, teachers, job.sources[0], job.held_out, limit=1000)
     draw_pca(job, student)
-    skipped = job.record["skipped"] | report["skipped"]
-    summary = {"steps": cfg.steps, "minutes": job.record["seconds"] / 60, "report": report,
-               "scored": cfg.data[0], "skipped": skipped, "config": cfg.identity()}  # fmt: skip
-    write_whole(out / "summary.json", json.dumps(summary, indent=1, allow_nan=False).encode())
+    summary = {"steps": cfg.steps, "minutes": job.record["seconds"] / 60, "report": report}
+    summary |= {"scored": cfg.data[0], "skipped": job.record["skipped"] | report["skipped"]}
+    summary["config"] = cfg.identity()
+    text = json.dumps(summary, indent=1, allow_nan=False)
+    write_whole(job.out / "summary.json", text.encode())
     print(format_table(report))
-    print(f"{out / 'pca.png'}  {out / 'curves.png'}  {out / 'summary.json'}")
+    print(*(job.out / name for name in ("pca.png", "curves.png", "summary.json")), sep="  ")
     return summary
 
 
@@ -1521,21 +1438,24 @@ def note_scan(cfg: TrainConfig, sources: list[Source]) -> dict[str, str]:
     for line in left_out(skipped) if is_main() else ():
         print(f"skipped {line}", file=sys.stderr)
     for source in sources:
-        whole = source.source if isinstance(source, Subset) else source
-        refuse_bad_fraction(cfg, getattr(whole, "lost", 0), len(whole))
+        scanned = source.source if isinstance(source, Subset) else source
+        refuse_bad_fraction(cfg, getattr(scanned, "lost", 0), len(scanned))
     if len(sources) > 1 and is_main():
         print(f"the report scores pictures of {cfg.data[0]}, the first SOURCE", file=sys.stderr)
     return skipped
 
 
-def note_registers(config: ModelConfig, teachers: list[Teacher]) -> None:
+def note_registers(config: ModelConfig, teachers: Teachers) -> None:
     """Name the teachers whose registers no head is asked for; RADIO's form matches none."""
     unused = {head.name for head in config.heads if not head.registers and config.form == "amoe"}
-    for teacher in teachers if is_main() else ():
+    for teacher in teachers:
         if teacher.name in unused and teacher.registers:
-            print(f"teacher {teacher.name} has {teacher.registers} registers, the student "
-                  f"{config.registers}: they are matched one to one, so these have no loss; it "
-                  "takes a --model with as many", file=sys.stderr)  # fmt: skip
+            print(
+                f"teacher {teacher.name} has {teacher.registers} registers, the student "
+                f"{config.registers}: they are matched one to one, so these have no loss; it takes "
+                "a --model with as many",
+                file=sys.stderr,
+            )
 
 
 def is_main() -> bool:
@@ -1546,75 +1466,87 @@ def is_main() -> bool:
 # ---- What a configuration must be
 
 
+def require(is_right: Any, message: str) -> None:
+    if not is_right:
+        raise ValueError(message)
+
+
 def check(cfg: TrainConfig) -> None:
     """Raises: ValueError for a contradiction or a number out of range, naming the values."""
-    if cfg.model not in MODELS and not (cfg.model == "init" and cfg.init):
-        known = ", ".join(MODELS)
-        raise ValueError(f"model={cfg.model!r} is unknown; choose from {known}, or init with "
-                         "--init NAME=PATH")  # fmt: skip
-    if cfg.data_weights and len(cfg.data_weights) != len(cfg.data):
-        raise ValueError(
-            f"data_weights has {len(cfg.data_weights)} numbers for {len(cfg.data)} sources; "
-            "pass one per --data SOURCE"
-        )
+    require(
+        cfg.model in MODELS or (cfg.model == "init" and cfg.init),
+        f"model={cfg.model!r} is unknown; choose from {', '.join(MODELS)}, or init with --init "
+        "NAME=PATH",
+    )
+    require(
+        len(cfg.data_weights) in (0, len(cfg.data)),
+        f"data_weights has {len(cfg.data_weights)} numbers for {len(cfg.data)} sources; pass one "
+        "per --data SOURCE",
+    )
     for name, value in vars(cfg).items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{name}={value} must be a finite number")
-    for name in ("steps", "save_every", "keep", "log_every", "stats_steps"):
-        if getattr(cfg, name) < 1:
-            raise ValueError(f"{name}={getattr(cfg, name)} must be at least 1")
-    if cfg.shift < 0 or (cfg.shift and cfg.cache != "none"):
-        raise ValueError(
-            f"shift={cfg.shift} with cache={cfg.cache}: it must be 0 or more, and above 0 "
-            "each teacher sees views that no cache holds; pass --cache none"
-        )
-    if not 0 <= cfg.ema < 1:
-        raise ValueError(f"ema={cfg.ema} must be at least 0 and below 1")
+        is_right = not isinstance(value, float) or math.isfinite(value)
+        require(is_right, f"{name}={value} must be a finite number")
+        is_count = name in ("steps", "save_every", "keep", "log_every", "stats_steps")
+        require(not is_count or value >= 1, f"{name}={value} must be at least 1")
+    require(
+        cfg.shift == 0 or (cfg.shift > 0 and cfg.cache == "none"),
+        f"shift={cfg.shift} with cache={cfg.cache}: it must be 0 or more, and above 0 each teacher "
+        "sees views that no cache holds; pass --cache none",
+    )
+    require(0 <= cfg.ema < 1, f"ema={cfg.ema} must be at least 0 and below 1")
     untils = [stage.until for stage in cfg.stages]
-    if untils != sorted(untils) or untils[-1] != 1.0:
-        raise ValueError(f"stages end at {untils}; they must rise to 1.0")
-    parsed = [parse_teacher(text).name for text in cfg.teachers]
-    if len(set(parsed)) != len(parsed) or not parsed:
-        raise ValueError(f"teachers={parsed} must be one or more different names")
+    is_right = untils == sorted(untils) and untils[-1] == 1.0
+    require(is_right, f"stages end at {untils}; they must rise to 1.0")
+    names = [parse_teacher(text).name for text in cfg.teachers]
+    is_right = bool(names) and len(set(names)) == len(names)
+    require(is_right, f"teachers={names} must be one or more different names")
     for stream in (stream for stage in cfg.stages for stream in stage.streams):
-        if unknown := set(stream.teachers) - set(parsed):
-            raise ValueError(f"stream {stream.name}: teachers {unknown} are not in {parsed}")
-        if max(stream.data, default=0) >= len(cfg.data):
-            raise ValueError(
-                f"stream {stream.name} of preset {cfg.preset} draws from SOURCE number "
-                f"{max(stream.data)}, but --data has {len(cfg.data)}, counted from 0; give "
-                "one --data SOURCE for each (the same one twice will do)"
-            )
-    if cfg.global_images and cfg.global_tokens:
-        raise ValueError(
-            f"global_images={cfg.global_images} and global_tokens={cfg.global_tokens}: pass one of "
-            "them"
+        unknown = set(stream.teachers) - set(names)
+        require(not unknown, f"stream {stream.name}: teachers {unknown} are not in {names}")
+        most = max(stream.data, default=0)
+        require(
+            most < len(cfg.data),
+            f"stream {stream.name} of preset {cfg.preset} draws from SOURCE number {most}, but "
+            f"--data has {len(cfg.data)}, counted from 0; give one --data SOURCE for each (the "
+            "same one twice will do)",
         )
+    given = f"global_images={cfg.global_images} and global_tokens={cfg.global_tokens}"
+    require(not (cfg.global_images and cfg.global_tokens), f"{given}: pass one of them")
     for stage in cfg.stages if cfg.global_tokens else ():
         times(cfg, stage)
 
 
-def times(cfg: TrainConfig, stage: Stage, patch: int = 16, prefix: int = 0) -> int:
+def times(cfg: TrainConfig, stage: Stage, patch: int = 16, prefix: int = 0, world: int = 0) -> int:
     """How often the packs of the preset go into a step of the global batch.
 
-    Args: patch, prefix: the student's pixels and tokens, where the batch is given in images.
+    Args: patch, prefix: the student's pixels and tokens, where the batch is given in images;
+        world: processes, 0 if they are not known yet.
     """
+    packs = sum(stream.packs for stream in stage.streams)
     wanted, what = cfg.global_tokens, "tokens"
     smallest = sum(stream.budget * stream.packs for stream in stage.streams)
     if cfg.global_images:
         wanted, what, smallest = cfg.global_images, "images", 0
         for stream in stage.streams:
-            if len(stream.choices) != 1:
-                raise ValueError(f"global_images={wanted}: packs of stream {stream.name} hold "
-                                 "pictures of many sizes; pass --global-tokens")  # fmt: skip
+            require(
+                len(stream.choices) == 1,
+                f"global_images={wanted}: packs of stream {stream.name} hold pictures of many "
+                "sizes; pass --global-tokens",
+            )
             room = stream.budget // ((stream.choices[0] // patch) ** 2 + prefix)
             smallest += stream.packs * min(cfg.max_images, room)
-    if wanted % smallest:
-        raise ValueError(
-            f"global_{what}={wanted} is not a multiple of the {smallest} {what} in the "
-            f"smallest step of preset {cfg.preset}"
-        )
-    return wanted // smallest or 1
+    require(
+        wanted % smallest == 0,
+        f"global_{what}={wanted} is not a multiple of the {smallest} {what} in the smallest step "
+        f"of preset {cfg.preset}",
+    )
+    often = wanted // smallest or 1
+    require(
+        not cfg.micro_packs or not world or packs * often % (cfg.micro_packs * world) == 0,
+        f"micro_packs={cfg.micro_packs} * {world} processes does not divide the {packs * often} "
+        "packs of a step; change --micro-packs or --global-tokens",
+    )
+    return often
 
 
 PRESETS = {name: TrainConfig(preset=name, **changes) for name, changes in RECIPES.items()}
@@ -1635,18 +1567,18 @@ def open_sources(
     for number, spec in enumerate(cfg.data):
         source = given[number] if given else open_source(spec)
         if not given and spec.split(":")[0] == "openmoji":
-            if spec.split(":")[1:2] not in ([], [""], ["train"]):
-                raise ValueError(f"--data {spec}: the report is scored on openmoji:test; train on "
-                                 "openmoji or openmoji:train:COUNT")  # fmt: skip
+            is_train = spec.split(":")[1:2] in ([], [""], ["train"])
+            what = "the report is scored on openmoji:test"
+            require(is_train, f"--data {spec}: {what}; train on openmoji or openmoji:train:COUNT")
             rest = open_source(f"openmoji:test:{max(16, round(cfg.held_out * len(source)))}")
         else:
             source, rest = hold_out(source, cfg.held_out)
-        if cfg.held_out and not (len(source) and len(rest)):
-            raise ValueError(
-                f"held_out={cfg.held_out} leaves {len(source)} pictures of {spec} to train on and "
-                f"{len(rest)} for the report; give some {math.ceil(3 / cfg.held_out)} different "
-                "pictures or change --held-out; 0 trains on all, without a report"
-            )
+        require(
+            not cfg.held_out or (len(source) and len(rest)),
+            f"held_out={cfg.held_out} leaves {len(source)} pictures of {spec} to train on and "
+            f"{len(rest)} for the report; give some {math.ceil(3 / (cfg.held_out or 1))} different "
+            "pictures or change --held-out; 0 trains on all, without a report",
+        )
         train.append(source)
         held_out.append(rest)
     return train, held_out[0]
@@ -1665,7 +1597,7 @@ def load_teachers(cfg: TrainConfig, sources: list[Source], group: Group) -> list
     folder = cache_home() / "features" if cfg.cache == "auto" else Path(cfg.cache)
     cached = [CachedTeacher(teacher, folder) for teacher in teachers]
     for source in sources:
-        bad = merge_skipped([fill_caches(cached, source)], True, group)
+        bad = merge_skipped([fill_caches(cached, source)], True)
         refuse_bad_fraction(cfg, len(bad), len(source) - len(bad))
     return cached
 
@@ -1678,6 +1610,7 @@ def start_process(cfg: TrainConfig) -> Group:
         torch.use_deterministic_algorithms(True)
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     torch.set_num_threads(cfg.threads or max(1, (os.cpu_count() or 1) // local_world))
+    Path(cfg.out).mkdir(parents=True, exist_ok=True)
     return group
 
 
@@ -1695,7 +1628,7 @@ def finished(cfg: TrainConfig) -> dict[str, Any] | None:
 
 
 def run(
-    cfg: TrainConfig, teachers: list[Teacher] | None = None, sources: list[Source] | None = None
+    cfg: TrainConfig, teachers: Teachers | None = None, sources: list[Source] | None = None
 ) -> dict[str, Any] | None:
     """A whole run: checks, `train` with checkpoints and resume, and the report at its end.
 
@@ -1710,10 +1643,8 @@ def run(
     if summary := finished(cfg):
         return summary
     group = start_process(cfg)
-    Path(cfg.out).mkdir(parents=True, exist_ok=True)
     if group.rank == 0:  # a folder that can't be written to is found out before any work
-        fields = {f.name: _plain(getattr(cfg, f.name)) for f in dataclasses.fields(cfg)}
-        text = json.dumps(fields, indent=1, allow_nan=False)
+        text = json.dumps(dataclasses.asdict(cfg), indent=1, allow_nan=False)
         write_whole(Path(cfg.out) / "config.json", text.encode())
     train_sources, held_out = open_sources(cfg, sources)
     note_scan(cfg, train_sources)
@@ -1734,18 +1665,15 @@ def parse_args(argv: list[str] | None = None) -> TrainConfig:
     for item in dataclasses.fields(TrainConfig):
         if item.name == "preset" or not item.metadata.get("flag", True):
             continue
-        value, flag = getattr(preset, item.name), "--" + item.name.replace("_", "-")
+        value, help = getattr(preset, item.name), item.metadata["help"]
+        how: dict[str, Any] = {"default": value, "help": f"{help} [{value}]"}
         if isinstance(value, bool):
-            yes_no = argparse.BooleanOptionalAction
-            parser.add_argument(flag, action=yes_no, default=value, help=item.metadata["help"])
-            continue
-        many = isinstance(value, tuple)
-        kind = float if item.name == "data_weights" else str if many else type(value)
-        parser.add_argument(
-            flag, type=kind, default=value,
-            nargs="+" if many else None, choices=item.metadata.get("choices"),
-            help=f"{item.metadata['help']} [{value}]",
-        )  # fmt: skip
+            how["action"] = argparse.BooleanOptionalAction
+        elif isinstance(value, tuple):
+            how |= {"nargs": "+", "type": float if item.name == "data_weights" else str}
+        else:
+            how |= {"type": type(value), "choices": item.metadata["choices"]}
+        parser.add_argument("--" + item.name.replace("_", "-"), **how)
     given = vars(parser.parse_args(argv)).items()
     flags: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in given}
     return dataclasses.replace(preset, **flags)

@@ -294,7 +294,7 @@ def distil(name: str, arm: str, seed: int, quick: bool) -> dict[str, Any]:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_student(student, path)
     figures = final(student, named, source, held_out, reference, claim.sizes)
-    return {"figures": course(cfg, history, states[0]) | figures, "dynamics": dynamics}
+    return {"figures": course(history, states[0]) | figures, "dynamics": dynamics}
 
 
 def train_and_look(
@@ -342,13 +342,13 @@ def variances(reference: FeatureSet, test: FeatureSet) -> dict[str, float]:
     return {k.removeprefix("student/").replace(" ", "/"): v for k, v in parts.items()}
 
 
-def course(cfg: TrainConfig, history: list, state: State) -> dict[str, float]:
+def course(history: list, state: State) -> dict[str, float]:
     """Figures of the second half of the training: what the steps' numbers vary by, and shares.
 
     "... spread" is the deviation over the mean; "share/TEACHER" is its part of the weighted loss.
     """
     late = history[len(history) // 2 :]
-    sums = {name: part_weight(cfg, state, name) * sum(report.losses[name] for report in late)
+    sums = {name: part_weight(state, name) * sum(report.losses[name] for report in late)
             for name in late[0].losses}  # fmt: skip
     found: dict[str, float] = {}
     for key, what in (("gradient spread", "grad_norm"), ("token spread", "tokens")):
