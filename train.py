@@ -39,6 +39,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
 import losses
+import model
+import packing
 from eval import (
     extract,
     final_report,
@@ -49,44 +51,8 @@ from eval import (
     pca_sheet,
     random_control,
 )
-from model import (
-    HALF_RGB,
-    MODELS,
-    HeadSpec,
-    ModelConfig,
-    Student,
-    StudentOutput,
-    TablePositions,
-    activation_bytes,
-    adopt,
-    autocast,
-    copy_pool,
-    load_student,
-    position_windows,
-    read_vit,
-    save_student,
-    with_heads,
-)
-from packing import (
-    Group,
-    PackedBatch,
-    Source,
-    Stage,
-    StepData,
-    Stream,
-    Subset,
-    cache_home,
-    evenly,
-    hold_out,
-    keyed_generator,
-    left_out,
-    make_loader,
-    open_source,
-    rank_and_world,
-    setup_distributed,
-    to_device,
-    write_whole,
-)
+from model import MODELS, ModelConfig, Student, StudentOutput, load_student
+from packing import Group, PackedBatch, Source, Stage, StepData, Stream, Subset, rank_and_world
 from teachers import (
     CachedTeacher,
     Teacher,
@@ -101,9 +67,7 @@ from teachers import (
     sha256_of,
 )
 
-VERSION = 1
 AVERAGES = ("image", "partition", "token")  # AMoE's, RADIOv2.5's, and the ablation
-EXIT_SIGNALLED = 128  # a run that was told to stop saves and exits with 128 + the signal's number
 
 # ---- Part I, the papers: the recipe
 
@@ -162,16 +126,12 @@ class TrainConfig:
         0.0, "deviation of the views' moves, in patches (C-RADIOv4: 0.5); needs --cache none"
     )
     relation: str = option("arkd", "relational loss of summaries", ("arkd", "rkd", "none"))
-    relation_mean: str = option(
-        "own", "whose mean distance divides the student's distances", ("own", "teacher")
-    )
+    relation_mean: str = option("own", "whose mean divides the student's", ("own", "teacher"))
     relation_weight: float = option(1.0, "weight of the relational loss (AMoE: 1)")
     average: str = option("image", "weigh images alike, in each stream, or by tokens", AVERAGES)
     balance: str = option("none", "weights of the losses: 1, or AdaLoss'", ("none", "adaloss"))
     normalizer: str = option("phis", "space of the targets", tuple(losses.NORMALIZERS))
-    stats_steps: int = option(
-        30, "first steps of each stage whose teacher features fit the targets' space, before them"
-    )
+    stats_steps: int = option(30, "first steps of each stage that fit its targets' space, before")
     frozen_steps: int = option(0, "first steps that train the heads alone (RADIOv2.5: 5000)")
     optimizer: str = option("adamw", "optimizer (RADIOv2.5: lamb)", ("adamw", "lamb"))
     lr: float = option(1.5e-3, "peak learning rate")
@@ -233,26 +193,24 @@ _AMOE: dict[str, Any] = dict(
 )  # fmt: skip
 
 
-def native(until: float, max_side: int, budget: int) -> Stage:
-    """A stage of pictures in their own shape, of at most max_side^2 px."""
-    return Stage(until, (Stream("native", max_side, budget=budget),))
-
-
 RECIPES: dict[str, dict[str, Any]] = {
     # Low resolution first, as both papers: a picture of 64^2 px costs a fifth of one of 224^2.
     # The budgets are those of the 16 pictures that a pack may hold.
-    "demo": dict(stages=(native(0.5, 64, 336), native(0.85, 96, 656), native(1.0, 224, 1200)),
-                 steps=1000, head_hidden=384, lr=2e-3),
-    # RADIO's way: from a pretrained network on, the trunk at 3e-5 at most (2e-4 makes it forget).
-    "warm": dict(stages=(native(1.0, 112, 16 * 66),), model="init", init="vit-s=builtin:vit-s@8",
-                 relation="none", steps=400, head_hidden=384, frozen_steps=200, lr=1e-3,
-                 trunk_lr=0.03, warmup=20, windows=False),
-    "debug": dict(stages=(native(1.0, 96, 256),), model="test", data=("openmoji:train:96",),
-                  teachers=("dense=builtin:tiny-dense", "semantic=builtin:tiny-semantic"), steps=40,
-                  warmup=5, stats_steps=4, save_every=20, log_every=5, cache="none"),
-    "amoe-stage1": _AMOE | dict(steps=50_000, stages=(
-        Stage(1.0, (Stream("low", max_side=256, budget=2309, packs=704),)),
+    "demo": dict(steps=1000, head_hidden=384, lr=2e-3, stages=(
+        Stage(0.5, (Stream("native", max_side=64, budget=336),)),
+        Stage(0.85, (Stream("native", max_side=96, budget=656),)),
+        Stage(1.0, (Stream("native", max_side=224, budget=1200),)),
     )),
+    # RADIO's way: from a pretrained network on, the trunk at 3e-5 at most (2e-4 makes it forget).
+    "warm": dict(model="init", init="vit-s=builtin:vit-s@8", relation="none", steps=400, lr=1e-3,
+                 frozen_steps=200, trunk_lr=0.03, warmup=20, windows=False, head_hidden=384,
+                 stages=(Stage(1.0, (Stream("native", max_side=112, budget=16 * 66),)),)),
+    "debug": dict(teachers=("dense=builtin:tiny-dense", "semantic=builtin:tiny-semantic"), steps=40,
+                  model="test", data=("openmoji:train:96",), warmup=5, stats_steps=4, save_every=20,
+                  log_every=5, cache="none",
+                  stages=(Stage(1.0, (Stream("native", max_side=96, budget=256),)),)),
+    "amoe-stage1": _AMOE | dict(steps=50_000, stages=(
+        Stage(1.0, (Stream("low", max_side=256, budget=2309, packs=704),)),)),
     "amoe-stage2": _AMOE | dict(steps=90_000, data=("openmoji", "openmoji"), stages=(Stage(1.0, (
         Stream("replay", max_side=256, budget=2309, packs=128, data=(0,)),
         Stream("middle", min_side=256, max_side=384, budget=2309, packs=128, data=(0,)),
@@ -261,12 +219,10 @@ RECIPES: dict[str, dict[str, Any]] = {
         Stream("high", max_side=768, budget=2309, packs=256, data=(1,)),
     )),)),
     "radio-stage1": _RADIO | dict(stages=(
-        Stage(1.0, (Stream("low", choices=(256,), budget=16 * 264, packs=64),)),
-    )),
+        Stage(1.0, (Stream("low", choices=(256,), budget=16 * 264, packs=64),)),)),
     "radio-stage2": _RADIO | dict(stages=(Stage(1.0, (_RADIO_LOW,)),)),
     "radio-stage3": _RADIO | dict(stages=(
-        Stage(1.0, (_RADIO_LOW, Stream("high", choices=(1024,), budget=2 * 4104, packs=64))),
-    )),
+        Stage(1.0, (_RADIO_LOW, Stream("high", choices=(1024,), budget=2 * 4104, packs=64))),)),
 }  # fmt: skip
 
 # ---- The run on one page
@@ -275,6 +231,7 @@ Streams = tuple[Stream, ...]
 Teachers = Sequence[Teacher]
 Spaces = dict[str, losses.TargetSpace]  # of each teacher's targets
 Targets = dict[str, TeacherOutput]  # of each teacher, for the pictures of a micro-batch
+Weights = dict[str, "ImageWeights"]  # of each teacher, for the same
 
 
 @dataclass
@@ -283,7 +240,7 @@ class State:
 
     cfg: TrainConfig
     student: Student
-    model: Any  # the student as the ranks share it
+    replica: Any  # the student as the ranks share it
     optimizer: torch.optim.Optimizer
     average: dict[str, Tensor]  # the weights' running mean; empty without --ema
     spaces: Spaces
@@ -312,11 +269,11 @@ def train(
     # Data: which pictures a step sees is a function of the seed and the step's number alone.
     stages = make_stages(cfg, sources, student.config, group, teachers)
     # The optimizer holds what this rank holds: all of the student, or its shards.
-    model = distribute(cfg, student, group)
+    replica = distribute(cfg, student, group)
     optimizer = make_optimizer(cfg, student)
     average = {name: p.detach().clone() for name, p in trained(student) if cfg.ema}
     spaces = new_spaces(cfg, teachers, device)
-    state = State(cfg, student, model, optimizer, average, spaces, losses.AdaLoss())
+    state = State(cfg, student, replica, optimizer, average, spaces, losses.AdaLoss())
     start = resume(job, state, stages)
 
     for stage, ((first, last), data) in enumerate(zip(cfg.stage_bounds(), stages, strict=True)):
@@ -329,7 +286,8 @@ def train(
             fitted = fit_spaces(cfg, teachers, data, streams, device)
             carry_heads(state, fitted, None if stage else trained_heads)
         size = 0  # packs of a forward, found at the stage's first step
-        loader = make_loader(data, begin - first, last - first, cfg.workers, device.type == "cuda")
+        steps = begin - first, last - first
+        loader = packing.make_loader(data, *steps, cfg.workers, device.type == "cuda")
         for step, packs in enumerate(loader, begin + 1):
             # RADIO trains new heads alone at first, lest they spoil a pretrained trunk.
             student.frozen_trunk = step <= cfg.frozen_steps
@@ -350,19 +308,18 @@ def train(
             pulls: dict[str, list[Tensor]] = {}
             if cfg.relation != "none":
                 with torch.no_grad():
-                    outs = (only or forward(state, step, batch) for batch in micros)
-                    said = [summaries(state, out) for out in outs]
+                    said = [(only or forward(state, step, batch)).summary for batch in micros]
                 parts, pulls = relation_gradients(cfg, said, targets, weights)
 
             # Every image weighs 1 / (images of the global batch), whatever its size and its rank.
             counts: list[Tensor] = []
             for i, batch in enumerate(micros):
-                with gradient_sync(model, is_last=i == len(micros) - 1):
+                with gradient_sync(replica, is_last=i == len(micros) - 1):
                     out = only or forward(state, step, batch)
                     mine = feature_losses(state, out, batch, targets[i], weights[i])
                     loss = torch.stack([part_weight(state, n) * x for n, x in mine.items()]).sum()
                     for name, grads_BC in pulls.items():
-                        pull = (summaries(state, out)[name] * grads_BC[i]).sum()
+                        pull = (out.summary[name] * grads_BC[i]).sum()
                         loss = loss + part_weight(state, f"{name}/relation") * pull
                     # DDP and FSDP2 average gradients over the ranks; the shares are to be summed.
                     (loss * group.world).backward()
@@ -400,28 +357,28 @@ def build_student(cfg: TrainConfig, teachers: Teachers) -> tuple[Student, set[st
     if given and cfg.model == "init" and not given.heads:
         base = dataclasses.replace(base, cls_tokens=2)  # with_heads: one for each (RADIOv2.5)
     torch.manual_seed(cfg.seed)
-    student = Student(with_heads(base, [head_spec(cfg, base, t) for t in teachers]))
+    student = Student(model.with_heads(base, [head_spec(cfg, base, t) for t in teachers]))
     for teacher in teachers:
         if student.heads[teacher.name].spec.pool:
-            copy_pool(student.heads[teacher.name].pool, teacher.backbone.network.head)
-    return student, adopt(student, given) if given else set()
+            model.copy_pool(student.heads[teacher.name].pool, teacher.backbone.network.head)
+    return student, model.adopt(student, given) if given else set()
 
 
-def head_spec(cfg: TrainConfig, base: ModelConfig, teacher: Teacher) -> HeadSpec:
+def head_spec(cfg: TrainConfig, base: ModelConfig, teacher: Teacher) -> model.HeadSpec:
     """The head for a teacher: AMoE's adapter with foldable outputs, or RADIO's two MLPs."""
     name, dim, summary_dim = teacher.name, teacher.dim, teacher.summary_dim
     kind: dict[str, Any] = {"hidden": cfg.head_hidden or 1024}
     if base.form == "radio":
         kind |= {"summary_hidden": kind["hidden"], "in_trunk_summary": summary_dim is not None}
-        return HeadSpec(name, dim, summary_dim, "v2", **kind)
+        return model.HeadSpec(name, dim, summary_dim, "v2", **kind)
     kind = {"hidden": cfg.head_hidden, "bias": True}
     pool: Any = getattr(teacher.backbone.network, "head", None) if cfg.pool else None
     if hasattr(pool, "probe"):
         sizes = {"pool_hidden": pool.mlp.fc1.out_features, "pool_heads": pool.attention.num_heads}
-        return HeadSpec(name, dim, dim, pool=True, **sizes, **kind)
+        return model.HeadSpec(name, dim, dim, pool=True, **sizes, **kind)
     # registers are matched one to one, so there must be as many (AMoE: DINOv3's 4)
     has_registers = teacher.registers == base.registers > 0
-    return HeadSpec(name, dim, summary_dim, registers=has_registers, split=True, **kind)
+    return model.HeadSpec(name, dim, summary_dim, registers=has_registers, split=True, **kind)
 
 
 # ---- What a stage's steps see
@@ -473,7 +430,7 @@ def fit_spaces(
     """
     spaces = new_spaces(cfg, teachers, device)
     steps = min(cfg.stats_steps, data.steps_in(0))
-    loader = make_loader(data, 0, steps, cfg.workers, device.type == "cuda")
+    loader = packing.make_loader(data, 0, steps, cfg.workers, device.type == "cuda")
     counts = torch.zeros(1 + len(teachers), dtype=torch.int64)  # broken; seen by each
     for packs in progress(loader, "teacher statistics", total=steps):
         batch = PackedBatch.cat([pack.to(device) for pack in packs])
@@ -549,8 +506,8 @@ def ask(teacher: Teacher, batch: PackedBatch, chosen: Sequence[int]) -> TeacherO
 
 def targets_of(teachers: Teachers, spaces: Spaces, batch: PackedBatch) -> Targets:
     """What the teachers say of a batch's pictures, in the spaces of the losses."""
-    every = range(len(batch))
-    return {t.name: spaces[t.name](ask(t, batch, every), batch.grids) for t in teachers}
+    raw = {t.name: ask(t, batch, range(len(batch))) for t in teachers}
+    return {name: spaces[name](target, batch.grids) for name, target in raw.items()}
 
 
 # ---- A step's losses
@@ -562,9 +519,6 @@ class ImageWeights(NamedTuple):
     summary_B: Tensor
     patch_B: Tensor
     is_taught: list[float]  # 0 where the teacher does not supervise the image's stream
-
-
-Weights = dict[str, ImageWeights]  # of each teacher, for a micro-batch
 
 
 def image_weights(
@@ -584,7 +538,8 @@ def image_weights(
         totals[0].index_add_(0, stream_B, torch.ones_like(size_B))
         totals[1].index_add_(0, stream_B, size_B)
     images_S, tokens_S = sum_over_ranks(totals)
-    result: list[dict] = [{} for _ in micros]
+    result: list[Weights] = [{} for _ in micros]
+    device = micros[0].patches_MX.device
     for name in (teacher.name for teacher in teachers):
         taught_S = totals.new_tensor(is_taught(name, streams))
         image_S = taught_S / (taught_S * images_S).sum().clamp(min=1)
@@ -595,20 +550,24 @@ def image_weights(
             summary_B = patch_B = image_S[stream_B].float()
             if cfg.average == "token":
                 patch_B = (token_S[stream_B] * size_B).float()
-            both_2B = to_device(torch.stack([summary_B, patch_B]), micros[0].patches_MX.device)
+            both_2B = packing.to_device(torch.stack([summary_B, patch_B]), device)
             micro[name] = ImageWeights(both_2B[0], both_2B[1], taught_S[stream_B].tolist())
     return result
 
 
 def forward(state: State, step: int, batch: PackedBatch) -> StudentOutput:
-    """The student on one micro-batch; its randomness depends on step and picture alone."""
+    """The student on one micro-batch, its summaries in the spaces of the losses.
+
+    What is random of it depends on step and picture alone.
+    """
     cfg, windows_B5 = state.cfg, None
-    if cfg.windows and isinstance(state.student.positions, TablePositions):
+    if cfg.windows and isinstance(state.student.positions, model.TablePositions):
         keys = [(cfg.seed, step, sample.key, "window") for sample in batch.samples]
-        rows = [position_windows(1, keyed_generator(*key)) for key in keys]
+        rows = [model.position_windows(1, packing.keyed_generator(*key)) for key in keys]
         windows_B5 = torch.cat([torch.zeros(0, 5), *rows])
-    with autocast(batch.patches_MX.device, cfg.precision):
-        return state.model(batch, windows_B5)
+    with model.autocast(batch.patches_MX.device, cfg.precision):
+        out = state.replica(batch, windows_B5)
+    return dataclasses.replace(out, summary=summaries(state, out))
 
 
 def summaries(state: State, out: StudentOutput) -> dict[str, Tensor]:
@@ -622,7 +581,7 @@ def feature_losses(
     state: State, out: StudentOutput, batch: PackedBatch, targets: Targets, weights: Weights
 ) -> dict[str, Tensor]:
     """This rank's share of each teacher's losses (AMoE: L_patch, L_CLS, L_reg)."""
-    parts, said, how = {}, summaries(state, out), state.cfg.patch_loss
+    parts, how = {}, state.cfg.patch_loss
     for name, target in targets.items():
         summary_B, patch_B, _ = weights[name]
         patches_MC, maps = out.patches[name], target.patches
@@ -634,7 +593,7 @@ def feature_losses(
             loss_B = losses.patch_loss(patches_MC, batch.grids, maps, how)
         parts[f"{name}/patches"] = (loss_B * patch_B).sum()
         if target.summary_BC is not None:
-            pair = said[name], target.summary_BC
+            pair = out.summary[name], target.summary_BC
             if dispersion := state.spaces[name].dispersion:
                 loss_B = losses.angle_loss(*pair, dispersion.value)
             else:
@@ -657,7 +616,7 @@ def relation_gradients(
     parts, pulls = {}, {}
     for name in said[0]:
         is_taught_B = torch.tensor([x for micro in weights for x in micro[name].is_taught])
-        taught_K = to_device(is_taught_B.nonzero()[:, 0], said[0][name].device)
+        taught_K = packing.to_device(is_taught_B.nonzero()[:, 0], said[0][name].device)
         own_BC = torch.cat([summary[name] for summary in said]).float()
         target_BC = torch.cat([target[name].summary_BC for target in targets])  # type: ignore[misc]
         pairs_KC = torch.cat([own_BC, target_BC], dim=1).index_select(0, taught_K)
@@ -722,13 +681,12 @@ def is_decayed(name: str, p: Tensor) -> bool:
 
 def make_optimizer(cfg: TrainConfig, student: Student) -> torch.optim.Optimizer:
     """AdamW or LAMB over four groups: trunk and heads, what decays and what does not."""
+    kinds = {p: (n.startswith("heads."), is_decayed(n, p)) for n, p in trained(student)}
     groups = []
-    for is_head, share in ((False, cfg.trunk_lr), (True, 1.0)):
-        for decays in (True, False):
-            kind, decay = (is_head, decays), cfg.weight_decay if decays else 0.0
-            of = {p: (n.startswith("heads."), is_decayed(n, p)) for n, p in trained(student)}
-            params = [p for p, its_kind in of.items() if its_kind == kind]
-            groups.append({"params": params, "weight_decay": decay, "share": share})
+    for kind in ((False, True), (False, False), (True, True), (True, False)):
+        share, decay = 1.0 if kind[0] else cfg.trunk_lr, cfg.weight_decay if kind[1] else 0.0
+        params = [p for p, its_kind in kinds.items() if its_kind == kind]
+        groups.append({"params": params, "weight_decay": decay, "share": share})
     if cfg.optimizer == "lamb":
         return Lamb(groups, lr=cfg.lr, betas=(0.9, cfg.beta2))
     return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, cfg.beta2), fused=True)
@@ -737,8 +695,8 @@ def make_optimizer(cfg: TrainConfig, student: Student) -> torch.optim.Optimizer:
 class Lamb(torch.optim.Optimizer):
     """Adam whose step in each decayed tensor is as long as lr times the tensor itself.
 
-    What does not decay takes Adam's plain step, as usual. LAMB (You et al. 2020, arXiv 1904.00962)
-    Algorithm 2; RADIOv2.5: LAMB
+    What does not decay takes Adam's plain step, as usual.
+    You et al. 2020, arXiv 1904.00962, Algorithm 2; RADIOv2.5: LAMB
     """
 
     def __init__(self, groups: Any, lr: float, betas: tuple[float, float], eps: float = 1e-6):
@@ -748,9 +706,8 @@ class Lamb(torch.optim.Optimizer):
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         del closure
         for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    self._update(p, self.state[p], group)
+            for p in (p for p in group["params"] if p.grad is not None):
+                self._update(p, self.state[p], group)
 
     def _update(self, p: Tensor, state: dict, group: dict) -> None:
         if not state:
@@ -788,17 +745,20 @@ def distribute(cfg: TrainConfig, student: Student, group: Group) -> Any:
     return fully_shard(student)
 
 
-def gradient_sync(model: Any, is_last: bool) -> Any:
+def gradient_sync(replica: Any, is_last: bool) -> Any:
     """Ranks add up their gradients in the backward of a step's last micro-batch only."""
-    if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(is_last)
-    elif isinstance(model, nn.parallel.DistributedDataParallel) and not is_last:
-        return model.no_sync()
+    if isinstance(replica, FSDPModule):
+        replica.set_requires_gradient_sync(is_last)
+    elif isinstance(replica, nn.parallel.DistributedDataParallel) and not is_last:
+        return replica.no_sync()
     return nullcontext()
 
 
 # ---- Part II: the plumbing
 # ---- The five verbs of `train`: open_run, resume, settle, log, save
+
+VERSION = 1
+EXIT_SIGNALLED = 128  # a run that was told to stop saves and exits with 128 + the signal's number
 
 
 class Standstill(RuntimeError):
@@ -825,6 +785,11 @@ class Job:
     @property
     def out(self) -> Path:
         return Path(self.cfg.out)
+
+    @property
+    def newest(self) -> Path:
+        """The checkpoint of the record's step."""
+        return self.out / f"step_{self.record['step']:06d}"
 
 
 @dataclass
@@ -869,7 +834,7 @@ def resume(job: Job, state: State, stages: list[StepData]) -> int:
     if job.group.rank == 0:
         set_aside(job.cfg, step)
         note_registers(state.student.config, job.teachers)
-        print(describe(state.optimizer), file=sys.stderr)
+        say(describe(state.optimizer))
         begin_metrics(job, stages)
     job.bar = progress(None, job.cfg.preset, total=job.cfg.steps, initial=step)
     job.began = time.monotonic() - job.record["seconds"]
@@ -1019,7 +984,7 @@ def packs_that_fit(count: int, needed: float, free: float) -> int:
 
 def packs_in_memory(state: State, tokens: int, count: int, device: torch.device) -> int:
     """The packs of so many tokens that fit into one forward on every rank's GPU."""
-    needed = tokens * activation_bytes(state.student.config, state.cfg.recompute)
+    needed = tokens * model.activation_bytes(state.student.config, state.cfg.recompute)
     needed *= 2 if state.cfg.precision == "fp32" else 1
     free = torch.cuda.mem_get_info(device)[0]
     if not state.optimizer.state:  # gradients and two moments are still to come
@@ -1033,8 +998,7 @@ def packs_in_memory(state: State, tokens: int, count: int, device: torch.device)
             f"a pack of {tokens} tokens takes some {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB "
             f"of {device} are free: pass --recompute, or --parallel fsdp on more GPUs"
         )
-    if is_main():
-        print(f"{int(fits)} of {count} packs in one forward", file=sys.stderr)
+    say(f"{int(fits)} of {count} packs in one forward")
     return int(fits)
 
 
@@ -1050,10 +1014,10 @@ def read_init(cfg: TrainConfig) -> Student:
     is_folder = path.is_dir() or not (path.is_file() or spec.path.startswith("builtin:"))
     if is_folder and pretrained(spec, "AutoConfig").model_type == "vit":  # no teacher: a classifier
         vit = load_network(spec, "ViTModel", add_pooling_layer=False)
-        return read_vit(vit, spec.layer, HALF_RGB)
+        return model.read_vit(vit, spec.layer, model.HALF_RGB)
     backbone = load_backbone(spec)
     try:
-        return read_vit(backbone.network, spec.layer or backbone.layer, backbone.stats)
+        return model.read_vit(backbone.network, spec.layer or backbone.layer, backbone.stats)
     except (ValueError, RuntimeError) as error:
         why = f"--init {cfg.init} is no ViT or DINOv2 that we can read: {error}"
         raise ValueError(why) from error
@@ -1101,18 +1065,19 @@ def save_folded(state: State, saved: dict[str, Any], path: Path) -> None:
     folded.load_state_dict(saved["student"] | saved["average"])
     for name, head in folded.heads.items():
         state.spaces[name].fold_into(head)
-    save_student(folded, path)
+    model.save_student(folded, path)
 
 
 def write_step(job: Job, state: State) -> None:
     """Write step_NNNNNN on rank 0, redraw the curves, drop the checkpoints that are not kept."""
     saved = {**job.record, "identity": job.identity, **state_dict(state)}
     if job.group.rank == 0:
-        write_checkpoint(job.out / f"step_{job.record['step']:06d}", state, saved)
+        write_checkpoint(job.newest, state, saved)
         for old in checkpoints(job.out)[: -job.cfg.keep]:
             if not job.cfg.keep_every or int(old.name[5:]) % job.cfg.keep_every:
                 shutil.rmtree(old)
-        if rows := [row for row in read_metrics(job.out) if "loss/total" in row]:
+        lines = (job.out / "metrics.jsonl").read_text().splitlines()[1:]
+        if rows := [row for row in map(json.loads, lines) if "loss/total" in row]:
             draw_curves(rows, job.out / "curves.png", job.cfg)
     if dist.is_initialized():
         dist.barrier()
@@ -1120,10 +1085,8 @@ def write_step(job: Job, state: State) -> None:
 
 def fsync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    os.fsync(handle)
+    os.close(handle)
 
 
 def write_checkpoint(folder: Path, state: State, saved: dict[str, Any]) -> None:
@@ -1138,10 +1101,10 @@ def write_checkpoint(folder: Path, state: State, saved: dict[str, Any]) -> None:
         draft.mkdir(parents=True)
         save_folded(state, saved, draft / "model.pt")
         fsync(draft / "model.pt")
-        write_whole(draft / "state.pt", lambda file: torch.save(saved, file))
+        packing.write_whole(draft / "state.pt", lambda file: torch.save(saved, file))
         manifest = {name: sha256_of(draft / name) for name in ("model.pt", "state.pt")}
         text = json.dumps({"version": VERSION, "sha256": manifest})
-        write_whole(draft / "manifest.json", text.encode())
+        packing.write_whole(draft / "manifest.json", text.encode())
         fsync(draft)
         shutil.rmtree(folder, ignore_errors=True)
         draft.rename(folder)
@@ -1187,7 +1150,7 @@ def newest_checkpoint(cfg: TrainConfig) -> Path | None:
     for folder in reversed(checkpoints(Path(cfg.out))):
         if not (reason := broken(folder)):
             return folder
-        print(f"skipping a broken checkpoint: {reason}", file=sys.stderr)
+        say(f"skipping a broken checkpoint: {reason}")
     return None
 
 
@@ -1197,19 +1160,18 @@ def choose_checkpoint(cfg: TrainConfig, group: Group) -> Path | None:
     Where there is none, what an older run left is set aside, before a restart could take it for
     this run's.
     """
-    box: list = [None, None]
+    found: list = [None, ""]  # the folder, or why there is none
     if group.rank == 0:
         try:
-            box[0] = newest_checkpoint(cfg)
+            found[0] = newest_checkpoint(cfg)
         except ValueError as error:
-            box[1] = str(error)
+            found[1] = str(error)
     if group.world > 1:
-        dist.broadcast_object_list(box)
-    if box[1]:
-        raise ValueError(box[1])
-    if not box[0] and group.rank == 0:
+        dist.broadcast_object_list(found)
+    require(not found[1], found[1])
+    if not found[0] and group.rank == 0:
         set_aside(cfg, 0)
-    return box[0]
+    return found[0]
 
 
 def set_aside(cfg: TrainConfig, step: int) -> None:
@@ -1219,7 +1181,7 @@ def set_aside(cfg: TrainConfig, step: int) -> None:
             aside = folder.with_name(f"old_{folder.name}")
             shutil.rmtree(aside, ignore_errors=True)
             folder.rename(aside)
-            print(f"{folder} is beyond step {step} and is now {aside.name}", file=sys.stderr)
+            say(f"{folder} is beyond step {step} and is now {aside.name}")
     (Path(cfg.out) / "summary.json").unlink(missing_ok=True)
 
 
@@ -1237,9 +1199,8 @@ def refuse_changes(folder: Path, saved: dict, current: dict) -> None:
         for key in sorted({*saved, *current})
         if saved.get(key) != current.get(key)
     ]
-    if changed:
-        advice = "Pass the old values, another --out, or --resume none"
-        raise ValueError(f"{folder} belongs to another run. {''.join(changed)}{advice}")
+    advice = "Pass the old values, another --out, or --resume none"
+    require(not changed, f"{folder} belongs to another run. {''.join(changed)}{advice}")
 
 
 # ---- What a run writes beside its checkpoints
@@ -1258,18 +1219,13 @@ def begin_metrics(job: Job, stages: list[StepData]) -> None:
         lines = [line for line in path.read_text().splitlines()[1:] if line.endswith("}")]
         kept = [line for line in lines if json.loads(line)["step"] <= job.record["step"]]
     text = "\n".join([json.dumps(header, allow_nan=False), *kept, ""])
-    write_whole(path, text.encode())
+    packing.write_whole(path, text.encode())
 
 
 def write_metrics(job: Job, row: dict[str, Any]) -> None:
     if job.group.rank == 0:
         with (job.out / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(row, allow_nan=False) + "\n")
-
-
-def read_metrics(out: Path) -> list[dict[str, Any]]:
-    """The logged steps' objects."""
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()[1:]]
 
 
 def metrics_row(job: Job, report: StepReport, tokens_per_s: float) -> dict:
@@ -1317,13 +1273,12 @@ def draw_curves(rows: list[dict], path: Path, cfg: TrainConfig) -> None:
 
 
 def describe(optimizer: torch.optim.Optimizer) -> str:
-    """A table of the optimizer's groups."""
-    kind = type(optimizer).__name__
-    lines = [f"{kind:<8}{'tensors':>9}{'M numbers':>11}{'decay':>8}{'lr share':>10}"]
-    for name, group in zip(("trunk", "", "heads", ""), optimizer.param_groups, strict=True):
-        tensors, decay, share = group["params"], group["weight_decay"], group["share"]
-        numbers = sum(p.numel() for p in tensors) / 1e6
-        lines.append(f"{name:<8}{len(tensors):>9}{numbers:>11.3f}{decay:>8.3g}{share:>10.3g}")
+    """The optimizer's groups, a line each."""
+    lines, names = [type(optimizer).__name__], ("trunk", "trunk", "heads", "heads")
+    for name, group in zip(names, optimizer.param_groups, strict=True):
+        count, millions = len(group["params"]), sum(p.numel() for p in group["params"]) / 1e6
+        what = f"{count} tensors, {millions:.3f} M numbers, decay {group['weight_decay']:.3g}"
+        lines.append(f"  {name}: {what}, lr x {group['share']:.3g}")
     return "\n".join(lines)
 
 
@@ -1338,8 +1293,7 @@ def progress(items, name: str, **kwargs):
 
 def saved_student(job: Job) -> Student:
     """That of the checkpoint just written."""
-    path = job.out / f"step_{job.record['step']:06d}" / "model.pt"
-    student = load_student(path, device=str(job.group.device))
+    student = load_student(job.newest / "model.pt", device=str(job.group.device))
     student.precision = job.cfg.precision
     return student
 
@@ -1349,15 +1303,14 @@ def evaluate(job: Job, pictures: int = 500) -> dict[str, float]:
     if job.held_out is None:
         return {}
     student = saved_student(job)
-    some = [Subset(s, evenly(len(s), pictures)) for s in (job.sources[0], job.held_out)]
+    some = [Subset(s, packing.evenly(len(s), pictures)) for s in (job.sources[0], job.held_out)]
     train, test = (extract({"student": student}, source, 0) for source in some)
     if job.group.rank == 0:
         draw_pca(job, student)
     try:
         return {f"knn/{name}": row["value"] for name, row in knn(train, test).items()}
     except ValueError as error:  # no labels, or a class that only one of the two has
-        if job.group.rank == 0:
-            print(f"step {job.record['step']}: no kNN: {error}", file=sys.stderr)
+        say(f"step {job.record['step']}: no kNN: {error}")
         return {}
 
 
@@ -1380,7 +1333,7 @@ def finish(job: Job) -> dict[str, Any]:
     summary |= {"scored": cfg.data[0], "skipped": job.record["skipped"] | report["skipped"]}
     summary["config"] = cfg.identity()
     text = json.dumps(summary, indent=1, allow_nan=False)
-    write_whole(job.out / "summary.json", text.encode())
+    packing.write_whole(job.out / "summary.json", text.encode())
     print(format_table(report))
     print(*(job.out / name for name in ("pca.png", "curves.png", "summary.json")), sep="  ")
     return summary
@@ -1397,15 +1350,12 @@ class StopSignal:
     def __init__(self) -> None:
         self.number = 0
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._remember)
+            signal.signal(number, lambda number, _: setattr(self, "number", number))
 
     def release(self) -> None:
         """Signals end the process again."""
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def _remember(self, number, _frame) -> None:
-        self.number = number
 
     def poll(self) -> int:
         """The signal's number, or 0. A launcher that is gone counts as SIGTERM: no orphans."""
@@ -1416,8 +1366,8 @@ class StopSignal:
 def note_skipped(cfg: TrainConfig, record: dict, skipped: dict[str, str]) -> None:
     """Name each picture that does not decode once, and stop where they are too many."""
     new = {key: reason for key, reason in skipped.items() if key not in record["skipped"]}
-    for key, reason in new.items() if is_main() else ():
-        tqdm.write(f"skipped {key}: {reason}", file=sys.stderr)
+    for key, reason in new.items():
+        say(f"skipped {key}: {reason}")
     record["skipped"] |= new
     record["bad"] += len(skipped)
     if record["bad"] + record["images"] >= 100 or record["step"] == cfg.steps:  # not by a bad start
@@ -1435,13 +1385,13 @@ def refuse_bad_fraction(cfg: TrainConfig, bad: int, good: int) -> None:
 def note_scan(cfg: TrainConfig, sources: list[Source]) -> dict[str, str]:
     """Name what the sources skipped when they were scanned; refuse those with too many broken."""
     skipped = {key: reason for source in sources for key, reason in source.skipped.items()}
-    for line in left_out(skipped) if is_main() else ():
-        print(f"skipped {line}", file=sys.stderr)
+    for line in packing.left_out(skipped):
+        say(f"skipped {line}")
     for source in sources:
         scanned = source.source if isinstance(source, Subset) else source
         refuse_bad_fraction(cfg, getattr(scanned, "lost", 0), len(scanned))
-    if len(sources) > 1 and is_main():
-        print(f"the report scores pictures of {cfg.data[0]}, the first SOURCE", file=sys.stderr)
+    if len(sources) > 1:
+        say(f"the report scores pictures of {cfg.data[0]}, the first SOURCE")
     return skipped
 
 
@@ -1450,17 +1400,22 @@ def note_registers(config: ModelConfig, teachers: Teachers) -> None:
     unused = {head.name for head in config.heads if not head.registers and config.form == "amoe"}
     for teacher in teachers:
         if teacher.name in unused and teacher.registers:
-            print(
+            say(
                 f"teacher {teacher.name} has {teacher.registers} registers, the student "
                 f"{config.registers}: they are matched one to one, so these have no loss; it takes "
-                "a --model with as many",
-                file=sys.stderr,
+                "a --model with as many"
             )
 
 
 def is_main() -> bool:
     """True in the one process that prints; holds before the process group is there, too."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def say(text: str) -> None:
+    """A line of the one process that prints, above the bar if there is one."""
+    if is_main():
+        tqdm.write(text, file=sys.stderr)
 
 
 # ---- What a configuration must be
@@ -1473,45 +1428,43 @@ def require(is_right: Any, message: str) -> None:
 
 def check(cfg: TrainConfig) -> None:
     """Raises: ValueError for a contradiction or a number out of range, naming the values."""
-    require(
-        cfg.model in MODELS or (cfg.model == "init" and cfg.init),
-        f"model={cfg.model!r} is unknown; choose from {', '.join(MODELS)}, or init with --init "
-        "NAME=PATH",
-    )
-    require(
-        len(cfg.data_weights) in (0, len(cfg.data)),
-        f"data_weights has {len(cfg.data_weights)} numbers for {len(cfg.data)} sources; pass one "
-        "per --data SOURCE",
-    )
     for name, value in vars(cfg).items():
         is_right = not isinstance(value, float) or math.isfinite(value)
         require(is_right, f"{name}={value} must be a finite number")
-        is_count = name in ("steps", "save_every", "keep", "log_every", "stats_steps")
-        require(not is_count or value >= 1, f"{name}={value} must be at least 1")
-    require(
-        cfg.shift == 0 or (cfg.shift > 0 and cfg.cache == "none"),
-        f"shift={cfg.shift} with cache={cfg.cache}: it must be 0 or more, and above 0 each teacher "
-        "sees views that no cache holds; pass --cache none",
-    )
-    require(0 <= cfg.ema < 1, f"ema={cfg.ema} must be at least 0 and below 1")
+    for name in ("steps", "save_every", "keep", "log_every", "stats_steps"):
+        require(getattr(cfg, name) >= 1, f"{name}={getattr(cfg, name)} must be at least 1")
     untils = [stage.until for stage in cfg.stages]
-    is_right = untils == sorted(untils) and untils[-1] == 1.0
-    require(is_right, f"stages end at {untils}; they must rise to 1.0")
     names = [parse_teacher(text).name for text in cfg.teachers]
-    is_right = bool(names) and len(set(names)) == len(names)
-    require(is_right, f"teachers={names} must be one or more different names")
+    rules: list[tuple[Any, str]] = [
+        (cfg.model in MODELS or (cfg.model == "init" and cfg.init),
+         f"model={cfg.model!r} is unknown; choose from {', '.join(MODELS)}, or init with --init "
+         "NAME=PATH"),
+        (len(cfg.data_weights) in (0, len(cfg.data)),
+         f"data_weights has {len(cfg.data_weights)} numbers for {len(cfg.data)} sources; pass one "
+         "per --data SOURCE"),
+        (cfg.shift == 0 or (cfg.shift > 0 and cfg.cache == "none"),
+         f"shift={cfg.shift} with cache={cfg.cache}: it must be 0 or more, and above 0 each "
+         "teacher sees views that no cache holds; pass --cache none"),
+        (0 <= cfg.ema < 1, f"ema={cfg.ema} must be at least 0 and below 1"),
+        (untils == sorted(untils) and untils[-1] == 1.0,
+         f"stages end at {untils}; they must rise to 1.0"),
+        (names and len(set(names)) == len(names),
+         f"teachers={names} must be one or more different names"),
+        (not (cfg.global_images and cfg.global_tokens),
+         f"global_images={cfg.global_images} and global_tokens={cfg.global_tokens}: pass one of "
+         "them"),
+    ]  # fmt: skip
     for stream in (stream for stage in cfg.stages for stream in stage.streams):
-        unknown = set(stream.teachers) - set(names)
-        require(not unknown, f"stream {stream.name}: teachers {unknown} are not in {names}")
-        most = max(stream.data, default=0)
-        require(
-            most < len(cfg.data),
-            f"stream {stream.name} of preset {cfg.preset} draws from SOURCE number {most}, but "
-            f"--data has {len(cfg.data)}, counted from 0; give one --data SOURCE for each (the "
-            "same one twice will do)",
-        )
-    given = f"global_images={cfg.global_images} and global_tokens={cfg.global_tokens}"
-    require(not (cfg.global_images and cfg.global_tokens), f"{given}: pass one of them")
+        unknown, most = set(stream.teachers) - set(names), max(stream.data, default=0)
+        rules += [
+            (not unknown, f"stream {stream.name}: teachers {unknown} are not in {names}"),
+            (most < len(cfg.data),
+             f"stream {stream.name} of preset {cfg.preset} draws from SOURCE number {most}, but "
+             f"--data has {len(cfg.data)}, counted from 0; give one --data SOURCE for each (the "
+             "same one twice will do)"),
+        ]  # fmt: skip
+    for is_right, message in rules:
+        require(is_right, message)
     for stage in cfg.stages if cfg.global_tokens else ():
         times(cfg, stage)
 
@@ -1565,14 +1518,15 @@ def open_sources(
     """
     train, held_out = [], []
     for number, spec in enumerate(cfg.data):
-        source = given[number] if given else open_source(spec)
+        source = given[number] if given else packing.open_source(spec)
         if not given and spec.split(":")[0] == "openmoji":
             is_train = spec.split(":")[1:2] in ([], [""], ["train"])
             what = "the report is scored on openmoji:test"
             require(is_train, f"--data {spec}: {what}; train on openmoji or openmoji:train:COUNT")
-            rest = open_source(f"openmoji:test:{max(16, round(cfg.held_out * len(source)))}")
+            count = max(16, round(cfg.held_out * len(source)))
+            rest = packing.open_source(f"openmoji:test:{count}")
         else:
-            source, rest = hold_out(source, cfg.held_out)
+            source, rest = packing.hold_out(source, cfg.held_out)
         require(
             not cfg.held_out or (len(source) and len(rest)),
             f"held_out={cfg.held_out} leaves {len(source)} pictures of {spec} to train on and "
@@ -1594,7 +1548,7 @@ def load_teachers(cfg: TrainConfig, sources: list[Source], group: Group) -> list
     teachers = [load_teacher(parse_teacher(text), group.device, dtype) for text in cfg.teachers]
     if cfg.cache == "none":
         return teachers
-    folder = cache_home() / "features" if cfg.cache == "auto" else Path(cfg.cache)
+    folder = packing.cache_home() / "features" if cfg.cache == "auto" else Path(cfg.cache)
     cached = [CachedTeacher(teacher, folder) for teacher in teachers]
     for source in sources:
         bad = merge_skipped([fill_caches(cached, source)], True)
@@ -1604,7 +1558,7 @@ def load_teachers(cfg: TrainConfig, sources: list[Source], group: Group) -> list
 
 def start_process(cfg: TrainConfig) -> Group:
     """Join the processes that torchrun started, once, and share the cores among them."""
-    group = setup_distributed(cfg.pg_timeout, cfg.device)
+    group = packing.setup_distributed(cfg.pg_timeout, cfg.device)
     if cfg.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
         torch.use_deterministic_algorithms(True)
@@ -1645,7 +1599,7 @@ def run(
     group = start_process(cfg)
     if group.rank == 0:  # a folder that can't be written to is found out before any work
         text = json.dumps(dataclasses.asdict(cfg), indent=1, allow_nan=False)
-        write_whole(Path(cfg.out) / "config.json", text.encode())
+        packing.write_whole(Path(cfg.out) / "config.json", text.encode())
     train_sources, held_out = open_sources(cfg, sources)
     note_scan(cfg, train_sources)
     choose_checkpoint(cfg, group)

@@ -419,7 +419,7 @@ def relation(teacher_NC: Tensor, student_NC: Tensor) -> float:
 
 
 def merge(name: str, arm: str, seed: int, quick: bool) -> dict[str, Any]:
-    """How much is left of a trained student's map when few tokens stand for it (RADIO 2.6)."""
+    """How much is left of a trained student's map when few tokens stand for it (RADIOv2.5)."""
     path = student_path(*ARM_OF_MERGING, seed, quick)
     if not path.exists():
         raise SystemExit(f"no student of seed {seed}; run: python tests/claims.py modes")
@@ -523,9 +523,9 @@ CLAIMS: dict[str, Claim] = {
             "fixed": {"stages": (Stage(1.0, (replace(MIXED, budget=9999),)),), "max_images": 12},
         },
         (
-            Effect("EV at low resolution", explained(LOW), "image", "token", "up (AMoE Sec. 3)"),
+            Effect("EV at low resolution", explained(LOW), "image", "token", "up (AMoE: batching)"),
             Effect("EV at high resolution", explained(HIGH), "image", "token", "no figure"),
-            Effect("EV at low resolution", explained(LOW), "image", "fixed", "up (AMoE Sec. 3)"),
+            Effect("EV at low resolution", explained(LOW), "image", "fixed", "up (AMoE: batching)"),
             Effect("gradient-norm spread", ("gradient spread",), "token", "image", "no figure"),
             Effect("gradient-norm spread", ("gradient spread",), "fixed", "image", "no figure"),
             Effect("tokens-per-step spread", ("token spread",), "fixed", "image", "no figure"),
@@ -610,7 +610,7 @@ CLAIMS: dict[str, Claim] = {
             "none": {"stages": (Stage(0.5, (squares(LOW, 16),)), Stage(1.0, (squares(HIGH, 12),)))},
         },
         (
-            Effect("EV at low resolution", explained(LOW), "replay", "none", "up (AMoE Sec. 5)"),
+            Effect("EV at low resolution", explained(LOW), "replay", "none", "up (AMoE: recipe)"),
             Effect("EV at high resolution", explained(HIGH), "none", "replay", "no figure"),
         ),
         {"steps": 80},
@@ -626,9 +626,9 @@ CLAIMS: dict[str, Claim] = {
         },
         (
             Effect("20-NN of the trunk", ("trunk kNN",), "both", "vit-s",
-                   "grounding 54.7 against 45.1 (AMoE 6.4)"),
+                   "grounding 54.7 against 45.1 (AMoE: grounding)"),
             Effect("20-NN of the trunk", ("trunk kNN",), "both", "mobilenet",
-                   "grounding 54.7 against 40.7 (AMoE 6.4)"),
+                   "grounding 54.7 against 40.7 (AMoE: grounding)"),
             Effect("EV of ViT-S", explained(64, "vit-s"), "both", "vit-s", "no figure"),
             Effect("EV of MobileNetV2", explained(64, "mobilenet"), "both", "mobilenet",
                    "no figure"),

@@ -1,6 +1,8 @@
 """What the README names exists: functions, tests, flags; and the house rules hold."""
 
+import ast
 import importlib
+import json
 import os
 import re
 import subprocess
@@ -100,21 +102,17 @@ def test_the_examples_run_one_after_the_other(tmp_path):
     path.parent.mkdir(parents=True)
     save_student(student, path)
     Image.new("RGB", (64, 48)).save(tmp_path / "photo.jpg")
-    last = """
-from dataclasses import replace
-cfg = replace(cfg, patch_loss="l1")
-[data] = make_stages(cfg, [Noise()], trainer.student, trainer.group)
-trainer = Trainer(cfg, trainer.group, [teacher])
-trainer.fit_normalizers(data)
-assert trainer.step(1, data[0]).losses["mine/patches"] > 0
-"""
-    (tmp_path / "example.py").write_text("\n".join(blocks) + last)
+    (tmp_path / "example.py").write_text("\n".join(blocks))
     done = subprocess.run(
         [sys.executable, "example.py"], cwd=tmp_path, capture_output=True, text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "mine/patches" in done.stdout
+    assert "'student/mine patches'" in done.stdout
+    lines = (tmp_path / "runs" / "mine" / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines[1:]]
+    assert rows[-1]["step"] == 40 and 0 < rows[-1]["loss/mine/patches"] < rows[0]["loss/total"]
+    assert json.loads(lines[0])["config"]["patch_loss"] == "l1"
 
 
 def test_the_shipped_student_can_be_tried_before_any_training():
@@ -125,3 +123,73 @@ def test_the_shipped_student_can_be_tried_before_any_training():
     assert {"student/vit-s", "student/mobilenet", "student/trunk"} == sets[0].patches.keys()
     found = segmentation(*sets, foreground=True)["student/vit-s"]["value"]
     assert found > 0.65  # .53 untrained; .78 with more to learn the probe from
+
+
+# ------------------------------------------------------------------------------ house rules
+
+PART_2 = "# ---- Part II"
+merging = pytest.mark.xfail(strict=False, reason="other modules are still being shortened")
+
+
+def text_of(module: str) -> str:
+    return (ROOT / f"{module}.py").read_text()
+
+
+def functions(module: str) -> dict[str, ast.FunctionDef]:
+    nodes = ast.walk(ast.parse(text_of(module)))
+    found = [node for node in nodes if isinstance(node, ast.FunctionDef)]
+    return {f"{module}.{node.name}:{node.lineno}": node for node in found}
+
+
+def length(node: ast.stmt) -> int:
+    return node.end_lineno - node.lineno + 1
+
+
+@merging
+def test_the_product_has_so_many_lines():
+    assert sum(len(text_of(module).splitlines()) for module in MODULES) <= 7400
+
+
+@merging
+def test_the_papers_part_has_so_many_lines():
+    heads = [text_of(module).partition(f"\n{PART_2}") for module in MODULES]
+    assert all(mark for _, mark, _ in heads), "a module without a second part"
+    assert sum(len(head.splitlines()) for head, _, _ in heads) <= 3000
+
+
+@merging
+def test_layouts_by_hand_are_tables():
+    assert sum(text_of(module).count("fmt: skip") for module in MODULES) <= 15
+
+
+def test_the_run_is_on_one_page_and_calls_five_names_of_the_plumbing():
+    (page,) = [f for f in functions("train").values() if f.name == "train"]
+    assert length(page) <= 120
+    first = text_of("train").partition(f"\n{PART_2}")[0].count("\n") + 1
+    top = ast.parse(text_of("train")).body
+    kinds = (ast.FunctionDef, ast.ClassDef)
+    plumbing = {node.name for node in top if isinstance(node, kinds) and node.lineno > first}
+    calls = [node.func for node in ast.walk(page) if isinstance(node, ast.Call)]
+    names = {name.id for name in calls if isinstance(name, ast.Name)}
+    assert "feature_losses" in names
+    assert len(names & plumbing) <= 5, names & plumbing
+
+
+@pytest.mark.parametrize("module", [pytest.param(m, marks=merging) for m in MODULES])
+def test_functions_are_short(module):
+    longest = {name: length(node) for name, node in functions(module).items() if length(node) > 60}
+    assert [name for name in longest if not name.startswith("train.train:")] == []
+
+
+@merging
+def test_citations_are_of_what_a_reader_can_open():
+    """Sections of a digest of ours mean nothing to a reader: "(paper) 2.1", "(paper) Sec. 2.1"."""
+    paths = [
+        *ROOT.glob("*.py"),
+        *ROOT.glob("*.md"),
+        *ROOT.glob("docs/*.md"),
+        *ROOT.glob("tests/*.py"),
+    ]
+    forbidden = re.compile(r"\b(?:AMoE|RADIO|RADIOv2\.5) (?:\d|Sec)")
+    lines = [(p.name, line.strip()) for p in paths for line in p.read_text().splitlines()]
+    assert [found for found in lines if forbidden.search(found[1])] == []

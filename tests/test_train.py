@@ -381,7 +381,7 @@ class Run:
 
 def quietly(patch: pytest.MonkeyPatch) -> None:
     """Make `train.train` that of a `Run`."""
-    carry_heads, make_loader = train.carry_heads, train.make_loader
+    carry_heads, make_loader = train.carry_heads, packing.make_loader
 
     def carried(*given):
         carry_heads(*given)
@@ -394,7 +394,7 @@ def quietly(patch: pytest.MonkeyPatch) -> None:
         return iter(HERE.run.packs) if is_step else make_loader(*given)
 
     patch.setattr(train, "carry_heads", carried)
-    patch.setattr(train, "make_loader", loader)
+    patch.setattr(packing, "make_loader", loader)
     patch.setattr(train, "open_run", lambda *_: HERE.run)
     patch.setattr(train, "resume", Run.resume)
     patch.setattr(train, "log", Run.log)
@@ -450,7 +450,7 @@ def test_the_papers_presets_say_what_the_papers_do():
     stage3 = train.PRESETS["radio-stage3"]
     pictures = [stream.packs * (stream.budget // ((stream.choices[0] // 16) ** 2 + 8))
                 for stream in stage3.stages[0].streams]  # fmt: skip
-    assert pictures == [1024, 128]  # RADIO Sec. 2.1
+    assert pictures == [1024, 128]  # RADIOv2.5: multi-resolution training
     assert (stage3.optimizer, stage3.lr, stage3.weight_decay) == ("lamb", 1e-3, 0.02)
     assert (stage3.stats_steps, stage3.frozen_steps, stage3.steps) == (3000, 5000, 300_000)
     assert (stage3.summary_loss, stage3.relation, stage3.average) == ("cosine", "none", "partition")
@@ -1153,7 +1153,7 @@ def test_the_weights_of_sources_decide_how_often_they_are_seen(tmp_path):
     folders = (str(tmp_path / "a"), str(tmp_path / "b"))
     for weights, share in (((), 1 / 3), ((3.0, 1.0), 3 / 4)):
         cfg = dataclasses.replace(DEBUG, data=folders, data_weights=weights)
-        sources = [train.open_source(folder) for folder in folders]
+        sources = [packing.open_source(folder) for folder in folders]
         (data,) = train.make_stages(cfg, sources, MODELS["test"], CPU, None)
         keys = [s.key for step in range(8) for batch in data[step] for s in batch.samples]
         found = sum(key.startswith("a/") for key in keys) / len(keys)
@@ -1168,7 +1168,7 @@ def test_a_stream_draws_from_its_sources_in_packs_of_so_many_pictures(tmp_path):
     cfg = dataclasses.replace(
         DEBUG, data=folders, stages=(train.Stage(1.0, streams),), max_images=3
     )
-    sources = [train.open_source(folder) for folder in folders]
+    sources = [packing.open_source(folder) for folder in folders]
     (data,) = train.make_stages(cfg, sources, MODELS["test"], CPU, None)
     packs = [[sample.key[0] for sample in batch.samples] for batch in data[0]]
     assert packs == [["b"] * 3, ["b"] * 3, ["a"] * 3]
@@ -2167,8 +2167,8 @@ def test_a_phones_folder_trains_and_says_what_it_left_out(tmp_path, capsys):
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert len(summary["skipped"]) == 80 and summary["scored"] == str(root)
     assert summary["report"]["fidelity"]
-    sides = [{side.load(i).digest for i in range(len(side))} for side in train.hold_out(
-        train.open_source(str(root)), 0.15)]  # fmt: skip
+    sides = [{side.load(i).digest for i in range(len(side))} for side in packing.hold_out(
+        packing.open_source(str(root)), 0.15)]  # fmt: skip
     assert not sides[0] & sides[1] and len(sides[0] | sides[1]) == 48
 
 
