@@ -9,8 +9,8 @@ per-image feature losses in PHI-S space, averaged over the images of the *global
 between the summaries of all images on all ranks. What it calls follows in the order of the calls.
 AMoE, arXiv 2512.20157; RADIOv2.5, arXiv 2412.07679; PHI-S, arXiv 2410.01680.
 
-Legend: B images, N packed tokens, M packed patches, C teacher width, L layers, E experts, S streams
-of a stage, K images that a teacher supervises.
+Legend: B images, M packed patches, R registers, C teacher width, L layers, E experts, S streams of
+a stage, K images that a teacher supervises.
 """
 
 from __future__ import annotations
@@ -167,8 +167,6 @@ class TrainConfig:
         return {name: value for name, value in given.items() if name not in controls}
 
 
-# What each preset changes of the defaults.
-#
 # RADIOv2.5: teachers, sizes, batch, steps, LAMB, learning rate, decay, statistics and frozen steps
 # are the papers'; warm-up, clipping and the second beta are ours. Pictures are squares of the
 # stage's side, 16 or 2 to a pack (16 * (16 * 16 + 8) = 4224 tokens, and so on).
@@ -193,7 +191,7 @@ _AMOE: dict[str, Any] = dict(
 )  # fmt: skip
 
 
-RECIPES: dict[str, dict[str, Any]] = {
+RECIPES: dict[str, dict[str, Any]] = {  # what each preset changes of the defaults
     # Low resolution first, as both papers: a picture of 64^2 px costs a fifth of one of 224^2.
     # The budgets are those of the 16 pictures that a pack may hold.
     "demo": dict(steps=1000, head_hidden=384, lr=2e-3, stages=(
@@ -230,6 +228,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 Streams = tuple[Stream, ...]
 Teachers = Sequence[Teacher]
 Spaces = dict[str, losses.TargetSpace]  # of each teacher's targets
+Parts = dict[str, Tensor]  # of the loss, "TEACHER/PART"
 Targets = dict[str, TeacherOutput]  # of each teacher, for the pictures of a micro-batch
 Weights = dict[str, "ImageWeights"]  # of each teacher, for the same
 
@@ -256,7 +255,7 @@ def train(
         teachers: frozen; the student gets a head for each.
         sources: the pictures of each --data SOURCE that are trained on.
         held_out: pictures for --evaluate-every; None: there is no such evaluation.
-    Returns: what the run leaves behind, its record among it.
+    Returns: what the run leaves behind.
     Raises: Standstill where training must not go on; SystemExit when it was told to stop.
     """
     job = open_run(cfg, teachers, sources, held_out)
@@ -304,7 +303,7 @@ def train(
             # taken first, on detached summaries of all micro-batches and ranks; it then enters
             # each backward as <summary, gradient>. Several micro-batches take a forward more.
             only = forward(state, step, micros[0]) if len(micros) == 1 else None
-            parts: dict[str, Tensor] = {}
+            parts: Parts = {}
             pulls: dict[str, list[Tensor]] = {}
             if cfg.relation != "none":
                 with torch.no_grad():
@@ -425,7 +424,6 @@ def fit_spaces(
 
     The first 3,000 steps of a stage estimate them while the heads chase a moving rotation (PHI-S
     Table 10). We estimate first, which costs only the teachers and keeps the targets still.
-
     Raises: Standstill where nothing can be read, or features are not finite.
     """
     spaces = new_spaces(cfg, teachers, device)
@@ -556,10 +554,8 @@ def image_weights(
 
 
 def forward(state: State, step: int, batch: PackedBatch) -> StudentOutput:
-    """The student on one micro-batch, its summaries in the spaces of the losses.
-
-    What is random of it depends on step and picture alone.
-    """
+    """The student on one micro-batch, its summaries in the losses' spaces; what is random of it
+    depends on step and picture alone."""
     cfg, windows_B5 = state.cfg, None
     if cfg.windows and isinstance(state.student.positions, model.TablePositions):
         keys = [(cfg.seed, step, sample.key, "window") for sample in batch.samples]
@@ -579,7 +575,7 @@ def summaries(state: State, out: StudentOutput) -> dict[str, Tensor]:
 
 def feature_losses(
     state: State, out: StudentOutput, batch: PackedBatch, targets: Targets, weights: Weights
-) -> dict[str, Tensor]:
+) -> Parts:
     """This rank's share of each teacher's losses (AMoE: L_patch, L_CLS, L_reg)."""
     parts, how = {}, state.cfg.patch_loss
     for name, target in targets.items():
@@ -608,7 +604,7 @@ def feature_losses(
 
 def relation_gradients(
     cfg: TrainConfig, said: list[dict[str, Tensor]], targets: list[Targets], weights: list[Weights]
-) -> tuple[dict[str, Tensor], dict[str, list[Tensor]]]:
+) -> tuple[Parts, dict[str, list[Tensor]]]:
     """Per teacher: this rank's share of the loss's value, and its gradient by the summaries of each
     micro-batch. Only the images that the teacher supervises are related to each other.
     """
@@ -633,10 +629,7 @@ def relation_gradients(
 
 
 def packs_of_a_forward(state: State, streams: Streams, count: int, device: torch.device) -> int:
-    """--micro-packs; 0: all, on CUDA as many as fit at the stage's start, alike on all ranks.
-
-    Raises: Standstill where not even one pack fits.
-    """
+    """--micro-packs; 0: all, on CUDA as many as fit at the stage's start, alike on all ranks."""
     if state.cfg.micro_packs or device.type != "cuda":
         return state.cfg.micro_packs or count
     return packs_in_memory(state, max(stream.budget for stream in streams), count, device)
@@ -843,14 +836,7 @@ def resume(job: Job, state: State, stages: list[StepData]) -> int:
 
 
 def settle(
-    job: Job,
-    state: State,
-    step: int,
-    parts: dict[str, Tensor],
-    norm: Tensor,
-    counts: list[Tensor],
-    micros: list[PackedBatch],
-    targets: list[Targets],
+    job: Job, state: State, step: int, parts: Parts, norm: Any, counts: list, micros: list, said
 ) -> StepReport:
     """The step's numbers over all ranks. Raises: Standstill if one of them is not finite."""
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
@@ -867,22 +853,20 @@ def settle(
     found = dict(zip(parts, values, strict=True))
     total = sum(part_weight(state, name) * value for name, value in found.items())
     if not math.isfinite(sum(values)) or not math.isfinite(length):
-        raise Standstill(blame(job, step, found, length, micros, targets))
+        raise Standstill(blame(job, step, found, length, micros, said))
     skipped = merge_skipped([m.skipped for m in micros], bad > 0)
     return StepReport(step, total, found, length, images, tokens, load, loads_LE, skipped, stop)
 
 
 def blame(
-    job: Job, step: int, parts: dict[str, float], norm: float, micros: list, targets: list
+    job: Job, step: int, parts: dict[str, float], norm: float, micros: list, said: list[Targets]
 ) -> str:
     """The message of a step with a number that is not finite: what, where, which pictures."""
     keys = []
-    for batch, target in zip(micros, targets, strict=True):
+    for batch, target in zip(micros, said, strict=True):
+        features = [x for t in target.values() for x in (t.patches, t.summary_BC) if x is not None]
         for i, sample in enumerate(batch.samples):
-            said = [
-                x[i] for t in target.values() for x in (t.patches, t.summary_BC) if x is not None
-            ]
-            if not all(bool(x.isfinite().all()) for x in said):
+            if not all(bool(x[i].isfinite().all()) for x in features):
                 keys.append(sample.key)
     fault = f"bad teacher features on rank {job.group.rank}: {', '.join(keys)}"
     if not keys:
