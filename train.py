@@ -54,15 +54,17 @@ from eval import (
 from model import (
     HALF_RGB,
     MODELS,
+    AdapterSpec,
     HeadSpec,
     ModelConfig,
+    RadioSpec,
     Student,
     StudentOutput,
     TablePositions,
     activation_bytes,
-    adopt,
     autocast,
     copy_pool,
+    load_pretrained,
     load_student,
     position_windows,
     read_vit,
@@ -932,7 +934,7 @@ def build_student(cfg: TrainConfig, teachers: list[Teacher]) -> tuple[Student, s
     for teacher in teachers:
         if student.heads[teacher.name].spec.pool:
             copy_pool(student.heads[teacher.name].pool, teacher.backbone.network.head)
-    return student, adopt(student, given) if given else set()
+    return student, load_pretrained(student, given) if given else set()
 
 
 def head_spec(cfg: TrainConfig, base: ModelConfig, teacher: Teacher) -> HeadSpec:
@@ -940,15 +942,15 @@ def head_spec(cfg: TrainConfig, base: ModelConfig, teacher: Teacher) -> HeadSpec
     name, dim, summary_dim = teacher.name, teacher.dim, teacher.summary_dim
     if base.form == "radio":
         hidden = cfg.head_hidden or 1024
-        return HeadSpec(name, dim, summary_dim, "v2", hidden=hidden, summary_hidden=hidden,
-                        in_trunk_summary=summary_dim is not None)  # fmt: skip
+        return RadioSpec(name, dim, summary_dim, hidden=hidden, summary_hidden=hidden,
+                         in_trunk_summary=summary_dim is not None)  # fmt: skip
     pool: Any = getattr(teacher.backbone.network, "head", None) if cfg.pool else None
     if hasattr(pool, "probe"):
-        return HeadSpec(name, dim, dim, pool=True, bias=True, hidden=cfg.head_hidden,
+        return AdapterSpec(name, dim, dim, pool=True, bias=True, hidden=cfg.head_hidden,
                         pool_hidden=pool.mlp.fc1.out_features,
                         pool_heads=pool.attention.num_heads)  # fmt: skip
     # registers are matched one to one, so there must be as many (AMoE: DINOv3's 4)
-    return HeadSpec(name, dim, summary_dim, registers=teacher.registers == base.registers > 0,
+    return AdapterSpec(name, dim, summary_dim, registers=teacher.registers == base.registers > 0,
                     split=True, bias=True, hidden=cfg.head_hidden)  # fmt: skip
 
 

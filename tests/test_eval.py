@@ -14,7 +14,7 @@ from PIL import Image
 
 import eval as ev
 from losses import align
-from model import MODELS, Features, HeadSpec, Student, save_student, with_heads
+from model import MODELS, AdapterSpec, Features, Student, save_student, with_heads
 from packing import BadImage, Sample, open_source, to_float
 from teachers import TeacherOutput
 
@@ -958,7 +958,7 @@ def workplace(tmp_path_factory):
             sample = Pictures(count, seed=seed).load(i)
             (root / side / sample.label).mkdir(parents=True, exist_ok=True)
             Image.fromarray(sample.image).save(root / side / sample.label / f"{side}{i}.png")
-    heads = [HeadSpec("tiny-dense", 24, 24, split=True, bias=True)]
+    heads = [AdapterSpec("tiny-dense", 24, 24, split=True, bias=True)]
     save_student(Student(with_heads(MODELS["test"], heads)), root / "student.pt")
     return root
 

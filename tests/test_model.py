@@ -21,17 +21,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import model
 from model import (
     MODELS,
+    AdapterSpec,
     FixedGrid,
-    HeadSpec,
     Layout,
     ModelConfig,
+    RadioSpec,
     Student,
     attention,
     count_parameters,
     load_student,
     merge_tokens,
     save_student,
-    siglino_size,
     unmerge_tokens,
     with_heads,
 )
@@ -54,9 +54,9 @@ def lively(config: ModelConfig, seed: int = 0) -> Student:
 
 def radio_config(**changes) -> ModelConfig:
     heads = (
-        HeadSpec("clip", 12, 20, kind="v2", hidden=16, inner=1, summary_hidden=24, upsample=2),
-        HeadSpec("sam", 8, None, kind="v1", hidden=16, inner=1, token=1, in_trunk_summary=False),
-        HeadSpec("dino", 8, 8, kind="v1", hidden=16, summary_inner=1, token=2),
+        RadioSpec("clip", 12, 20, kind="v2", hidden=16, inner=1, summary_hidden=24, upsample=2),
+        RadioSpec("sam", 8, None, kind="v1", hidden=16, inner=1, token=1, in_trunk_summary=False),
+        RadioSpec("dino", 8, 8, kind="v1", hidden=16, summary_inner=1, token=2),
     )
     config = ModelConfig("radio", 32, 2, 2, 16, 64, heads, cls_tokens=3, registers=2,
                          gated_ffn=False, final_norm=False, position_grid=8)  # fmt: skip
@@ -363,9 +363,9 @@ def test_a_table_of_another_size_keeps_its_corners_and_its_slope():
     """A plane stays a plane with the corners in the corners, as bicubic with aligned ones gives."""
     given, student = lively(radio_config()), lively(radio_config(position_grid=15), seed=1)
     y, x = torch.meshgrid(torch.arange(8.0), torch.arange(8.0), indexing="ij")
-    given.positions.table_GGD.data = (10 * y + x)[..., None].expand(8, 8, 32).clone()
-    model.adopt(student, given)
-    table = student.positions.table_GGD.detach()
+    given.positions.pos_embed.data = (10 * y + x)[..., None].expand(8, 8, 32).clone()
+    model.load_pretrained(student, given)
+    table = student.positions.pos_embed.detach()
     assert table.shape == (15, 15, 32)
     for (i, j), value in {(0, 0): 0, (0, 14): 7, (14, 0): 70, (14, 14): 77, (7, 7): 38.5}.items():
         torch.testing.assert_close(table[i, j], torch.full((32,), float(value)))
@@ -377,7 +377,7 @@ def test_a_pretrained_trunk_brings_its_heads_and_each_its_own_cls_token():
     narrow = dataclasses.replace(sam, dim=6)  # of another width: it stays as it was
     student = lively(with_heads(given.config, (dino, clip, narrow)), seed=1)
     before = {name: x.clone() for name, x in student.state_dict().items()}
-    assert model.adopt(student, given) == {"dino", "clip"}
+    assert model.load_pretrained(student, given) == {"dino", "clip"}
     assert [head.token for head in student.config.heads] == [0, 1, 2]
     ours, theirs = student.prefix_RD, given.prefix_RD
     assert torch.equal(ours[0], theirs[2]) and torch.equal(ours[1], theirs[0])
@@ -395,13 +395,13 @@ def test_one_cls_token_starts_them_all_and_what_does_not_fit_is_named():
     given = lively(radio_config(cls_tokens=1, heads=()))
     student = lively(radio_config(registers=1), seed=1)
     last = student.prefix_RD[3].clone()
-    assert model.adopt(student, given) == set()
+    assert model.load_pretrained(student, given) == set()
     expected = torch.cat([given.prefix_RD[:1].expand(3, -1), given.prefix_RD[1:2]])
     assert torch.equal(student.prefix_RD, expected) and not torch.equal(student.prefix_RD[3], last)
     with pytest.raises(ValueError, match=r"embed\.weight is \[32, 768\].*\[32, 192\]"):
-        model.adopt(lively(radio_config(patch=8)), given)
+        model.load_pretrained(lively(radio_config(patch=8)), given)
     with pytest.raises(ValueError, match=r"lacks blocks\.2\."):
-        model.adopt(lively(radio_config(n_layers=3, cls_tokens=1, heads=())), given)
+        model.load_pretrained(lively(radio_config(n_layers=3, cls_tokens=1, heads=())), given)
 
 
 # ------------------------------------------------------------------------------ sizes
@@ -444,7 +444,7 @@ def test_parameters_of_the_test_student_by_hand():
 
 def test_training_bytes_by_hand():
     """Float32 weights, gradients and two moments: 16 bytes each, and 4 for what is frozen."""
-    config = with_heads(MODELS["test"], (HeadSpec("s", 32, 32, pool=True, pool_hidden=8),))
+    config = with_heads(MODELS["test"], (AdapterSpec("s", 32, 32, pool=True, pool_hidden=8),))
     counts = count_parameters(config)
     state = 16 * (counts["total"] - counts["frozen"]) + 4 * counts["frozen"]
     pool = 32 + 96 * 32 + 96 + 32 * 32 + 32 + 2 * 32 + 32 * 8 + 8 + 8 * 32 + 32
@@ -458,7 +458,7 @@ def test_training_bytes_by_hand():
 
 def test_flops_by_hand_where_attention_is_half_of_them():
     """256 patches and 5 prefix tokens, 40 wide: two per weight and token, 4 N^2 D for attention."""
-    config = ModelConfig("amoe", 40, 3, 2, 20, 8, (HeadSpec("a", 6, 6),))
+    config = ModelConfig("amoe", 40, 3, 2, 20, 8, (AdapterSpec("a", 6, 6),))
     weights = 3 * (3 * 40 * 40 + 40 * 40 + 3 * 8 * 40)
     expected = 2 * 261 * weights + 3 * 4 * 261**2 * 40
     expected += 2 * 256 * (768 * 40 + 40 * 6 + 6 * 6)  # the embedding, and the head
@@ -484,7 +484,7 @@ def test_config_contradictions_name_both_values():
     with pytest.raises(ValueError, match="patch is 8 px, ours 16"):
         Student(MODELS["test"])(pack([(2, 2)], patch=8))
     with pytest.raises(ValueError, match=r"summary_dim=5.*dim=4"):
-        HeadSpec("x", 4, 5)
+        AdapterSpec("x", 4, 5)
 
 
 # ------------------------------------------------------------------------------ packing
@@ -538,7 +538,7 @@ def test_radio_training_windows_are_random_and_reproducible():
 def test_windows_of_the_table_by_hand():
     """Corners of the window lie on the corner patches; without positions the patches are alone."""
     positions = lively(radio_config()).positions
-    table, layout = positions.table_GGD.detach(), Layout.of([(3, 4)], 5, torch.device("cpu"))
+    table, layout = positions.pos_embed.detach(), Layout.of([(3, 4)], 5, torch.device("cpu"))
 
     def at(*window):
         with torch.no_grad():
@@ -591,7 +591,7 @@ def test_upsampled_patches_lie_row_by_row():
 def test_position_table_is_the_resized_square_cropped():
     """RADIO 1.2 against F.interpolate."""
     student = lively(radio_config())
-    table = student.positions.table_GGD.detach()
+    table = student.positions.pos_embed.detach()
     for h, w in [(3, 5), (8, 2), (11, 4), (1, 1)]:
         m = max(h, w)
         square = F.interpolate(table.permute(2, 0, 1)[None], (m, m), mode="bilinear")[0]
@@ -899,7 +899,10 @@ def load_like(student: Student) -> Student:
 
 
 def test_gradients_reach_all_but_the_frozen_pool():
-    heads = (HeadSpec("s", 32, 32, pool=True, pool_hidden=8), HeadSpec("d", 16, 16, registers=True))
+    heads = (
+        AdapterSpec("s", 32, 32, pool=True, pool_hidden=8),
+        AdapterSpec("d", 16, 16, registers=True),
+    )
     student = lively(with_heads(MODELS["test"], heads))
     out = student(pack(GRIDS))
     assert out.registers["d"].shape == (6, 4, 16)
@@ -962,7 +965,7 @@ def test_initial_weights_of_the_radio_form():
             assert linear.weight.std().item() == pytest.approx(0.02, rel=0.1)
             assert (linear.bias == 0).all()
         assert (block.scale1 == 1e-5).all() and (block.scale2 == 1e-5).all()
-    assert student.positions.table_GGD.std().item() == pytest.approx(192**-0.5, rel=0.1)
+    assert student.positions.pos_embed.std().item() == pytest.approx(192**-0.5, rel=0.1)
 
 
 @pytest.mark.parametrize(
@@ -1121,13 +1124,6 @@ def test_encode_resizes_antialiased_and_answers_in_float32():
 def test_encode_refuses(bad, message):
     with pytest.raises(ValueError, match=f"image 1.*{message}"):
         Student(MODELS["test"]).encode([torch.rand(3, 16, 16), bad])
-
-
-def test_siglino_size():
-    assert siglino_size(200, 400) == (176, 352)
-    assert siglino_size(64, 64) == (128, 128)
-    with pytest.raises(ValueError, match="aspect"):
-        siglino_size(16, 5000)
 
 
 # ------------------------------------------------------------------------------ token merging
