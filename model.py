@@ -143,8 +143,8 @@ class ModelConfig:
         fits = {"amoe": self.cls_tokens == 1, "radio": has_table and not self.experts}
         if not fits.get(self.form):
             raise ValueError(
-                "form 'amoe' has one CLS token, 'radio' a position table and no experts; got form "
-                f"{self.form!r} with cls_tokens={self.cls_tokens}, "
+                "a form is 'amoe', with one CLS token, or 'radio', with a position table and no "
+                f"experts; got {self.form!r}, cls_tokens={self.cls_tokens}, "
                 f"position_grid={self.position_grid}, experts={self.experts}"
             )
         if self.head_dim % 8 or not 0 < self.head_dim <= 256:  # the rotation wants multiples of 4
@@ -299,26 +299,9 @@ def rotate(x_N2HA: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
     return torch.cat([still, *(part.to(x_N2HA.dtype) for part in turned)], dim=-1)
 
 
-class KeepsFloat32(nn.Module):
-    """A module with buffers that stay float32 through `.to(bfloat16)`: rounding them moves
-    rotation angles by up to 0.08 rad and changes which experts are selected."""
-
-    float32_buffers: tuple[str, ...] = ()
-
-    def _apply(self, fn, recurse=True):
-        before = {name: getattr(self, name) for name in self.float32_buffers}
-        super()._apply(fn, recurse)
-        for name, value in before.items():
-            moved = getattr(self, name)
-            if moved.dtype != torch.float32:
-                setattr(self, name, value.to(moved.device))
-        return self
-
-
-class GoldenPositions(KeepsFloat32):
+class GoldenPositions(nn.Module):
     """AMoE: nothing is added to the tokens; queries and keys are rotated. AMoE: golden RoPE"""
 
-    float32_buffers = ("freqs_HJ2",)
     freqs_HJ2: Tensor
 
     def __init__(self, config: ModelConfig):
@@ -394,48 +377,37 @@ def position_windows(count: int, generator: torch.Generator) -> Tensor:
 # ---- Layers
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention of each image's tokens: what the two forms have in common."""
+class PlainAttention(nn.Module):
+    """Multi-head self-attention of each image's tokens, a ViT's. RADIO release"""
 
-    def __init__(self, config: ModelConfig, bias: bool):
+    def __init__(self, config: ModelConfig, bias: bool = True):
         super().__init__()
         inner = config.n_heads * config.head_dim  # may differ from dim: 1024 against 768 in AMoE
         self.n_heads, self.head_dim, self.backend = config.n_heads, config.head_dim, "auto"
         self.qkv = nn.Linear(config.dim, 3 * inner, bias=bias)
         self.proj = nn.Linear(inner, config.dim, bias=bias)
 
-    def split(self, x_ND: Tensor) -> Tensor:
-        """Queries, keys and values, qkv_N3HA."""
-        return rearrange(self.qkv(x_ND), "n (s h a) -> n s h a", s=3, h=self.n_heads)
-
-    def attend(self, q_NHA, k_NHA, v_NHA, layout: Layout, sinks_H: Tensor | None) -> Tensor:
-        out_NHA = attention(q_NHA, k_NHA, v_NHA, layout, sinks_H, self.backend)
+    def forward(self, x_ND: Tensor, layout: Layout, rotation: Any) -> Tensor:
+        qkv_N3HA = rearrange(self.qkv(x_ND), "n (s h a) -> n s h a", s=3, h=self.n_heads)
+        out_NHA = self.attend(qkv_N3HA, layout, rotation)
         return self.proj(rearrange(out_NHA, "n h a -> n (h a)"))
 
+    def attend(self, qkv_N3HA: Tensor, layout: Layout, _: None) -> Tensor:
+        return attention(*qkv_N3HA.unbind(1), layout, None, self.backend)
 
-class SinkAttention(Attention):
-    """AMoE: QK-norm, rotation, a learned sink for each head. AMoE release, attention.py"""
+
+class SinkAttention(PlainAttention):
+    """AMoE's: no biases, QK-norm, rotation, a learned sink per head. AMoE release, attention.py"""
 
     def __init__(self, config: ModelConfig):
         super().__init__(config, bias=False)
         self.sinks = nn.Parameter(torch.zeros(config.n_heads))
 
-    def forward(self, x_ND: Tensor, layout: Layout, rotation: tuple[Tensor, Tensor]) -> Tensor:
-        qkv_N3HA = self.split(x_ND)
+    def attend(self, qkv_N3HA: Tensor, layout: Layout, rotation: Any) -> Tensor:
         qk_N2HA, v_NHA = F.rms_norm(qkv_N3HA[:, :2], (self.head_dim,)), qkv_N3HA[:, 2]
         # CUDA's autocast computes the norm in float32, and no kernel takes two dtypes.
         q_NHA, k_NHA = rotate(qk_N2HA, rotation).to(v_NHA.dtype).unbind(1)
-        return self.attend(q_NHA, k_NHA, v_NHA, layout, self.sinks)
-
-
-class PlainAttention(Attention):
-    """RADIO: a ViT's, with biases. RADIO release"""
-
-    def __init__(self, config: ModelConfig):
-        super().__init__(config, bias=True)
-
-    def forward(self, x_ND: Tensor, layout: Layout, _: None) -> Tensor:
-        return self.attend(*self.split(x_ND).unbind(1), layout, None)
+        return attention(q_NHA, k_NHA, v_NHA, layout, self.sinks, self.backend)
 
 
 def gated(hidden: Tensor) -> Tensor:
@@ -458,13 +430,9 @@ class Mlp(nn.Module):
         return self.w2(activation(self.w1(x_ND))), None
 
 
-class MoE(KeepsFloat32):
-    """Token-choice mixture of gated SiLU experts, no token dropped, no shared expert.
+class MoE(nn.Module):
+    """Token-choice mixture of gated SiLU experts; no token is dropped. AMoE release, moe.py"""
 
-    AMoE release, moe.py
-    """
-
-    float32_buffers = ("expert_bias",)
     expert_bias: Tensor
 
     def __init__(self, config: ModelConfig):
@@ -509,30 +477,18 @@ class MoE(KeepsFloat32):
 # ---- The two forms
 
 
-def rms_norm(config: ModelConfig) -> nn.Module:
-    weight = config.norm_weight
-    return nn.RMSNorm(config.dim, eps=1e-5 if weight else None, elementwise_affine=weight)
-
-
-def layer_norm(config: ModelConfig) -> nn.Module:
-    return nn.LayerNorm(config.dim, eps=1e-6)
-
-
 class Form(NamedTuple):
-    """The parts in which the two papers' students differ; chosen in `Block` and `Student`."""
+    """The parts in which the two papers' students differ; `Block` and `Student` choose by it."""
 
     positions: Callable[[ModelConfig], nn.Module]
     attention: Callable[[ModelConfig], nn.Module]
-    norm: Callable[[ModelConfig], nn.Module]  # before attention and MLP
-    final_norm: Callable[[ModelConfig], nn.Module]
+    norm: Callable[[int], nn.Module]
     mlp_bias: bool
 
 
 FORMS = {
-    "amoe": Form(
-        GoldenPositions, SinkAttention, rms_norm, lambda c: nn.RMSNorm(c.dim, 1e-5), mlp_bias=False
-    ),
-    "radio": Form(TablePositions, PlainAttention, layer_norm, layer_norm, mlp_bias=True),
+    "amoe": Form(GoldenPositions, SinkAttention, partial(nn.RMSNorm, eps=1e-5), mlp_bias=False),
+    "radio": Form(TablePositions, PlainAttention, partial(nn.LayerNorm, eps=1e-6), mlp_bias=True),
 }
 
 
@@ -541,9 +497,13 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        form = FORMS[config.form]
-        self.norm1, self.attn = form.norm(config), form.attention(config)
-        self.norm2 = form.norm(config)
+        form, weightless = FORMS[config.form], partial(nn.RMSNorm, elementwise_affine=False)
+        norm = form.norm if config.norm_weight else weightless
+        self.norm1, self.attn, self.norm2 = (
+            norm(config.dim),
+            form.attention(config),
+            norm(config.dim),
+        )
         self.ffn = MoE(config) if config.experts else Mlp(config, form.mlp_bias)
         self.scale1 = self.scale2 = None
         if config.layer_scale:
@@ -619,11 +579,10 @@ class RadioHead(nn.Module):
         summary_BC = self.summary and self.summary(prefix_BRD[:, self.spec.token])
         patches_MC, u = self.patches and self.patches(patches_MD), self.spec.upsample
         if self.patches and u > 1:  # u * u groups of channels become as many finer patches
-            maps, pattern = [], "(h w) (u1 u2 c) -> (h u1 w u2) c"
-            pieces = patches_MC.split([h * w for h, w in layout.grids])
-            for piece, (h, w) in zip(pieces, layout.grids, strict=True):
-                maps.append(rearrange(piece, pattern, h=h, w=w, u1=u, u2=u))
-            patches_MC = torch.cat(maps)
+            pattern, grids = "(h w) (u1 u2 c) -> (h u1 w u2) c", layout.grids
+            maps = zip(patches_MC.split([h * w for h, w in grids]), grids, strict=True)
+            finer = [rearrange(x, pattern, h=h, w=w, u1=u, u2=u) for x, (h, w) in maps]
+            patches_MC = torch.cat(finer)
         return summary_BC, patches_MC, None
 
 
@@ -675,13 +634,12 @@ class Features:
     tokens: Tensor | None = None
 
 
-class Student(KeepsFloat32):
+class Student(nn.Module):
     """The student of `config`; see `ModelConfig` for the choices and `MODELS` for the sizes."""
 
     feature_mean_D: Tensor
     feature_tx_DD: Tensor
     pixel_stats_2X: Tensor
-    float32_buffers = ("pixel_stats_2X",)
     encode_budget = 16384  # tokens of one inference pass: bounds the memory of `encode`
     precision = "auto"  # of `encode`, see `autocast`
     frozen_trunk = False  # True: only the heads get gradients (RADIOv2.5: the first steps)
@@ -696,7 +654,7 @@ class Student(KeepsFloat32):
         self.prefix_RD = nn.Parameter(torch.empty(config.prefix, config.dim))
         self.positions = form.positions(config)
         self.blocks: Any = nn.ModuleList(Block(config) for _ in range(config.n_layers))
-        self.norm: Any = form.final_norm(config) if config.final_norm else nn.Identity()
+        self.norm: Any = form.norm(config.dim) if config.final_norm else nn.Identity()
         if config.feature_normalizer:
             self.register_buffer("feature_mean_D", torch.zeros(config.dim))
             self.register_buffer("feature_tx_DD", torch.eye(config.dim))
@@ -707,12 +665,9 @@ class Student(KeepsFloat32):
         initialise(self)
 
     def forward(self, batch: PackedBatch, windows_B5: Tensor | None = None) -> StudentOutput:
-        """Run a pack.
+        """Run a pack of images cut in patches, values in [0, 1].
 
-        Args:
-            batch: images cut in patches of `config.patch` pixels, values in [0, 1].
-            windows_B5: RADIO form, training: each image's `position_windows`. Without them
-                positions follow the inference rule. Unused by the AMoE form.
+        Args: windows_B5: each image's `position_windows`, to train the RADIO form.
         """
         if batch.patch != self.config.patch:
             raise ValueError(f"the pack's patch is {batch.patch} px, ours {self.config.patch}")
@@ -760,17 +715,12 @@ class Student(KeepsFloat32):
                     part[name] = value.float()
         return out
 
-    def output_layers(self, name: str) -> dict[str, nn.Linear]:
-        """The last Linear of a head for each token type; one module twice where they share it."""
-        return self.heads[name].output_layers()
-
     @torch.no_grad()
     def update_router(self, counts_LE: Tensor, rate: float) -> None:
         """Shift each expert's selection bias against its load, once per optimizer step.
 
-        The release has the bias, no rule for it: torchtitan's, we chose, whose rate is 1e-3.
-
         Args: counts_LE: tokens per layer and expert, summed over micro-batches and ranks.
+        Source: the bias is the release's; the rule is torchtitan's (rate 1e-3), we chose.
         """
         for block, counts_E in zip(self.blocks, counts_LE.float(), strict=True):
             # The sign alone: a step has one size, whatever the number of tokens.
@@ -789,11 +739,13 @@ class Student(KeepsFloat32):
             max_tokens: shrink larger images, keeping the aspect, to at most this many patches.
             keep: also merge each image's patches to this many tokens (`Features.tokens`).
 
-        Raises:
-            ValueError: an image that is none of these, naming its index and what is wrong.
+        Raises: ValueError: an image that is none of these, naming its index and what is wrong.
         """
         packs = packs_of(images, self.config, max_tokens, self.encode_budget)
         return [features for pack in packs for features in encode_pack(self, pack, keep)]
+
+    def _apply(self, fn, recurse=True):
+        return keep_float32(self, super()._apply, fn, recurse)
 
     def use(self, attention: str = "auto", experts: str = "auto") -> Student:
         """Choose backends by name (`ATTENTION`, `EXPERTS`); 'auto' goes by device, dtype, size."""
@@ -807,7 +759,7 @@ class Student(KeepsFloat32):
         return self
 
 
-# ---- Token merging, for a language model that reads K tokens of an image
+# ---- Token merging, for a language model that reads few tokens of an image
 
 
 def merge_tokens(tokens_ND: Tensor, grid: tuple[int, int], keep: int) -> tuple[Tensor, Tensor]:
@@ -817,11 +769,8 @@ def merge_tokens(tokens_ND: Tensor, grid: tuple[int, int], keep: int) -> tuple[T
     at most `keep` of them), so every region stays represented. The other tokens join the most
     similar destination by cosine, best matches first, until `keep` tokens are left.
 
-    Args: tokens_ND: the rows * columns tokens of a grid in raster order.
-
-    Returns: merged_KD, means of their members, in raster order of the kept tokens; index_N, the row
-        of merged_KD that holds each token.
-
+    Returns: merged_KD, means of their members, in raster order like tokens_ND; index_N, the row of
+        merged_KD that holds each token.
     Source: RADIOv2.5: token merging (ToMe once, after the encoder).
     """
     (rows, columns), count = grid, len(tokens_ND)
@@ -905,15 +854,27 @@ class Layout:
         return [run.unflatten(0, (count, -1)) for run, count in pairs]
 
 
-# ---- Initial weights
+# ---- Initial weights, and those that are never rounded
+
+
+def keep_float32(
+    student: Student, apply: Callable[..., Student], fn: Any, recurse: bool
+) -> Student:
+    """`.to(bfloat16)` but for three buffers: rounding them moves rotation angles by up to 0.08 rad
+    and changes which experts are selected."""
+    before = dict(student.named_buffers())
+    apply(fn, recurse)
+    for name, moved in list(student.named_buffers()):
+        owner, _, buffer = name.rpartition(".")
+        kept = buffer in ("freqs_HJ2", "expert_bias", "pixel_stats_2X")
+        if kept and moved.dtype != torch.float32:
+            setattr(student.get_submodule(owner), buffer, before[name].to(moved.device))
+    return student
 
 
 @torch.no_grad()
 def initialise(student: Student) -> None:
-    """AMoE: every block starts as the identity. RADIO: trunc-normal 0.02, zero biases.
-
-    AMoE release, model.py; RADIO release
-    """
+    """AMoE release, model.py: every block starts as the identity. RADIO: a ViT's 0.02."""
     is_amoe = student.config.form == "amoe"
     nn.init.normal_(student.prefix_RD, std=0.02)
     for module in student.modules():
@@ -941,10 +902,7 @@ def initialise(student: Student) -> None:
 
 
 class AttentionPool(nn.Module):
-    """SigLIP2's pooling head: a learned probe attends to all tokens, then an MLP.
-
-    AMoE release, model.py
-    """
+    """A learned probe attends to all tokens, then an MLP. AMoE release, model.py"""
 
     def __init__(self, spec: Any):
         super().__init__()
@@ -1013,13 +971,13 @@ def attention(
     else:
         runs = list(zip(*(layout.by_length(x_NHA) for x_NHA in qkv), strict=True))
     for run in runs:
-        qkv_BHNA = [rearrange(x_BNHA, "b n h a -> b h n a") for x_BNHA in run]
+        q, k, v = (rearrange(x_BNHA, "b n h a -> b h n a") for x_BNHA in run)
         if backend == "explicit":
-            out_BHNA = explicit_attention(*qkv_BHNA, sinks_H)
+            out_BHNA = explicit_attention(q, k, v, sinks_H)
         else:
             kernels = {"flash": cpu_flash, "efficient": cuda_efficient}
             kernel = kernels.get(backend, partial(cuda_varlen, layout))
-            out_BHNA = FlashSinkAttention.apply(*qkv_BHNA, sinks_H, kernel)
+            out_BHNA = FlashSinkAttention.apply(q, k, v, sinks_H, kernel)
         outputs.append(rearrange(out_BHNA, "b h n a -> (b n) h a"))
     return torch.cat(outputs)
 
@@ -1179,7 +1137,7 @@ def packs_of(
     tokens = 0
     for index, image in enumerate(images):
         pixels = read_image(image, f"image {index}")
-        height, width = fit_size(*pixels.shape[1:], config.patch, max_area=max_area)
+        height, width = fit_size(pixels.shape[1], pixels.shape[2], config.patch, max_area=max_area)
         length = height * width // config.patch**2 + config.prefix
         if pack and tokens + length > budget:
             yield pack
@@ -1248,12 +1206,8 @@ def load_student(path: str | Path, top_k: int | None = None, device: str = "cpu"
 
     Args:
         path: told apart by content; no code of the file is ever run.
-        top_k: experts per token. A SigLino file does not say; None: its config if there is one,
-            else 6. Overrides the config of our checkpoints. No meaning for a dense student.
-        device: where the student goes.
-
-    Raises:
-        ValueError: unreadable file, other content, missing or unexpected keys, wrong shapes.
+        top_k: experts per token instead of the config's; a SigLino file without one has 6.
+    Raises: ValueError: unreadable file, other content, missing or unexpected keys, wrong shapes.
     """
     content = read_checkpoint(path)
     try:
@@ -1416,7 +1370,8 @@ def read_siglino(content: dict[str, Any]) -> tuple[ModelConfig, Weights]:
             x.join(f"blocks.{i}.ffn.{w1}", [f"blocks.{i}.ffn.{w}" for w in (w1, w3)], dim=-2)
     heads = []
     for name in dict.fromkeys(key.split(".")[1] for key in x if key.startswith("heads.")):
-        width, pool = len(x[f"heads.{name}.norm.weight"]), {}
+        pool: dict[str, Any] = {}
+        width = len(x[f"heads.{name}.norm.weight"])
         if (probe := f"heads.{name}.pool.probe_1C") in x:
             x[probe], hidden = x[probe][0], len(x[f"heads.{name}.pool.fc1.bias"])
             pool = {"pool": True, "pool_hidden": hidden, "pool_eps": 1e-5}
@@ -1524,31 +1479,21 @@ def head_kind(file: Weights, slot: str) -> str:
 
 
 def radio_head(x: Weights, entry: dict[str, Any], kind: str, token: int) -> RadioSpec:
-    """Sizes of one teacher's two MLPs; None, 0, 0 where it has none."""
-    sizes: list[tuple[Any, int, int]] = []
-    for part in ("summary", "patches"):
+    """One teacher's head, with the sizes of its two MLPs; None, 0, 0 where it has none."""
+    sizes: dict[str, Any] = {"kind": kind, "token": token}
+    for part, ours in (("summary", "summary_"), ("patches", "")):
         mlp = f"heads.{entry['name']}.{part}."
-        if any(key.startswith(mlp) for key in x):
-            out, hidden = x[mlp + "last.weight"].shape
-            sizes.append((out, hidden, x.count(mlp + "inner.")))
-        else:
-            sizes.append((None, 0, 0))
-    (summary_dim, summary_hidden, summary_inner), (dim, hidden, inner) = sizes
+        has = any(key.startswith(mlp) for key in x)
+        out, hidden = x[mlp + "last.weight"].shape if has else (None, 0)
+        sizes |= {
+            ours + "dim": out,
+            ours + "hidden": hidden,
+            ours + "inner": x.count(mlp + "inner."),
+        }
     upsample = next((int(v) for k, v in entry.items() if "upsample" in k and v), 1)
-    dim, in_summary = dim and dim // upsample**2, bool(entry.get("use_summary", True))
-    return RadioSpec(
-        entry["name"],
-        dim,
-        summary_dim,
-        hidden,
-        kind,
-        summary_hidden,
-        inner,
-        summary_inner,
-        upsample,
-        token,
-        in_summary,
-    )
+    sizes["dim"] = sizes["dim"] and sizes["dim"] // upsample**2
+    in_summary = bool(entry.get("use_summary", True))
+    return RadioSpec(entry["name"], upsample=upsample, in_trunk_summary=in_summary, **sizes)
 
 
 def fold_spectral(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -1759,11 +1704,11 @@ def activation_bytes(config: ModelConfig, recompute: bool) -> float:
     norms and along the residual stream, bf16 in the rest, float32 predictions and differences.
     """
     dim, inner, hidden = config.dim, config.n_heads * config.head_dim, config.ffn_dim
-    norms_and_heads = (22 * dim + 22 * inner) if config.form == "amoe" else (14 * dim + 8 * inner)
+    of_dim, of_inner = {"amoe": (22, 22), "radio": (14, 8)}[config.form]  # norms and attention
     mlp = hidden * (8 if config.gated_ffn else 4)
     if config.experts:
         mlp = config.top_k * (2 * dim + 10 * hidden)
-    block = norms_and_heads + mlp + 4 * dim * config.layer_scale
+    block = of_dim * dim + of_inner * inner + mlp + 4 * dim * config.layer_scale
     kept = config.n_layers * 4 * dim + block if recompute else config.n_layers * block
     return kept + sum(24 * (head.hidden or head.dim or 0) for head in config.heads)
 
@@ -1782,19 +1727,10 @@ def main() -> None:
     """Print the table of sizes."""
     print("parameters in millions, 'a': active for one token; GFLOPs of one image's forward")
     print("GB per device of weights, gradients and AdamW: DDP, and FSDP2 on 1, 8 and 64 devices")
-    titles = (
-        "total",
-        "total a",
-        "trunk",
-        "trunk a",
-        "256 px",
-        "512 px",
-        "DDP",
-        "FSDP2 1",
-        "FSDP2 8",
-        "FSDP2 64",
+    print(
+        "                total  total a    trunk  trunk a   256 px   512 px"
+        "      DDP  FSDP2 1  FSDP2 8 FSDP2 64"
     )
-    print(" " * 11 + "".join(f"{title:>9}" for title in titles))
     for name, config in MODELS.items():
         counts = count_parameters(config)
         row = [counts[key] / 1e6 for key in ("total", "active", "trunk", "active_trunk")]

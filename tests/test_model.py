@@ -2,10 +2,12 @@
 
 import argparse
 import dataclasses
+import hashlib
 import math
 import os
 import pickle
 import re
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -336,7 +338,7 @@ def test_a_student_is_saved_whole_or_not_at_all(tmp_path, monkeypatch):
     before = path.read_bytes()
 
     def dies(_, target):
-        Path(target).write_bytes(b"half of it")
+        target.write(b"half of it")
         raise OSError("No space left on device")
 
     monkeypatch.setattr(model.torch, "save", dies)
@@ -354,6 +356,42 @@ def test_top_k_of_our_own_files_can_be_chosen_and_other_versions_are_refused(tmp
     torch.save(content | {"version": 2}, tmp_path / "s.pt")
     with pytest.raises(ValueError, match=r"s\.pt.*version 2"):
         load_student(tmp_path / "s.pt")
+
+
+@pytest.mark.parametrize("config", [MODELS["test"], radio_config()], ids=["amoe", "radio"])
+def test_files_of_the_time_of_one_spec_for_all_heads_load(config, tmp_path):
+    """Each head named the fields of both kinds and pre_norm, and the table had another name."""
+    student = lively(config)
+    save_student(student, tmp_path / "s.pt")
+    content = torch.load(tmp_path / "s.pt", weights_only=True)
+    both = dict.fromkeys(("registers", "pool", "split", "bias", "pre_norm"), False)
+    both |= dict.fromkeys(("inner", "summary_inner", "token"), 0)
+    both |= {"kind": "adapter", "summary_hidden": 1024, "upsample": 1, "in_trunk_summary": True}
+    heads = [both | head for head in content["config"]["heads"]]
+    content["config"]["heads"] = [{k: v for k, v in h.items() if k != "pool_eps"} for h in heads]
+    state = content["state_dict"]
+    if "positions.pos_embed" in state:
+        state["positions.table_GGD"] = state.pop("positions.pos_embed")
+    torch.save(content, tmp_path / "s.pt")
+    again = load_student(tmp_path / "s.pt")
+    assert again.config == config
+    for name, x in student.state_dict().items():
+        assert torch.equal(again.state_dict()[name], x)
+    heads[0]["no_such_field"] = 1
+    torch.save(content | {"config": content["config"] | {"heads": heads}}, tmp_path / "s.pt")
+    with pytest.raises(ValueError, match=r"s\.pt.*no_such_field"):
+        load_student(tmp_path / "s.pt")
+
+
+def test_the_hash_of_weights_by_hand():
+    """Names, shapes and bytes in the order of the names, after what was hashed before."""
+    module = torch.nn.Linear(2, 1)
+    module.weight.data = torch.tensor([[1.0, -2.0]])
+    module.bias.data = torch.tensor([0.5], dtype=torch.float16)
+    content = b"bias (1,)" + struct.pack("<e", 0.5) + b"weight (1, 2)" + struct.pack("<2f", 1, -2)
+    assert model.hash_weights(module) == hashlib.sha256(content).hexdigest()
+    found = model.hash_weights(module, hashlib.sha256(b"facts"))
+    assert found == hashlib.sha256(b"facts" + content).hexdigest()
 
 
 # ------------------------------------------------------------------------ pretrained trunks
@@ -458,7 +496,7 @@ def test_training_bytes_by_hand():
 
 def test_flops_by_hand_where_attention_is_half_of_them():
     """256 patches and 5 prefix tokens, 40 wide: two per weight and token, 4 N^2 D for attention."""
-    config = ModelConfig("amoe", 40, 3, 2, 20, 8, (AdapterSpec("a", 6, 6),))
+    config = ModelConfig("amoe", 40, 3, 5, 8, 8, (AdapterSpec("a", 6, 6),))
     weights = 3 * (3 * 40 * 40 + 40 * 40 + 3 * 8 * 40)
     expected = 2 * 261 * weights + 3 * 4 * 261**2 * 40
     expected += 2 * 256 * (768 * 40 + 40 * 6 + 6 * 6)  # the embedding, and the head
@@ -475,10 +513,18 @@ def test_size_table_prints_every_model(capsys):
 def test_config_contradictions_name_both_values():
     with pytest.raises(ValueError, match=r"top_k=5.*experts=4"):
         dataclasses.replace(MODELS["test"], top_k=5)
-    with pytest.raises(ValueError, match=r"head_dim=18.*multiple of 4"):
+    with pytest.raises(ValueError, match=r"head_dim=18.*multiple of 8"):
         dataclasses.replace(MODELS["test"], head_dim=18)
     with pytest.raises(ValueError, match="beyond cls_tokens=2"):
         radio_config(cls_tokens=2)
+    with pytest.raises(ValueError, match=r"got 'amoe', cls_tokens=2"):
+        dataclasses.replace(MODELS["test"], cls_tokens=2)
+    with pytest.raises(ValueError, match=r"got 'radio', cls_tokens=3, position_grid=0"):
+        radio_config(position_grid=0)
+    with pytest.raises(ValueError, match="got 'vit'"):
+        dataclasses.replace(MODELS["test"], form="vit")
+    with pytest.raises(ValueError, match="head x: kind 'v3' is not v1 or v2"):
+        RadioSpec("x", 4, 5, kind="v3")
     with pytest.raises(ValueError, match="head names repeat"):
         radio_config(heads=radio_config().heads[:1] * 2)
     with pytest.raises(ValueError, match="patch is 8 px, ours 16"):
@@ -913,7 +959,7 @@ def test_gradients_reach_all_but_the_frozen_pool():
 
 def test_output_layers_are_the_last_linear():
     student = lively(MODELS["test"])
-    layers, before = student.output_layers("a"), student(pack(GRIDS))
+    layers, before = student.heads["a"].output_layers(), student(pack(GRIDS))
     layers["summary"].bias.data += 1
     layers["patches"].bias.data += 2
     after = student(pack(GRIDS))
