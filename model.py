@@ -5,9 +5,10 @@ block. RADIOv2.5 (arXiv 2412.07679): a plain LayerNorm ViT with a cropped table 
 CLS token per teacher. `Student` runs either one on a packed batch: the tokens of all images in one
 row, each image attending only to itself.
 
-Reading path: `ModelConfig`, `MODELS`, `Layout`; `FlashSinkAttention`; `GoldenPositions` (AMoE),
-`TablePositions` (RADIO); `SinkAttention`, `PlainAttention`; `MoE`; `FORMS`, where the two forms
-part; `Block`; `AdapterHead` (AMoE), `RadioHead`; `Student`; `merge_tokens`.
+Reading path: `ModelConfig`, `MODELS`; `FlashSinkAttention`; `GoldenPositions` (AMoE),
+`TablePositions` (RADIO); `PlainAttention` (RADIO), `SinkAttention` (AMoE); `MoE`; `FORMS`, where
+the two part; `Block`; `AdapterHead` (AMoE), `RadioHead`; `Student`; `merge_tokens`. Part II has
+`Layout` (which token lies where), kernels, our files, foreign weights, export and sizes.
 
 Legend (a suffix on a name gives its layout):
     B images, N packed tokens (prefix and patches), M patches of the pack, P patches of an image,
@@ -194,17 +195,11 @@ RADIO_HEADS = (
     RadioSpec("dino_v2", 1536, 1536, token=2),
     RadioSpec("sam", 1280, None, token=3, in_trunk_summary=False),
 )
-_amoe = partial(ModelConfig, "amoe", heads=AMOE_HEADS)
-_radio = partial(
-    ModelConfig,
-    "radio",
-    heads=RADIO_HEADS,
-    cls_tokens=4,
-    gated_ffn=False,
-    final_norm=False,
-    position_grid=128,
-    pixel_mean=CLIP_RGB[0],
-    pixel_std=CLIP_RGB[1],
+_amoe: Callable[..., ModelConfig] = partial(ModelConfig, "amoe", heads=AMOE_HEADS)
+_clip_rgb: dict[str, Any] = {"pixel_mean": CLIP_RGB[0], "pixel_std": CLIP_RGB[1]}
+_plain: dict[str, Any] = {"gated_ffn": False, "final_norm": False, "position_grid": 128}
+_radio: Callable[..., ModelConfig] = partial(
+    ModelConfig, "radio", heads=RADIO_HEADS, cls_tokens=4, **_plain, **_clip_rgb
 )
 MODELS: dict[str, ModelConfig] = {
     # form(dim, layers, heads, head width, MLP or expert width). AMoE release, configs.py
@@ -326,6 +321,7 @@ class GoldenPositions(nn.Module):
         """yx_M2 of every patch whatever the resolution: y spans [-sqrt(h/w), +sqrt(h/w)], x the
         inverse, ends included."""
         grid_M2 = layout.grid_M2.float()
+        # The area is 4 whatever the aspect: patches of two sizes of a picture lie at equal places.
         half_M2 = torch.sqrt(grid_M2 / grid_M2.flip(1))
         return half_M2 * (2 * layout.row_column_M2 / (grid_M2 - 1).clamp(min=1) - 1)
 
@@ -401,7 +397,7 @@ class SinkAttention(PlainAttention):
 
     def __init__(self, config: ModelConfig):
         super().__init__(config, bias=False)
-        self.sinks = nn.Parameter(torch.zeros(config.n_heads))
+        self.sinks = nn.Parameter(torch.zeros(config.n_heads))  # lets a head attend to nothing
 
     def attend(self, qkv_N3HA: Tensor, layout: Layout, rotation: Any) -> Tensor:
         qk_N2HA, v_NHA = F.rms_norm(qkv_N3HA[:, :2], (self.head_dim,)), qkv_N3HA[:, 2]
@@ -440,7 +436,7 @@ class MoE(nn.Module):
         E, D, hidden = config.experts, config.dim, config.ffn_dim
         self.top_k, self.backend = config.top_k, "auto"
         self.router = nn.Linear(D, E, bias=False)
-        self.register_buffer("expert_bias", torch.zeros(E))
+        self.register_buffer("expert_bias", torch.zeros(E))  # no gradient: see `update_router`
         self.w1_EGD = nn.Parameter(torch.empty(E, 2 * hidden, D))  # G = 2F: gate, then value
         self.w2_EDF = nn.Parameter(torch.empty(E, D, hidden))
 
@@ -512,7 +508,7 @@ class Block(nn.Module):
 
     def forward(self, x_ND: Tensor, layout: Layout, rotation) -> tuple[Tensor, Tensor | None]:
         """Returns the tokens and, for a MoE, the tokens that each expert got."""
-        y_ND = self.attn(self.norm1(x_ND), layout, rotation)
+        y_ND = self.attn(self.norm1(x_ND), layout, rotation)  # the norm is off the residual stream
         x_ND = x_ND + (y_ND if self.scale1 is None else y_ND * self.scale1)
         y_ND, counts_E = self.ffn(self.norm2(x_ND))
         return x_ND + (y_ND if self.scale2 is None else y_ND * self.scale2), counts_E
@@ -546,15 +542,16 @@ class AdapterHead(nn.Module):
     def forward(self, prefix_BRD: Tensor, patches_MD: Tensor, layout: Layout):
         patches_MC = self.last(self.hidden(patches_MD))
         if not (self.spec.registers or self.spec.pool):
-            prefix_BRD = prefix_BRD[:, :1]  # the CLS token alone is asked for
+            prefix_BRD = prefix_BRD[:, :1]  # nothing else reads the registers
         hidden_BRC = self.hidden(prefix_BRD)
         registers_BRC = self.last(hidden_BRC[:, 1:]) if self.spec.registers else None
-        if self.spec.summary_dim is None:
-            return None, patches_MC, registers_BRC
-        if self.spec.pool:
+        summary_BC = None
+        if self.spec.pool:  # of all tokens, unlike the teacher, which pools its patches alone
             rows_NC = torch.cat([self.last(hidden_BRC).flatten(0, 1), patches_MC])
-            return self.pool(rows_NC[layout.gather_N], layout), patches_MC, registers_BRC
-        return self.output_layers()["summary"](hidden_BRC[:, 0]), patches_MC, registers_BRC
+            summary_BC = self.pool(rows_NC[layout.gather_N], layout)
+        elif self.spec.summary_dim is not None:
+            summary_BC = self.output_layers()["summary"](hidden_BRC[:, 0])
+        return summary_BC, patches_MC, registers_BRC
 
 
 class RadioHead(nn.Module):
@@ -563,7 +560,7 @@ class RadioHead(nn.Module):
     def __init__(self, spec: Any, width: int):
         super().__init__()
         self.spec = spec
-        self.summary: Any = None
+        self.summary: Any = None  # SAM has no summary
         self.patches: Any = None
         if spec.summary_dim is not None:
             sizes = (spec.summary_hidden, spec.summary_inner, spec.summary_dim)
@@ -648,6 +645,7 @@ class Student(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config, form = config, FORMS[config.form]
+        # Teachers and students take pixels in [0, 1]; each has its own statistics of them.
         rgb = torch.tensor([config.pixel_mean, config.pixel_std], device="cpu")  # never meta
         self.register_buffer("pixel_stats_2X", rgb.repeat(1, config.patch**2), persistent=False)
         self.embed = nn.Linear(3 * config.patch**2, config.dim, bias=config.patch_bias)
@@ -656,7 +654,7 @@ class Student(nn.Module):
         self.blocks: Any = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm: Any = form.norm(config.dim) if config.final_norm else nn.Identity()
         if config.feature_normalizer:
-            self.register_buffer("feature_mean_D", torch.zeros(config.dim))
+            self.register_buffer("feature_mean_D", torch.zeros(config.dim))  # from the file
             self.register_buffer("feature_tx_DD", torch.eye(config.dim))
         self.heads: Any = nn.ModuleDict()
         for spec in config.heads:
@@ -712,7 +710,7 @@ class Student(nn.Module):
             values = head(prefix_BRD, patches_MD, layout)
             for part, value in zip((out.summary, out.patches, out.registers), values, strict=True):
                 if value is not None:
-                    part[name] = value.float()
+                    part[name] = value.float()  # losses are computed in float32
         return out
 
     @torch.no_grad()
@@ -874,7 +872,7 @@ def keep_float32(
 
 @torch.no_grad()
 def initialise(student: Student) -> None:
-    """AMoE release, model.py: every block starts as the identity. RADIO: a ViT's 0.02."""
+    """AMoE release, model.py: every block starts as the identity. RADIO: we chose a ViT's 0.02."""
     is_amoe = student.config.form == "amoe"
     nn.init.normal_(student.prefix_RD, std=0.02)
     for module in student.modules():
@@ -1376,10 +1374,9 @@ def read_siglino(content: dict[str, Any]) -> tuple[ModelConfig, Weights]:
             x[probe], hidden = x[probe][0], len(x[f"heads.{name}.pool.fc1.bias"])
             pool = {"pool": True, "pool_hidden": hidden, "pool_eps": 1e-5}
         heads.append(AdapterSpec(name, width, width, registers=not pool, **pool))
+    top_k = content.get("config", {}).get("moe_args", {}).get("top_k", 6)
     sizes = x.sizes(n_heads)
-    stated = content.get("config", {}).get("moe_args", {}).get("top_k", 6)
-    top_k = stated if sizes["experts"] else 0
-    return ModelConfig("amoe", heads=tuple(heads), top_k=top_k, **sizes), x
+    return ModelConfig("amoe", heads=tuple(heads), top_k=sizes["experts"] and top_k, **sizes), x
 
 
 def join_qkv(qkv: Sequence[Tensor], n_heads: int) -> Tensor:
@@ -1456,17 +1453,10 @@ def read_radio(content: dict[str, Any]) -> tuple[ModelConfig, Weights]:
     x["positions.pos_embed"] = rearrange(table, "1 (y x) d -> y x d", y=side)
     if "feature_mean_D" in x:
         x["feature_mean_D"] = x["feature_mean_D"].flatten()
-    config = ModelConfig(
-        "radio",
-        heads=tuple(heads.values()),
-        gated_ffn=False,
-        final_norm="norm.weight" in x,
-        feature_normalizer="feature_mean_D" in x,
-        pixel_mean=mean,
-        pixel_std=std,
-        **x.sizes(n_heads, max(1, len(heads)) if per_teacher else 1),
-    )
-    return config, x
+    has = {"final_norm": "norm.weight" in x, "feature_normalizer": "feature_mean_D" in x}
+    sizes = x.sizes(n_heads, max(1, len(heads)) if per_teacher else 1) | has
+    sizes |= {"heads": tuple(heads.values()), "pixel_mean": mean, "pixel_std": std}
+    return ModelConfig("radio", gated_ffn=False, **sizes), x
 
 
 def head_kind(file: Weights, slot: str) -> str:
@@ -1563,15 +1553,9 @@ def read_vit(network: Any, layers: int | None, stats: tuple) -> Student:
         "prefix_RD": torch.cat([file["embeddings.cls_token"][0] + positions[:1], registers]),
         "positions.pos_embed": rearrange(positions[1:], "(h w) d -> h w d", h=math.isqrt(side)),
     }
-    vit = ModelConfig(
-        "radio",
-        gated_ffn="blocks.0.mlp.gate_proj.weight" in file,
-        patch_bias=True,
-        pixel_mean=stats[0],
-        pixel_std=stats[1],
-        **state.sizes(network.config.num_attention_heads),
-    )
-    return assemble(vit, state)
+    sizes = state.sizes(network.config.num_attention_heads)
+    sizes |= {"gated_ffn": "blocks.0.mlp.gate_proj.weight" in file, "patch_bias": True}
+    return assemble(ModelConfig("radio", pixel_mean=stats[0], pixel_std=stats[1], **sizes), state)
 
 
 def load_pretrained(student: Student, given: Student) -> set[str]:

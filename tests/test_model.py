@@ -635,7 +635,7 @@ def test_upsampled_patches_lie_row_by_row():
 
 
 def test_position_table_is_the_resized_square_cropped():
-    """RADIO 1.2 against F.interpolate."""
+    """RADIO release: the inference rule, against F.interpolate."""
     student = lively(radio_config())
     table = student.positions.pos_embed.detach()
     for h, w in [(3, 5), (8, 2), (11, 4), (1, 1)]:
