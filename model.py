@@ -263,7 +263,7 @@ class FlashSinkAttention(torch.autograd.Function):
         return *grads, -(weight_BHN * rows_BHN).sum((0, 2)).to(sinks_H.dtype), None
 
 
-# ---- Positions: a rotation (AMoE) or a table (RADIO). (patches, rotation) of what comes in
+# ---- Positions: AMoE turns queries and keys, RADIO adds the entries of a table to the patches
 
 
 def golden_frequencies(n_heads: int, n_freqs: int, low: float, high: float) -> Tensor:
@@ -276,7 +276,7 @@ def golden_frequencies(n_heads: int, n_freqs: int, low: float, high: float) -> T
     magnitude_J = low * (high / low) ** torch.linspace(0, 1, n_freqs, dtype=torch.float64)
     i = torch.arange(1, n_heads * n_freqs + 1, dtype=torch.float64)[:, None]
     z = (i * torch.tensor([1 / g, 1 / g**2], dtype=torch.float64)).frac()
-    # erfinv makes a normal variable of a uniform one, and a pair of these points anywhere alike
+    # erfinv makes normal numbers of uniform ones, and a pair of these has no preferred direction
     direction = F.normalize(torch.erfinv(2 * z - 1), dim=-1)
     return (rearrange(direction, "(h j) c -> h j c", h=n_heads) * magnitude_J[:, None]).float()
 
@@ -295,7 +295,7 @@ def rotate(x_N2HA: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
 
 
 class GoldenPositions(nn.Module):
-    """AMoE: nothing is added to the tokens; queries and keys are rotated. AMoE: golden RoPE"""
+    """Nothing is added to the tokens: queries and keys are rotated. AMoE: golden RoPE"""
 
     freqs_HJ2: Tensor
 
@@ -427,7 +427,7 @@ class Mlp(nn.Module):
 
 
 class MoE(nn.Module):
-    """Token-choice mixture of gated SiLU experts; no token is dropped. AMoE release, moe.py"""
+    """Mixture of gated SiLU experts: none is shared, no token dropped. AMoE release, moe.py"""
 
     expert_bias: Tensor
 
