@@ -3,22 +3,20 @@
     python eval.py knn --student runs/demo/step_001000/model.pt --teacher vit-s \
         --train openmoji:train:1500 --test openmoji:test:600
 
-`extract` runs all models over a source once and gives a `FeatureSet` with a column per head:
-"teacher/vit-s", "student/vit-s", "student/trunk", and the controls "random/..." and "pixels".
-Every protocol scores every column, so teachers, students and controls never differ in code.
+Reading path: `extract` runs all models over a source once and gives a `FeatureSet` with a column
+per head: "teacher/vit-s", "student/vit-s", "student/trunk", and the controls "random/..." and
+"pixels". Every protocol scores every column, so teachers, students and controls never differ in
+code: `knn` with `add_ensembles`, `zero_shot`, `Fidelity`; and, in Part II, `retrieval`, `linear`,
+`segmentation`, `resolution`, `merging`. AMoE, arXiv 2512.20157; RADIOv2.5, arXiv 2412.07679.
 
-Legend: N images, M tokens, (h, w) a grid of tokens, C feature width, K classes, texts or kept
-tokens, G settings of a probe, P figures of one image, R bootstrap draws.
-Sources: AMoE Sec. 6 (kNN, zero-shot, retrieval, segmentation), RADIOv2.5 Sec. 3 and 5.
+Legend: N images, M tokens, (h, w) a grid of tokens, C feature width, D width of a text, K classes,
+texts or kept tokens, G settings of a probe, P figures of one image, R bootstrap draws.
 """
-
-from __future__ import annotations
 
 import argparse
 import hashlib
 import json
 import math
-import os
 import re
 import sys
 import time
@@ -26,9 +24,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import product
+from itertools import islice, product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -39,20 +37,10 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import packing
+from losses import resize_map
 from model import Features, Student, load_student, merge_tokens
-from packing import (
-    BadImage,
-    Sample,
-    Subset,
-    cache_home,
-    fit_size,
-    left_out,
-    open_source,
-    patchify,
-    resize,
-    setup_distributed,
-    to_float,
-)
+from packing import Sample, Subset, rank_and_world, resize
 from teachers import load_teacher, parse_teacher
 
 LARGEST = 1024  # px, about; teachers and `encode` see no more pixels than its square
@@ -74,28 +62,6 @@ class FeatureSet:
     skipped: dict[str, str] = field(default_factory=dict)  # key -> why it was left out
     broken: list[str] = field(default_factory=list)  # those among them that do not decode
 
-    def take(self, places: list[int]) -> FeatureSet:
-        """Some of the pictures."""
-        kept = [place for place in places if place in self.dense]
-        return replace(
-            self,
-            samples=[self.samples[place] for place in places],
-            summary={column: x_NC[places] for column, x_NC in self.summary.items()},
-            patches={
-                column: [maps[self.dense.index(place)] for place in kept]
-                for column, maps in self.patches.items()
-            },
-            dense=[places.index(place) for place in kept],
-        )
-
-    def known(self, what: str, side: str) -> list[Any]:
-        """A field of every sample; samples without it are an error that names them."""
-        values = [getattr(sample, what) for sample in self.samples]
-        bare = [s.key for s, value in zip(self.samples, values, strict=True) if value is None]
-        if bare or not values:
-            raise ValueError(f"{side}: {len(bare)} of {len(values)} have no {what}: {bare[:5]}")
-        return values
-
 
 def extract(
     encoder: Any, source: Any, dense: int | None = None, size: Any = None, chunk: int = 32, title=""
@@ -110,30 +76,21 @@ def extract(
         chunk: pictures encoded together; changes speed, not figures.
         title: of the progress bar; none if empty.
     """
-    n, (rank, world) = len(source), share()
-    keep = n if dense is None else min(dense, n)
-    is_kept = {i * n // keep for i in range(keep)}
+    n, (rank, world) = len(source), rank_and_world()
+    has_map = set(packing.evenly(n, n if dense is None else dense))
+    at_least = size if isinstance(size, tuple) else (size or LARGEST,) * 2
     mine, records, skipped = range(rank, n, world), {}, dict[str, str]()
-    at_least = (size or LARGEST,) * 2 if size is None or isinstance(size, int) else size
-    shown = None if title and not rank else True
-    for start in tqdm(range(0, len(mine), chunk), title, disable=shown):
-        found: dict[int, Sample] = {}
-        for i in mine[start : start + chunk]:
-            try:
-                found[i] = at_size(source.load(i, at_least), size)
-            except BadImage as error:
-                skipped[source.key(i)] = str(error)
+    hidden = None if title and not rank else True  # None: shown where there is a terminal
+    for start in tqdm(range(0, len(mine), chunk), title, disable=hidden):
+        pictures = packing.readable(source, mine[start : start + chunk], skipped, at_least)
+        found = {i: at_size(sample, size) for i, sample in pictures}
         outputs = encode(encoder, list(found.values())) if found else []
         for (i, sample), out in zip(found.items(), outputs, strict=True):
             summary = {name: x.float().cpu() for name, x in out.summary.items()}
-            maps = {name: x.half().cpu() for name, x in out.patches.items() if i in is_kept}
+            # Half precision: the maps of a thousand pictures are gigabytes.
+            maps = {name: x.half().cpu() for name, x in out.patches.items() if i in has_map}
             records[i] = replace(sample, image=sample.image[:0]), summary, maps
-    found_all = _gather(records, skipped, world)
-    found_all.broken, found_all.skipped = (
-        list(found_all.skipped),
-        source.skipped | found_all.skipped,
-    )
-    return found_all
+    return _gather(records, skipped, source.skipped)
 
 
 @torch.no_grad()
@@ -149,9 +106,9 @@ def encode(model: Any, samples: list[Sample]) -> list[Features]:
         parts = {name: encode(part, samples) for name, part in model.items()}
         return [_join({name: part[i] for name, part in parts.items()}) for i in range(len(samples))]
     if not hasattr(model, "targets"):
-        return model.encode([to_float(sample.image) for sample in samples])
+        return model.encode([packing.to_float(sample.image) for sample in samples])
     out = model.targets(samples)
-    none: list[dict] = [{}] * len(samples)
+    none: list[dict] = [{}] * len(samples)  # SAM, for one, has no summary
     summaries = none if out.summary_BC is None else [{"": x_C} for x_C in out.summary_BC]
     return [Features(x, {"": y}) for x, y in zip(summaries, out.patches, strict=True)]
 
@@ -162,21 +119,23 @@ def encode(model: Any, samples: list[Sample]) -> list[Features]:
 def knn(train: FeatureSet, test: FeatureSet, k: int = 20, per_class: bool = False) -> Rows:
     """kNN accuracy of every column, of each model's heads together, and of the largest class.
 
-    "concat" joins the heads at unit length; "ensemble" mixes their votes, each head's summing to
-    one (raw votes, as printed, let the head with the larger cosines decide).
+    "concat" joins the heads at unit length; "ensemble" mixes their votes. AMoE: kNN
     """
     test = comparable(train, test, by_label=True)
     names, train_N, test_N = class_ids(train, test)
 
     def votes(*columns: str) -> Tensor:
-        joined = [torch.cat([F.normalize(s.summary[c]) for c in columns], 1) for s in (train, test)]
-        return F.normalize(knn_votes(joined[0], train_N, joined[1], len(names), k), p=1)
+        bank_NC, test_NC = (
+            torch.cat([F.normalize(side.summary[column]) for column in columns], dim=1)
+            for side in (train, test)
+        )
+        # Each head's votes sum to one: raw ones would let the head with larger cosines decide.
+        return F.normalize(knn_votes(bank_NC, train_N, test_NC, len(names), k), p=1)
 
-    found = add_ensembles({column: votes(column) for column in test.summary})
-    found |= {f"{m}/concat": votes(*heads) for m, heads in head_groups(test.summary).items()}
-    found["majority class"] = train_N.bincount().expand(len(test_N), -1)
-    shown = names if per_class else ()
-    return {name: accuracy(v.argmax(1) == test_N, test_N, shown) for name, v in found.items()}
+    chances = add_ensembles({column: votes(column) for column in test.summary})
+    chances |= {f"{m}/concat": votes(*heads) for m, heads in head_groups(test.summary).items()}
+    chances["majority class"] = train_N.bincount().expand(len(test_N), -1)
+    return accuracies(chances, test_N, names if per_class else ())
 
 
 def knn_votes(
@@ -184,14 +143,162 @@ def knn_votes(
 ) -> Tensor:
     """Votes (M, classes): each of the k nearest by cosine adds exp(cosine / temperature).
 
-    AMoE Sec. 6.1, after Wu et al. 2018.
+    AMoE: kNN, after Wu et al. 2018
     """
     train_NC, votes = F.normalize(train_NC.float(), dim=1), []
+    # In blocks, so that no table of cosines has more than some 64 million entries.
     for test_BC in F.normalize(test_MC.float(), dim=1).split(2**26 // len(train_NC) + 1):
         cosine_BK, nearest_BK = (test_BC @ train_NC.T).topk(min(k, len(train_NC)), dim=1)
         empty = torch.zeros(len(test_BC), classes)
         votes.append(empty.scatter_add_(1, ids_N[nearest_BK], (cosine_BK / temperature).exp()))
     return torch.cat(votes)
+
+
+def add_ensembles(chances: dict[str, Tensor], sharpness: float = 5.0) -> dict[str, Tensor]:
+    """Each model's heads (N, K) mixed per image by w = softmax(-5 entropy): the surer weighs more.
+
+    AMoE: entropy-weighted ensemble
+    """
+    mixed = {}
+    for model, heads in head_groups(chances).items():
+        # They must be calibrated: softmax of bare cosines has entropy log K whatever they say,
+        # and the mixture is then a plain mean.
+        stacked = torch.stack([chances[head] for head in heads])
+        weights = (-sharpness * torch.special.entr(stacked).sum(-1, keepdim=True)).softmax(0)
+        mixed[f"{model}/ensemble"] = (weights * stacked).sum(0)
+    return chances | mixed
+
+
+# ---- Zero-shot
+
+
+def zero_shot(
+    train: FeatureSet, test: FeatureSet, text: str, prompts: str = "", per_class: bool = False
+) -> Rows:
+    """Accuracy of the nearest class text, its templates averaged at unit length. AMoE: zero-shot
+
+    Args: text: see `text_encoder`. prompts: see `class_texts`.
+    """
+    test = comparable(train, test, by_label=True)
+    names, train_N, test_N = class_ids(train, test)
+    head, embed = text_encoder(text, [sample.caption or "" for sample in train.samples])
+    groups = class_texts(prompts, names, train)
+    class_KD = torch.stack([F.normalize(embed(group)).mean(0) for group in groups])
+    scores = cosines(train, test, (class_KD, class_KD), head, embed)
+    # The ensemble compares heads by their entropy, so each needs its own temperature.
+    heat = {column: calibrate(train_NK, train_N) for column, (train_NK, _) in scores.items()}
+    chances = {c: (test_NK / heat[c]).softmax(1) for c, (_, test_NK) in scores.items()}
+    rows = accuracies(add_ensembles(chances), test_N, names if per_class else ())
+    return {column: row | {"temperature": heat.get(column)} for column, row in rows.items()}
+
+
+# ---- Fidelity to the teachers
+
+
+class Fidelity:
+    """How near features are to a teacher's; `fidelity` compares all heads by it.
+
+    value     1 - MSE / variance of the teacher's held-out features, every channel scaled by its
+              own deviation in training: the variance explained, each channel counting the same
+    fidelity  Var(teacher) / MSE as they are, over all elements (RADIO release, mode_switching.py)
+    centred   cosine after the training mean is taken off both; a bare cosine is mostly that mean
+
+    Args: teacher_train: the teacher's features of the training pictures, (M, C) each. Their mean,
+        `mean_C`, is the best that can be said of every picture alike.
+    """
+
+    def __init__(self, teacher_train: Sequence[Tensor]):
+        count = sum(len(x_MC) for x_MC in teacher_train)
+        self.mean_C = torch.stack([x.double().sum(0) for x in teacher_train]).sum(0) / count
+        squares = [(x.double() - self.mean_C).square().sum(0) for x in teacher_train]
+        variance_C = torch.stack(squares).sum(0) / count
+        # A channel that never moved in training has no scale to be measured on.
+        is_alive_C = variance_C > 1e-8 * variance_C.mean()
+        self.scale_C = variance_C.reciprocal().where(is_alive_C, 0.0)
+        self.tiny = 1e-3 * float(variance_C.sum().sqrt())  # a constant has no direction
+
+    def moments(self, student_MC: Tensor, teacher_MC: Tensor) -> list[Tensor]:
+        """One image's means over its tokens, so that images weigh the same."""
+        s_MC, t_MC = student_MC.double(), teacher_MC.double()
+        centred_M = F.cosine_similarity(s_MC - self.mean_C, t_MC - self.mean_C, eps=self.tiny)
+        cosines = torch.stack([F.cosine_similarity(s_MC, t_MC).mean(), centred_M.mean()])
+        return [(s_MC - t_MC).square().mean(0), t_MC.mean(0), t_MC.square().mean(0), cosines]
+
+    def report(self, pairs: Iterable[Sequence[Tensor]]) -> dict[str, Any]:
+        """Figures over held-out images, each (student (M, C) or (1, C), teacher (M, C))."""
+        images = zip(*(self.moments(*pair) for pair in pairs), strict=True)
+        error_NC, mean_NC, square_NC, cosine_N2 = map(torch.stack, images)
+        # The variance is around the held-out pictures' own mean, also in the interval's draws:
+        # around their own means they would vary less, and the interval would lie too low.
+        centre_C = mean_NC.mean(0)
+        spread_NC = square_NC - 2 * centre_C * mean_NC + centre_C.square()
+        parts_N2 = torch.stack([(x * self.scale_C).mean(1) for x in (error_NC, spread_NC)], 1)
+        if parts_N2[:, 1].mean() <= 1e-12 * (square_NC * self.scale_C).mean():
+            parts_N2[:, 1] = 0  # what is left of equal numbers
+        variance, mse = float(square_NC.mean() - mean_NC.mean() ** 2), float(error_NC.mean())
+        row = {"fidelity": variance / mse if mse else math.inf}
+        row |= dict(zip(("cosine", "centred_cosine"), cosine_N2.mean(0).tolist(), strict=True))
+        explained = bootstrap(
+            parts_N2,
+            lambda means: 1 - means[..., 0] / means[..., 1],
+            why="the teacher says the same of all held-out pictures",
+        )
+        return finite(row, fidelity="there is no error to divide by") | explained
+
+
+# ---- Part II: the plumbing
+# ---- Pictures, classes and heads that are compared
+
+
+def take(found: FeatureSet, places: list[int]) -> FeatureSet:
+    """Some of the pictures."""
+    map_of = {place: n for n, place in enumerate(found.dense)}
+    dense = [n for n, place in enumerate(places) if place in map_of]
+    kept = [map_of[places[n]] for n in dense]
+    summary = {column: x_NC[places] for column, x_NC in found.summary.items()}
+    patches = {column: [maps[n] for n in kept] for column, maps in found.patches.items()}
+    samples = [found.samples[place] for place in places]
+    return replace(found, samples=samples, summary=summary, patches=patches, dense=dense)
+
+
+def known(found: FeatureSet, what: str, side: str) -> list[Any]:
+    """A field of every sample; samples without it are an error that names them."""
+    values = [getattr(sample, what) for sample in found.samples]
+    bare = [s.key for s, value in zip(found.samples, values, strict=True) if value is None]
+    if bare or not values:
+        raise ValueError(f"{side}: {len(bare)} of {len(values)} have no {what}: {bare[:5]}")
+    return values
+
+
+def comparable(train: FeatureSet, test: FeatureSet, by_label: bool = False) -> FeatureSet:
+    """The test pictures that are not in training, by content, and of classes that it has.
+
+    Those left out go into `test.skipped`. Raises: ValueError if none is left.
+    """
+    seen = {sample.digest: sample.key for sample in train.samples}
+    classes, why = {sample.label for sample in train.samples}, dict[int, str]()
+    by_label = by_label and None not in classes
+    for i, sample in enumerate(test.samples):
+        if sample.digest in seen:
+            why[i] = "in both train and test"
+        elif by_label and sample.label and sample.label not in classes:
+            why[i] = f"classes ['{sample.label}'] of --test have no picture in --train"
+    if why and len(why) == len(test.samples):
+        names = [f"{s.key} (= {seen.get(s.digest, 'none')})" for s in test.samples[:5]]
+        reasons = "; ".join(sorted(set(why.values())))
+        raise ValueError(f"all {len(why)} test pictures are left out: {reasons}: {names}")
+    test.skipped |= {test.samples[i].key: reason for i, reason in why.items()}
+    return take(test, [i for i in range(len(test.samples)) if i not in why])
+
+
+def class_ids(train: FeatureSet, test: FeatureSet) -> tuple[list[str], Tensor, Tensor]:
+    """The class names of the training set, and both sets' labels as indices into them."""
+    labels = known(train, "label", "--train"), known(test, "label", "--test")
+    index = {name: i for i, name in enumerate(sorted(set(labels[0])))}
+    if unseen := sorted(set(labels[1]) - set(index)):
+        raise ValueError(f"classes {unseen[:10]} of --test have no picture in --train")
+    train_N, test_N = (torch.tensor([index[label] for label in side]) for side in labels)
+    return list(index), train_N, test_N
 
 
 def head_groups(names: Iterable[str]) -> dict[str, list[str]]:
@@ -204,373 +311,6 @@ def head_groups(names: Iterable[str]) -> dict[str, list[str]]:
     return {model: heads for model, heads in groups.items() if len(heads) > 1}
 
 
-def add_ensembles(chances: dict[str, Tensor], sharpness: float = 5.0) -> dict[str, Tensor]:
-    """Each model's heads (N, K) mixed per image by w = softmax(-5 entropy): the surer weighs more.
-
-    They must be calibrated: softmax of bare cosines has entropy log K whatever they say, and the
-    mixture is then a plain mean. AMoE Sec. 6.1.
-    """
-    mixed = {}
-    for model, heads in head_groups(chances).items():
-        stacked = torch.stack([chances[head] for head in heads])
-        weights = (-sharpness * torch.special.entr(stacked).sum(-1, keepdim=True)).softmax(0)
-        mixed[f"{model}/ensemble"] = (weights * stacked).sum(0)
-    return chances | mixed
-
-
-def calibrate(scores_NK: Tensor, targets_N: Tensor) -> float:
-    """The temperature of least cross-entropy, on training pictures."""
-    grid = torch.logspace(-3, 1, 81).tolist()
-    return min(grid, key=lambda t: float(F.cross_entropy(scores_NK / t, targets_N)))
-
-
-def class_ids(train: FeatureSet, test: FeatureSet) -> tuple[list[str], Tensor, Tensor]:
-    """The class names of the training set, and both sets' labels as indices into them."""
-    labels = train.known("label", "--train"), test.known("label", "--test")
-    index = {name: i for i, name in enumerate(sorted(set(labels[0])))}
-    if unseen := sorted(set(labels[1]) - set(index)):
-        raise ValueError(f"classes {unseen[:10]} of --test have no picture in --train")
-    train_N, test_N = (torch.tensor([index[label] for label in side]) for side in labels)
-    return list(index), train_N, test_N
-
-
-def comparable(train: FeatureSet, test: FeatureSet, by_label: bool = False) -> FeatureSet:
-    """The test pictures that are not in training, by content, and of classes that it has.
-
-    Those left out go into `test.skipped`. Raises: ValueError if none is left.
-    """
-    seen = {sample.digest: sample.key for sample in train.samples}
-    classes = {sample.label for sample in train.samples} if by_label else set()
-    why: dict[int, str] = {}
-    for i, sample in enumerate(test.samples):
-        if sample.digest in seen:
-            why[i] = "in both train and test"
-        elif by_label and None not in {sample.label, *classes} and sample.label not in classes:
-            why[i] = f"classes ['{sample.label}'] of --test have no picture in --train"
-    if why and len(why) == len(test.samples):
-        names = [f"{s.key} (= {seen.get(s.digest, 'none')})" for s in test.samples[:5]]
-        reasons = "; ".join(sorted(set(why.values())))
-        raise ValueError(f"all {len(why)} test pictures are left out: {reasons}: {names}")
-    test.skipped |= {test.samples[i].key: reason for i, reason in why.items()}
-    return test.take([i for i in range(len(test.samples)) if i not in why])
-
-
-# ---- Text: zero-shot and retrieval
-
-
-def zero_shot(
-    train: FeatureSet, test: FeatureSet, text: str, prompts: str = "", per_class: bool = False
-) -> Rows:
-    """Accuracy of the nearest class text, its templates averaged at unit length. AMoE Sec. 6.1.
-
-    Args:
-        prompts: a file of templates; "captions" takes a class's training captions instead.
-    """
-    test = comparable(train, test, by_label=True)
-    names, train_N, test_N = class_ids(train, test)
-    captions = [sample.caption or "" for sample in train.samples]
-    templates = ["a photo of a {}."] if prompts in ("", "captions") else read_prompts(prompts)
-    groups = [[template.format(name) for template in templates] for name in names]
-    if prompts == "captions":
-        groups = [[captions[i] for i in (train_N == k).nonzero()[:, 0]] for k in range(len(names))]
-    head, embed = text_encoder(text, captions)
-    class_KD = torch.stack([F.normalize(embed(group)).mean(0) for group in groups])
-    scores = cosines(train, test, (class_KD, class_KD), head, embed)
-    heat = {column: calibrate(train_NK, train_N) for column, (train_NK, _) in scores.items()}
-    chances = {c: (test_NK / heat[c]).softmax(1) for c, (_, test_NK) in scores.items()}
-    rows, shown = {}, names if per_class else ()
-    for column, chance in add_ensembles(chances).items():
-        rows[column] = accuracy(chance.argmax(1) == test_N, test_N, shown)
-        rows[column]["temperature"] = heat.get(column)
-    return rows
-
-
-TextEncoder = Callable[[Sequence[str]], Tensor]  # n strings -> (n, D)
-
-
-def cosines(
-    train: FeatureSet, test: FeatureSet, texts: Sequence[Tensor], head: str, embed: TextEncoder
-) -> dict[str, list[Tensor]]:
-    """Per column, the cosines (N, K) of the training and the test images with their texts."""
-    found = {}
-    for column, x_NC in train.summary.items():
-        sides = [x_NC, test.summary[column]]
-        if not head or column.rpartition("/")[2] != head:
-            captions = [caption.splitlines()[0] for caption in train.known("caption", "--train")]
-            sides = list(map(aligned(x_NC, embed(captions)), sides))
-        both = zip(sides, texts, strict=True)
-        found[column] = [F.normalize(x_NC) @ F.normalize(text_KC).T for x_NC, text_KC in both]
-    return found
-
-
-def aligned(x_NC: Tensor, text_ND: Tensor) -> Callable[[Tensor], Tensor]:
-    """A ridge map from image features to text embeddings, for columns that never met the texts.
-
-    Fitted on training pairs, its penalty chosen on a split of them (ours, no paper's protocol).
-    """
-    mean_C, mean_D = x_NC.mean(0).double(), text_ND.mean(0).double()
-    x_NC, text_ND = x_NC.double() - mean_C, text_ND.double() - mean_D
-
-    def solve(rows: Any, penalty: float) -> Tensor:
-        gram = x_NC[rows].T @ x_NC[rows]
-        gram.diagonal().add_(penalty * gram.diagonal().mean() + 1e-12)
-        return torch.linalg.solve(gram, x_NC[rows].T @ text_ND[rows])
-
-    fit, held = split(len(x_NC))
-    penalties = (1e-2, 1e-1, 1.0, 1e1, 1e2)
-    error = [(x_NC[held] @ solve(fit, p) - text_ND[held]).square().sum() for p in penalties]
-    map_CD = solve(slice(None), penalties[int(torch.stack(error).argmin())])
-    return lambda y_NC: ((y_NC.double() - mean_C) @ map_CD + mean_D).float()
-
-
-def retrieval(train: FeatureSet, test: FeatureSet, text: str) -> Rows:
-    """R@1, 5, 10 of captions by images and of images by captions, per column and ensemble.
-
-    An ensemble weighs its heads by their entropy over what is searched, in either direction.
-    """
-    test = comparable(train, test)
-    if test.broken:
-        raise ValueError(f"--test: captions without a readable picture: {test.broken[:5]}")
-    train_texts, is_train = caption_pairs(train, "--train")
-    texts, is_pair = caption_pairs(test, "--test")
-    head, embed = text_encoder(text, train_texts)
-    scores = cosines(train, test, (embed(train_texts), embed(texts)), head, embed)
-    rows: Rows = {}
-    for way in ("texts by images", "images by texts"):
-        chances = {}
-        for column, (train_NK, test_NK) in scores.items():
-            heat = calibrate(train_NK, is_train.int().argmax(1))
-            chances[column] = (test_NK / heat).softmax(1)
-        for column, chance in add_ensembles(chances).items():
-            for k in (1, 5, 10):
-                rows[f"{column} {way} R@{k}"] = accuracy(recall_hits(chance, is_pair, k))
-        scores = {column: [side.T for side in sides] for column, sides in scores.items()}
-        is_train, is_pair = is_train.T, is_pair.T
-    return rows
-
-
-def caption_pairs(found: FeatureSet, side: str) -> tuple[list[str], Tensor]:
-    """Distinct captions (a line each) and which image has which, (N, K) bool."""
-    owned = [caption.splitlines() for caption in found.known("caption", side)]
-    texts = sorted({line for lines in owned for line in lines})
-    place = {text: k for k, text in enumerate(texts)}
-    is_pair_NK = torch.zeros(len(owned), len(texts), dtype=torch.bool)
-    for row, lines in zip(is_pair_NK, owned, strict=True):
-        row[[place[line] for line in lines]] = True
-    return texts, is_pair_NK
-
-
-def recall_hits(scores_NK: Tensor, is_pair_NK: Tensor, k: int) -> Tensor:
-    """(N,) a pair is among the first k of its row; a tie counts against it."""
-    best_N1 = scores_NK.masked_fill(~is_pair_NK, -torch.inf).amax(1, keepdim=True)
-    return ((scores_NK >= best_N1) & ~is_pair_NK).sum(1) < k
-
-
-# ---- Fidelity to the teachers
-
-
-class Fidelity:
-    """How near features are to a teacher's.
-
-    value     1 - MSE / variance of the teacher's held-out features, every channel scaled by its
-              own deviation in training: the variance explained, each channel counting the same
-    fidelity  Var(teacher) / MSE as they are, over all elements (RADIOv2.5's mode-switch script)
-    centred   cosine after the training mean is taken off both; a bare cosine is mostly that mean
-
-    Args:
-        teacher_train: the teacher's features of the training pictures, (M, C) each. Their mean is
-            `mean_C`, the best that can be said of every picture alike.
-    """
-
-    def __init__(self, teacher_train: Sequence[Tensor]):
-        count = sum(len(x_MC) for x_MC in teacher_train)
-        self.mean_C = torch.stack([x.double().sum(0) for x in teacher_train]).sum(0) / count
-        squares = [(x.double() - self.mean_C).square().sum(0) for x in teacher_train]
-        variance_C = torch.stack(squares).sum(0) / count
-        # A channel that never moved in training has no scale to be measured on.
-        self.inverse_C = variance_C.rsqrt().where(variance_C > 1e-8 * variance_C.mean(), 0.0)
-        self.tiny = 1e-3 * float(variance_C.sum().sqrt())  # a constant has no direction
-
-    def parts(self, student_MC: Tensor, teacher_MC: Tensor) -> Tensor:
-        """One image's means over its tokens, so that images weigh the same: 7, then C z-scores."""
-        s_MC, t_MC = student_MC.double(), teacher_MC.double()
-        error_MC, off_MC = s_MC - t_MC, t_MC - self.mean_C
-        z_MC = off_MC * self.inverse_C
-        terms = [(error_MC * self.inverse_C).square(), z_MC.square(), error_MC.square()]
-        terms += [t_MC.square(), t_MC, F.cosine_similarity(s_MC, t_MC)]
-        terms += [F.cosine_similarity(s_MC - self.mean_C, off_MC, eps=self.tiny)]
-        return torch.cat([torch.stack([x.mean() for x in terms]), z_MC.mean(0)])
-
-    def report(self, pairs: Iterable[Sequence[Tensor]]) -> dict[str, Any]:
-        """Figures over held-out images, each (student (M, C), teacher (M, C)) on one grid.
-
-        A student of one row, as `mean_C[None]`, says the same of every token.
-        """
-        parts_NP = torch.stack([self.parts(student, teacher) for student, teacher in pairs])
-        _, square, mse, raw, mean, cosine, centred = parts_NP[:, :7].mean(0).tolist()
-        # Variance is around the held-out pictures' own mean. The interval's draws keep this centre:
-        # around their own means they would vary less, and the interval would lie too low.
-        z_NC = parts_NP[:, 7:]
-        mean_C = z_NC.mean(0)
-        spread_N = parts_NP[:, 1] + (mean_C.square() - 2 * mean_C * z_NC).mean(1)
-        if spread_N.mean() <= 1e-12 * square:  # what is left of equal numbers
-            spread_N = torch.zeros_like(spread_N)
-        variance = raw - mean**2
-        near = {"fidelity": variance / mse if mse else math.inf, "cosine": cosine}
-        row = finite(near | {"centred_cosine": centred}, fidelity="there is no error to divide by")
-        return row | bootstrap(
-            torch.stack([parts_NP[:, 0], spread_N], 1),
-            lambda means: 1 - means[..., 0] / means[..., 1],
-            why="the teacher says the same of all held-out pictures",
-        )
-
-
-def fidelity(train: FeatureSet, test: FeatureSet) -> Rows:
-    """Every head against the teacher of its name ("student/vit-s" against "teacher/vit-s").
-
-    Returns:
-        a row for each head and part ("student/vit-s summary", "student/vit-s patches"), for a
-        constant, the teacher's mean in training ("constant/vit-s summary", ...), and the mean of
-        the variance explained over a model's parts ("student mean", "constant mean"). The heads of
-        the random control do not answer in a teacher's space and have none.
-    """
-    rows: Rows = {}
-    constants: Rows = {}
-    sides = []
-    for found in (train, test):  # a summary is a map of one token
-        summaries = {name: list(x_NC[:, None, None]) for name, x_NC in found.summary.items()}
-        sides.append({"summary": summaries, "patches": found.patches})
-    for teacher, part in product(test.patches, sides[0]):
-        (known, seen), head = (side[part] for side in sides), teacher.removeprefix("teacher/")
-        names = [x for x in seen if x.partition("/")[2] == head and x != f"random/{head}"]
-        if teacher not in names or len(names) == 1:
-            continue
-        measure = Fidelity([x.flatten(0, 1) for x in known[teacher]])
-        for name in names:
-            if name != teacher:
-                pairs = zip(seen[name], seen[teacher], strict=True)
-                tokens = ([x.flatten(0, 1) for x in same_grid(*pair)] for pair in pairs)
-                rows[f"{name} {part}"] = measure.report(tokens)
-        same = ((measure.mean_C[None], x.flatten(0, 1)) for x in seen[teacher])
-        constants[f"constant/{head} {part}"] = measure.report(same)
-    if not rows:
-        raise ValueError(f"no head is named after a teacher among {sorted(test.patches)}")
-    rows |= constants
-    for model in sorted({name.partition("/")[0] for name in rows}):
-        values = [row["value"] for name, row in rows.items() if name.startswith(f"{model}/")]
-        values = [value for value in values if value is not None] or [math.nan]
-        mean = {"value": sum(values) / len(values), "parts": len(values)}
-        rows[f"{model} mean"] = finite(mean, value="no part has one")
-    return rows
-
-
-def same_grid(*maps: Tensor) -> list[Tensor]:
-    """Maps on the grid (min h, min w), as the losses compare them."""
-    h, w = min(x.shape[0] for x in maps), min(x.shape[1] for x in maps)
-    return [resize_map(x, h, w) for x in maps]
-
-
-# ---- Linear probe and segmentation
-
-
-@dataclass
-class Probe:
-    """BatchNorm and a linear layer (on maps: a 1x1 convolution), folded, for G settings at once."""
-
-    weight_GCK: Tensor
-    bias_GK: Tensor
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """(M, C) -> (G, M, K) logits."""
-        return torch.einsum("mc,gck->gmk", x.float(), self.weight_GCK) + self.bias_GK[:, None]
-
-
-def linear(train: FeatureSet, test: FeatureSet, per_class: bool = False) -> Rows:
-    """Accuracy of a logistic probe on summaries, its L2 chosen on a split of the training set."""
-    test = comparable(train, test, by_label=True)
-    names, train_N, test_N = class_ids(train, test)
-    if single := [name for name, n in zip(names, train_N.bincount(), strict=True) if n < 2]:
-        raise ValueError(f"classes {single[:10]} have one training picture; choosing L2 needs two")
-    fit, held = split(len(train_N))
-    penalties, rates, rows = (0.0, 1e-4, 1e-3, 1e-2), (5e-2,) * 4, {}
-    for column, x_NC in train.summary.items():
-        probe = fit_probe(x_NC[fit], train_N[fit], len(names), rates, penalties)
-        hits_G = (probe(x_NC[held]).argmax(-1) == train_N[held]).double().mean(1)
-        l2 = penalties[int(hits_G.argmax())]
-        final = fit_probe(x_NC, train_N, len(names), rates[:1], [l2])
-        hits_N = final(test.summary[column])[0].argmax(-1) == test_N
-        rows[column] = accuracy(hits_N, test_N, names if per_class else ()) | {"l2": l2}
-    return rows
-
-
-def segmentation(
-    train: FeatureSet, test: FeatureSet, foreground: bool = False, per_class: bool = False
-) -> Rows:
-    """mIoU of a linear probe on frozen patches, over the classes present, at the masks' own size.
-
-    AMoE Sec. 6.1, but settings are chosen on the training pictures and all pixels count.
-
-    Args:
-        foreground: every class but 0 is one, and the figure is its IoU.
-    """
-    test = comparable(train, test)
-    masks, test_masks = _masks(train, "--train", foreground), _masks(test, "--test", foreground)
-    classes = 1 + max(int(m[m != VOID].max()) for m in masks + test_masks if (m != VOID).any())
-
-    def score(sums: Tensor) -> Tensor:
-        return iou(sums, classes)[..., 1] if foreground else iou(sums, classes).nanmean(-1)
-
-    rows: Rows = {}
-    for column, maps in train.patches.items():
-        probe, settings = choose_probe(maps, masks, classes, score)
-        sums_NP = overlaps(probe, test.patches[column], test_masks, classes)[:, 0]
-        rows[column] = bootstrap(sums_NP, score, why="no mask has this class") | settings
-        if per_class:
-            rows[column] |= by_class(dict(enumerate(iou(sums_NP.sum(0), classes).tolist())))
-    return rows
-
-
-def overlap(prediction_GHW: Tensor, mask_HW: Tensor, classes: int) -> Tensor:
-    """(G, 3 * classes) pixels of an image: hit, labelled, predicted; only void ones left out."""
-    settings, is_known = len(prediction_GHW), mask_HW != VOID
-    cell = torch.arange(settings)[:, None] * classes + mask_HW[is_known].long()
-    cell = cell * classes + prediction_GHW[:, is_known]
-    counts = cell.flatten().bincount(minlength=settings * classes**2)
-    counts = rearrange(counts, "(g true said) -> g true said", g=settings, true=classes)
-    return torch.cat([counts.diagonal(dim1=1, dim2=2), counts.sum(2), counts.sum(1)], dim=1)
-
-
-def iou(sums: Tensor, classes: int) -> Tensor:
-    """(..., 3 * classes) -> (..., classes); nan for a class that no mask has."""
-    hit, true, said = rearrange(sums.double(), "... (p k) -> p ... k", p=3, k=classes)
-    return torch.where(true > 0, hit / (true + said - hit), torch.nan)
-
-
-def choose_probe(
-    maps: Sequence[Tensor], masks: Sequence[Tensor], classes: int, score: Callable
-) -> tuple[Probe, dict[str, float]]:
-    """A probe of four fifths of the pictures; the fifth chooses its rate, and with two classes
-    its threshold (tokens are labelled at their centres, but pixels are scored)."""
-    rates = (4e-4, 1e-3, 4e-3, 2e-2)
-    fit, held = split(len(maps))
-    tokens_MC, labels_M = token_labels([maps[i] for i in fit], [masks[i] for i in fit])
-    probe = fit_probe(tokens_MC, labels_M, classes, rates, (0.0,) * len(rates))
-    held_maps, held_masks = [maps[i] for i in held], [masks[i] for i in held]
-
-    def best(probe: Probe) -> int:
-        return int(score(overlaps(probe, held_maps, held_masks, classes).sum(0)).argmax())
-
-    g = best(probe)
-    weight_CK, bias_GK = probe.weight_GCK[g], probe.bias_GK[g : g + 1]
-    if classes == 2:
-        odds_M = -probe(tokens_MC[:: len(tokens_MC) // 10_000 + 1])[g].diff(dim=-1)[:, 0]
-        shifts = odds_M.quantile(torch.linspace(0.02, 0.98, 25))
-        bias_GK = bias_GK + torch.stack([0 * shifts, shifts], dim=1)
-        shift = best(Probe(weight_CK.expand(25, -1, -1), bias_GK))
-        bias_GK = bias_GK[shift : shift + 1]
-    return Probe(weight_CK[None], bias_GK), {"learning_rate": rates[g]}
-
-
 def split(n: int, fraction: float = 0.2, seed: int = 0) -> tuple[list[int], list[int]]:
     """(fit, held): settings are chosen on a part of the training pictures, never on the test."""
     if n < 2:
@@ -578,200 +318,6 @@ def split(n: int, fraction: float = 0.2, seed: int = 0) -> tuple[list[int], list
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
     held = max(1, round(n * fraction))
     return order[held:], order[:held]
-
-
-# ---- Resolution and token merging
-
-
-def resolution(
-    models: Any, source: Any, sizes: Sequence[int], out: str = "", skipped: Any = None
-) -> Rows:
-    """Mode-switch curve (RADIOv2.5 Sec. 3) and scale equivariance of the patches.
-
-    A jump of a head's cosine error or fidelity from one size to the next is a mode switch.
-
-    Args:
-        sizes: sides of squares whose area a picture gets, px.
-        out: PNG for the curves, not drawn if empty.
-        skipped: a dict that gets the pictures that do not decode, key -> reason.
-    """
-    sets = [extract(models, source, size=size, title=f"{size} px") for size in sizes]
-    rows: Rows = {}
-    if skipped is not None:
-        skipped |= sets[0].skipped
-    for column in sets[0].patches:
-        rows[f"{column} scale variance"] = scale_variance([x.patches[column] for x in sets])
-    curves: dict[str, list[tuple]] = {}
-    for size, found in zip(sizes, sets, strict=True):
-        for name, row in fidelity(found, found).items():
-            head, _, part = name.rpartition(" ")
-            if part == "patches":
-                near = {"value": 1 - row["cosine"], "fidelity": row["fidelity"]}
-                curves.setdefault(head, []).append(tuple(near.values()))
-                near |= {"reason": row["reason"]} if "reason" in row else {}
-                rows[f"{head} cosine error {size} px"] = near
-    if out:
-        plot_curves(sizes, curves, out)
-    return rows
-
-
-def scale_variance(maps_by_size: Sequence[Sequence[Tensor]]) -> dict:
-    """The share of the features' variance that comes from the input's size alone (0: equivariant).
-
-    Each image's maps at all sizes go to the smallest of their grids; the variance over the sizes,
-    mean over positions, channels and images, is divided by the whole variance around the mean
-    feature (our reading of RADIOv2.5's scale equivariance, whose formula is not public).
-    """
-    parts = []
-    for maps in zip(*maps_by_size, strict=True):
-        stacked = torch.stack(same_grid(*maps)).double()
-        within, square = stacked.var(0, correction=0).mean(), stacked.square().mean()
-        parts.append(torch.cat([torch.stack([within, square]), stacked.mean((0, 1, 2))]))
-
-    def ratio(means: Tensor) -> Tensor:
-        return means[..., 0] / (means[..., 1] - means[..., 2:].square().mean(-1))
-
-    return bootstrap(torch.stack(parts), ratio, why="the features are the same everywhere")
-
-
-def merging(
-    models: Any, train_source: Any, test_source: Any, size: int, skipped: Any = None
-) -> Rows:
-    """What is left of a map when few tokens stand for it: RADIO 2.6 at equal counts.
-
-    Ways: "all" tokens, "merge" (ToMe), pixel "unshuffle" and "average", at 1/4 and 1/16 of them.
-    Figures: patch kNN and segmentation with each token copied back to its places, and reading.
-
-    Args:
-        size: side of the square that each picture becomes; its grids must be multiples of 4.
-        skipped: as in `resolution`.
-    """
-    models = {name: models[name] for name in ("teacher", "student") if name in models}
-    train, test = (
-        extract(models, source, size=(size, size), title=f"{source.name} maps")
-        for source in (train_source, test_source)
-    )
-    test = comparable(train, test)
-    if skipped is not None:
-        skipped |= train.skipped | test.skipped
-    asked, rows = questions(train, test), {}
-    for column in [c for c in train.patches if c.startswith("teacher/") or c.endswith("trunk")]:
-        h, w = grid = train.patches[column][0].shape[:2]
-        if h % 4 or w % 4:
-            raise ValueError(f"{column} has a grid of {h}x{w}, no multiple of 4; change --size")
-        for way, side in [("all", 1), *product(("merge", "unshuffle", "average"), (2, 4))]:
-            few = [reduce_map(x, way, side) for x in train.patches[column]]
-            few_test = [reduce_map(x, way, side) for x in test.patches[column]]
-            name = f"{column} {h * w // side**2} tokens, {way}"
-            full = replace(train, patches={name: [x[i].unflatten(0, grid) for x, i in few]})
-            back = [x[i].unflatten(0, grid) for x, i in few_test]
-            full_test = replace(test, patches={name: back})
-            rows[f"{name}: foreground IoU"] = segmentation(full, full_test, foreground=True)[name]
-            rows[f"{name}: patch kNN"] = patch_knn(full, full_test, name)
-            rows[f"{name}: reading"] = reading(few, few_test, grid, *asked)
-    return rows
-
-
-def reduce_map(map_hwC: Tensor, way: str, side: int) -> tuple[Tensor, Tensor]:
-    """(K, C') tokens that stand for a map, K = h w / side^2, and (h w,) which stands for each."""
-    h, w, _ = map_hwC.shape
-    if way == "merge":
-        return merge_tokens(map_hwC.flatten(0, 1).float(), (h, w), h * w // side**2)
-    index_hw = torch.arange(h)[:, None] // side * (w // side) + torch.arange(w) // side
-    if way == "unshuffle":
-        cells = rearrange(map_hwC, "(h a) (w b) c -> (h w) (a b c)", a=side, b=side)
-    else:
-        cells = reduce(map_hwC.float(), "(h a) (w b) c -> (h w) c", "mean", a=side, b=side)
-    return cells.float(), index_hw.flatten()
-
-
-def patch_knn(train: FeatureSet, test: FeatureSet, column: str) -> dict:
-    """Accuracy of single tokens in telling the mask's classes, against 10,000 training tokens."""
-    bank_MC, bank_M = token_labels(train.patches[column], _masks(train, "--train"))
-    test_MC, test_M = token_labels(test.patches[column], _masks(test, "--test"))
-    picks = torch.randperm(len(bank_M), generator=torch.Generator().manual_seed(0))[:10_000]
-    hits_M = knn_votes(bank_MC[picks], bank_M[picks], test_MC, VOID + 1).argmax(1) == test_M
-    return accuracy(rearrange(hits_M.double(), "(n p) -> n p", n=len(test.dense)).mean(1))
-
-
-# ---- Part II: the plumbing
-# ---- Controls, and features of all ranks
-
-
-class RawPixels:
-    """Control without weights: the picture at 16x16 as summary, its 8x8 patches as tokens."""
-
-    def encode(self, images: Sequence[Tensor]) -> list[Features]:
-        small = [resize(image, (16, 16)).flatten() - 0.5 for image in images]
-        return [Features({"": x}, {"": self.map(y)}) for x, y in zip(small, images, strict=True)]
-
-    def map(self, image: Tensor) -> Tensor:
-        height, width = fit_size(image.shape[1], image.shape[2], patch=8)
-        patches_PX = patchify(resize(image, (height, width)), 8)
-        return rearrange(patches_PX - 0.5, "(h w) x -> h w x", h=height // 8)
-
-
-@torch.no_grad()
-def random_control(student: Student, seed: int = 0) -> Student:
-    """Control without training: the student's network with random weights, none of them zero.
-
-    A student as training starts from it would not do. Its blocks begin as the identity, so that it
-    says the same of every picture, and its 20-NN is the order of ties. Matrices that begin as zeros
-    are drawn with the usual deviation of 1 / sqrt(inputs).
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        control = Student(student.config)
-        for weight in control.parameters():
-            if weight.ndim > 1 and not weight.any():
-                nn.init.trunc_normal_(weight, std=weight.shape[-1] ** -0.5)
-    return control.eval().to(next(student.parameters()).device)
-
-
-def _join(parts: dict[str, Features]) -> Features:
-    """One Features whose names carry the models' names in front."""
-    joined = Features({}, {})
-    for model, part in parts.items():
-        joined.summary |= {f"{model}/{name}".rstrip("/"): x for name, x in part.summary.items()}
-        joined.patches |= {f"{model}/{name}".rstrip("/"): x for name, x in part.patches.items()}
-    return joined
-
-
-def share() -> tuple[int, int]:
-    """(rank, world); (0, 1) without a process group."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def _gather(records: dict[int, Any], skipped: dict[str, str], world: int) -> FeatureSet:
-    """All ranks' pictures in the source's order: each is there once, whatever the world."""
-    if world > 1:
-        parts: list[Any] = [None] * world
-        dist.all_gather_object(parts, (records, skipped))
-        records = {i: record for part, _ in parts for i, record in part.items()}
-        skipped = {key: why for _, part in parts for key, why in part.items()}
-    if not records:
-        return FeatureSet(skipped=skipped)
-    samples, summaries, maps = zip(*(records[i] for i in sorted(records)), strict=True)
-    dense = [place for place, kept in enumerate(maps) if kept]
-    columns = maps[dense[0]] if dense else ()
-    return FeatureSet(
-        list(samples),
-        {column: torch.stack([x[column] for x in summaries]) for column in summaries[0]},
-        {column: [maps[place][column] for place in dense] for column in columns},
-        dense,
-        skipped,
-    )
-
-
-def at_size(sample: Sample, size: Any) -> Sample:
-    """A sample whose picture has about size^2 pixels and its aspect, or is (height, width)."""
-    if size is None:
-        return sample
-    if isinstance(size, int):
-        sides = sample.image.shape[:2]
-        size = [max(1, round(side * size / math.sqrt(math.prod(sides)))) for side in sides]
-    pixels = Image.fromarray(sample.image).resize(size[::-1], Image.Resampling.BICUBIC)
-    return replace(sample, image=np.array(pixels))
 
 
 # ---- Figures with their intervals
@@ -820,6 +366,12 @@ def accuracy(hits_N: Tensor, targets_N: Tensor | None = None, names: Sequence[st
     return row
 
 
+def accuracies(chances: Mapping[str, Tensor], targets_N: Tensor, names: Sequence[str]) -> Rows:
+    """Of every column's likeliest class, by its chances or votes (N, K); see `accuracy`."""
+    hits = {column: x_NK.argmax(1) == targets_N for column, x_NK in chances.items()}
+    return {column: accuracy(hits_N, targets_N, names) for column, hits_N in hits.items()}
+
+
 def by_class(figures: dict[Any, float]) -> dict[str, Any]:
     """What a row says of each class, None for those without a test picture."""
     found = finite(figures)
@@ -827,71 +379,92 @@ def by_class(figures: dict[Any, float]) -> dict[str, Any]:
     return {"per_class": found} | (reason if None in found.values() else {})
 
 
-# ---- Probes
+# ---- Texts, and retrieval
+
+TextEncoder = Callable[[Sequence[str]], Tensor]  # n strings -> (n, D)
 
 
-def fit_probe(
-    x_MC: Tensor, y_M: Tensor, classes: int, rates: Sequence[float], l2: Sequence[float], seed=0
-) -> Probe:
-    """Logistic regression by Adam, ten epochs, all settings (rate, l2) in the same pass.
+def retrieval(train: FeatureSet, test: FeatureSet, text: str) -> Rows:
+    """R@1, 5, 10 of captions by images and of images by captions, per column and ensemble.
 
-    BatchNorm's statistics are those of the whole set, so batches change nothing in it.
+    An ensemble weighs its heads by their entropy over what is searched, in either direction.
+    AMoE: image-text retrieval
     """
-    mean_C, scale_C = x_MC.mean(0), x_MC.std(0).clamp_min(1e-6).reciprocal()
-    z_MC, generator = (x_MC - mean_C) * scale_C, torch.Generator().manual_seed(seed)
-    weight_CGK = torch.zeros(x_MC.shape[1], len(rates), classes, requires_grad=True)
-    bias_GK = torch.zeros(len(rates), classes, requires_grad=True)
-    # Adam's steps do not depend on the gradient's scale: a factor on a weight is its own rate.
-    rate_G1, l2_G1, adam = torch.tensor(rates)[:, None], torch.tensor(l2)[:, None], None
-    adam = torch.optim.Adam([weight_CGK, bias_GK], lr=1.0)
-    steps = max(200, 10 * len(x_MC) // 1024)
-    for step in range(steps):
-        adam.param_groups[0]["lr"] = 0.5 + 0.5 * math.cos(math.pi * step / steps)
-        rows: Any = slice(None)  # all of a small set
-        if len(x_MC) > 1024:
-            rows = torch.randint(len(x_MC), (1024,), generator=generator)
-        scaled_CGK = weight_CGK * rate_G1
-        logits = rearrange(z_MC[rows] @ scaled_CGK.flatten(1), "m (g k) -> m k g", k=classes)
-        logits = logits + (bias_GK * rate_G1).T
-        targets = repeat(y_M[rows], "m -> m g", g=len(rates))
-        loss = F.cross_entropy(logits, targets, ignore_index=VOID) * len(rates)
-        loss = loss + (l2_G1 / 2 * scaled_CGK.square()).sum()
-        adam.zero_grad()
-        loss.backward()
-        adam.step()
-    weight_GCK = rearrange((weight_CGK * rate_G1).detach(), "c g k -> g c k") * scale_C[:, None]
-    bias_GK = (bias_GK * rate_G1).detach() - torch.einsum("c,gck->gk", mean_C, weight_GCK)
-    return Probe(weight_GCK, bias_GK)
+    test = comparable(train, test)
+    if test.broken:
+        raise ValueError(f"--test: captions without a readable picture: {test.broken[:5]}")
+    train_texts, is_train = caption_pairs(train, "--train")
+    texts, is_pair = caption_pairs(test, "--test")
+    head, embed = text_encoder(text, train_texts)
+    scores = cosines(train, test, (embed(train_texts), embed(texts)), head, embed)
+    rows: Rows = {}
+    for way in ("texts by images", "images by texts"):
+        chances = {}
+        for column, (train_NK, test_NK) in scores.items():
+            heat = calibrate(train_NK, is_train.int().argmax(1))
+            chances[column] = (test_NK / heat).softmax(1)
+        for (column, chance), k in product(add_ensembles(chances).items(), (1, 5, 10)):
+            rows[f"{column} {way} R@{k}"] = accuracy(recall_hits(chance, is_pair, k))
+        scores = {column: [side.T for side in sides] for column, sides in scores.items()}
+        is_train, is_pair = is_train.T, is_pair.T
+    return rows
 
 
-def token_labels(maps: Sequence[Tensor], masks: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """All tokens (M, C) with the label of the pixel at each one's centre (nearest downsampling)."""
-    labels = [
-        F.interpolate(mask[None, None].float(), map_hwC.shape[:2], mode="nearest-exact").flatten()
-        for map_hwC, mask in zip(maps, masks, strict=True)
-    ]
-    return torch.cat([x.flatten(0, 1) for x in maps]).float(), torch.cat(labels).long()
+def caption_pairs(found: FeatureSet, side: str) -> tuple[list[str], Tensor]:
+    """Distinct captions (a line each) and which image has which, (N, K) bool."""
+    owned = [caption.splitlines() for caption in known(found, "caption", side)]
+    texts = sorted({line for lines in owned for line in lines})
+    return texts, torch.tensor([[text in lines for text in texts] for lines in map(set, owned)])
 
 
-def overlaps(probe: Probe, maps: Sequence[Tensor], masks: Sequence[Tensor], classes: int) -> Tensor:
-    """(N, G, 3 * classes): every setting's prediction, at the resolution of each mask."""
-    found = []
-    for map_hwC, mask in zip(maps, masks, strict=True):
-        logits = rearrange(probe(map_hwC.flatten(0, 1)), "g (h w) k -> g k h w", w=map_hwC.shape[1])
-        logits = F.interpolate(logits, mask.shape, mode="bilinear", align_corners=False)
-        logits = rearrange(logits, "g k h w -> g h w k").contiguous()  # argmax is 10x faster so
-        found.append(overlap(logits.argmax(-1), mask, classes))
-    return torch.stack(found)
+def recall_hits(scores_NK: Tensor, is_pair_NK: Tensor, k: int) -> Tensor:
+    """(N,) a pair is among the first k of its row; a tie counts against it."""
+    best_N1 = scores_NK.masked_fill(~is_pair_NK, -torch.inf).amax(1, keepdim=True)
+    return ((scores_NK >= best_N1) & ~is_pair_NK).sum(1) < k
 
 
-def _masks(found: FeatureSet, side: str, foreground: bool = False) -> list[Tensor]:
-    """The masks of the pictures whose patches are kept."""
-    masks = found.known("mask", side)
-    masks = [torch.from_numpy(np.array(masks[i])) for i in found.dense]
-    return [torch.where(m == VOID, VOID, (m > 0).byte()) if foreground else m for m in masks]
+def cosines(
+    train: FeatureSet, test: FeatureSet, texts: Sequence[Tensor], head: str, embed: TextEncoder
+) -> dict[str, list[Tensor]]:
+    """Per column, the cosines (N, K) of the training and the test images with their texts.
+
+    Args: head: the one that lives in the texts' space; all others are mapped there by `aligned`.
+    """
+    found = {}
+    for column, x_NC in train.summary.items():
+        sides = [x_NC, test.summary[column]]
+        if not head or column.rpartition("/")[2] != head:
+            captions = [caption.splitlines()[0] for caption in known(train, "caption", "--train")]
+            sides = list(map(aligned(x_NC, embed(captions)), sides))
+        both = zip(sides, texts, strict=True)
+        found[column] = [F.normalize(x_NC) @ F.normalize(text_KC).T for x_NC, text_KC in both]
+    return found
 
 
-# ---- Texts
+def aligned(x_NC: Tensor, text_ND: Tensor) -> Callable[[Tensor], Tensor]:
+    """A ridge map from image features to text embeddings, for columns that never met the texts.
+
+    Fitted on training pairs, its penalty chosen on a split of them (we chose).
+    """
+    mean_C, mean_D = x_NC.mean(0).double(), text_ND.mean(0).double()
+    x_NC, text_ND = x_NC.double() - mean_C, text_ND.double() - mean_D
+
+    def solve(rows: Any, penalty: float) -> Tensor:
+        gram = x_NC[rows].T @ x_NC[rows]
+        gram.diagonal().add_(penalty * gram.diagonal().mean() + 1e-12)
+        return torch.linalg.solve(gram, x_NC[rows].T @ text_ND[rows])
+
+    fit, held = split(len(x_NC))
+    penalties = (1e-2, 1e-1, 1.0, 1e1, 1e2)
+    error = [(x_NC[held] @ solve(fit, p) - text_ND[held]).square().sum() for p in penalties]
+    map_CD = solve(slice(None), penalties[int(torch.stack(error).argmin())])
+    return lambda y_NC: ((y_NC.double() - mean_C) @ map_CD + mean_D).float()
+
+
+def calibrate(scores_NK: Tensor, targets_N: Tensor) -> float:
+    """The temperature of least cross-entropy, on training pictures."""
+    grid = torch.logspace(-3, 1, 81).tolist()
+    return min(grid, key=lambda t: float(F.cross_entropy(scores_NK / t, targets_N)))
 
 
 def text_encoder(spec: str, captions: Sequence[str]) -> tuple[str, TextEncoder]:
@@ -920,24 +493,19 @@ def text_encoder(spec: str, captions: Sequence[str]) -> tuple[str, TextEncoder]:
 def _cached_text(teacher: Any, texts: Sequence[str]) -> Tensor:
     """A tower's embeddings, kept on disk under the hash of its weights and the texts."""
     key = hashlib.sha256(json.dumps([teacher.fingerprint, list(texts)]).encode()).hexdigest()
-    path = cache_home() / "text" / f"{key}.npy"
+    path = packing.cache_home() / "text" / f"{key}.npy"
     if not path.exists():
         rows = [teacher.text(list(texts[i : i + 256])).cpu() for i in range(0, len(texts), 256)]
-        save_array(path, torch.cat(rows).numpy())
+        write_array(path, torch.cat(rows))
     return torch.from_numpy(np.load(path))
-
-
-def save_array(path: Path, array: np.ndarray) -> None:
-    """Write .npy whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    with part.open("wb") as file:
-        np.save(file, array)
-    os.replace(part, path)
 
 
 def bag_of_words(captions: Sequence[str]) -> TextEncoder:
     """Words weighted by their rareness in the captions; an unknown word counts nothing."""
+
+    def words_of(text: str) -> set[str]:
+        return set(re.findall(r"\w+", text.lower()))
+
     counts = Counter(word for caption in captions for word in words_of(caption))
     place = {word: i for i, word in enumerate(sorted(counts))}
 
@@ -951,8 +519,12 @@ def bag_of_words(captions: Sequence[str]) -> TextEncoder:
     return embed
 
 
-def words_of(text: str) -> set[str]:
-    return set(re.findall(r"\w+", text.lower()))
+def class_texts(prompts: str, names: Sequence[str], train: FeatureSet) -> list[list[str]]:
+    """What stands for each class: a file's templates, or "captions", those of its pictures."""
+    if prompts == "captions":
+        return [[x.caption or "" for x in train.samples if x.label == name] for name in names]
+    templates = read_prompts(prompts) if prompts else ["a photo of a {}."]
+    return [[template.format(name) for template in templates] for name in names]
 
 
 def read_prompts(path: str) -> list[str]:
@@ -965,21 +537,413 @@ def read_prompts(path: str) -> list[str]:
     return [match[2] if match else line.strip() for match, line in zip(quoted, lines, strict=True)]
 
 
-# ---- PCA pictures and curves
+# ---- Linear probes, and segmentation
+
+
+class Probe(NamedTuple):
+    """BatchNorm and a linear layer (on maps: a 1x1 convolution), folded, for G settings at once."""
+
+    weight_GCK: Tensor
+    bias_GK: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(M, C) -> (G, M, K) logits."""
+        return torch.einsum("mc,gck->gmk", x.float(), self.weight_GCK) + self.bias_GK[:, None]
+
+
+def linear(train: FeatureSet, test: FeatureSet, per_class: bool = False) -> Rows:
+    """Accuracy of a logistic probe on summaries, its L2 chosen on a split of the training set."""
+    test = comparable(train, test, by_label=True)
+    names, train_N, test_N = class_ids(train, test)
+    if single := [name for name, n in zip(names, train_N.bincount(), strict=True) if n < 2]:
+        raise ValueError(f"classes {single[:10]} have one training picture; choosing L2 needs two")
+    fit, held = split(len(train_N))
+    penalties, rates, rows = (0.0, 1e-4, 1e-3, 1e-2), (5e-2,) * 4, {}
+    for column, x_NC in train.summary.items():
+        probe = fit_probe(x_NC[fit], train_N[fit], len(names), rates, penalties)
+        hits_G = (probe(x_NC[held]).argmax(-1) == train_N[held]).double().mean(1)
+        l2 = penalties[int(hits_G.argmax())]
+        final = fit_probe(x_NC, train_N, len(names), rates[:1], [l2])
+        hits_N = final(test.summary[column])[0].argmax(-1) == test_N
+        rows[column] = accuracy(hits_N, test_N, names if per_class else ()) | {"l2": l2}
+    return rows
+
+
+def fit_probe(
+    x_MC: Tensor, y_M: Tensor, classes: int, rates: Sequence[float], l2: Sequence[float], seed=0
+) -> Probe:
+    """Logistic regression by Adam, ten epochs, all settings (rate, l2) in the same pass.
+
+    BatchNorm's statistics are those of the whole set, so batches change nothing in it.
+    """
+    mean_C, scale_C = x_MC.mean(0), x_MC.std(0).clamp_min(1e-6).reciprocal()
+    z_MC, generator = (x_MC - mean_C) * scale_C, torch.Generator().manual_seed(seed)
+    weight_CGK = torch.zeros(x_MC.shape[1], len(rates), classes, requires_grad=True)
+    bias_GK = torch.zeros(len(rates), classes, requires_grad=True)
+    adam = torch.optim.Adam([weight_CGK, bias_GK], lr=1.0)
+    # Adam's steps do not depend on the gradient's scale: a factor on a weight is its own rate.
+    rate_G1, l2_G1 = torch.tensor(rates)[:, None], torch.tensor(l2)[:, None]
+    steps = max(200, 10 * len(x_MC) // 1024)
+    for step in range(steps):
+        adam.param_groups[0]["lr"] = 0.5 + 0.5 * math.cos(math.pi * step / steps)
+        rows: Any = slice(None)  # all of a small set
+        if len(x_MC) > 1024:
+            rows = torch.randint(len(x_MC), (1024,), generator=generator)
+        scaled_CGK = weight_CGK * rate_G1
+        logits = rearrange(z_MC[rows] @ scaled_CGK.flatten(1), "m (g k) -> m k g", k=classes)
+        logits = logits + (bias_GK * rate_G1).T
+        targets = repeat(y_M[rows], "m -> m g", g=len(rates))
+        loss = F.cross_entropy(logits, targets, ignore_index=VOID) * len(rates)
+        loss = loss + (l2_G1 / 2 * scaled_CGK.square()).sum()
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+    weight_GCK = rearrange((weight_CGK * rate_G1).detach(), "c g k -> g c k") * scale_C[:, None]
+    bias_GK = (bias_GK * rate_G1).detach() - torch.einsum("c,gck->gk", mean_C, weight_GCK)
+    return Probe(weight_GCK, bias_GK)
+
+
+def segmentation(
+    train: FeatureSet, test: FeatureSet, foreground: bool = False, per_class: bool = False
+) -> Rows:
+    """mIoU of a linear probe on frozen patches, over the classes present, at the masks' own size.
+
+    AMoE: segmentation, but settings are chosen on the training pictures and all pixels count.
+
+    Args: foreground: every class but 0 is one, and the figure is its IoU.
+    """
+    test = comparable(train, test)
+    masks, test_masks = _masks(train, "--train", foreground), _masks(test, "--test", foreground)
+    classes = 1 + max(int(m[m != VOID].max()) for m in masks + test_masks if (m != VOID).any())
+
+    def score(sums: Tensor) -> Tensor:
+        return iou(sums, classes)[..., 1] if foreground else iou(sums, classes).nanmean(-1)
+
+    rows: Rows = {}
+    for column, maps in train.patches.items():
+        probe, settings = choose_probe(maps, masks, classes, score)
+        sums_NP = overlaps(probe, test.patches[column], test_masks, classes)[:, 0]
+        rows[column] = bootstrap(sums_NP, score, why="no mask has this class") | settings
+        if per_class:
+            rows[column] |= by_class(dict(enumerate(iou(sums_NP.sum(0), classes).tolist())))
+    return rows
+
+
+def choose_probe(
+    maps: Sequence[Tensor], masks: Sequence[Tensor], classes: int, score: Callable
+) -> tuple[Probe, dict[str, float]]:
+    """A probe of four fifths of the pictures; the fifth chooses its rate, and with two classes
+    its threshold (tokens are labelled at their centres, but pixels are scored)."""
+    rates = (4e-4, 1e-3, 4e-3, 2e-2)
+    fit, held = split(len(maps))
+    tokens_MC, labels_M = token_labels([maps[i] for i in fit], [masks[i] for i in fit])
+    probe = fit_probe(tokens_MC, labels_M, classes, rates, (0.0,) * len(rates))
+    held_maps, held_masks = [maps[i] for i in held], [masks[i] for i in held]
+
+    def best(probe: Probe) -> int:
+        return int(score(overlaps(probe, held_maps, held_masks, classes).sum(0)).argmax())
+
+    g = best(probe)
+    weight_CK, bias_GK = probe.weight_GCK[g], probe.bias_GK[g : g + 1]
+    if classes == 2:
+        odds_M = -probe(tokens_MC[:: len(tokens_MC) // 10_000 + 1])[g].diff(dim=-1)[:, 0]
+        shifts = odds_M.quantile(torch.linspace(0.02, 0.98, 25))
+        bias_GK = bias_GK + torch.stack([0 * shifts, shifts], dim=1)
+        shift = best(Probe(weight_CK.expand(25, -1, -1), bias_GK))
+        bias_GK = bias_GK[shift : shift + 1]
+    return Probe(weight_CK[None], bias_GK), {"learning_rate": rates[g]}
+
+
+def _masks(found: FeatureSet, side: str, foreground: bool = False) -> list[Tensor]:
+    """The masks of the pictures whose patches are kept."""
+    masks = known(found, "mask", side)
+    masks = [torch.from_numpy(np.array(masks[i])) for i in found.dense]
+    return [torch.where(m == VOID, VOID, (m > 0).byte()) if foreground else m for m in masks]
+
+
+def token_labels(maps: Sequence[Tensor], masks: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """All tokens (M, C) with the label of the pixel at each one's centre (nearest downsampling)."""
+    labels = [
+        F.interpolate(mask[None, None].float(), map_hwC.shape[:2], mode="nearest-exact").flatten()
+        for map_hwC, mask in zip(maps, masks, strict=True)
+    ]
+    return torch.cat([x.flatten(0, 1) for x in maps]).float(), torch.cat(labels).long()
+
+
+def overlaps(probe: Probe, maps: Sequence[Tensor], masks: Sequence[Tensor], classes: int) -> Tensor:
+    """(N, G, 3 * classes): every setting's prediction, at the resolution of each mask."""
+    found = []
+    for map_hwC, mask in zip(maps, masks, strict=True):
+        logits = rearrange(probe(map_hwC.flatten(0, 1)), "g (h w) k -> g k h w", w=map_hwC.shape[1])
+        logits = F.interpolate(logits, mask.shape, mode="bilinear", align_corners=False)
+        logits = rearrange(logits, "g k h w -> g h w k").contiguous()  # argmax is 10x faster so
+        found.append(overlap(logits.argmax(-1), mask, classes))
+    return torch.stack(found)
+
+
+def overlap(prediction_GHW: Tensor, mask_HW: Tensor, classes: int) -> Tensor:
+    """(G, 3 * classes) pixels of an image: hit, labelled, predicted; only void ones left out."""
+    settings, is_known = len(prediction_GHW), mask_HW != VOID
+    cell = torch.arange(settings)[:, None] * classes + mask_HW[is_known].long()
+    cell = cell * classes + prediction_GHW[:, is_known]
+    counts = cell.flatten().bincount(minlength=settings * classes**2)
+    counts = rearrange(counts, "(g true said) -> g true said", g=settings, true=classes)
+    return torch.cat([counts.diagonal(dim1=1, dim2=2), counts.sum(2), counts.sum(1)], dim=1)
+
+
+def iou(sums: Tensor, classes: int) -> Tensor:
+    """(..., 3 * classes) -> (..., classes); nan for a class that no mask has."""
+    hit, true, said = rearrange(sums.double(), "... (p k) -> p ... k", p=3, k=classes)
+    return torch.where(true > 0, hit / (true + said - hit), torch.nan)
+
+
+# ---- Fidelity of all heads, mode switches, and scale equivariance
+
+
+def fidelity(train: FeatureSet, test: FeatureSet) -> Rows:
+    """Every head against the teacher of its name ("student/vit-s" against "teacher/vit-s").
+
+    Returns: a row for each head and part ("student/vit-s summary", "student/vit-s patches"), for a
+        constant, the teacher's mean in training ("constant/vit-s summary", ...), and the mean of
+        the variance explained over a model's parts ("student mean", "constant mean"). The heads of
+        the random control do not answer in a teacher's space and have none.
+    """
+    rows: Rows = {}
+    constants: Rows = {}
+    sides = []
+    for found in (train, test):  # a summary is a map of one token
+        summaries = {name: list(x_NC[:, None, None]) for name, x_NC in found.summary.items()}
+        sides.append({"summary": summaries, "patches": found.patches})
+    for teacher, part in product(test.patches, sides[0]):
+        (bank, seen), head = (side[part] for side in sides), teacher.removeprefix("teacher/")
+        names = [x for x in seen if x.partition("/")[2] == head and x != f"random/{head}"]
+        if teacher not in names or len(names) == 1:
+            continue
+        measure = Fidelity([x.flatten(0, 1) for x in bank[teacher]])
+        for name in names:
+            if name != teacher:
+                pairs = zip(seen[name], seen[teacher], strict=True)
+                tokens = ([x.flatten(0, 1) for x in same_grid(*pair)] for pair in pairs)
+                rows[f"{name} {part}"] = measure.report(tokens)
+        same = ((measure.mean_C[None], x.flatten(0, 1)) for x in seen[teacher])
+        constants[f"constant/{head} {part}"] = measure.report(same)
+    if not rows:
+        raise ValueError(f"no head is named after a teacher among {sorted(test.patches)}")
+    rows |= constants
+    for model in sorted({name.partition("/")[0] for name in rows}):
+        values = [row["value"] for name, row in rows.items() if name.startswith(f"{model}/")]
+        values = [value for value in values if value is not None] or [math.nan]
+        mean = {"value": sum(values) / len(values), "parts": len(values)}
+        rows[f"{model} mean"] = finite(mean, value="no part has one")
+    return rows
+
+
+def same_grid(*maps: Tensor) -> list[Tensor]:
+    """Maps on the grid (min h, min w), as the losses compare them."""
+    h, w = (min(x.shape[axis] for x in maps) for axis in (0, 1))
+    return [resize_map(x.float(), (h, w)) for x in maps]
+
+
+def resolution(sets: Mapping[int, FeatureSet], out: str = "") -> Rows:
+    """Mode-switch curve and scale equivariance of the patches. RADIOv2.5: mode switching
+
+    A jump of a head's cosine error or fidelity from one size to the next is a mode switch.
+
+    Args:
+        sets: px -> the features of the same pictures, each with the area of a square of this side.
+        out: PNG for the curves, not drawn if empty.
+    """
+    columns = next(iter(sets.values())).patches
+    rows = {
+        f"{c} scale variance": scale_variance([x.patches[c] for x in sets.values()])
+        for c in columns
+    }
+    curves: dict[str, list[tuple]] = {}
+    for size, found in sets.items():
+        for name, row in fidelity(found, found).items():
+            head, _, part = name.rpartition(" ")
+            if part == "patches":
+                near = {"value": 1 - row["cosine"], "fidelity": row["fidelity"]}
+                curves.setdefault(head, []).append(tuple(near.values()))
+                near |= {"reason": row["reason"]} if "reason" in row else {}
+                rows[f"{head} cosine error {size} px"] = near
+    if out:
+        plot_curves(list(sets), curves, out)
+    return rows
+
+
+def scale_variance(maps_by_size: Sequence[Sequence[Tensor]]) -> dict:
+    """The share of the features' variance that comes from the input's size alone (0: equivariant).
+
+    Each image's maps at all sizes go to the smallest of their grids; the variance over the sizes,
+    mean over positions, channels and images, is divided by the whole variance around the mean
+    feature (our reading of RADIOv2.5: scale equivariance, whose formula is not public).
+    """
+    parts = []
+    for maps in zip(*maps_by_size, strict=True):
+        stacked = torch.stack(same_grid(*maps)).double()
+        within, square = stacked.var(0, correction=0).mean(), stacked.square().mean()
+        parts.append(torch.cat([torch.stack([within, square]), stacked.mean((0, 1, 2))]))
+
+    def share(means: Tensor) -> Tensor:
+        return means[..., 0] / (means[..., 1] - means[..., 2:].square().mean(-1))
+
+    return bootstrap(torch.stack(parts), share, why="the features are the same everywhere")
+
+
+def plot_curves(sizes: Sequence[int], curves: Mapping[str, Sequence], out: str) -> None:
+    """Cosine error and fidelity against the input's size, a line per head."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    for i, axis in enumerate(figure.subplots(1, 2)):
+        for head, points in curves.items():
+            axis.plot(sizes, [point[i] for point in points], marker="o", label=head)
+        axis.set(xlabel="input size, px", title=("cosine error", "fidelity")[i])
+    axis.legend()
+    figure.savefig(out, dpi=150)
+
+
+# ---- Token merging
+
+
+def merging(train: FeatureSet, test: FeatureSet) -> Rows:
+    """What is left of a map when few tokens stand for it. RADIOv2.5: token merging
+
+    Ways: "all" tokens, "merge" (ToMe), pixel "unshuffle" and "average", at 1/4 and 1/16 of them.
+    Figures: patch kNN and segmentation with each token copied back to its places. All grids of a
+    column are one, of multiples of 4.
+    """
+    test, rows = comparable(train, test), {}
+    for column in [c for c in train.patches if c.startswith("teacher/") or c == "student/trunk"]:
+        h, w = train.patches[column][0].shape[:2]
+        if h % 4 or w % 4:
+            raise ValueError(f"{column} has a grid of {h}x{w}, no multiple of 4; change --size")
+        for way, side in [("all", 1), *product(("merge", "unshuffle", "average"), (2, 4))]:
+            name = f"{column} {h * w // side**2} tokens, {way}"
+            sides = [
+                replace(
+                    found,
+                    patches={name: [copied_back(x, way, side) for x in found.patches[column]]},
+                )
+                for found in (train, test)
+            ]
+            rows[f"{name}: foreground IoU"] = segmentation(*sides, foreground=True)[name]
+            rows[f"{name}: patch kNN"] = patch_knn(*sides, name)
+    return rows
+
+
+def copied_back(map_hwC: Tensor, way: str, side: int) -> Tensor:
+    """A map (h, w, C') in which each place has the token that stands for it, see `reduce_map`."""
+    tokens_KC, index_P = reduce_map(map_hwC, way, side)
+    return tokens_KC[index_P].unflatten(0, map_hwC.shape[:2])
+
+
+def reduce_map(map_hwC: Tensor, way: str, side: int) -> tuple[Tensor, Tensor]:
+    """(K, C') tokens that stand for a map, K = h w / side^2, and (h w,) which stands for each."""
+    h, w, _ = map_hwC.shape
+    if way == "merge":
+        return merge_tokens(map_hwC.flatten(0, 1).float(), (h, w), h * w // side**2)
+    index_hw = torch.arange(h)[:, None] // side * (w // side) + torch.arange(w) // side
+    if way == "unshuffle":
+        cells = rearrange(map_hwC, "(h a) (w b) c -> (h w) (a b c)", a=side, b=side)
+    else:
+        cells = reduce(map_hwC.float(), "(h a) (w b) c -> (h w) c", "mean", a=side, b=side)
+    return cells.float(), index_hw.flatten()
+
+
+def patch_knn(train: FeatureSet, test: FeatureSet, column: str) -> dict:
+    """Accuracy of single tokens in telling the mask's classes, against 10,000 training tokens."""
+    bank_MC, bank_M = token_labels(train.patches[column], _masks(train, "--train"))
+    test_MC, test_M = token_labels(test.patches[column], _masks(test, "--test"))
+    picks = torch.randperm(len(bank_M), generator=torch.Generator().manual_seed(0))[:10_000]
+    hits_M = knn_votes(bank_MC[picks], bank_M[picks], test_MC, VOID + 1).argmax(1) == test_M
+    return accuracy(rearrange(hits_M.double(), "(n p) -> n p", n=len(test.dense)).mean(1))
+
+
+# ---- Controls, and features of all ranks
+
+
+class RawPixels:
+    """Control without weights: the picture at 16x16 as summary, its 8x8 patches as tokens."""
+
+    def encode(self, images: Sequence[Tensor]) -> list[Features]:
+        small = [resize(image, (16, 16)).flatten() - 0.5 for image in images]
+        return [Features({"": x}, {"": self.map(y)}) for x, y in zip(small, images, strict=True)]
+
+    def map(self, image: Tensor) -> Tensor:
+        height, width = packing.fit_size(image.shape[1], image.shape[2], patch=8)
+        patches_PX = packing.patchify(resize(image, (height, width)), 8)
+        return rearrange(patches_PX - 0.5, "(h w) x -> h w x", h=height // 8)
+
+
+@torch.no_grad()
+def random_control(student: Student, seed: int = 0) -> Student:
+    """Control without training: the student's network with random weights, none of them zero.
+
+    A student as training starts from it would not do. Its blocks begin as the identity, so that it
+    says the same of every picture, and its 20-NN is the order of ties. Matrices that begin as zeros
+    are drawn with the usual deviation of 1 / sqrt(inputs).
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        control = Student(student.config)
+        for weight in control.parameters():
+            if weight.ndim > 1 and not weight.any():
+                nn.init.trunc_normal_(weight, std=weight.shape[-1] ** -0.5)
+    return control.eval().to(next(student.parameters()).device)
+
+
+def _join(parts: dict[str, Features]) -> Features:
+    """One Features whose names carry the models' names in front."""
+    joined = Features({}, {})
+    for model, part in parts.items():
+        joined.summary |= {f"{model}/{name}".rstrip("/"): x for name, x in part.summary.items()}
+        joined.patches |= {f"{model}/{name}".rstrip("/"): x for name, x in part.patches.items()}
+    return joined
+
+
+def _gather(
+    records: dict[int, tuple], skipped: dict[str, str], at_scan: dict[str, str]
+) -> FeatureSet:
+    """All ranks' pictures in the source's order: each is there once, whatever the world."""
+    parts: list[Any] = [(records, skipped)]
+    if (world := rank_and_world()[1]) > 1:
+        parts = [None] * world
+        dist.all_gather_object(parts, (records, skipped))
+    records = {i: record for part, _ in parts for i, record in part.items()}
+    skipped = {key: why for _, part in parts for key, why in part.items()}
+    rows = [records[i] for i in sorted(records)]
+    dense = [n for n, (_, _, maps) in enumerate(rows) if maps]
+    return FeatureSet(
+        [sample for sample, _, _ in rows],
+        {c: torch.stack([x[c] for _, x, _ in rows]) for c in (rows[0][1] if rows else ())},
+        {c: [rows[n][2][c] for n in dense] for c in (rows[dense[0]][2] if dense else ())},
+        dense,
+        at_scan | skipped,
+        [*skipped],
+    )
+
+
+def at_size(sample: Sample, size: Any) -> Sample:
+    """A sample whose picture has about size^2 pixels and its aspect, or is (height, width)."""
+    if size is None:
+        return sample
+    if isinstance(size, int):
+        sides = sample.image.shape[:2]
+        size = [max(1, round(side * size / math.sqrt(math.prod(sides)))) for side in sides]
+    pixels = Image.fromarray(sample.image).resize(size[::-1], Image.Resampling.BICUBIC)
+    return replace(sample, image=np.array(pixels))
+
+
+# ---- PCA pictures
 
 
 def first_pictures(source: Any, count: int) -> tuple[list[Sample], dict[str, str]]:
     """The first `count` pictures that decode; and those before them that do not, key -> reason."""
-    found: list[Sample] = []
     skipped: dict[str, str] = {}
-    for i in range(len(source)):
-        if len(found) == count:
-            break
-        try:
-            found.append(source.load(i, (LARGEST, LARGEST)))
-        except BadImage as error:
-            skipped[source.key(i)] = str(error)
-    return found, skipped
+    found = packing.readable(source, range(len(source)), skipped, (LARGEST, LARGEST))
+    return [sample for _, sample in islice(found, count)], skipped
 
 
 def pca_sheet(
@@ -1076,171 +1040,60 @@ def _draw_sheet(columns: dict[str, list[Image.Image]], cell: int) -> Image.Image
     return sheet
 
 
-def plot_curves(sizes: Sequence[int], curves: Mapping[str, Sequence], out: str) -> None:
-    """Cosine error and fidelity against the input's size, a line per head."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3.5), layout="constrained")
-    for i, axis in enumerate(figure.subplots(1, 2)):
-        for head, points in curves.items():
-            axis.plot(sizes, [point[i] for point in points], marker="o", label=head)
-        axis.set(xlabel="input size, px", title=("cosine error", "fidelity")[i])
-    axis.legend()
-    figure.savefig(out, dpi=150)
-
-
-# ---- Questions that a small reader answers
-
-
-def questions(train: FeatureSet, test: FeatureSet) -> tuple[Tensor, Tensor]:
-    """(N, 4) answers to: what is it, its caption's last word, where (of 3x3), how large (of 4).
-
-    -1 where a picture has no such answer: a label or word that training lacks, an empty mask.
-    """
-    counts = Counter(map(_last_word, train.samples))
-    words = sorted(word for word, count in counts.items() if word and count >= 5)
-    labels = sorted({str(sample.label) for sample in train.samples})
-
-    def answers(sample: Sample) -> list[int]:
-        names = (str(sample.label), labels), (_last_word(sample), words)
-        known = [among.index(name) if name in among else -1 for name, among in names]
-        rows, columns = np.nonzero(np.asarray(sample.mask))
-        if not len(rows):
-            return [*known, -1, -1]
-        height, width = np.asarray(sample.mask).shape
-        place = 3 * (3 * rows.mean() // height) + 3 * columns.mean() // width
-        share = len(rows) / (height * width)
-        return [*known, int(place), sum(share > limit for limit in (0.1, 0.2, 0.4))]
-
-    sides = ([answers(sample) for sample in found.samples] for found in (train, test))
-    train_NQ, test_NQ = map(torch.tensor, sides)
-    return train_NQ, test_NQ
-
-
-def _last_word(sample: Sample) -> str:
-    """Of the first name in the caption: "grinning face, tractor" gives "face"."""
-    return (sample.caption or "").partition(",")[0].rpartition(" ")[2]
-
-
-class Reader(nn.Module):
-    """A language model's way to read tokens, at its smallest: every question attends once."""
-
-    def __init__(self, width: int, answers: Sequence[int], dim: int = 128):
-        super().__init__()
-        self.project = nn.Sequential(nn.Linear(width, dim), nn.LayerNorm(dim))
-        self.question_QD = nn.Parameter(torch.randn(len(answers), dim))
-        self.attention = nn.MultiheadAttention(dim, 4, batch_first=True)
-        self.answer = nn.ModuleList(nn.Linear(dim, count) for count in answers)
-
-    def forward(self, tokens_NKC: Tensor) -> list[Tensor]:
-        """Logits (N, answers) of each question."""
-        x_NKD = self.project(tokens_NKC)
-        question = repeat(self.question_QD, "q d -> n q d", n=len(x_NKD))
-        read = question + self.attention(question, x_NKD, x_NKD)[0]
-        return [layer(read[:, q]) for q, layer in enumerate(self.answer)]
-
-
-def reading(train: Sequence, test: Sequence, grid: Any, train_NQ: Tensor, test_NQ: Tensor) -> dict:
-    """Share of questions that a trained `Reader` answers right on held-out pictures.
-
-    Args:
-        train, test: (tokens (K, C), index (h w,)) of each picture, see `reduce_map`. A token also
-            carries the mean row and column of its members, as a prompt's order would tell.
-    """
-    place_P2 = torch.cartesian_prod(*(torch.linspace(-1, 1, n) for n in grid))
-
-    def placed(tokens_KC: Tensor, index_P: Tensor) -> Tensor:
-        sums_K2 = torch.zeros(len(tokens_KC), 2).index_add_(0, index_P, place_P2)
-        return torch.cat([tokens_KC, sums_K2 / index_P.bincount()[:, None]], 1)
-
-    train_NKC, test_NKC = (torch.stack([placed(*one) for one in side]) for side in (train, test))
-    mean_C, scale_C = train_NKC.mean((0, 1)), train_NKC.std((0, 1)).clamp_min(1e-6)
-    reader = train_reader((train_NKC - mean_C) / scale_C, train_NQ)
-    with torch.no_grad():
-        logits = reader((test_NKC - mean_C) / scale_C)
-    is_asked_NQ = test_NQ >= 0
-    is_right_NQ = torch.stack([x.argmax(1) for x in logits], 1).eq(test_NQ) & is_asked_NQ
-    parts_NP = torch.stack([is_right_NQ.sum(1), is_asked_NQ.sum(1)], 1)
-    return bootstrap(
-        parts_NP, lambda means: means[..., 0] / means[..., 1], why="no question has an answer"
-    )
-
-
-def train_reader(tokens_NKC: Tensor, answers_NQ: Tensor, steps: int = 300) -> Reader:
-    """Fit a `Reader` by AdamW; unanswered questions (-1) teach nothing."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        reader = Reader(tokens_NKC.shape[-1], (answers_NQ.amax(0) + 1).clamp_min(1).tolist())
-    adam, generator = torch.optim.AdamW(reader.parameters(), 1e-3), torch.Generator().manual_seed(0)
-    for _ in range(steps):
-        rows = torch.randint(len(answers_NQ), (64,), generator=generator)
-        pairs = zip(reader(tokens_NKC[rows]), answers_NQ[rows].T, strict=True)
-        losses = [F.cross_entropy(x, y, ignore_index=-1, reduction="sum") for x, y in pairs]
-        adam.zero_grad()
-        (torch.stack(losses).sum() / len(rows)).backward()
-        adam.step()
-    return reader
-
-
-def resize_map(map_hwC: Tensor, h: int, w: int) -> Tensor:
-    """A map on a smaller grid, each axis by antialiased bilinear interpolation."""
-    if map_hwC.shape[:2] == (h, w):
-        return map_hwC.float()
-    # By a matrix for each axis: torch 2.13 on CPU gets maps that become one column wide wrong.
-    sides = zip(map_hwC.shape[:2], (h, w), strict=True)
-    rows, columns = (
-        F.interpolate(torch.eye(n)[None, None], (to, n), mode="bilinear", antialias=True)[0, 0]
-        for n, to in sides
-    )
-    return torch.einsum("ih,hwc,jw->ijc", rows, map_hwC.float(), columns)
-
-
 # ---- Features on disk
 
 
 def write_features(
-    models: Any, source: Any, out: str, maps: bool, size: Any, shard: int = 1024,
-    skipped: Any = None,
-) -> Rows:  # fmt: skip
+    models: Any, source: Any, out: str, maps: bool, size: Any, shard: int = 1024
+) -> tuple[Rows, dict[str, str]]:
     """Write features of a source as .npy shards; run again, it goes on where it stopped.
 
     COLUMN-00000.summary.npy is (n, C) float32; with maps, COLUMN-00000.patches.npy is (tokens, C)
     float16, images end to end. 00000.json, written last, names the pictures and their grids.
+
+    Returns: a row per shard, and the pictures left out, key -> reason.
     """
-    folder, rows = Path(out), {}
+    folder, rows, skipped = Path(out), {}, dict[str, str]()
     state = [source.fingerprint(), *map(identity, models.values()), maps, size, shard]
-    mark = hashlib.sha256(repr(state).encode()).hexdigest()
+    made_from = hashlib.sha256(repr(state).encode()).hexdigest()
     for start in range(0, len(source), shard):
         index = folder / f"{start // shard:05d}.json"
         if index.exists():
-            if json.loads(index.read_text())["made_from"] != mark:
+            if json.loads(index.read_text())["made_from"] != made_from:
                 raise ValueError(f"{index} is of another source, model or size; change --out")
             continue
         part = Subset(source, range(start, min(start + shard, len(source))))
         found = extract(models, part, None if maps else 0, size, title=index.stem)
-        if share()[0] == 0:
-            _write_shard(found, index, mark)
+        if rank_and_world()[0] == 0:
+            _write_shard(found, index, made_from)
         rows[index.name] = {"value": len(found.samples), "skipped": len(found.skipped)}
-        if skipped is not None:
-            skipped |= found.skipped
-    return rows
+        skipped |= found.skipped
+    return rows, skipped
 
 
-def _write_shard(found: FeatureSet, index: Path, mark: str) -> None:
+def _write_shard(found: FeatureSet, index: Path, made_from: str) -> None:
     """One shard's arrays, then its index."""
     arrays = {(column, "summary"): x_NC for column, x_NC in found.summary.items()}
     for column, maps in found.patches.items():
         arrays[column, "patches"] = torch.cat([x.flatten(0, 1) for x in maps])
     for (column, kind), array in arrays.items():
-        name = f"{column.replace('/', '.')}-{index.stem}.{kind}.npy"
-        save_array(index.with_name(name), array.numpy())
+        write_array(index.with_name(f"{column.replace('/', '.')}-{index.stem}.{kind}.npy"), array)
     grids = {column: [list(x.shape[:2]) for x in maps] for column, maps in found.patches.items()}
     about = ("key", "digest", "label", "caption")
     pictures = [{name: getattr(sample, name) for name in about} for sample in found.samples]
-    record = {"made_from": mark, "pictures": pictures, "grids": grids, "skipped": found.skipped}
-    part = index.with_suffix(".part")
-    part.write_text(json.dumps(record, allow_nan=False))
-    os.replace(part, index)
+    record = {
+        "made_from": made_from,
+        "pictures": pictures,
+        "grids": grids,
+        "skipped": found.skipped,
+    }
+    packing.write_whole(index, json.dumps(record, allow_nan=False).encode())
+
+
+def write_array(path: Path, array: Tensor) -> None:
+    """Write .npy whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    packing.write_whole(path, lambda file: np.save(file, array.numpy()))
 
 
 def identity(model: Any) -> str:
@@ -1270,10 +1123,8 @@ def final_report(
     """
     if not len(test_source):
         return {"left out": {"the report": "no picture is held out"}, "skipped": {}}
-    models = {"teacher": teachers, "student": student, "random": control}
-    models["pixels"] = RawPixels()
-    counts = [(source, min(limit, len(source))) for source in (train_source, test_source)]
-    some = [Subset(source, [i * len(source) // n for i in range(n)]) for source, n in counts]
+    models = {"teacher": teachers, "student": student, "random": control, "pixels": RawPixels()}
+    some = [Subset(s, packing.evenly(len(s), limit)) for s in (train_source, test_source)]
     # Maps of 200 training pictures are plenty for the foreground probe and patch statistics.
     train = extract(models, some[0], 200, title="evaluate: train")
     test = extract(models, some[1], title="evaluate: held out")
@@ -1291,18 +1142,17 @@ def final_report(
 def format_table(report: Mapping[str, Any]) -> str:
     """The report of `final_report` as text for a terminal or a README."""
     titles = {
-        "knn": "20-NN accuracy",
-        "foreground": "foreground IoU, linear probe",
-        "fidelity": "variance of the teacher explained",
+        "knn": ("20-NN accuracy",),
+        "foreground": ("foreground IoU, linear probe",),
+        "fidelity": ("variance of the teacher explained", ("centred_cosine", "fidelity")),
     }
-    keys = ("centred_cosine", "fidelity")
     tables = [
-        format_rows(title, report[name], keys if name == "fidelity" else ())
-        for name, title in titles.items()
+        format_rows(title, report[name], *keys)
+        for name, (title, *keys) in titles.items()
         if name in report
     ]
     missing = [f"{name}: {why}" for name, why in report["left out"].items()]
-    missing += left_out(report.get("skipped", {}), 3)
+    missing += packing.left_out(report.get("skipped", {}), 3)
     return "\n\n".join([*tables, *(f"left out: {line}" for line in missing)])
 
 
@@ -1325,27 +1175,32 @@ def format_rows(title: str, rows: Rows, keys: Sequence[str] = ()) -> str:
 # ---- Command line
 
 
-def run_pca(args: argparse.Namespace, models: Any, _: Any, test: Any) -> Rows:
-    pictures, skipped = first_pictures(test, args.count)
-    args.skipped |= skipped
-    pca_sheet(args.out or "pca.png", pictures, models, args.sizes or [args.size])
-    return {args.out or "pca.png": {"value": len(pictures)}}
+def on_features(protocol: Callable[..., Rows], dense: int | None = 0) -> Callable[..., tuple]:
+    """A protocol on (args, feature sets) as a task; see TASKS."""
 
-
-def on_features(protocol: Callable[..., Rows], dense: int | None = 0) -> Callable[..., Rows]:
-    """A protocol on (args, train features, test features) as one on models and sources."""
-
-    def run(args: argparse.Namespace, models: Any, *sources: Any) -> Rows:
-        train, test = (extract(models, s, dense, args.size, title=s.name) for s in sources)
-        rows = protocol(args, train, test)
-        args.skipped |= train.skipped | test.skipped
-        return rows
+    def run(args: argparse.Namespace, models: Any, train: Any, test: Any) -> tuple:
+        needs = TASKS[args.task][0]
+        sizes = args.sizes if "sizes" in needs else [args.size]
+        pairs = product([train, test] if "train" in needs else [test], sizes)
+        sets = [
+            extract(models, x, dense, size, title=f"{x.name} {size or ''}") for x, size in pairs
+        ]
+        rows = protocol(args, *sets)
+        return rows, {key: why for found in sets for key, why in found.skipped.items()}
 
     return run
 
 
-# name -> (the options that it needs, protocol on models, train source and test source)
-TASKS: dict[str, tuple[str, Callable[..., Rows]]] = {
+def run_pca(args: argparse.Namespace, models: Any, _: Any, test: Any) -> tuple:
+    pictures, skipped = first_pictures(test, args.count)
+    out = args.out or "pca.png"
+    pca_sheet(out, pictures, models, args.sizes or [args.size])
+    return {out: {"value": len(pictures)}}, skipped
+
+
+# name -> (the options that it needs, (args, models, train source, test source) -> rows and what
+# was left out, key -> reason)
+TASKS: dict[str, tuple[str, Callable[..., tuple[Rows, dict[str, str]]]]] = {
     "knn": ("train test", on_features(lambda a, x, y: knn(x, y, a.k, a.per_class))),
     "linear": ("train test", on_features(lambda a, x, y: linear(x, y, a.per_class))),
     "zero-shot": ("train test text", on_features(
@@ -1354,11 +1209,10 @@ TASKS: dict[str, tuple[str, Callable[..., Rows]]] = {
     "segmentation": ("train test", on_features(
         lambda a, x, y: segmentation(x, y, a.foreground, a.per_class), dense=None)),
     "pca": ("test", run_pca),
-    "resolution": ("test sizes", lambda a, m, _, test: resolution(
-        m, test, a.sizes, a.out, a.skipped)),
-    "merging": ("train test size", lambda a, m, x, y: merging(m, x, y, a.size, a.skipped)),
-    "features": ("test out", lambda a, m, _, test: write_features(
-        m, test, a.out, a.maps, a.size, skipped=a.skipped)),
+    "resolution": ("test sizes", on_features(
+        lambda a, *x: resolution(dict(zip(a.sizes, x, strict=True)), a.out), dense=None)),
+    "merging": ("train test size", on_features(lambda _, x, y: merging(x, y), dense=None)),
+    "features": ("test out", lambda a, m, _, test: write_features(m, test, a.out, a.maps, a.size)),
 }  # fmt: skip
 
 
@@ -1388,6 +1242,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"{args.task} needs {' and '.join(f'--{name}' for name in missing)}")
     if not args.student and not args.teacher:
         parser.error("nothing to score: pass --student CHECKPOINT, --teacher NAME=PATH or both")
+    if args.task == "merging":  # squares, so that all grids are equal
+        args.size = (args.size, args.size)
     return args
 
 
@@ -1397,7 +1253,7 @@ def load_models(args: argparse.Namespace, device: torch.device) -> dict[str, Any
     for teacher in teachers:
         teacher.precision = "auto"  # as the students: bf16 on CUDA
     models: dict[str, Any] = {"teacher": {t.name: t for t in teachers}} if teachers else {}
-    controls = not args.no_controls and args.task not in ("pca", "features")
+    controls = not args.no_controls and args.task not in ("pca", "features", "merging")
     if args.student:
         models["student"] = load_student(args.student, device=str(device))
         if controls:
@@ -1407,18 +1263,19 @@ def load_models(args: argparse.Namespace, device: torch.device) -> dict[str, Any
 
 def main(argv: Sequence[str] | None = None) -> None:
     args, start = parse_args(argv), time.time()
-    args.skipped = {}
     try:
-        group = setup_distributed(device=args.device)
-        sources = [spec and open_source(spec, args.seed) for spec in (args.train, args.test)]
-        rows = TASKS[args.task][1](args, load_models(args, group.device), *sources)
+        group = packing.setup_distributed(device=args.device)
+        sources = [
+            spec and packing.open_source(spec, args.seed) for spec in (args.train, args.test)
+        ]
+        rows, skipped = TASKS[args.task][1](args, load_models(args, group.device), *sources)
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"eval.py {args.task}: {error}")
     if group.rank == 0:
         print(format_rows(args.task, rows))
         counts = [source and len(source) for source in sources]
         result = {"task": args.task, "n_train": counts[0], "n_test": counts[1], "rows": rows}
-        result |= {"skipped": args.skipped, "seconds": round(time.time() - start, 1)}
+        result |= {"skipped": skipped, "seconds": round(time.time() - start, 1)}
         print(json.dumps(result, allow_nan=False))
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -1,11 +1,13 @@
-"""What the student is asked to match: pure functions on tensors, and the targets' normalisation.
+"""What the student is asked to match: losses on tensors, and the space of a teacher's targets.
 
-Feature losses give one value per image, which train.py averages over the global batch (AMoE
-Sec. 2.1); `arkd` compares distances between images (AMoE Sec. 2.3); `PhiS` balances teachers of
-different scale (PHI-S Sec. 3); the rest is what the papers compare these with.
+Papers: AMoE (per-image means, ARKD), PHI-S, AM-RADIO and RADIOv2.5 (cosine), C-RADIOv4 (angle and
+shift-equivariant losses, in the second part). Read: `vector_loss`, `patch_loss`; `arkd`, `rkd`;
+`Normalizer`, `PhiS`; `TargetSpace` with its table. The mean over the global batch's images, and the
+relations of a batch that comes in parts, are train.py's.
 
-Legend: B images, M patches of the whole pack, N features, R registers, Q pairs i < j of images,
-C teacher width, (h, w) grid of one image in patches. No gradient ever reaches teacher features.
+Legend: B images, M patches of a pack, P patches of an image, N rows of features (tokens or images),
+R registers, C teacher width, D width of a head's hidden layer, Q pairs i < j of images,
+(h, w) the grid of one image in patches. No gradient ever reaches a teacher's features.
 """
 
 from __future__ import annotations
@@ -30,17 +32,13 @@ Grid = tuple[int, int]
 # ---- Part I, the papers: feature losses, one value per image
 
 
-def _cosine(x: Tensor, y: Tensor) -> Tensor:
-    return 1 - F.cosine_similarity(x, y, dim=-1)
-
-
-# The beta of AM-RADIO's smooth-L1 is not printed; 1 as usual.
-KINDS = {  # how far apart two vectors are: (..., C), (..., C) -> (...)
+Kind = Callable[[Tensor, Tensor], Tensor]
+KINDS: dict[str, Kind] = {  # how far apart two vectors are: (..., C), (..., C) -> (...)
     "mse": lambda x, y: (x - y).square().mean(-1),  # PHI-S
     "sum": lambda x, y: (x - y).square().sum(-1),  # AMoE as printed: C times it
-    "cosine": _cosine,
-    "am-radio": lambda x, y: (
-        0.9 * _cosine(x, y) + 0.1 * F.smooth_l1_loss(x, y, reduction="none").mean(-1)
+    "cosine": lambda x, y: 1 - F.cosine_similarity(x, y, dim=-1),
+    "am-radio": lambda x, y: (  # its smooth-L1 beta is not printed; 1 as usual
+        0.9 * KINDS["cosine"](x, y) + 0.1 * F.smooth_l1_loss(x, y, reduction="none").mean(-1)
     ),
 }
 
@@ -52,10 +50,16 @@ def vector_loss(student_BC: Tensor, teacher_BC: Tensor, kind: str = "mse") -> Te
         student_BC, teacher_BC: (B, C), or (B, R, C) for registers, matched one to one and averaged.
         kind: a key of `KINDS`; "cosine" is the summary loss of AM-RADIO and RADIOv2.5.
     Raises: ValueError for an unknown kind, or shapes that differ.
-    AMoE Sec. 2.1 (L_CLS, L_reg); AM-RADIO (L_summary)
+    AMoE: L_CLS, L_reg (their form is not known to us: that of L_patch); AM-RADIO: L_summary
     """
-    # AMoE's form of these two is not known to us; we take that of the patches.
-    loss = _difference(student_BC, teacher_BC, kind)
+    if kind not in KINDS:
+        raise ValueError(f"kind={kind!r} is not one of {', '.join(KINDS)}")
+    if student_BC.shape != teacher_BC.shape:
+        shapes = list(student_BC.shape), list(teacher_BC.shape)
+        raise ValueError(f"student {shapes[0]} and teacher {shapes[1]} differ")
+    # In bfloat16 a small error between two large numbers would be lost.
+    with torch.autocast(student_BC.device.type, enabled=False):
+        loss = KINDS[kind](precise(student_BC), precise(teacher_BC.detach()))
     return loss if loss.dim() == 1 else loss.mean(1)
 
 
@@ -69,9 +73,9 @@ def patch_loss(
         teacher: B maps (h', w', C) on the teacher's own grids, aligned as by `align`.
         kind: a key of `KINDS`; "mse" is also a mean over channels, "sum" AMoE's printed form.
     Raises: ValueError where numbers of images, tokens or channels do not fit.
-    AMoE Sec. 2.1 (L_patch); PHI-S Sec. 3 (MSE); AM-RADIO (L_feat) for kind="am-radio"
+    AMoE: L_patch; PHI-S Sec. 3 (MSE); AM-RADIO: L_feat (kind="am-radio")
     """
-    student_MC, sizes = _precise(student_MC), [h * w for h, w in student_grids]
+    student_MC, sizes = precise(student_MC), [h * w for h, w in student_grids]
     if len(teacher) != len(student_grids):
         raise ValueError(f"{len(student_grids)} student grids, but {len(teacher)} teacher maps")
     if sum(sizes) != len(student_MC):
@@ -81,49 +85,32 @@ def patch_loss(
     images = zip(student_MC.split(sizes), student_grids, teacher, strict=True)
     pairs = [align(x.unflatten(0, grid), y.detach().to(x)) for x, grid, y in images]
     student_MC = torch.cat([x.flatten(0, 1) for x, _ in pairs])
-    token_M = _difference(student_MC, torch.cat([y.flatten(0, 1) for _, y in pairs]), kind)
-    # No index of images that the device would have to be given first, and no sum of floats whose
-    # order depends on it.
-    means = [token_P.mean() for token_P in token_M.split([x.shape[:2].numel() for x, _ in pairs])]
-    return torch.stack(means)
+    token_M = vector_loss(student_MC, torch.cat([y.flatten(0, 1) for _, y in pairs]), kind)
+    # The mean of each image's own tokens, so that a large image weighs no more than a small one.
+    # By pieces: an index of images would have to be sent to the device first.
+    pieces = token_M.split([x.shape[:2].numel() for x, _ in pairs])
+    return torch.stack([token_P.mean() for token_P in pieces])
 
 
 def align(student_hwC: Tensor, teacher_hwC: Tensor) -> tuple[Tensor, Tensor]:
-    """Bring two maps of the same view to the grid (min h, min w).
+    """Bring two maps (h, w, C) of the same view to the grid (min h, min w).
 
-    Args:
-        student_hwC, teacher_hwC: (h, w, C). Along each axis only the larger one is resized, as by
-            `F.interpolate(mode="bilinear", antialias=True)`.
-    AM-RADIO (bilinear where grids differ); RADIOv2.5 (the student down to the teacher)
+    AM-RADIO: bilinear where grids differ; RADIOv2.5: the student down to the teacher
     """
     grids = student_hwC.shape[:2], teacher_hwC.shape[:2]
+    # Down only: what one side does not resolve, no loss can compare.
     return shrink(student_hwC, grids[1]), shrink(teacher_hwC, grids[0])
 
 
 def shrink(x_hwC: Tensor, grid: tuple[int, ...]) -> Tensor:
     """Resize a map along each axis on which it is larger than the grid."""
-    return resize_map(_precise(x_hwC), (min(len(x_hwC), grid[0]), min(x_hwC.shape[1], grid[1])))
-
-
-def resize_map(x_hwC: Tensor, grid: Grid) -> Tensor:
-    """Resize a map (h, w, C) to grid (h', w'), each axis antialiased bilinear, as `align` does."""
-    # Not by F.interpolate: torch 2.13 on CPU gets maps that are one column wide wrong.
-    h, w, _ = x_hwC.shape
-    if (h, w) == grid:
-        return x_hwC
-    rows = _axis_weights(h, grid[0], x_hwC.dtype, x_hwC.device)
-    columns = _axis_weights(w, grid[1], x_hwC.dtype, x_hwC.device)
-    with torch.autocast(x_hwC.device.type, enabled=False):
-        x_iwC = (rows @ x_hwC.flatten(1)).unflatten(1, (w, -1))
-        return columns @ x_iwC
+    return resize_map(precise(x_hwC), (min(len(x_hwC), grid[0]), min(x_hwC.shape[1], grid[1])))
 
 
 # ---- Relations in the batch
 
 
-def arkd(
-    student_BC: Tensor, teacher_BC: Tensor, normalizer: str = "own", beta: float = 1.0
-) -> Tensor:
+def arkd(student_BC: Tensor, teacher_BC: Tensor, normalizer: str = "own") -> Tensor:
     """Asymmetric relational distillation: pairs nearer than the teacher's median are only pulled
     together, all others only pushed apart; both may overshoot for free.
 
@@ -132,38 +119,37 @@ def arkd(
             ranks, in the same order; widths may differ. Fewer than two images have loss 0.
         normalizer: "own" divides each side by its own mean distance, with gradient, so that the
             student's scale is free; "teacher" both sides by the teacher's, which fixes it.
-        beta: where smooth-L1 turns linear, in normalised distance, > 0.
     Raises: ValueError for an unknown normalizer, or numbers of images that differ.
     AMoE: ARKD
     """
-    # We chose: each side's own mean as in RKD, beta = 1, for m the lower of two middle values.
-    student_Q, teacher_Q = _relations(student_BC, teacher_BC, normalizer)
+    student_Q, teacher_Q = relations(student_BC, teacher_BC, normalizer)
+    # For the median we chose the lower of two middle values: torch's.
     is_near_Q = teacher_Q < teacher_Q.median()
+    # What is left of a near pair's error is how much too far it is, of another's how much too near.
     error_Q = torch.where(is_near_Q, student_Q - teacher_Q, teacher_Q - student_Q).relu()
-    return _pair_mean(error_Q, beta, student_BC)
+    return pair_mean(error_Q).to(precise(student_BC).dtype)
 
 
-def rkd(
-    student_BC: Tensor, teacher_BC: Tensor, normalizer: str = "own", beta: float = 1.0
-) -> Tensor:
+def rkd(student_BC: Tensor, teacher_BC: Tensor, normalizer: str = "own") -> Tensor:
     """Symmetric relational distillation, the baseline of `arkd`: every difference counts.
 
     Args, Raises: as `arkd`; dividing each side by its own mean is the original's way.
-    RKD (Park et al. 2019, distance-wise); AMoE: the baseline of ARKD
+    RKD (Park et al. 2019); AMoE: the baseline of ARKD
     """
-    student_Q, teacher_Q = _relations(student_BC, teacher_BC, normalizer)
-    return _pair_mean(student_Q - teacher_Q, beta, student_BC)
+    student_Q, teacher_Q = relations(student_BC, teacher_BC, normalizer)
+    return pair_mean(student_Q - teacher_Q).to(precise(student_BC).dtype)
 
 
-def _relations(student_BC: Tensor, teacher_BC: Tensor, normalizer: str) -> tuple[Tensor, Tensor]:
+def relations(student_BC: Tensor, teacher_BC: Tensor, normalizer: str) -> tuple[Tensor, Tensor]:
     """Distances over each side's own mean, through which the gradient flows, or the teacher's."""
     if normalizer not in ("teacher", "own"):
         raise ValueError(f"normalizer={normalizer!r} is neither 'teacher' nor 'own'")
     if len(student_BC) != len(teacher_BC):
         raise ValueError(f"{len(student_BC)} student summaries, but {len(teacher_BC)} of a teacher")
     with torch.autocast(student_BC.device.type, enabled=False):
-        student_Q = _pair_distances(student_BC)
-        teacher_Q = _pair_distances(teacher_BC.detach())
+        student_Q = pair_distances(student_BC)
+        teacher_Q = pair_distances(teacher_BC.detach())
+    # What AMoE divides by is not known to us: we chose each side's own mean, as in RKD.
     scale = teacher_Q.mean()
     own = student_Q.mean() if normalizer == "own" else scale
     # Where all rows of the teacher are equal there is no relation to teach: all becomes 0.
@@ -171,12 +157,291 @@ def _relations(student_BC: Tensor, teacher_BC: Tensor, normalizer: str) -> tuple
     return student_Q / own, teacher_Q / torch.where(scale > 0, scale, math.inf)
 
 
-def _pair_distances(x_BC: Tensor) -> Tensor:
-    """Euclidean distance of each pair i < j, float64, with gradient 0 where it is 0.
+def pair_mean(error_Q: Tensor) -> Tensor:
+    # Beta, where smooth-L1 turns linear, is 1 (we chose), that is one mean distance. The mean over
+    # pairs i < j is the printed one over ordered pairs: both orders are equal.
+    loss = F.smooth_l1_loss(error_Q, torch.zeros_like(error_Q), reduction="sum")
+    return loss / max(len(error_Q), 1)
 
-    By the Gram matrix, as B * B * C differences do not fit for batches of thousands; in float64,
-    as it subtracts nearly equal numbers. Centring changes no distance and saves digits.
+
+# ---- PHI-S: the space of a teacher's targets
+
+
+class Affine(NamedTuple):
+    """y = R (x - mu) / s, with R orthogonal; mu and s are () or (C,); float64."""
+
+    shift: Tensor
+    scale: Tensor
+    rotation_CC: Tensor
+
+
+class Normalizer:
+    """An affine map of a teacher's features, fitted to all seen; a subclass is one `fit`."""
+
+    def __init__(self, channels: int):
+        self.channels = channels
+        # What all ranks know of, and what this one saw since; nothing so far.
+        self.agreed = self.pending = Moments.of(torch.zeros(0, channels, dtype=torch.float64))
+        self.map: Affine | None = None  # None until fitted to what is new
+
+    def fit(self, seen: Moments) -> Affine:
+        raise NotImplementedError
+
+    def update(self, features_NC: Tensor) -> None:
+        """Add features, without those of invalid positions; they count at once on this rank."""
+        if features_NC.dim() != 2 or features_NC.shape[1] != self.channels:
+            raise ValueError(f"features {list(features_NC.shape)} are not (N, {self.channels})")
+        if not features_NC.isfinite().all():
+            raise ValueError("a feature is not finite and would spoil the statistics for good")
+        for rows_NC in features_NC.detach().split(8192):  # bounds the float64 copy
+            self.pending = self.pending.merged(Moments.of(rows_NC.to(self.agreed.mean_C)))
+        self.map = None
+
+    def synchronize(self) -> None:
+        """Give all ranks what each saw since the last call, and one map (a collective call)."""
+        if dist.is_initialized():
+            self.pending = self.pending.all_reduced()
+        if self.pending.total > 0:  # the same on all ranks by now, so all broadcast or none
+            self.agreed, self.map = self.statistics, None
+            self.pending = Moments.of(self.agreed.scatter_CC[:0])  # of no rows
+            # Rank 0's map: equal statistics need not give equal eigenvectors on unequal machines.
+            for part in self.current() if dist.is_initialized() else ():
+                dist.broadcast(part, 0)
+
+    @property
+    def statistics(self) -> Moments:
+        return self.agreed.merged(self.pending)
+
+    def current(self) -> Affine:
+        """The map, fitted anew if need be; ValueError if nothing was seen."""
+        if self.map is None:
+            if self.statistics.total == 0:
+                raise ValueError("no features seen yet; call update(features_NC) first")
+            shift, scale, rotation_CC = self.fit(self.statistics)
+            scale = torch.where(scale > 0, scale, 1.0)  # what never varies is only centred
+            self.map = Affine(shift, scale, rotation_CC)
+        return self.map
+
+    def normalize(self, x: Tensor) -> Tensor:
+        """Teacher features (..., C) -> targets; float64 stays, all else becomes float32."""
+        with torch.autocast(x.device.type, enabled=False):  # bfloat16 would blur the rotation
+            shift, scale, rotation_CC = moved(self.current(), precise(x))
+            return (precise(x) - shift) @ rotation_CC.T / scale
+
+    def denormalize(self, y: Tensor) -> Tensor:
+        """Inverse of `normalize`, for targets or predictions of them."""
+        with torch.autocast(y.device.type, enabled=False):
+            shift, scale, rotation_CC = moved(self.current(), precise(y))
+            return (scale * precise(y)) @ rotation_CC + shift
+
+    def fold_into(self, linear: nn.Linear) -> None:
+        """Change a head's last layer in place so that its output is denormalised.
+
+        Args:
+            linear: D -> g * C: g groups of C rows, as in a head that upsamples by g = u^2.
+        Raises: ValueError where there is no bias to hold the mean, or no multiple of C rows.
+        PHI-S Sec. 3 (W = Theta W', b = Theta b' + mu)
+        """
+        if linear.bias is None:
+            raise ValueError("a Linear without bias cannot hold the mean; build the head with one")
+        if linear.out_features % self.channels:
+            raise ValueError(f"{linear.out_features} rows are no multiple of C={self.channels}")
+        map_outputs(linear, self.channels, self.denormalize)
+
+    def unfold_from(self, linear: nn.Linear) -> None:
+        """Inverse of `fold_into`: a layer that answers in teacher space becomes one to train."""
+        map_outputs(linear, self.channels, self.normalize)
+
+    def to(self, device: torch.device | str) -> Normalizer:
+        """Move to where the features are (for NCCL: to this rank's GPU)."""
+        self.agreed, self.pending = moved(self.agreed, device), moved(self.pending, device)
+        self.map = self.map and moved(self.map, device)
+        return self
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All that this rank knows of, and the map, which need not refit alike elsewhere."""
+        return self.statistics._asdict() | (self.map._asdict() if self.map else {})
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restore `state_dict`; ValueError if it is of another number of channels."""
+        if len(state["mean_C"]) != self.channels:
+            raise ValueError(f"state of {len(state['mean_C'])} channels, not {self.channels}")
+        device = self.agreed.mean_C.device
+        self.agreed = Moments(*(state[key] for key in Moments._fields))
+        self.pending = Moments.of(self.agreed.scatter_CC[:0])
+        self.map = Affine(*(state[key] for key in Affine._fields)) if "scale" in state else None
+        self.to(device)
+
+
+def hadamard(n: int) -> Tensor:
+    """Orthogonal (n, n) float64 matrix with all entries +-1/sqrt(n).
+
+    Where there is none (n no multiple of 4) or none is known here (92, 116, ...), it warns and
+    returns the orthogonal factor of a +-1 matrix drawn by the seed n, flat only roughly.
+    PHI-S Sec. 3 (Hadamard matrices)
     """
+    # The paper's are equal but for 1152, S(32) x P2(36) and here P1(1152); any does.
+    signs = hadamard_signs(n)
+    if signs is not None:
+        return signs / math.sqrt(n)
+    warnings.warn(f"no Hadamard matrix of size {n}: channels differ in variance", stacklevel=2)
+    random = torch.randint(0, 2, (n, n), generator=torch.Generator().manual_seed(n)) * 2.0 - 1
+    return torch.linalg.qr(random.double()).Q
+
+
+class PhiS(Normalizer):
+    """y = H U^T (x - mu) / phi: unit variance in every channel, one scale for all directions.
+
+    U holds the covariance's eigenvectors, phi^2 is its mean eigenvalue, H a Hadamard matrix. An
+    error in y is phi times as large in x whatever its direction.
+    PHI-S Sec. 3
+    """
+
+    def __init__(self, channels: int):
+        super().__init__(channels)
+        self.hadamard_CC = positive_diagonal(hadamard(channels))
+
+    def fit(self, seen: Moments) -> Affine:
+        covariance_CC = seen.scatter_CC / seen.total  # of the data seen: no n - 1
+        eigenvalues_C, eigenvectors_CC = torch.linalg.eigh(covariance_CC)
+        is_null_C = eigenvalues_C < 1e-10 * eigenvalues_C[-1]
+        settle_null_space(eigenvectors_CC, is_null_C)
+        # Only the mean eigenvalue enters: a covariance without full rank does no harm.
+        phi = eigenvalues_C.clamp(min=0).mean().sqrt()
+        # Signs are free: each eigenvector, a row of U^T in ascending order, and each row of H gets
+        # a positive diagonal entry, so that a refit rarely flips one.
+        basis_CC = positive_diagonal(eigenvectors_CC.T)
+        # U^T alone would leave each channel an eigenvalue as variance; all of H's entries are
+        # equally large, so that each row of H U^T mixes them to their mean.
+        return Affine(seen.mean_C, phi, self.hadamard_CC.to(basis_CC) @ basis_CC)
+
+
+class TargetSpace:
+    """One teacher's features as the losses see them: shrunk to the student's grid, normalised.
+
+    | part           | space                 | where                                             |
+    |----------------|-----------------------|---------------------------------------------------|
+    | patches        | PHI-S                 | fitted, normalised after `shrink`; `fold_into`    |
+    | summary        | PHI-S; raw for cosine | and `unfold_from` change the head's last layer    |
+    | pooled summary | made in the teacher's | they change what the frozen pool reads; train.py  |
+    |                | own, compared as any  | normalises what it answers                        |
+    | registers      | the teacher's own     | train.py denormalises the student's: its head's   |
+    |                |                       | last layer makes them with the patches            |
+    | ARKD distances | PHI-S                 | of the summaries that `__call__` gives: rotation  |
+    |                |                       | and one scale change no ratio of distances        |
+    | saved heads    | the teacher's own     | `fold_into` a copy; `unfold_from` when loaded     |
+
+    Raw for the angle loss, too. Registers stay raw, as one of DINOv3's has several modes, which no
+    covariance describes (AMoE: the second; that all do is our choice: R numbers a picture are few).
+    PHI-S Sec. 3; AMoE: PHI-S for patches and summaries
+    """
+
+    def __init__(self, kind: str, dim: int, summary_dim: int | None, summary_loss: str = "mse"):
+        self.parts: dict[str, Normalizer] = {"patches": NORMALIZERS[kind](dim)}
+        self.dispersion: Dispersion | None = None
+        if summary_dim is not None:
+            # A direction has no place for a mean: RADIO compares summaries as they are.
+            is_angle = summary_loss in ("cosine", "angle")
+            self.parts["summary"] = (Plain if is_angle else NORMALIZERS[kind])(summary_dim)
+            self.dispersion = Dispersion(summary_dim) if summary_loss == "angle" else None
+        # All that has statistics, by the name of its state.
+        self.fitted: dict[str, Any] = self.parts | (
+            {"angle": self.dispersion} if self.dispersion else {}
+        )
+
+    def update(self, target: Any, grids: list[Grid]) -> None:
+        """Add a teacher's raw output for B pictures, whose grids in the student are given.
+
+        Each token counts the same. Raises: ValueError if a feature is not finite.
+        """
+        if target.summary_BC is not None:
+            self.parts["summary"].update(target.summary_BC)
+            if self.dispersion:
+                self.dispersion.update(target.summary_BC)
+        if target.patches:
+            # Of just what the loss sees: a map that is averaged down varies less, and a space that
+            # was fitted to the whole map would give its teacher less than its share.
+            maps = [shrink(y, grid) for y, grid in zip(target.patches, grids, strict=True)]
+            self.parts["patches"].update(torch.cat([y.flatten(0, 1) for y in maps]))
+
+    def __call__(self, target: Any, grids: list[Grid]) -> Any:
+        """A teacher's raw output for B pictures -> the same in the space of the losses."""
+        summary_BC, patches = target.summary_BC, []
+        if summary_BC is not None:
+            summary_BC = self.parts["summary"].normalize(summary_BC)
+        if target.patches:  # shrunk first: both are linear, and fewer tokens are to be rotated
+            maps = [shrink(y, grid) for y, grid in zip(target.patches, grids, strict=True)]
+            rows_MC = self.parts["patches"].normalize(torch.cat([y.flatten(0, 1) for y in maps]))
+            pieces = rows_MC.split([y.shape[0] * y.shape[1] for y in maps])
+            patches = [x.view_as(y) for x, y in zip(pieces, maps, strict=True)]
+        return replace(target, summary_BC=summary_BC, patches=patches)
+
+    def fold_into(self, head: Any, is_new: bool = False) -> None:
+        """Make a head of model.py answer in the teacher's space, in place.
+
+        is_new: True for a head that was just made, whose pool is as the teacher has it; in training
+            its keys and values hold the normalisation's inverse.
+        """
+        for part, layer in head.output_layers().items():
+            self.parts[part].fold_into(layer)
+        if head.spec.pool and not is_new:
+            map_read(head.pool.qkv, self.parts["patches"].normalize)
+
+    def unfold_from(self, head: Any) -> None:
+        """The inverse: a head that answers in the teacher's space becomes one to train in this."""
+        for part, layer in head.output_layers().items():
+            self.parts[part].unfold_from(layer)
+        if head.spec.pool:
+            map_read(head.pool.qkv, self.parts["patches"].denormalize)
+
+    def to(self, device: torch.device | str) -> TargetSpace:
+        for part in self.fitted.values():
+            part.to(device)
+        return self
+
+    def synchronize(self) -> None:
+        """Sum the statistics over the ranks (a collective call)."""
+        for part in self.fitted.values():
+            part.synchronize()
+
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        return {name: part.state_dict() for name, part in self.fitted.items()}
+
+    def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
+        for name, part in self.fitted.items():
+            part.load_state_dict(state[name])
+
+
+# ---- Part II: the plumbing
+
+
+def precise(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def resize_map(x_hwC: Tensor, grid: Grid) -> Tensor:
+    """Resize a map to grid (h', w'): `F.interpolate(mode="bilinear", antialias=True)` by axes."""
+    # Not by F.interpolate itself: torch 2.13 on CPU gets maps that are one column wide wrong.
+    h, w, _ = x_hwC.shape
+    if (h, w) == grid:
+        return x_hwC
+    rows = axis_weights(h, grid[0], x_hwC.dtype, x_hwC.device)
+    columns = axis_weights(w, grid[1], x_hwC.dtype, x_hwC.device)
+    with torch.autocast(x_hwC.device.type, enabled=False):
+        return columns @ (rows @ x_hwC.flatten(1)).unflatten(1, (w, -1))
+
+
+@functools.cache
+def axis_weights(size: int, target: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(target, size): how an axis is resized, read off its unit vectors."""
+    eye = torch.eye(size, dtype=torch.float64, device=device)[None, None]
+    return F.interpolate(eye, (target, size), mode="bilinear", antialias=True)[0, 0].to(dtype)
+
+
+def pair_distances(x_BC: Tensor) -> Tensor:
+    """Euclidean distance of each pair i < j, float64, with gradient 0 where it is 0."""
+    # By the Gram matrix, as B * B * C differences do not fit for batches of thousands; in float64,
+    # as it subtracts nearly equal numbers. Centring changes no distance and saves digits.
     norm_B = x_BC.detach().double().square().sum(1)
     x_BC = x_BC.double() - x_BC.detach().double().mean(0)
     square_B, distances = x_BC.square().sum(1), []
@@ -184,8 +449,8 @@ def _pair_distances(x_BC: Tensor) -> Tensor:
         rows, rest = slice(start, start + 1024), slice(start, None)
         # By indices: a mask of the triangle makes the host wait to learn how many pairs it holds.
         i_Q, j_Q = torch.triu_indices(len(x_BC[rows]), len(x_BC[rest]), 1, device=x_BC.device)
-        square_RB = square_B[rows, None] + square_B[rest] - 2 * (x_BC[rows] @ x_BC[rest].T)
-        square_Q = square_RB.flatten().index_select(0, i_Q * square_RB.shape[1] + j_Q)
+        square_BB = square_B[rows, None] + square_B[rest] - 2 * (x_BC[rows] @ x_BC[rest].T)
+        square_Q = square_BB.flatten().index_select(0, i_Q * square_BB.shape[1] + j_Q)
         # Nearer than a network's float32 rounding, two are duplicates, and their direction is
         # noise: so are all summaries of a student whose blocks start as the identity.
         is_same_Q = square_Q <= 1e-10 * (norm_B[rows][i_Q] + norm_B[rest][j_Q])
@@ -195,29 +460,7 @@ def _pair_distances(x_BC: Tensor) -> Tensor:
     return torch.cat(distances)
 
 
-def _pair_mean(error_Q: Tensor, beta: float, student_BC: Tensor) -> Tensor:
-    # The mean over pairs i < j is the printed one over ordered pairs: both orders are equal.
-    loss = F.smooth_l1_loss(error_Q, torch.zeros_like(error_Q), beta=beta, reduction="sum")
-    return (loss / max(len(error_Q), 1)).to(_precise(student_BC).dtype)
-
-
-# ---- PHI-S: the space of a teacher's targets
-
-
-def hadamard(n: int) -> Tensor:
-    """Orthogonal (n, n) float64 matrix with all entries +-1/sqrt(n).
-
-    The paper's are equal but for 1152, S(32) x P2(36) and here P1(1152); any does. Where there is
-    none (n no multiple of 4) or none is known here (92, 116, ...), it warns and returns the
-    orthogonal factor of a +-1 matrix drawn by the seed n, flat only roughly.
-    PHI-S Sec. 3 (Hadamard matrices)
-    """
-    signs = _signs(n)
-    if signs is not None:
-        return signs / math.sqrt(n)
-    warnings.warn(f"no Hadamard matrix of size {n}: channels differ in variance", stacklevel=2)
-    random = torch.randint(0, 2, (n, n), generator=torch.Generator().manual_seed(n)) * 2.0 - 1
-    return torch.linalg.qr(random.double()).Q
+# ---- Statistics and linear maps
 
 
 class Moments(NamedTuple):
@@ -252,323 +495,68 @@ class Moments(NamedTuple):
         return Moments(sums[0], mean_C, scatter_CC)
 
 
-class Affine(NamedTuple):
-    """y = R (x - mu) / s, with R orthogonal; mu and s are () or (C,); float64."""
-
-    shift: Tensor
-    scale: Tensor
-    rotation_CC: Tensor
+def moved(parts, where):
+    """Moments or Affine on a device, or with the device and dtype of a tensor."""
+    return type(parts)(*(part.to(where) for part in parts))
 
 
-class Normalizer:
-    """An affine map of a teacher's features, fitted to all seen; a subclass is one `fit`."""
-
-    def __init__(self, channels: int):
-        self.channels = channels
-        # What all ranks know of, and what this one saw since; nothing so far.
-        self.agreed = self.pending = Moments.of(torch.zeros(0, channels, dtype=torch.float64))
-        self.map: Affine | None = None  # None until fitted to what is new
-        self._cast: tuple = (None, None, None)  # the map, where to, and it there: C x C is large
-
-    def fit(self, seen: Moments) -> Affine:
-        raise NotImplementedError
-
-    @property
-    def statistics(self) -> Moments:
-        return self.agreed.merged(self.pending)
-
-    def update(self, features_NC: Tensor) -> None:
-        """Add features, without those of invalid positions; they count at once on this rank."""
-        if features_NC.dim() != 2 or features_NC.shape[1] != self.channels:
-            raise ValueError(f"features {list(features_NC.shape)} are not (N, {self.channels})")
-        if not features_NC.isfinite().all():
-            raise ValueError("a feature is not finite and would spoil the statistics for good")
-        for rows_NC in features_NC.detach().split(8192):  # bounds the float64 copy
-            self.pending = self.pending.merged(Moments.of(rows_NC.to(self.agreed.mean_C)))
-        self.map = None
-
-    def synchronize(self) -> None:
-        """Give all ranks what each saw since the last call, and one map (a collective call).
-
-        The map is rank 0's: equal statistics need not give equal eigenvectors on unequal machines.
-        """
-        if dist.is_initialized():
-            self.pending = self.pending.all_reduced()
-        if self.pending.total > 0:  # the same on all ranks by now, so all broadcast or none
-            self.agreed, self.map = self.statistics, None
-            self.pending = Moments.of(self.agreed.scatter_CC[:0])  # of no rows
-            if dist.is_initialized():
-                for part in self.current():
-                    dist.broadcast(part, 0)
-
-    def current(self) -> Affine:
-        """The map, fitted anew if need be; ValueError if nothing was seen."""
-        if self.map is None:
-            if self.statistics.total == 0:
-                raise ValueError("no features seen yet; call update(features_NC) first")
-            shift, scale, rotation_CC = self.fit(self.statistics)
-            scale = torch.where(scale > 0, scale, 1.0)  # what never varies is only centred
-            self.map = Affine(shift, scale, rotation_CC)
-        return self.map
-
-    def _map_like(self, x: Tensor) -> Affine:
-        """The map with the dtype and on the device of x."""
-        current, where = self.current(), (x.dtype, x.device)
-        if self._cast[0] is not current or self._cast[1] != where:
-            self._cast = (current, where, _to(current, x))
-        return self._cast[2]
-
-    def normalize(self, x: Tensor) -> Tensor:
-        """Teacher features (..., C) -> targets; float64 stays, all else becomes float32."""
-        with torch.autocast(x.device.type, enabled=False):
-            shift, scale, rotation_CC = self._map_like(_precise(x))
-            return (_precise(x) - shift) @ rotation_CC.T / scale
-
-    def denormalize(self, y: Tensor) -> Tensor:
-        """Inverse of `normalize`, for targets or predictions of them."""
-        with torch.autocast(y.device.type, enabled=False):
-            shift, scale, rotation_CC = self._map_like(_precise(y))
-            return (scale * _precise(y)) @ rotation_CC + shift
-
-    def fold_into(self, linear: nn.Linear) -> None:
-        """Change a head's last layer in place so that its output is denormalised.
-
-        Args:
-            linear: D -> g * C: g groups of C rows, as in a head that upsamples by g = u^2.
-        Raises: ValueError where there is no bias to hold the mean, or no multiple of C rows.
-        PHI-S Sec. 3 (W = Theta W', b = Theta b' + mu)
-        """
-        if linear.bias is None:
-            raise ValueError("a Linear without bias cannot hold the mean; build the head with one")
-        if linear.out_features % self.channels:
-            raise ValueError(f"{linear.out_features} rows are no multiple of C={self.channels}")
-        self._compose(linear, self.denormalize)
-
-    def unfold_from(self, linear: nn.Linear) -> None:
-        """Inverse of `fold_into`: a layer that answers in teacher space becomes one to train."""
-        self._compose(linear, self.normalize)
-
-    @torch.no_grad()
-    def _compose(self, linear: nn.Linear, affine: Callable[[Tensor], Tensor]) -> None:
-        """Follow a Linear of g * C rows by an affine map of C channels, in float64."""
-        weight = rearrange(linear.weight.double(), "(g c) d -> d g c", c=self.channels)
-        bias = rearrange(linear.bias.double(), "(g c) -> g c", c=self.channels)
-        weight = affine(weight) - affine(torch.zeros_like(weight[:1]))
-        linear.weight.copy_(rearrange(weight, "d g c -> (g c) d"))
-        linear.bias.copy_(affine(bias).flatten())
-
-    @torch.no_grad()
-    def let_read(self, reader: nn.Linear, raw: bool) -> None:
-        """Change in place the keys and values of an attention that reads a head's features.
-
-        Args:
-            reader: C -> 3 C, the queries' rows first; those are of a probe and stay.
-            raw: True where it read normalised features and shall read the teacher's own from now
-                on, as `fold_into` makes them; False the other way round.
-        """
-        affine, eye_CC = self.normalize if raw else self.denormalize, torch.eye(self.channels)
-        weight, bias = reader.weight[self.channels :], reader.bias[self.channels :]
-        eye_CC = eye_CC.to(weight.device, torch.float64)
-        shift_C = affine(torch.zeros_like(eye_CC[0]))
-        bias.copy_(bias.double() + weight.double() @ shift_C)
-        weight.copy_(weight.double() @ (affine(eye_CC) - shift_C).T)
-
-    def to(self, device: torch.device | str) -> Normalizer:
-        """Move to where the features are (for NCCL: to this rank's GPU)."""
-        self.agreed, self.pending = _to(self.agreed, device), _to(self.pending, device)
-        self.map = self.map and _to(self.map, device)
-        return self
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """All that this rank knows of, and the map, which need not refit alike elsewhere."""
-        return self.statistics._asdict() | (self.map._asdict() if self.map else {})
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restore `state_dict`; ValueError if it is of another number of channels."""
-        if len(state["mean_C"]) != self.channels:
-            raise ValueError(f"state of {len(state['mean_C'])} channels, not {self.channels}")
-        device = self.agreed.mean_C.device
-        self.agreed = Moments(*(state[key] for key in Moments._fields))
-        self.pending = Moments.of(self.agreed.scatter_CC[:0])
-        self.map = Affine(*(state[key] for key in Affine._fields)) if "scale" in state else None
-        self.to(device)
-
-
-class PhiS(Normalizer):
-    """y = H U^T (x - mu) / phi: unit variance in every channel, one scale for all directions.
-
-    U holds the covariance's eigenvectors, phi^2 is its mean eigenvalue, H a Hadamard matrix. An
-    error in y is phi times as large in x whatever its direction. As only the mean eigenvalue
-    enters, a covariance without full rank does no harm.
-    PHI-S Sec. 3
-    """
-
-    def __init__(self, channels: int):
-        super().__init__(channels)
-        self.hadamard_CC = _positive_diagonal(hadamard(channels))
-
-    def fit(self, seen: Moments) -> Affine:
-        covariance_CC = seen.scatter_CC / seen.total  # of the data seen: no n - 1
-        eigenvalues_C, eigenvectors_CC = torch.linalg.eigh(covariance_CC)
-        is_null_C = eigenvalues_C < 1e-10 * eigenvalues_C[-1]
-        if is_null_C.any():
-            # Among directions without data eigh chooses by rounding, which differs from one process
-            # to two. Their span is well defined: its basis is that of fixed vectors laid into it.
-            null_CK = eigenvectors_CC[:, is_null_C]
-            fixed_CK = torch.randn(null_CK.shape, generator=torch.Generator().manual_seed(0))
-            laid_CK = null_CK @ (null_CK.T @ fixed_CK.to(null_CK))
-            eigenvectors_CC[:, is_null_C] = torch.linalg.qr(laid_CK).Q
-        phi = eigenvalues_C.clamp(min=0).mean().sqrt()
-        # Signs are free: each eigenvector, a row of U^T in ascending order, and each row of H gets
-        # a positive diagonal entry, so that a refit rarely flips one.
-        basis_CC = _positive_diagonal(eigenvectors_CC.T)
-        return Affine(seen.mean_C, phi, self.hadamard_CC.to(basis_CC) @ basis_CC)
-
-
-class TargetSpace:
-    """One teacher's features as the losses see them: shrunk to the student's grid, normalised.
-
-    The statistics are of just that: a map that is averaged down varies less, and a space that was
-    fitted to the whole map would give its teacher less than its share. Registers stay raw: one of
-    DINOv3's has several modes, which no covariance describes (AMoE: the second; that all do is our
-    choice: by R numbers per picture little can be estimated).
-    PHI-S Sec. 3; AMoE: PHI-S for patches and summaries
-    """
-
-    def __init__(self, kind: str, dim: int, summary_dim: int | None, summary_loss: str = "mse"):
-        self.parts = {"patches": NORMALIZERS[kind](dim)}
-        self.dispersion = None
-        if summary_dim is not None:
-            # A direction has no place for a mean: RADIO compares summaries as they are.
-            is_angle = summary_loss in ("cosine", "angle")
-            self.parts["summary"] = (Plain if is_angle else NORMALIZERS[kind])(summary_dim)
-            self.dispersion = Dispersion(summary_dim) if summary_loss == "angle" else None
-
-    def to(self, device: torch.device | str) -> TargetSpace:
-        for norm in self.parts.values():
-            norm.to(device)
-        if self.dispersion:
-            self.dispersion.sums = self.dispersion.sums.to(device)
-        return self
-
-    def update(self, target: Any, grids: list[Grid]) -> None:
-        """Add a teacher's raw output for B pictures, whose grids in the student are given.
-
-        Each token counts the same. Raises: ValueError if a feature is not finite.
-        """
-        if target.summary_BC is not None:
-            self.parts["summary"].update(target.summary_BC)
-            if self.dispersion:
-                self.dispersion.update(target.summary_BC)
-        if target.patches:
-            maps = [shrink(y, grid) for y, grid in zip(target.patches, grids, strict=True)]
-            self.parts["patches"].update(torch.cat([y.flatten(0, 1) for y in maps]))
-
-    def synchronize(self) -> None:
-        """Sum the statistics over the ranks (a collective call)."""
-        for norm in self.parts.values():
-            norm.synchronize()
-        if self.dispersion:
-            self.dispersion.synchronize()
-
-    def __call__(self, target: Any, grids: list[Grid]) -> Any:
-        """A teacher's raw output for B pictures -> the same in the space of the losses."""
-        summary_BC, patches = target.summary_BC, []
-        if summary_BC is not None:
-            summary_BC = self.parts["summary"].normalize(summary_BC)
-        if target.patches:  # shrunk first: both are linear, and fewer tokens are to be rotated
-            maps = [shrink(y, grid) for y, grid in zip(target.patches, grids, strict=True)]
-            rows_MC = self.parts["patches"].normalize(torch.cat([y.flatten(0, 1) for y in maps]))
-            pieces = rows_MC.split([y.shape[0] * y.shape[1] for y in maps])
-            patches = [x.view_as(y) for x, y in zip(pieces, maps, strict=True)]
-        return replace(target, summary_BC=summary_BC, patches=patches)
-
-    def fold_into(self, head: Any, is_new: bool = False) -> None:
-        """Make a head answer in the teacher's space, in place.
-
-        Args:
-            head: one of model.py's: `output_layers()`, and `pool` where the spec has one. That is
-                the teacher's own and defined in its space: in training the normalisation's inverse
-                is in its keys and values.
-            is_new: True for a head that was just made, whose pool is as the teacher has it.
-        """
-        for part, layer in head.output_layers().items():
-            self.parts[part].fold_into(layer)
-        if head.spec.pool and not is_new:
-            self.parts["patches"].let_read(head.pool.qkv, raw=True)
-
-    def unfold_from(self, head: Any) -> None:
-        """The inverse of `fold_into`: a head that answers in the teacher's space becomes one to
-        train in this."""
-        for part, layer in head.output_layers().items():
-            self.parts[part].unfold_from(layer)
-        if head.spec.pool:
-            self.parts["patches"].let_read(head.pool.qkv, raw=False)
-
-    def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        angle = {"angle": self.dispersion.state_dict()} if self.dispersion else {}
-        return {part: norm.state_dict() for part, norm in self.parts.items()} | angle
-
-    def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
-        for part, norm in self.parts.items():
-            norm.load_state_dict(state[part])
-        if self.dispersion:
-            self.dispersion.load_state_dict(state["angle"])
-
-
-# ---- Part II: the plumbing
-
-
-@functools.cache
-def _axis_weights(size: int, target: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(target, size): how an axis is resized, read off its unit vectors."""
-    eye = torch.eye(size, dtype=torch.float64, device=device)[None, None]
-    return F.interpolate(eye, (target, size), mode="bilinear", antialias=True)[0, 0].to(dtype)
-
-
-def _difference(student: Tensor, teacher: Tensor, kind: str) -> Tensor:
-    if kind not in KINDS:
-        raise ValueError(f"kind={kind!r} is not one of {', '.join(KINDS)}")
-    if student.shape != teacher.shape:
-        raise ValueError(f"student {list(student.shape)} and teacher {list(teacher.shape)} differ")
-    with torch.autocast(student.device.type, enabled=False):
-        return KINDS[kind](_precise(student), _precise(teacher.detach()))
-
-
-def _precise(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
-
-def _positive_diagonal(rows_CC: Tensor) -> Tensor:
+def positive_diagonal(rows_CC: Tensor) -> Tensor:
     return torch.where(rows_CC.diagonal() < 0, -1.0, 1.0)[:, None] * rows_CC
 
 
-def _to(parts, where):
-    """Moments or Affine on a device, or with the device and dtype of a tensor."""
-    return type(parts)(*(part.to(where) for part in parts))
+def settle_null_space(eigenvectors_CC: Tensor, is_null_C: Tensor) -> None:
+    """Choose, in place, the basis of the directions without data."""
+    # There eigh chooses by rounding, which differs from one process to two. Their span is well
+    # defined: its basis is that of fixed vectors laid into it.
+    if is_null_C.any():
+        null_CN = eigenvectors_CC[:, is_null_C]
+        fixed_CN = torch.randn(null_CN.shape, generator=torch.Generator().manual_seed(0))
+        laid_CN = null_CN @ (null_CN.T @ fixed_CN.to(null_CN))
+        eigenvectors_CC[:, is_null_C] = torch.linalg.qr(laid_CN).Q
+
+
+@torch.no_grad()
+def map_outputs(linear: nn.Linear, channels: int, affine: Callable[[Tensor], Tensor]) -> None:
+    """Follow a Linear of g * C rows by an affine map of C channels, in place and in float64."""
+    weight = rearrange(linear.weight.double(), "(g c) d -> d g c", c=channels)
+    bias = rearrange(linear.bias.double(), "(g c) -> g c", c=channels)
+    weight = affine(weight) - affine(torch.zeros_like(weight[:1]))
+    linear.weight.copy_(rearrange(weight, "d g c -> (g c) d"))
+    linear.bias.copy_(affine(bias).flatten())
+
+
+@torch.no_grad()
+def map_read(reader: nn.Linear, affine: Callable[[Tensor], Tensor]) -> None:
+    """Put an affine map before the keys and values (the last rows) of a Linear C -> 3 C."""
+    channels = reader.in_features
+    weight, bias = reader.weight[channels:], reader.bias[channels:]
+    eye_CC = torch.eye(channels).to(weight.device, torch.float64)
+    shift_C = affine(torch.zeros_like(eye_CC[0]))
+    bias.copy_(bias.double() + weight.double() @ shift_C)
+    weight.copy_(weight.double() @ (affine(eye_CC) - shift_C).T)
 
 
 # ---- Hadamard matrices of all sizes that are known
 
 
-def _signs(n: int) -> Tensor | None:
+def hadamard_signs(n: int) -> Tensor | None:
     """+-1 with orthogonal rows: Sylvester, Paley, or a Kronecker product; None if none is known."""
     if n <= 2:
         return torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)[:n, :n]
-    matrix = None if n & (n - 1) == 0 else _paley(n)  # Sylvester's for powers of two
+    matrix = None if n & (n - 1) == 0 else paley(n)  # Sylvester's for powers of two
     for d in range(2, math.isqrt(n) + 1):
         if matrix is None and n % d == 0:
-            left, right = _signs(d), _signs(n // d)
+            left, right = hadamard_signs(d), hadamard_signs(n // d)
             matrix = None if left is None or right is None else torch.kron(left, right)
     return matrix
 
 
-def _paley(n: int) -> Tensor | None:
+def paley(n: int) -> Tensor | None:
     """Paley I if n - 1 is a prime power, II if n / 2 - 1 is one of the form 4 m + 1, else None."""
-    first, second = _prime_power(n - 1), _prime_power(n // 2 - 1)
+    first, second = prime_power(n - 1), prime_power(n // 2 - 1)
     if n % 4 != 0 or not (first or (second and n // 2 % 4 == 2)):
         return None
-    core = F.pad(_jacobsthal(*(first or second)), (1, 0, 1, 0), value=1.0)  # type: ignore[misc]
+    core = F.pad(jacobsthal(*(first or second)), (1, 0, 1, 0), value=1.0)  # type: ignore[misc]
     core[0, 0] = 0
     eye = torch.eye(len(core), dtype=torch.float64)
     if first:
@@ -578,7 +566,7 @@ def _paley(n: int) -> Tensor | None:
     return torch.kron(core, plus) + torch.kron(eye, minus)
 
 
-def _jacobsthal(p: int, k: int) -> Tensor:
+def jacobsthal(p: int, k: int) -> Tensor:
     """chi(a - b) over GF(p**k), p odd: 1 where a - b is a square, -1 where not, 0 on the diagonal.
 
     Elements are polynomials over Z_p, numbered by their coefficients as base-p digits. Modulo a
@@ -603,7 +591,7 @@ def _jacobsthal(p: int, k: int) -> Tensor:
     return chi[((digits[:, None] - digits) % p * place_k).sum(-1)]
 
 
-def _prime_power(n: int) -> tuple[int, int] | None:
+def prime_power(n: int) -> tuple[int, int] | None:
     """(p, k) with p prime and p**k == n, or None."""
     if n < 2:
         return None
@@ -616,7 +604,7 @@ def _prime_power(n: int) -> tuple[int, int] | None:
 
 
 class GlobalStandardize(Normalizer):
-    """One scalar mean and deviation for all channels. PHI-S ablation (Global Std)"""
+    """One scalar mean and deviation for all channels. PHI-S: Global Standardization"""
 
     def fit(self, seen: Moments) -> Affine:
         within = seen.scatter_CC.diagonal().mean() / seen.total
@@ -625,7 +613,7 @@ class GlobalStandardize(Normalizer):
 
 
 class ChannelStandardize(Normalizer):
-    """Each channel's own mean and deviation. PHI-S ablation (Standardise)"""
+    """Each channel's own mean and deviation. PHI-S: Standardization"""
 
     def fit(self, seen: Moments) -> Affine:
         deviation_C = (seen.scatter_CC.diagonal() / seen.total).sqrt()
@@ -633,16 +621,16 @@ class ChannelStandardize(Normalizer):
 
 
 class Plain(Normalizer):
-    """No normalisation: a teacher weighs as much as its features vary. PHI-S ablation (MSE)"""
+    """No normalisation: a teacher weighs as much as its features vary. PHI-S: MSE baseline"""
 
     def update(self, features_NC: Tensor) -> None:
         """There is nothing to learn."""
 
-    def current(self) -> Affine:
-        if self.map is None:
-            eye_CC = torch.eye(self.channels).to(self.agreed.mean_C)
-            self.map = Affine(eye_CC.new_zeros(()), eye_CC.new_ones(()), eye_CC)
-        return self.map
+    def normalize(self, x: Tensor) -> Tensor:
+        return precise(x)
+
+    def denormalize(self, y: Tensor) -> Tensor:
+        return precise(y)
 
 
 NORMALIZERS: dict[str, type[Normalizer]] = {
@@ -656,8 +644,7 @@ NORMALIZERS: dict[str, type[Normalizer]] = {
 class AdaLoss:
     """Weight of each loss: 1 over the running mean of its value, so that all come out near 1.
 
-    It balances losses where PHI-S balances targets, and favours the summaries.
-    AM-RADIO and PHI-S ablation (AdaLoss)
+    AM-RADIO: AdaLoss; PHI-S: AdaLoss baseline
     """
 
     def __init__(self, decay: float = 0.99):  # not printed; about the last hundred steps
@@ -683,35 +670,36 @@ class AdaLoss:
 
 
 def angle_loss(student_BC: Tensor, teacher_BC: Tensor, dispersion: float | Tensor) -> Tensor:
-    """Squared angle between summaries, over how widely the teacher's own spread -> (B,).
+    """Squared angle between summaries of any length, over the teacher's own spread -> (B,).
 
-    Args:
-        student_BC, teacher_BC: of any length; only directions count.
-        dispersion: `Dispersion.value` of the teacher, > 0, in square radians. A student that
-            always answers the mean direction has loss 1 on average.
-    C-RADIOv4 Eq. 3-7 (L_angle)
+    dispersion: `Dispersion.value` of the teacher, > 0, in square radians. A student that always
+        answers the mean direction has loss 1 on average.
+    C-RADIOv4 Eq. 3-7
     """
-    return _angle(_precise(student_BC), teacher_BC.detach()).square() / dispersion
+    return angle_between(precise(student_BC), teacher_BC.detach()).square() / dispersion
 
 
 class Dispersion:
-    """Mean squared angle of a teacher's summaries to their mean direction, streamed.
+    """Mean squared angle of a teacher's summaries to their mean direction. C-RADIOv4 Eq. 3-7
 
     Each batch is measured against the mean of all so far, itself included (we chose: one pass).
-    C-RADIOv4 Eq. 3-7 (Disp)
     """
 
-    def __init__(self, channels: int, device: torch.device | str = "cpu"):
+    def __init__(self, channels: int):
         # Count, sum of squared angles, sum of summaries: known to all ranks, and seen here since.
-        self.sums = torch.zeros(2, 2 + channels, dtype=torch.float64, device=device)
+        self.sums = torch.zeros(2, 2 + channels, dtype=torch.float64)
         self.is_empty = True  # known without waiting for the device
+
+    def to(self, device: torch.device | str) -> Dispersion:
+        self.sums = self.sums.to(device)
+        return self
 
     def update(self, teacher_BC: Tensor) -> None:
         y_BC = teacher_BC.detach().to(self.sums)
         self.is_empty = self.is_empty and not len(y_BC)
         self.sums[1, 0] += len(y_BC)
         self.sums[1, 2:] += y_BC.sum(0)
-        self.sums[1, 1] += _angle(y_BC, self.sums.sum(0)[None, 2:]).square().sum()
+        self.sums[1, 1] += angle_between(y_BC, self.sums.sum(0)[None, 2:]).square().sum()
 
     def synchronize(self) -> None:  # a collective call
         if dist.is_initialized():
@@ -733,7 +721,7 @@ class Dispersion:
         self.is_empty = not state["sums"][0]
 
 
-def _angle(x: Tensor, y: Tensor) -> Tensor:
+def angle_between(x: Tensor, y: Tensor) -> Tensor:
     # The clamp keeps arccos' slope finite at x = y, where the angle is then 0.0014 and not 0.
     return F.cosine_similarity(x, y.to(x), dim=-1).clamp(-1 + 1e-6, 1 - 1e-6).arccos()
 
@@ -749,10 +737,8 @@ def shift_loss(
     """`patch_loss` over the overlap of crops that were shifted independently -> (B,).
 
     A pattern fixed to the teacher's own positions moves over the image, so it can't be learnt.
-    Args:
-        student_MC, student_grids, teacher, kind: as in `patch_loss`.
-        student_origins, teacher_origins: (row, column) of each crop's first patch in the image.
-            Shifts are whole patches of equal extent on both sides: nothing is interpolated.
+    Origins are the (row, column) of each crop's first patch in the image. Shifts are whole patches
+    of equal extent on both sides: nothing is interpolated.
     Raises: ValueError where the crops of an image do not overlap.
     C-RADIOv4 Eq. 1
     """

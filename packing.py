@@ -1,19 +1,16 @@
-"""From files to packed batches: sources, decoding, sizes, the sample order, the packer, the loader.
+"""From files to packed batches: which pictures a training step sees, and how.
 
-Pictures of any size become one sequence of patches (AMoE Sec. 3). Which pictures a step sees is a
-pure function of (seed, step) and of the sizes in the file headers: no rank, worker or earlier step
+Pictures of any size become one sequence of patches (AMoE: token-balanced batching), and streams of
+several resolutions share a step (RADIOv2.5: partitions). Which pictures a step sees is a pure
+function of (seed, step) and of the sizes in the file headers: no rank, worker or earlier step
 enters it, so a run resumes from one integer, at any number of processes. A picture that does not
 decode is dropped from its pack and named; nothing else moves.
 
-Legend: B images, M patches of a pack, P patches of one image, X = 3 * patch**2 numbers of a patch,
-flattened (row, column, channel). Sizes are (height, width), in pixels unless called a grid.
+Read: `fit_size`, `patchify`, `mosaic`; `PackedBatch`; `pack`; `Stream`, `Stage`; `Packs` (what
+fills a pack); `StepData` (what a rank gets). Part II: views, files, processes, drawings.
 
-Index file: JSON lines, first a header with `format` "amoe-index", `version` 1, `count` and `sha256`
-of the other lines, and what the writer adds. Each further line is what `source.record(i)` gives:
-`source` (its name), `key` (unique), `height` and `width` (EXIF orientation applied), and where the
-picture is: `path` (absolute, or relative to the file), `size` and `offset` in bytes; or, for a
-built-in drawing, `spec`, `seed` and `item`. Where known also `label`, `caption`, `digest` (sha256
-of the picture's bytes) and `mask` ({path, offset, size}).
+Legend: B images, M patches of a pack, P patches of an image, X = 3 * patch**2 numbers of a patch,
+flattened (row, column, channel). Sizes are (height, width), in pixels unless called a grid.
 """
 
 from __future__ import annotations
@@ -52,30 +49,28 @@ from PIL import Image, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageEr
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-Record = dict[str, Any]
+Record = dict[str, Any]  # a line of an index
 Skipped = dict[str, str]  # key or file -> reason
 Size = tuple[int, int]  # height, width
+Weighted = tuple["Source", float]  # a source and its share of the pictures, among others
 Box = tuple[float, float, float, float]  # top, left, bottom, right, as shares of a picture's sides
 
 
-# ---- Part I, the papers: native sizes in whole patches
+# ---- Part I, the papers: from a picture's size to packs of patches
 
 
-def fit_size(height: float, width: float, patch: int, min_area: float = 0,
-             max_area: float | None = None, upsample: bool = False) -> Size:  # fmt: skip
+def fit_size(height: float, width: float, patch: int, max_area: float | None = None) -> Size:
     """The size a picture is resized to: each side the nearest multiple of the patch, at least one.
 
-    Above `max_area` pixels it shrinks, and below `min_area` it grows if `upsample`; the aspect is
-    kept as far as whole patches allow. Source: AMoE's image processor (round, floor, ceil).
+    Above `max_area` pixels it shrinks; the aspect is kept as far as whole patches allow.
+    Source: AMoE release, image processor.
     """
     sides = height / patch, width / patch
-    h, w = (max(math.floor(side + 0.5), 1) for side in sides)
-    if upsample and h * w * patch**2 < min_area:
-        scale = math.sqrt(min_area / patch**2 / (sides[0] * sides[1]))
-        h, w = (math.ceil(side * scale - 1e-6) for side in sides)
+    h, w = (max(math.floor(side + 0.5), 1) for side in sides)  # a half goes up, as theirs does
     if max_area is not None and h * w * patch**2 > max_area:
         most = max(max_area / patch**2, 1)
         scale = math.sqrt(most / (sides[0] * sides[1]))
+        # rounded down, so that the limit holds; what is whole but for rounding errors stays so
         h, w = (max(math.floor(side * scale + 1e-6), 1) for side in sides)
         longest = int(most / min(h, w))  # a side that was less than a patch grew: the other pays
         h, w = min(h, longest), min(w, longest)
@@ -88,19 +83,16 @@ def patchify(image_CHW: Tensor, patch: int) -> Tensor:
 
 
 def mosaic(
-    images: Sequence[Tensor], canvas: int, patch: int,
-    generator: torch.Generator | None = None, fill: Sequence[float] = (0.5, 0.5, 0.5),
-) -> tuple[Tensor, list[tuple[int, int, int, int]]]:  # fmt: skip
+    images: Sequence[Tensor], canvas: int, patch: int, fill: Sequence[float] = (0.5, 0.5, 0.5)
+) -> tuple[Tensor, list[tuple[int, int, int, int]]]:
     """Tile pictures (3, H, W) on one square canvas, for a teacher that works at that size only.
 
-    The canvas is cut into k x k cells, k the largest for which all pictures fit; cells may stay
-    empty. A generator draws the cells, and the places in them in whole patches; without one the
-    pictures go in reading order to the top left of their cells. `fill` is the colour of the rest.
+    The canvas has k x k cells, k the largest for which all pictures fit. They go in reading order
+    to the top left of their cells; `fill` is the colour of the rest.
 
     Returns: (3, canvas, canvas), and each picture's box in the teacher's feature map, in tokens:
         (top, left, height, width), for features[top : top + height, left : left + width].
-
-    Source: RADIOv2.5 mosaic augmentation: 256 px k=4; 432 px k=2 with 80 px of padding.
+    Source: RADIOv2.5: mosaic augmentation (256 px: k=4; 432 px: k=2 with 80 px of padding).
     """
     sides = [side for image in images for side in image.shape[1:]]
     if not sides or any(side % patch for side in (canvas, *sides)):
@@ -108,77 +100,40 @@ def mosaic(
     k = canvas // max(sides)
     if len(images) > k * k:
         raise ValueError(f"{len(images)} pictures, but {canvas=} has {k}x{k} cells of that size")
-    cell = canvas // patch // k
-    order = torch.arange(k * k) if generator is None else torch.randperm(k * k, generator=generator)
+    cell = canvas // patch // k * patch  # whole patches, so that no token sees two pictures
     ground_311 = torch.tensor(fill, device=images[0].device)[:, None, None]
     sheet, boxes = ground_311.repeat(1, canvas, canvas), []
-    for image, slot in zip(images, order.tolist(), strict=False):
-        height, width = image.shape[1] // patch, image.shape[2] // patch
-        top, left = slot // k * cell, slot % k * cell
-        if generator is not None:
-            top += int(torch.randint(cell - height + 1, (), generator=generator))
-            left += int(torch.randint(cell - width + 1, (), generator=generator))
-        y, x = top * patch, left * patch
-        sheet[:, y : y + image.shape[1], x : x + image.shape[2]] = image
-        boxes.append((top, left, height, width))
+    for i, image in enumerate(images):
+        y, x = i // k * cell, i % k * cell
+        height, width = image.shape[1:]
+        sheet[:, y : y + height, x : x + width] = image
+        boxes.append((y // patch, x // patch, height // patch, width // patch))
     return sheet, boxes
-
-
-class View(NamedTuple):
-    """What one of those that look at the same picture sees of it."""
-
-    origin: Size  # (row, column) of its first patch; only the differences between views count
-    box: Box | None  # None: the whole picture
-
-
-def shifted_views(
-    grid: Size, names: Sequence[str], std: float, generator: torch.Generator
-) -> dict[str, View]:
-    """A view of `grid` patches for each name, moved by its own draw of whole patches, N(0, std).
-
-    The picture is enlarged, its aspect kept, until it holds them all, so nothing is cut off a view.
-    A move is at most (side - 1) // 2 patches, so that any two views overlap.
-    C-RADIOv4 Eq. 1; std = 0.5, which leaves 68 % of the draws at 0, is its makers'
-    """
-    grid_2 = torch.tensor(grid, dtype=torch.float64)
-    most_2 = ((grid_2 - 1) / 2).floor()
-    drawn_V2 = std * torch.randn(len(names), 2, generator=generator, dtype=torch.float64)
-    moves_V2 = drawn_V2.round().clamp(-most_2, most_2)
-    low_2, span_2 = moves_V2.amin(0), moves_V2.amax(0) - moves_V2.amin(0)
-    side_2 = grid_2 * ((grid_2 + span_2) / grid_2).max()  # of the enlarged picture, in patches
-    starts_V2 = moves_V2 - low_2 + (side_2 - grid_2 - span_2) / 2
-    boxes_V4 = (torch.cat([starts_V2, starts_V2 + grid_2], 1) / side_2.repeat(2)).clamp(0, 1)
-    boxes = [tuple(box) if span_2.any() else None for box in boxes_V4.tolist()]
-    origins = moves_V2.int().tolist()
-    return {n: View((y, x), box) for n, (y, x), box in zip(names, origins, boxes, strict=True)}
-
-
-# ---- Packed batches
 
 
 @dataclass
 class PackedBatch:
-    """Pictures of many sizes as one sequence of patches; may be empty."""
+    """Pictures of many sizes as one sequence of patches, one after the other; may be empty."""
 
-    patches_MX: Tensor  # float32 in [0, 1], one picture after the other
+    patches_MX: Tensor  # float32 in [0, 1]
     grids: list[Size]  # (h, w) in patches of each picture
     patch: int  # pixels
     samples: list[Sample] = field(default_factory=list)  # one per picture, or none
-    partition_B: list[int] = field(default_factory=list)  # the partition of each picture
+    stream_B: list[int] = field(default_factory=list)  # the number of each picture's stream
     skipped: Skipped = field(default_factory=dict)  # pictures of this pack that did not decode
     # by teacher, and "" for the student: its view of each picture; nothing if all see the whole
     views: dict[str, list[View]] = field(default_factory=dict)
-    # by teacher: the pictures as it sees them, in one row of numbers, and their sizes in pixels
-    pixels: dict[str, tuple[Tensor, list[Size]]] = field(default_factory=dict)
+    pixels: dict[str, Pictures] = field(default_factory=dict)  # by teacher: what it sees of them
 
     def __post_init__(self) -> None:
-        self.partition_B = self.partition_B or [0] * len(self.grids)
+        self.stream_B = self.stream_B or [0] * len(self.grids)  # where there is but one stream
 
     @classmethod
     def from_images(
         cls, images: Sequence[Tensor], patch: int, samples: Sequence[Sample] = ()
     ) -> PackedBatch:
         """Pack float pictures (3, H, W) whose sides are multiples of the patch."""
+        # the empty row first: a pack of broken pictures alone is a batch as well
         rows = [torch.zeros(0, 3 * patch**2), *(patchify(image, patch) for image in images)]
         grids = [(image.shape[1] // patch, image.shape[2] // patch) for image in images]
         return cls(torch.cat(rows), grids, patch, list(samples))
@@ -190,13 +145,12 @@ class PackedBatch:
         for batch in batches:
             joined.grids += batch.grids
             joined.samples += batch.samples
-            joined.partition_B += batch.partition_B
+            joined.stream_B += batch.stream_B
             joined.skipped |= batch.skipped
             for name, views in batch.views.items():
                 joined.views.setdefault(name, []).extend(views)
         for name in batches[0].pixels:
-            rows, sizes = zip(*(batch.pixels[name] for batch in batches), strict=True)
-            joined.pixels[name] = torch.cat(rows), list(itertools.chain(*sizes))
+            joined.pixels[name] = Pictures.cat([batch.pixels[name] for batch in batches])
         return joined
 
     def __len__(self) -> int:
@@ -216,34 +170,16 @@ class PackedBatch:
         """The part of each picture that a teacher sees; None: all see all of them."""
         return [view.box for view in self.views[name]] if self.views else None
 
-    def with_pixels(self, pixels: Mapping[str, list[Tensor]]) -> PackedBatch:
-        """The same with the pictures (3, H, W) that each teacher sees, all in one storage: a
-        loader's worker hands each storage over as an open file, of which there may be 1024."""
-        rows = [
-            torch.cat([x.flatten() for x in (self.patches_MX[:0], *xs)]) for xs in pixels.values()
-        ]
-        parts = [self.patches_MX.flatten(), *rows]
-        patches, *rows = torch.cat(parts).split([part.numel() for part in parts])
-        sizes = [[(x.shape[1], x.shape[2]) for x in xs] for xs in pixels.values()]
-        named = dict(zip(pixels, zip(rows, sizes, strict=True), strict=True))
-        return replace(self, patches_MX=patches.view_as(self.patches_MX), pixels=named)
-
     def seen(self, name: str) -> list[Tensor]:
         """The pictures as a teacher sees them, each (3, H, W)."""
-        row, sizes = self.pixels[name]
-        pictures = row.split([3 * height * width for height, width in sizes])
-        return [x.unflatten(0, (3, *size)) for x, size in zip(pictures, sizes, strict=True)]
-
-    def map(self, move: Callable[[Tensor], Tensor]) -> PackedBatch:
-        """The same with its tensors moved; what is still on the host stays there."""
-        pixels = {name: (move(row), sizes) for name, (row, sizes) in self.pixels.items()}
-        return replace(self, patches_MX=move(self.patches_MX), pixels=pixels)
+        return self.pixels[name].split()
 
     def to(self, device: torch.device | str) -> PackedBatch:
-        return self.map(lambda x: to_device(x, device))
+        """The same with its tensors moved; what is still on the host stays there."""
+        return moved(self, lambda x: to_device(x, device))
 
     def pin_memory(self) -> PackedBatch:  # the loader's pinning thread calls it
-        return self.map(Tensor.pin_memory)
+        return moved(self, Tensor.pin_memory)
 
 
 def pack(
@@ -254,25 +190,18 @@ def pack(
     A pack starts with the oldest waiting picture, so that none waits forever, and takes the
     largest that fits, until none does; once two could fill the rest, it takes the best pair.
 
-    Args:
-        lengths: tokens of each picture, prefix tokens counted.
-        lookahead: pictures that wait at a time; more fill better.
-        max_images: the most in a pack, or None for no limit.
-
+    Args: lengths: tokens of each picture, prefix tokens counted. lookahead: pictures that wait at
+        a time; more fill better. max_images: the most in a pack, or None for no limit.
     Returns: packs of indices into `lengths`, each index once.
-    Source: AMoE Sec. 3; it does not state the algorithm.
+    Source: AMoE: token-balanced batching; the paper has no algorithm, we chose this one.
     """
-    if lookahead < 1 or (max_images is not None and max_images < 1):
-        raise ValueError(f"{lookahead=} and {max_images=} must be at least 1")
-    for i, length in enumerate(lengths):
-        if not 0 < length <= budget:
-            raise ValueError(f"picture {i} has {length} tokens, but a pack holds 1 to {budget=}")
-    stream = iter([(length, -i) for i, length in enumerate(lengths)])
+    refuse_unpackable(lengths, budget, lookahead, max_images)
+    arriving = iter([(length, -i) for i, length in enumerate(lengths)])
     # sorted by length; among equal ones the last, with the smallest index, is the oldest
-    waiting = sorted(itertools.islice(stream, lookahead))
+    waiting = sorted(itertools.islice(arriving, lookahead))
     is_packed, packs = bytearray(len(lengths)), []
     for oldest, length in enumerate(lengths):
-        if is_packed[oldest]:
+        if is_packed[oldest]:  # some earlier pack had room for it
             continue
         members: list[int] = []
         room, at = budget, bisect.bisect_left(waiting, (length, -oldest))
@@ -281,14 +210,250 @@ def pack(
             room -= taken
             members.append(-minus_i)
             is_packed[-minus_i] = True
-            for arrived in itertools.islice(stream, 1):
-                bisect.insort(waiting, arrived)
-            at = _best_fit(waiting, room, (max_images or len(lengths)) - len(members))
+            for next_one in itertools.islice(arriving, 1):  # so that as many wait as before
+                bisect.insort(waiting, next_one)
+            at = best_fit(waiting, room, (max_images or len(lengths)) - len(members))
         packs.append(members)
     return packs
 
 
-def _best_fit(waiting: list[tuple[int, int]], room: int, places: int) -> int:
+# ---- What a step sees: a stage's streams, the packs of each, and this rank's share
+
+
+@dataclass(frozen=True)
+class Stream:
+    """What RADIO calls a partition: a size rule, a share of the step, and its teachers.
+
+    A picture keeps its aspect and gets an area of at most max_side**2. With `choices` it becomes a
+    square instead, of a side that each (epoch, picture) draws, or of its own area if that is less.
+    Source: RADIOv2.5: partitions; AMoE: native sizes; C-RADIOv4: stochastic resolutions.
+    """
+
+    name: str  # enters the key of the order
+    max_side: int = 224
+    min_side: int = 0  # smaller pictures are left out of this stream
+    choices: tuple[int, ...] = ()
+    budget: int = 1024  # tokens of a pack, prefix tokens counted
+    packs: int = 2  # of a step, over all ranks
+    teachers: tuple[str, ...] = ()  # those that supervise it; () all (AM-RADIO had each on one)
+    data: tuple[int, ...] = ()  # which of the --data SOURCEs, counted from 0; () all
+
+    def fit(self, height: int, width: int, patch: int, draw: float) -> Size:
+        """Size of a picture; `draw` in [0, 1) picks one of the choices."""
+        if not self.choices:
+            return fit_size(height, width, patch, self.max_side**2)
+        # no picture grows beyond its own area: there is nothing to see that it doesn't hold
+        side = min(self.choices[int(draw * len(self.choices))], math.sqrt(height * width))
+        return fit_size(side, side, patch)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the run, up to the fraction `until` of its steps."""
+
+    until: float
+    streams: tuple[Stream, ...]
+
+
+@dataclass
+class Packs:
+    """The endless row of packs of one stream, planned an epoch at a time: what fills a pack.
+
+    Each source gives its share of the epoch's pictures (`_share`); each picture gets its size, and
+    all are shuffled (`_pictures`); they are packed in that order (`plan`). A step takes the next
+    `stream.packs` of them; the last ones, if too few for a step, are left out. A pack is an array
+    of (source, index, h, w), the grid in patches.
+    """
+
+    stream: Stream
+    sources: Sequence[Weighted]  # the stream's are chosen from them
+    patch: int  # pixels
+    prefix: int  # tokens of an image besides its patches
+    seed: int
+    max_images: int | None = 16  # in a pack (AMoE: token-balanced batching)
+
+    def __post_init__(self) -> None:
+        self.sources = sources_of(self.stream, self.sources)
+        self._plans: dict[int, list[np.ndarray]] = {}
+        self._starts = [0]  # first step of each epoch known so far
+
+    def _random(self, epoch: int, *purpose: object) -> torch.Generator:
+        # by name, not by number: a stream's order stays when another one is added
+        return keyed_generator(self.seed, epoch, self.stream.name, *purpose)
+
+    def _share(self, number: int, epoch: int) -> list[int]:
+        """A source's pictures in an epoch: a window on an endless row of its permutations.
+
+        An epoch has as many pictures as all sources together. A source whose weight is in
+        proportion to its size, and so any single one, is passed over exactly once.
+        """
+        count, weights = len(self.sources[number][0]), [weight for _, weight in self.sources]
+        quota = weights[number] * sum(len(source) for source, _ in self.sources) / sum(weights)
+        # the window of an epoch, a pure function of its number: no counter has to be saved
+        start, stop = int(epoch * quota), int((epoch + 1) * quota)
+        row, first = list[int](), start // count
+        for turn in range(first, -(-stop // count)):  # each pass over the source is another order
+            row += torch.randperm(count, generator=self._random(turn, number, "order")).tolist()
+        return row[start - first * count : stop - first * count]
+
+    def _pictures(self, epoch: int) -> np.ndarray:
+        """All pictures of an epoch, shuffled: rows of (source, index, h, w)."""
+        rows = []
+        for number, (source, _) in enumerate(self.sources):
+            # a draw for each picture of the source, so that it depends on the picture alone
+            generator = self._random(epoch, number, "size")
+            draws = torch.rand(len(source), generator=generator, dtype=torch.float64).tolist()
+            for i in self._share(number, epoch):
+                height, width = self.stream.fit(*source.size(i), self.patch, draws[i])
+                rows.append((number, i, height // self.patch, width // self.patch))
+        # or all of one source would stand together
+        mixed = torch.randperm(len(rows), generator=self._random(epoch, "mix"))
+        return np.array(rows)[mixed.numpy()]
+
+    def plan(self, epoch: int) -> list[np.ndarray]:
+        """All packs of an epoch."""
+        if epoch not in self._plans:
+            pictures = self._pictures(epoch)
+            lengths = pictures[:, 2] * pictures[:, 3] + self.prefix
+            refuse_too_long(self, pictures, lengths)
+            packs = pack(lengths.tolist(), self.stream.budget, max_images=self.max_images)
+            refuse_too_few(self.stream, len(pictures), len(packs))
+            self._plans.pop(epoch - 2, None)  # a loader looks at two epochs at most
+            self._plans[epoch] = [pictures[members] for members in packs]
+        return self._plans[epoch]
+
+    def steps_in(self, epoch: int) -> int:
+        return len(self.plan(epoch)) // self.stream.packs
+
+    def locate(self, step: int) -> tuple[int, int]:
+        """The epoch of a global step, and the step's number in it."""
+        # how many steps an epoch has is only known by packing it, so they are counted from 0 on
+        while self._starts[-1] <= step:
+            self._starts.append(self._starts[-1] + self.steps_in(len(self._starts) - 1))
+        epoch = bisect.bisect_right(self._starts, step) - 1
+        return epoch, step - self._starts[epoch]
+
+    def packs_at(self, step: int) -> list[np.ndarray]:
+        (epoch, step), each = self.locate(step), self.stream.packs
+        return self.plan(epoch)[step * each : (step + 1) * each]
+
+
+@dataclass(eq=False)
+class StepData(Dataset):
+    """The packs of each global step of a stage that belong to one rank.
+
+    The packs of all streams stand in one row, and each rank has an equal, contiguous part: many
+    ranks form low- and high-resolution groups, and one rank has micro-batches of one step. Every
+    stream goes through its own epochs.
+    """
+
+    streams: Sequence[Stream]
+    sources: Sequence[Weighted]  # of the run
+    patch: int
+    prefix: int
+    seed: int = 0
+    rank: int = 0
+    world: int = 1
+    max_images: int | None = 16
+    shift: float = 0.0  # deviation, in patches, of what each looks at, see `shifted_views`
+    # the live ones: what each sees of a picture is made here, and no picture leaves the worker
+    # besides (a photograph is 36 MB); None: the samples keep theirs
+    teachers: Mapping[str, Viewer] | None = None
+
+    def __post_init__(self) -> None:
+        count = sum(stream.packs for stream in self.streams)
+        if count % self.world:
+            raise ValueError(f"{count} packs per step do not divide over world={self.world} ranks")
+        rest = self.sources, self.patch, self.prefix, self.seed, self.max_images
+        self.packs = [Packs(stream, *rest) for stream in self.streams]
+        self.mine = slice(self.rank * count // self.world, (self.rank + 1) * count // self.world)
+
+    def packs_at(self, step: int) -> list[tuple[int, np.ndarray]]:
+        """All packs of a global step, over all ranks, each with the number of its stream."""
+        return [(s, members) for s, row in enumerate(self.packs) for members in row.packs_at(step)]
+
+    def __getitem__(self, step: int) -> list[PackedBatch]:
+        """This rank's packs of a global step."""
+        return [load_pack(self, step, s, members) for s, members in self.packs_at(step)[self.mine]]
+
+    def steps_in(self, epoch: int) -> int:
+        """Steps in an epoch of the first stream."""
+        return self.packs[0].steps_in(epoch)
+
+    def dropped(self, epoch: int) -> int:
+        """Pictures of an epoch, over all streams, in the last packs that do not fill a step."""
+        return sum(left_over(row, epoch) for row in self.packs)
+
+
+# ---- Part II: the plumbing
+# ---- The order: keys, a stream's sources, and what cannot be packed
+
+
+def keyed_seed(*key: object) -> int:
+    """63-bit integer from the sha256 of the key's repr, the same in every process."""
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") >> 1
+
+
+def keyed_generator(*key: object) -> torch.Generator:
+    """Random generator of a key such as (seed, epoch, sample, purpose)."""
+    return torch.Generator().manual_seed(keyed_seed(*key))
+
+
+def sources_of(stream: Stream, mix: Sequence[Weighted]) -> list[Weighted]:
+    """The sources that a stream draws from, each without the pictures that are too small for it."""
+    chosen = [mix[i] for i in stream.data] or list(mix)
+    if stream.min_side:
+        chosen = [(large_enough(source, stream.min_side), weight) for source, weight in chosen]
+    for source, weight in chosen:
+        if not (weight > 0 and len(source)):
+            raise ValueError(
+                f"stream {stream.name}: {source.name}: {len(source)} pictures of min_side="
+                f"{stream.min_side} and weight={weight} must be above 0"
+            )
+    return chosen
+
+
+def large_enough(source: Source, side: int) -> Subset:
+    """The pictures with an area of side^2 px or more."""
+    areas = [math.prod(source.size(i)) for i in range(len(source))]
+    return Subset(source, [i for i, area in enumerate(areas) if area >= side**2])
+
+
+def refuse_unpackable(
+    lengths: Sequence[int], budget: int, lookahead: int, max_images: int | None
+) -> None:
+    if lookahead < 1 or (max_images is not None and max_images < 1):
+        raise ValueError(f"{lookahead=} and {max_images=} must be at least 1")
+    for i, length in enumerate(lengths):
+        if not 0 < length <= budget:
+            raise ValueError(f"picture {i} has {length} tokens, but a pack holds 1 to {budget=}")
+
+
+def refuse_too_long(packs: Packs, pictures: np.ndarray, lengths: np.ndarray) -> None:
+    if lengths.max() > packs.stream.budget:
+        number, i, h, w = pictures[lengths.argmax()].tolist()
+        raise ValueError(
+            f"stream {packs.stream.name}: {packs.sources[number][0].key(i)} has {h}x{w} patches, "
+            f"more than budget={packs.stream.budget} holds; raise it or lower max_side"
+        )
+
+
+def refuse_too_few(stream: Stream, pictures: int, packs: int) -> None:
+    if packs < stream.packs:
+        needed = -(-pictures * stream.packs // packs)
+        raise ValueError(
+            f"stream {stream.name}: {pictures} pictures make {packs} packs, fewer than the "
+            f"{stream.packs} of a step: about {needed} pictures are needed"
+        )
+
+
+def left_over(packs: Packs, epoch: int) -> int:
+    """Pictures of an epoch in the last packs of a stream, which don't fill a step."""
+    used = packs.steps_in(epoch) * packs.stream.packs
+    return sum(map(len, packs.plan(epoch)[used:]))
+
+
+def best_fit(waiting: list[tuple[int, int]], room: int, places: int) -> int:
     """Position in the sorted list of the length to take next, -1 for none."""
     at = bisect.bisect_right(waiting, (room, 1)) - 1 if places else -1
     if at < 1 or places < 2 or room > 2 * waiting[at][0]:  # more than a pair will fit
@@ -302,248 +467,123 @@ def _best_fit(waiting: list[tuple[int, int]], room: int, places: int) -> int:
     return at
 
 
-# ---- The sample order: which pictures a step sees
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """What size a picture gets: native aspect, whole patches, and an area in pixels."""
-
-    min_area: float = 0  # smaller pictures grow to it if `upsample`, else stay as they are
-    max_area: float | None = None  # larger pictures shrink to it (AMoE: 256**2, then 768**2)
-    # RADIO's stochastic sizes: each (epoch, sample) draws a side and is resized to that square;
-    # the areas do not count then, but the native one is still the limit unless `upsample`
-    choices: tuple[int, ...] = ()
-    upsample: bool = False
-
-    def __post_init__(self) -> None:
-        if self.max_area is not None and self.min_area > self.max_area:
-            raise ValueError(f"min_area={self.min_area} is above max_area={self.max_area}")
-
-    def fit(self, height: int, width: int, patch: int, draw: float) -> Size:
-        """Size of a picture; `draw` in [0, 1) picks one of the choices."""
-        if not self.choices:
-            return fit_size(height, width, patch, self.min_area, self.max_area, self.upsample)
-        side: float = self.choices[int(draw * len(self.choices))]
-        side = side if self.upsample else min(side, math.sqrt(height * width))
-        return fit_size(side, side, patch)
-
-
-@dataclass(frozen=True)
-class Component:
-    """A source at some sizes."""
-
-    source: Source
-    sizes: Sizes
-    weight: float = 1.0  # the source's share of the pictures, relative to the other components'
-
-    def __post_init__(self) -> None:
-        if not (self.weight > 0 and len(self.source)):
-            name, count = self.source.name, len(self.source)
-            raise ValueError(f"{name}: {count} pictures and weight={self.weight} must be above 0")
-
-
-@dataclass(frozen=True)
-class Partition:
-    """A stream of packs with its own resolution and batch size (RADIO: low and high)."""
-
-    name: str
-    components: tuple[Component, ...]
-    budget: int  # tokens of a pack, prefix tokens counted
-    packs_per_step: int  # over all ranks
-    max_images: int | None = 16  # in a pack
-
-
-class StepData(Dataset):
-    """The packs of each global step that belong to one rank.
-
-    The packs of all partitions stand in one row, and each rank has an equal, contiguous part: many
-    ranks form low- and high-resolution groups, and one rank has micro-batches of one step. Every
-    partition goes through its own epochs.
-
-    `prefix` counts an image's tokens besides its patches. `teachers` are the live ones: what each
-    sees of a picture is made here, and no picture leaves the worker besides (a photograph is
-    36 MB). None: the samples keep theirs. `shift` is the deviation, in patches, by which the views
-    of the student and of each teacher move, see `shifted_views`.
-    """
-
-    def __init__(self, partitions: Sequence[Partition], patch: int, prefix: int, seed: int = 0,
-                 rank: int = 0, world: int = 1, lookahead: int = 64,
-                 shift: float = 0.0, teachers: Mapping[str, Viewer] | None = None):  # fmt: skip
-        packs = sum(partition.packs_per_step for partition in partitions)
-        if packs % world:
-            raise ValueError(f"{packs} packs per step do not divide over {world=} processes")
-        self.partitions, self.patch = tuple(partitions), patch
-        self.shift, self.teachers = shift, teachers
-        self._streams = [_Stream(p, patch, prefix, seed, lookahead) for p in partitions]
-        self._part = slice(rank * packs // world, (rank + 1) * packs // world)
-        self._seed = seed
-
-    def _row(self, step: int) -> list[tuple[int, np.ndarray]]:
-        """All packs of a global step, each with the number of its partition."""
-        return [(n, items) for n, s in enumerate(self._streams) for items in s.packs_at(step)]
-
-    def __getitem__(self, step: int) -> list[PackedBatch]:
-        """This rank's packs of a global step."""
-        return [self._load(step, number, items) for number, items in self._row(step)[self._part]]
-
-    def _load(self, step: int, number: int, items: np.ndarray) -> PackedBatch:
-        images, samples, skipped, viewers = [], [], Skipped(), dict(self.teachers or {})
-        names = ("", *viewers)
-        views: dict[str, list[View]] = {name: [] for name in names if self.shift}
-        pixels: dict[str, list[Tensor]] = {name: [] for name in viewers}
-        epoch, _ = self._streams[number].locate(step)
-        for component, i, h, w in items.tolist():
-            source = self.partitions[number].components[component].source
-            size = h * self.patch, w * self.patch
-            asked = [viewer.asks(source.size(i), size) for viewer in viewers.values()]
-            whole = self.teachers is None or self.shift  # a view may be a part of the picture
-            at_least = None if whole else tuple(map(max, zip(size, *asked, strict=True)))
-            try:
-                sample = source.load(i, at_least)
-            except BadImage as error:
-                skipped[source.key(i)] = str(error)
-            else:
-                samples.append(sample if self.teachers is None else without_pixels(sample))
-                found = dict.fromkeys(names, View((0, 0), None))
-                if self.shift:
-                    generator = keyed_generator(self._seed, epoch, sample.key, "shift")
-                    found = shifted_views((h, w), names, self.shift, generator)
-                for name in views:
-                    views[name].append(found[name])
-                images.append(to_float(sample.image, size, found[""].box))
-                for name, viewer in viewers.items():
-                    pixels[name].append(viewer.view(sample.image, size, found[name].box))
-        batch = PackedBatch.from_images(images, self.patch, samples)
-        partition_B = [number] * len(images)
-        batch = replace(batch, partition_B=partition_B, skipped=skipped, views=views)
-        return batch.with_pixels(pixels) if pixels else batch
-
-    def steps_in(self, epoch: int) -> int:
-        """Steps in an epoch of the first partition."""
-        return self._streams[0].steps_in(epoch)
-
-    def plan(self, step: int) -> list[list[str]]:
-        """Keys of the pictures of every pack of a global step, over all ranks."""
-        parts = [partition.components for partition in self.partitions]
-        row = [(parts[number], items.tolist()) for number, items in self._row(step)]
-        return [[part[c].source.key(i) for c, i, _, _ in items] for part, items in row]
-
-    def dropped(self, epoch: int) -> int:
-        """Pictures of an epoch, over all partitions, in the last packs that do not fill a step."""
-        return sum(stream.dropped(epoch) for stream in self._streams)
+# ---- What the student and each teacher sees of a picture
 
 
 class Viewer(Protocol):
-    """How a live teacher sees pictures (`teachers.SizeRule` is one)."""
+    """How a live teacher sees pictures (`teachers.SizeRule` is one).
 
-    def asks(self, whole: Size, seen: Size) -> Size:
-        """The size that it needs of a picture, given its own and that at which the student sees."""
-        ...
-
-    def view(self, image_u8: np.ndarray, size: Any = None, box: Any = None) -> Tensor:
-        """What it sees of a picture, (3, H, W)."""
-        ...
-
-
-class _Stream:
-    """The endless row of packs of one partition, planned an epoch at a time.
-
-    An epoch has as many pictures as all sources together; a source whose weight is in proportion
-    to its size, and so any single one, is passed over exactly once. A pack is an array of
-    (component, index, h, w), the grid in patches.
+    `asks`: the size that it needs of a picture, given its own and that at which the student sees.
+    `view`: what it sees of a picture, (3, H, W).
     """
 
-    def __init__(self, partition: Partition, patch: int, prefix: int, seed: int, lookahead: int):
-        self.partition, self.patch, self.prefix = partition, patch, prefix
-        self.seed, self.lookahead = seed, lookahead
-        self._plans: dict[int, list[np.ndarray]] = {}
-        self._starts = [0]  # first step of each epoch known so far
-
-    def _generator(self, epoch: int, *purpose: object) -> torch.Generator:
-        return keyed_generator(self.seed, epoch, self.partition.name, *purpose)
-
-    def _indices(self, number: int, epoch: int) -> list[int]:
-        """A component's pictures in an epoch: a window on an endless row of permutations."""
-        parts = self.partition.components
-        count, total = len(parts[number].source), sum(len(part.source) for part in parts)
-        quota = parts[number].weight * total / sum(part.weight for part in parts)
-        start, stop = int(epoch * quota), int((epoch + 1) * quota)
-        row, first = list[int](), start // count
-        for turn in range(first, -(-stop // count)):
-            order = torch.randperm(count, generator=self._generator(turn, number, "order"))
-            row += order.tolist()
-        return row[start - first * count : stop - first * count]
-
-    def _items(self, epoch: int) -> np.ndarray:
-        """All pictures of an epoch, shuffled: rows of (component, index, h, w)."""
-        rows = []
-        for number, part in enumerate(self.partition.components):
-            # a draw for each picture of the source, so that it depends on the picture alone
-            generator = self._generator(epoch, number, "size")
-            draws = torch.rand(len(part.source), generator=generator, dtype=torch.float64).tolist()
-            for i in self._indices(number, epoch):
-                height, width = part.sizes.fit(*part.source.size(i), self.patch, draws[i])
-                rows.append((number, i, height // self.patch, width // self.patch))
-        mixed = torch.randperm(len(rows), generator=self._generator(epoch, "mix"))
-        return np.array(rows)[mixed.numpy()]
-
-    def plan(self, epoch: int) -> list[np.ndarray]:
-        """All packs of an epoch."""
-        if epoch in self._plans:
-            return self._plans[epoch]
-        part, items = self.partition, self._items(epoch)
-        lengths = items[:, 2] * items[:, 3] + self.prefix
-        if lengths.max() > part.budget:
-            component, i, h, w = items[lengths.argmax()].tolist()
-            raise ValueError(
-                f"partition {part.name}: {part.components[component].source.key(i)} has {h}x{w} "
-                f"patches, more than budget={part.budget} holds; raise it or lower Sizes.max_area"
-            )
-        packs = pack(lengths.tolist(), part.budget, self.lookahead, part.max_images)
-        if len(packs) < part.packs_per_step:
-            raise ValueError(
-                f"partition {part.name}: {len(items)} pictures make {len(packs)} packs, fewer than "
-                f"packs_per_step={part.packs_per_step}: about "
-                f"{-(-len(items) * part.packs_per_step // len(packs))} pictures are needed"
-            )
-        self._plans.pop(epoch - 2, None)  # a loader looks at two epochs at most
-        self._plans[epoch] = [items[members] for members in packs]
-        return self._plans[epoch]
-
-    def steps_in(self, epoch: int) -> int:
-        return len(self.plan(epoch)) // self.partition.packs_per_step
-
-    def dropped(self, epoch: int) -> int:
-        used = self.steps_in(epoch) * self.partition.packs_per_step
-        return sum(map(len, self.plan(epoch)[used:]))
-
-    def locate(self, step: int) -> tuple[int, int]:
-        while self._starts[-1] <= step:
-            self._starts.append(self._starts[-1] + self.steps_in(len(self._starts) - 1))
-        epoch = bisect.bisect_right(self._starts, step) - 1
-        return epoch, step - self._starts[epoch]
-
-    def packs_at(self, step: int) -> list[np.ndarray]:
-        (epoch, step), each = self.locate(step), self.partition.packs_per_step
-        return self.plan(epoch)[step * each : (step + 1) * each]
+    def asks(self, whole: Size, seen: Size) -> Size: ...
+    def view(self, image_u8: np.ndarray, size: Any = None, box: Any = None) -> Tensor: ...
 
 
-def keyed_seed(*key: object) -> int:
-    """63-bit integer from the sha256 of the key's repr, the same in every process."""
-    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") >> 1
+class View(NamedTuple):
+    """What one of those that look at the same picture sees of it."""
+
+    origin: Size  # (row, column) of its first patch; only the differences between views count
+    box: Box | None  # None: the whole picture
 
 
-def keyed_generator(*key: object) -> torch.Generator:
-    """Random generator of a key such as (seed, epoch, sample, purpose)."""
-    return torch.Generator().manual_seed(keyed_seed(*key))
+def shifted_views(
+    grid: Size, names: Sequence[str], std: float, generator: torch.Generator
+) -> dict[str, View]:
+    """A view of `grid` patches for each name, moved by its own draw of whole patches, N(0, std).
+
+    The picture is enlarged, its aspect kept, until it holds them all, so nothing is cut off a view.
+    A move is at most (side - 1) // 2 patches, so that any two of the V views overlap.
+    Source: C-RADIOv4 Eq. 1; std = 0.5, which leaves 68 % of the draws at 0, is its makers'.
+    """
+    grid_2 = torch.tensor(grid, dtype=torch.float64)
+    most_2 = ((grid_2 - 1) / 2).floor()
+    drawn_V2 = std * torch.randn(len(names), 2, generator=generator, dtype=torch.float64)
+    moves_V2 = drawn_V2.round().clamp(-most_2, most_2)
+    low_2, span_2 = moves_V2.amin(0), moves_V2.amax(0) - moves_V2.amin(0)
+    side_2 = grid_2 * ((grid_2 + span_2) / grid_2).max()  # of the enlarged picture, in patches
+    starts_V2 = moves_V2 - low_2 + (side_2 - grid_2 - span_2) / 2
+    boxes_V4 = (torch.cat([starts_V2, starts_V2 + grid_2], 1) / side_2.repeat(2)).clamp(0, 1)
+    boxes = [tuple(box) if span_2.any() else None for box in boxes_V4.tolist()]
+    origins = moves_V2.int().tolist()
+    return {n: View((y, x), box) for n, (y, x), box in zip(names, origins, boxes, strict=True)}
 
 
-# ---- Part II: the plumbing
+NO_IMAGE = np.zeros((0, 0, 3), np.uint8)  # a step needs no more of it when all views are made
+
+
+def load_pack(data: StepData, step: int, number: int, members: np.ndarray) -> PackedBatch:
+    """A pack of a stream, decoded, and resized to what the student and each teacher sees."""
+    row, patch, teachers = data.packs[number], data.patch, data.teachers or {}
+    epoch, names, skipped = row.locate(step)[0], ("", *teachers), Skipped()
+    images, samples = [], []
+    views: dict[str, list[View]] = {name: [] for name in names if data.shift}
+    pixels: dict[str, list[Tensor]] = {name: [] for name in teachers}
+    for which, i, h, w in members.tolist():
+        source, size = row.sources[which][0], (h * patch, w * patch)
+        asked = [teacher.asks(source.size(i), size) for teacher in teachers.values()]
+        whole = data.teachers is None or data.shift  # a view may be a part of the picture
+        at_least = None if whole else tuple(map(max, zip(size, *asked, strict=True)))
+        for _, sample in readable(source, [i], skipped, at_least):
+            keeps = data.teachers is None
+            samples.append(sample if keeps else replace(sample, image=NO_IMAGE, mask=None))
+            found = dict.fromkeys(names, View((0, 0), None))
+            if data.shift:
+                generator = keyed_generator(data.seed, epoch, sample.key, "shift")
+                found = shifted_views((h, w), names, data.shift, generator)
+            for name in views:
+                views[name].append(found[name])
+            images.append(to_float(sample.image, size, found[""].box))
+            for name, teacher in teachers.items():
+                pixels[name].append(teacher.view(sample.image, size, found[name].box))
+    batch = PackedBatch.from_images(images, patch, samples)
+    batch = replace(batch, stream_B=[number] * len(images), skipped=skipped, views=views)
+    return with_pixels(batch, pixels) if pixels else batch
+
+
+class Pictures(NamedTuple):
+    """Pictures of many sizes in one row of numbers."""
+
+    row: Tensor
+    sizes: list[Size]
+
+    @classmethod
+    def cat(cls, parts: Sequence[Pictures]) -> Pictures:
+        return cls(torch.cat([p.row for p in parts]), [size for p in parts for size in p.sizes])
+
+    def split(self) -> list[Tensor]:
+        pictures = self.row.split([3 * height * width for height, width in self.sizes])
+        return [x.unflatten(0, (3, *size)) for x, size in zip(pictures, self.sizes, strict=True)]
+
+
+def with_pixels(batch: PackedBatch, pixels: Mapping[str, list[Tensor]]) -> PackedBatch:
+    """The same with the pictures (3, H, W) that each teacher sees, all in one storage: a loader's
+    worker hands each storage over as an open file, of which there may be 1024."""
+    sizes = {name: [(x.shape[1], x.shape[2]) for x in xs] for name, xs in pixels.items()}
+    parts = [batch.patches_MX, *itertools.chain(*pixels.values())]
+    counts = [sum(x.numel() for x in xs) for xs in pixels.values()]
+    flat = torch.cat([x.flatten() for x in parts])
+    patches, *rows = flat.split([batch.patches_MX.numel(), *counts])
+    named = dict(zip(sizes, map(Pictures, rows, sizes.values()), strict=True))
+    return replace(batch, patches_MX=patches.view_as(batch.patches_MX), pixels=named)
+
+
+def moved(batch: PackedBatch, move: Callable[[Tensor], Tensor]) -> PackedBatch:
+    pixels = {name: Pictures(move(x.row), x.sizes) for name, x in batch.pixels.items()}
+    return replace(batch, patches_MX=move(batch.patches_MX), pixels=pixels)
+
+
+def to_device(x: Tensor, device: torch.device | str) -> Tensor:
+    """A copy that the host does not wait for: one to CUDA goes on alone from pinned memory."""
+    if torch.device(device).type == "cuda" and x.device.type == "cpu":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
+
+
 # ---- Decoding
 
 MAX_PIXELS = 2**26  # 8192 x 8192; a larger picture is refused by its header, before decoding
-MAX_BYTES = 2**30  # of a file
 # Text and colour profiles of a PNG, which nobody needs but Pillow inflates: 1 MB refused good files
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**26
 ALPHA_GROUND = (255, 255, 255)  # transparent pictures are composed on white
@@ -696,18 +736,6 @@ def resize(image_CHW: Tensor, size: Size) -> Tensor:
     return F.interpolate(image_CHW[None], size, mode="bicubic", antialias=True)[0].clamp(0, 1)
 
 
-def to_device(x: Tensor, device: torch.device | str) -> Tensor:
-    """A copy that the host does not wait for: one to CUDA goes on alone from pinned memory."""
-    if torch.device(device).type == "cuda" and x.device.type == "cpu":
-        return x.pin_memory().to(device, non_blocking=True)
-    return x.to(device)
-
-
-def without_pixels(sample: Sample) -> Sample:
-    """What a step still needs of a picture when all views of it are made."""
-    return replace(sample, image=np.zeros((0, 0, 3), np.uint8), mask=None)
-
-
 # ---- Sources: folders, tar shards and index files all become lines of an index
 
 
@@ -808,7 +836,7 @@ class Subset(Source):
     def __init__(self, source: Source, indices: Sequence[int]):
         self.source, self.indices = source, list(indices)
         self.name, self.skipped = source.name, source.skipped
-        self.lost = getattr(source, "lost", 0)
+        self.lost = getattr(source, "lost", 0)  # a user's source may not know
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -908,11 +936,11 @@ def _find(spec: str) -> list[Path]:
 
 def _scan_all(paths: list[Path], root: Path) -> list[Scan]:
     """The scans of shards, or of a folder; under torchrun each rank makes its part of them."""
-    if dist.is_initialized():
-        mine = {path: _scan(path, root) for path in paths[dist.get_rank() :: dist.get_world_size()]}
+    rank, world = rank_and_world()
+    mine = {path: _scan(path, root) for path in paths[rank::world]}
+    if world > 1:
         dist.barrier()  # then the others' are kept
-        return [mine.get(path) or _scan(path, root) for path in paths]
-    return [_scan(path, root) for path in paths]
+    return [mine.get(path) or _scan(path, root) for path in paths]
 
 
 def _join(scans: dict[str, Scan], name: str, root: Path) -> IndexSource:
@@ -950,23 +978,26 @@ def _to_lines(records: Iterable[Record]) -> bytes:
 
 
 def write_index(path: str | Path, records: Iterable[Record] | bytes, **header: Any) -> None:
-    """Write an index file whole or not at all; `header` adds fields, such as `fingerprints`."""
+    """Write an index file, JSON lines; `header` adds fields, such as `fingerprints`.
+
+    The header has `format` "amoe-index", `version` 1, `count` and `sha256` of the other lines. Each
+    of these is what `source.record(i)` gives: `source` (its name), `key` (unique), `height`,
+    `width` (EXIF orientation applied), and where the picture is: `path` (absolute, or relative to
+    the file), `size` and `offset` in bytes; or, for a drawing, `spec`, `seed` and `item`. Where
+    known also `label`, `caption`, `digest` (sha256 of its bytes) and `mask` ({path, offset, size}).
+    """
     lines = records if isinstance(records, bytes) else _to_lines(records)
     header |= {"format": "amoe-index", "version": 1, "count": lines.count(b"\n")}
     header["sha256"] = hashlib.sha256(lines).hexdigest()
-    part = Path(f"{path}.{os.getpid()}.part")
-    part.write_bytes(_to_lines([header]) + lines)
-    os.replace(part, path)
+    write_whole(path, _to_lines([header]) + lines)
 
 
 def read_index(path: str | Path) -> tuple[Record, bytes]:
     """Header and lines of an index file; ValueError if it is none, cut or changed."""
     with open(path, "rb") as file:
         first, lines = file.readline(2**24), file.read()
-    header: Any = None
-    with contextlib.suppress(ValueError, RecursionError):
-        header = json.loads(first)
-    if not isinstance(header, dict) or header.get("format") != "amoe-index":
+    header = _object(first)
+    if header.get("format") != "amoe-index":
         raise ValueError(f"{path}: not an index file")
     if header["version"] != 1 or header["sha256"] != hashlib.sha256(lines).hexdigest():
         found = lines.count(b"\n")
@@ -977,8 +1008,6 @@ def read_index(path: str | Path) -> tuple[Record, bytes]:
 def _read(place: Record, root: Path | str = "") -> bytes:
     """The bytes at a {path, offset, size}."""
     path = os.path.join(root, place["path"])
-    if place["size"] > MAX_BYTES:
-        raise BadImage(f"{path!r}: {place['size']} bytes, more than {MAX_BYTES}")
     try:
         with open(path, "rb") as file:
             data = os.pread(file.fileno(), place["size"], place.get("offset", 0))
@@ -1001,6 +1030,9 @@ def cache_home() -> Path:
 
 
 # ---- What is a picture among files, and what lies beside it
+
+
+UNSEEN = "a file or folder that cannot be read"
 
 
 def _walk(root: Path) -> tuple[dict[str, os.stat_result], Skipped]:
@@ -1032,13 +1064,14 @@ def _walk(root: Path) -> tuple[dict[str, os.stat_result], Skipped]:
                 links += [entry.path for entry in entries if entry.is_symlink()]
             seen.add((status.st_dev, status.st_ino))
         except OSError as error:
-            skipped[_printable(name)] = f"{'a link that ends nowhere: ' * is_link}{error.strerror}"
+            kind = "a link that leads nowhere" if is_link else UNSEEN
+            skipped[_printable(name)] = f"{kind}: {error.strerror}"
     return dict(sorted(found.items())), skipped
 
 
 def _tar_members(path: Path, root: Path) -> tuple[dict[str, Record], Skipped, Exception | None]:
     """Places of a shard's plain files by name; other members; what ended the scan if damaged."""
-    places, skipped, shard = dict[str, Record](), Skipped(), os.path.relpath(path, root)
+    places, skipped, head = dict[str, Record](), Skipped(), b""
     try:
         with open(path, "rb") as file:
             head = file.read(64)
@@ -1047,25 +1080,21 @@ def _tar_members(path: Path, root: Path) -> tuple[dict[str, Record], Skipped, Ex
                 if member.name in places:
                     skipped[member.name] = "a name seen before"
                 elif member.isreg() and not member.issparse():
-                    place = {"path": shard, "offset": member.offset_data, "size": member.size}
-                    places[member.name] = place
+                    place = {"path": os.path.relpath(path, root), "offset": member.offset_data}
+                    places[member.name] = place | {"size": member.size}
                 elif not member.isdir():
                     skipped[member.name] = "not a plain file"
             end = tar.offset
         # tarfile takes a shard that is cut between two members for a whole one
-        rest = {
-            "path": path,
-            "offset": end,
-            "size": max(512, min(path.stat().st_size - end, 2**20)),
-        }
-        if (tail := _read(rest))[:512] != bytes(512):
+        size = max(512, min(path.stat().st_size - end, 2**20))
+        tail = _read({"path": path, "offset": end, "size": size})
+        if tail[:512] != bytes(512):
             raise tarfile.ReadError("damaged header")
         if tail.strip(b"\0"):
             raise tarfile.ReadError("more behind its end: unpack tars that were joined by cat")
-    except tarfile.ReadError as error:
-        return places, skipped, tarfile.ReadError((not places and _inside(head)) or str(error))
     except Exception as error:  # tarfile raises many kinds
-        return places, skipped, error
+        what = _inside(head) if isinstance(error, tarfile.ReadError) and not places else ""
+        return places, skipped, tarfile.ReadError(what) if what else error
     return places, skipped, None
 
 
@@ -1092,6 +1121,14 @@ def _why_no_picture(name: str) -> str:
     return "neither a picture by its name nor a sidecar of one"
 
 
+def _object(data: bytes) -> Record:
+    """A JSON object in UTF-8 with or without a mark, UTF-16 or UTF-32; empty if it is none."""
+    found: Any = None
+    with contextlib.suppress(ValueError, RecursionError):
+        found = json.loads(data)
+    return found if isinstance(found, dict) else {}
+
+
 def _decoded(data: bytes) -> str:
     is_utf_16 = data.startswith((b"\xff\xfe", b"\xfe\xff"))
     text = data.decode("utf-16" if is_utf_16 else "utf-8-sig", "replace")
@@ -1100,10 +1137,7 @@ def _decoded(data: bytes) -> str:
 
 def _texts(beside: dict[str, bytes]) -> Record:
     """Caption and label from the contents of the text sidecars; only None and "" are absent."""
-    fields: Any = None
-    with contextlib.suppress(ValueError, RecursionError):
-        fields = json.loads(beside.get("json", b""))  # UTF-8 with or without a mark, UTF-16, UTF-32
-    fields, found = fields if isinstance(fields, dict) else {}, Record()
+    fields, found = _object(beside.get("json", b"")), Record()
     for name, sidecar in (("caption", "txt"), ("label", "cls")):
         value = _decoded(beside.get(sidecar, b"")) or fields.get(name)
         value = "\n".join(map(str, value)) if isinstance(value, list) else value
@@ -1115,7 +1149,7 @@ def _texts(beside: dict[str, bytes]) -> Record:
 # stem and extension: in a tar all behind the first dot (webdataset), in a folder behind the last
 TAR_NAME = re.compile(r"((?:.*/)?[^/][^./]*)\.([^/]+)", re.DOTALL)
 FILE_NAME = re.compile(r"(.*?[^/])\.(mask\.png|[^./]+)", re.DOTALL | re.IGNORECASE)
-TWO = "two pictures of group {}, and none is called {}.jpg: name one so, or have no dots in names"
+TWO = "two pictures of group {0}, and none is {0}.jpg: name one so, or have no dots in names"
 
 
 def _group(names: Iterable[str], in_tar: bool) -> tuple[dict[str, tuple[str, Record]], Skipped]:
@@ -1130,25 +1164,21 @@ def _group(names: Iterable[str], in_tar: bool) -> tuple[dict[str, tuple[str, Rec
     for name in names:
         match = (TAR_NAME if in_tar else FILE_NAME).fullmatch(name)
         if match and not _is_junk(name):
-            first = groups.setdefault(match[1], {}).setdefault(match[2].lower(), name)
-            if first != name and _is_picture(name):
-                lost[name] = f"it differs from {first} only in the case of its extension"
+            members = groups.setdefault(match[1], {})
+            ext = match[2].lower()  # a.jpg may be beside a.JPG
+            members[f"{len(members)}/.{ext}" if ext in members else ext] = name
     for stem, members in groups.items():
-        pictures = [ext for ext in members if ext in SUFFIXES]
-        if not pictures:
-            pictures = [ext for ext in members if _is_picture(ext)]
-            if len(pictures) > 1:
-                lost |= {
-                    members[ext]: TWO.format(stem, stem.rpartition("/")[2]) for ext in pictures
-                }
-                continue
+        pictures = [ext for ext in members if _is_picture(ext)]
+        if in_tar and (plain := [e for e in pictures if e.rpartition("/.")[2] in SUFFIXES]):
+            pictures = plain
+        elif in_tar and len(pictures) > 1:
+            lost |= dict.fromkeys((members[ext] for ext in pictures), TWO.format(stem))
+            continue
         for ext in pictures[:1] if in_tar else pictures:
-            beside = {}
-            for kind in SIDECARS:
-                kin = [e for e in members if e == kind]
-                if not kin and "." in ext:
-                    kin = [e for e in members if e.endswith(f".{kind}")]
-                if len(kin) == 1:
+            beside = {kind: members[kind] for kind in SIDECARS if kind in members}
+            for kind in SIDECARS if "." in ext else ():
+                kin = [e for e in members if e.endswith(f".{kind}")]
+                if kind not in beside and len(kin) == 1:
                     beside[kind] = members[kin[0]]
             chosen[members[ext]] = (stem if in_tar else members[ext]), beside
         lost |= {members[ext]: "a key seen before" for ext in pictures[1:] if in_tar}
@@ -1212,7 +1242,8 @@ def _scan(path: Path, root: Path) -> Scan:
         files, odd = _walk(path) if is_folder else ({path.name: path.stat()}, odd)
     except OSError as error:
         return Scan(b"", {os.path.relpath(path, root): str(error.strerror)}, 0, False)
-    rules = SCAN_VERSION, PIL.__version__, FORMATS, sorted(SUFFIXES), MAX_PIXELS, MAX_BYTES
+    unseen = sum(why.startswith(UNSEEN) for why in odd.values())
+    rules = SCAN_VERSION, PIL.__version__, FORMATS, sorted(SUFFIXES), MAX_PIXELS
     times = [(n, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for n, s in files.items()]
     state = hashlib.sha256(repr((rules, os.path.relpath(path, root), times)).encode()).hexdigest()
     name = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:32]
@@ -1221,7 +1252,8 @@ def _scan(path: Path, root: Path) -> Scan:
         header, lines = read_index(kept)
         before = header["count"]
         if header["state"] == state:
-            return Scan(lines, odd | header["skipped"], header["lost"], header["is_whole"])
+            lost = header["lost"] + unseen
+            return Scan(lines, odd | header["skipped"], lost, header["is_whole"])
     if is_folder:
         places = {name: {"path": name, "size": status.st_size} for name, status in files.items()}
     else:
@@ -1242,7 +1274,7 @@ def _scan(path: Path, root: Path) -> Scan:
             write_index(kept, lines, **facts)
     if scan.count < before:
         scan.skipped[str(path)] = f"{before} pictures at the last scan, {scan.count} now"
-    scan.skipped = odd | scan.skipped
+    scan.skipped, scan.lost = odd | scan.skipped, scan.lost + unseen
     return scan
 
 
@@ -1291,14 +1323,15 @@ def readable(
 # ---- The loader and the process group
 
 
-def make_loader(data: StepData, start: int, stop: int, workers: int = 0,
-                pin: bool = False) -> Iterator[list[PackedBatch]]:  # fmt: skip
+def make_loader(
+    data: StepData, start: int, stop: int, workers: int = 0, pin: bool = False
+) -> Iterator[list[PackedBatch]]:
     """The rank's packs of steps start..stop-1, decoded ahead by `workers` processes of one thread.
 
     A worker that dies ends the iteration with a RuntimeError that names its process id.
     """
-    return iter(DataLoader(data, batch_size=None, sampler=range(start, stop), num_workers=workers,
-                           pin_memory=pin))  # fmt: skip
+    options: Any = {"sampler": range(start, stop), "num_workers": workers, "pin_memory": pin}
+    return iter(DataLoader(data, batch_size=None, **options))
 
 
 @dataclass(frozen=True)
@@ -1354,26 +1387,26 @@ def choose_device(device: str, processes: int) -> torch.device:
 
 # Unicode ranges of the coarse labels. A later label wins, and what none has is an object, so that a
 # range may run on over such characters.
-LABEL_RANGES = """
-    clocks 1F550-1F567 1F570
-    symbols 2605 2611-267F 2695 269B-26AB 26CE 26D4 2705 2714-1F3F5 1F493-1F4AF 1F500-1F50A
-        1F518-1F524 1F52F-1F54E 1F5A4 1F6AB-1F6BC 1F6BE 1F6C2-1F6C5 1F7E0-1F90E 1F9E1 1FA75-1FA77
-    food 2615 1F32D-1F382 1F942-1F96F 1F9C0-1F9CB 1FAD0-1FADF
-    people 261D 270A-270D 1F440-1F450 1F464-1F487 1F48F-1F491 1F4AA 1F574-1F575 1F590-1F596
-        1F645-1F64F 1F6B4-1F6B6 1F90C 1F90F-1F937 1F977 1F9B5-1F9B6 1F9B8-1F9B9 1F9CC-1F9DF
-        1FAC2-1FAC8 1FAF0-1FAF8
-    animals 1F400-1F43F 1F54A 1F577-1F578 1F648-1F64A 1F980-1F9AE 1FAB0-1FAB8 1FABC-1FABF
-        1FACE-1FACF
-    faces 2639-263A 1F479-1F480 1F600-1F644 1F910-1F917 1F920-1F925 1F927-1F92F 1F970-1F976
-        1F978-1F97A 1F9D0 1FAE0-1FAEF
-    plants 2618 1F331-1F335 1F337-1F344 1F490 1F940 1FAB4-1FAB5 1FAB7 1FABB 1FABE
-    weather 2600-2604 2614 26C4-26C8 2744 1F300-1F32C 1FA90
-    places 26E9-26FA 1F303-1F307 1F309 1F30B-1F310 1F3D4-1F3F0 1F492 1F54B-1F54D 1F5FB-1F5FF
-        1F6D5-1F6D6 1F6E3-1F6E4
-    activities 265F 26BD-26BE 26F3-26F9 1F380-1F381 1F383-1F3D3 1F3F8-1F3F9 1F57A 1F938-1F93F
-        1F945-1F94F 1F9E9 1FA80-1FA86
-    vehicles 26F4-26F5 2708 1F3CD-1F3CE 1F680-1F6A4 1F6B2 1F6E5-1F6FC
-"""
+LABEL_RANGES = {
+    "clocks": "1F550-1F567 1F570",
+    "symbols": "2605 2611-267F 2695 269B-26AB 26CE 26D4 2705 2714-1F3F5 1F493-1F4AF 1F500-1F50A "
+        "1F518-1F524 1F52F-1F54E 1F5A4 1F6AB-1F6BC 1F6BE 1F6C2-1F6C5 1F7E0-1F90E 1F9E1 1FA75-1FA77",
+    "food": "2615 1F32D-1F382 1F942-1F96F 1F9C0-1F9CB 1FAD0-1FADF",
+    "people": "261D 270A-270D 1F440-1F450 1F464-1F487 1F48F-1F491 1F4AA 1F574-1F575 1F590-1F596 "
+        "1F645-1F64F 1F6B4-1F6B6 1F90C 1F90F-1F937 1F977 1F9B5-1F9B6 1F9B8-1F9B9 1F9CC-1F9DF "
+        "1FAC2-1FAC8 1FAF0-1FAF8",
+    "animals": "1F400-1F43F 1F54A 1F577-1F578 1F648-1F64A 1F980-1F9AE 1FAB0-1FAB8 1FABC-1FABF "
+        "1FACE-1FACF",
+    "faces": "2639-263A 1F479-1F480 1F600-1F644 1F910-1F917 1F920-1F925 1F927-1F92F 1F970-1F976 "
+        "1F978-1F97A 1F9D0 1FAE0-1FAEF",
+    "plants": "2618 1F331-1F335 1F337-1F344 1F490 1F940 1FAB4-1FAB5 1FAB7 1FABB 1FABE",
+    "weather": "2600-2604 2614 26C4-26C8 2744 1F300-1F32C 1FA90",
+    "places": "26E9-26FA 1F303-1F307 1F309 1F30B-1F310 1F3D4-1F3F0 1F492 1F54B-1F54D 1F5FB-1F5FF "
+        "1F6D5-1F6D6 1F6E3-1F6E4",
+    "activities": "265F 26BD-26BE 26F3-26F9 1F380-1F381 1F383-1F3D3 1F3F8-1F3F9 1F57A 1F938-1F93F "
+        "1F945-1F94F 1F9E9 1FA80-1FA86",
+    "vehicles": "26F4-26F5 2708 1F3CD-1F3CE 1F680-1F6A4 1F6B2 1F6E5-1F6FC",
+}  # fmt: skip
 DRAWINGS = "2600-27BF 1F300-1FAFF"
 NOT_DRAWINGS = "1F3FB-1F3FF 1F9B0-1F9B3 1F595"  # skin, hair; a gesture that no README should show
 FONT_SIZES = (32, 48, 64, 80, 112, 144, 184)  # pixels; a drawing is rendered larger and shrunk
@@ -1386,16 +1419,8 @@ def _characters(ranges: str) -> list[str]:
     return [chr(n) for low, _, high in ends for n in range(int(low, 16), int(high or low, 16) + 1)]
 
 
-LABEL_OF: dict[str, str] = dict.fromkeys(_characters(DRAWINGS), "objects")
-
-
-for word in LABEL_RANGES.split():
-    if word.islower():
-        label = word
-    else:
-        LABEL_OF |= dict.fromkeys(_characters(word), label)
-
-
+LABEL_OF = dict.fromkeys(_characters(DRAWINGS), "objects")
+LABEL_OF |= {char: name for name in LABEL_RANGES for char in _characters(LABEL_RANGES[name])}
 LABELS = tuple(sorted({*LABEL_OF.values()}))
 
 

@@ -827,20 +827,17 @@ def embed_part(
             loaded = list(zip(ids, threads.map(load, ids), strict=True))
             skipped |= {source.key(i): str(s) for i, s in loaded if isinstance(s, BadImage)}
             good = [(i, s) for i, s in loaded if not isinstance(s, BadImage)]
-            if not good:
-                continue
-            x_BD = teacher.targets([s for _, s in good]).summary_BC.half().cpu()
-            is_finite_B = x_BD.isfinite().all(1)
-            vectors.append(x_BD[is_finite_B])
-            for (i, s), is_finite in zip(good, is_finite_B.tolist(), strict=True):
+            x_BD = teacher.targets([s for _, s in good]).summary_BC.half().cpu() if good else ()
+            for (i, s), x_D in zip(good, x_BD, strict=True):
+                if not x_D.isfinite().all():
+                    skipped[s.key] = "its embedding is not finite"
+                    continue
                 record = with_paths(source.record(i), source.root, relative_to)
                 if record["source"] == source.name:
                     del record["source"]  # pool.json has it
-                if is_finite:
-                    records.append(record | {"digest": s.digest})
-                else:
-                    skipped[s.key] = "its embedding is not finite"
-    table = torch.cat([torch.empty(0, teacher.summary_dim).half(), *vectors])
+                records.append(record | {"digest": s.digest})
+                vectors.append(x_D)
+    table = torch.stack(vectors) if vectors else torch.empty(0, teacher.summary_dim).half()
     sha256 = write_array(path.with_suffix(".npy"), table.numpy())
     head = {"made_of": made_of, "embeddings": sha256, "skipped": skipped}
     write_index(path.with_suffix(".jsonl"), records, **head)

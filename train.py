@@ -72,13 +72,12 @@ from model import (
     with_heads,
 )
 from packing import (
-    Component,
     Group,
     PackedBatch,
-    Partition,
-    Sizes,
     Source,
+    Stage,
     StepData,
+    Stream,
     Subset,
     cache_home,
     hold_out,
@@ -112,33 +111,6 @@ EXIT_SIGNALLED = 128  # a run that was told to stop saves and exits with 128 + t
 def option(default, help: str, **metadata):
     """A config field: its help carries the unit and the source, and becomes the flag's help."""
     return field(default=default, metadata={"help": help, **metadata})
-
-
-@dataclass(frozen=True)
-class Stream:
-    """One stream of pictures inside a stage: a size rule and its share of the step.
-
-    With `choices`, every picture becomes a square of a side drawn from them (RADIO's stochastic
-    resolutions), or of its own area if that is less; without, it keeps its aspect with an area of
-    at most max_side^2.
-    """
-
-    name: str
-    max_side: int = 224
-    min_side: int = 0  # smaller pictures are left out of this stream
-    choices: tuple[int, ...] = ()
-    budget: int = 1024  # tokens of a pack, prefix tokens counted
-    packs: int = 2  # of a step, over all ranks
-    teachers: tuple[str, ...] = ()  # those that supervise it; () all (AM-RADIO had each on one)
-    data: tuple[int, ...] = ()  # which of the --data SOURCEs, counted from 0; () all
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A part of the run, up to the fraction `until` of its steps."""
-
-    until: float
-    streams: tuple[Stream, ...]
 
 
 @dataclass(frozen=True)
@@ -584,7 +556,7 @@ class Trainer:
         """The pictures whose stream a teacher supervises; all where it supervises none."""
         streams = self.cfg.stages[stage].streams
         taught = [not stream.teachers or name in stream.teachers for stream in streams]
-        return [i for i, p in enumerate(batch.partition_B) if taught[p] or not any(taught)]
+        return [i for i, p in enumerate(batch.stream_B) if taught[p] or not any(taught)]
 
     @torch.no_grad()
     def carry_heads(self, old: dict[str, losses.TargetSpace]) -> None:
@@ -727,12 +699,12 @@ class Trainer:
         with "token" patches count by their number (the ablation). A teacher that does not supervise
         an image's stream gives it 0.
         """
-        partitions = [torch.tensor(m.partition_B, dtype=torch.int64) for m in micros]
+        partitions = [torch.tensor(m.stream_B, dtype=torch.int64) for m in micros]
         sizes = [torch.tensor(m.lengths, dtype=torch.float64) for m in micros]
         totals = torch.zeros(2, len(streams), dtype=torch.float64)
-        for partition_B, size_B in zip(partitions, sizes, strict=True):
-            totals[0].index_add_(0, partition_B, torch.ones_like(size_B))
-            totals[1].index_add_(0, partition_B, size_B)
+        for stream_B, size_B in zip(partitions, sizes, strict=True):
+            totals[0].index_add_(0, stream_B, torch.ones_like(size_B))
+            totals[1].index_add_(0, stream_B, size_B)
         images_S, tokens_S = sum_over_ranks(totals)
         result: list[dict] = [{} for _ in micros]
         for name in (teacher.name for teacher in self.teachers):
@@ -742,12 +714,12 @@ class Trainer:
             if self.cfg.average == "partition":
                 image_S = taught_S / images_S.clamp(min=1) / len(streams)
             token_S = taught_S / (taught_S * tokens_S).sum().clamp(min=1)
-            for micro, partition_B, size_B in zip(result, partitions, sizes, strict=True):
-                summary_B = patch_B = image_S[partition_B].float()
+            for micro, stream_B, size_B in zip(result, partitions, sizes, strict=True):
+                summary_B = patch_B = image_S[stream_B].float()
                 if self.cfg.average == "token":
-                    patch_B = (token_S[partition_B] * size_B).float()
+                    patch_B = (token_S[stream_B] * size_B).float()
                 both_2B = to_device(torch.stack([summary_B, patch_B]), self.group.device)
-                micro[name] = Weights(both_2B[0], both_2B[1], taught_S[partition_B].tolist())
+                micro[name] = Weights(both_2B[0], both_2B[1], taught_S[stream_B].tolist())
         return result
 
     def forward(self, step: int, batch: PackedBatch) -> StudentOutput:
@@ -1350,12 +1322,6 @@ def open_sources(cfg: TrainConfig) -> tuple[list[Source], Source]:
     return train, held_out[0]
 
 
-def at_least(source: Source, side: int) -> Subset:
-    """The pictures with an area of side^2 px or more."""
-    areas = [math.prod(source.size(i)) for i in range(len(source))]
-    return Subset(source, [i for i, area in enumerate(areas) if area >= side**2])
-
-
 def make_stages(cfg: TrainConfig, sources: list[Source], student: Student, group: Group,
                 teachers: Collection[Teacher] | None = None) -> list[StepData]:  # fmt: skip
     """One `StepData` per stage; each stage starts its own epoch 0.
@@ -1371,16 +1337,9 @@ def make_stages(cfg: TrainConfig, sources: list[Source], student: Student, group
     mix = list(zip(sources, shares, strict=True))
     stages = []
     for number, stage in enumerate(cfg.stages):
-        partitions = []
-        for stream in stage.streams:
-            sizes = Sizes(0, stream.max_side**2, stream.choices)
-            chosen = [mix[i] for i in stream.data] or mix
-            if stream.min_side:
-                chosen = [(at_least(source, stream.min_side), share) for source, share in chosen]
-            parts = tuple(Component(source, sizes, share) for source, share in chosen)
-            packs = stream.packs * cfg.times(stage, patch, prefix)
-            partitions.append(Partition(stream.name, parts, stream.budget, packs, cfg.max_images))
-        total = sum(partition.packs_per_step for partition in partitions)
+        times = cfg.times(stage, patch, prefix)
+        streams = [dataclasses.replace(s, packs=s.packs * times) for s in stage.streams]
+        total = sum(stream.packs for stream in streams)
         if cfg.micro_packs and total % (cfg.micro_packs * group.world):
             raise ValueError(
                 f"micro_packs={cfg.micro_packs} * {group.world} processes does not divide the "
@@ -1388,8 +1347,8 @@ def make_stages(cfg: TrainConfig, sources: list[Source], student: Student, group
             )
         stages.append(
             StepData(
-                partitions, patch, prefix, cfg.seed + number, group.rank, group.world,
-                shift=cfg.shift, teachers=live,
+                streams, mix, patch, prefix, cfg.seed + number, group.rank, group.world,
+                cfg.max_images, cfg.shift, live,
             )
         )  # fmt: skip
     return stages

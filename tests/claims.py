@@ -19,7 +19,8 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from itertools import pairwise
@@ -30,7 +31,8 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from einops import repeat
+from torch import Tensor, nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -45,8 +47,6 @@ from eval import (
     knn,
     knn_votes,
     patch_knn,
-    questions,
-    reading,
     reduce_map,
 )
 from model import (
@@ -59,7 +59,7 @@ from model import (
     load_student,
     save_student,
 )
-from packing import Group, Source, Subset, cache_home, make_loader
+from packing import Group, Sample, Source, Subset, cache_home, large_enough, make_loader
 from sampling import balanced_sample, hierarchical_kmeans
 from teachers import Teacher, TeacherOutput
 from train import (
@@ -67,7 +67,6 @@ from train import (
     Stream,
     TrainConfig,
     Trainer,
-    at_least,
     load_teachers,
     make_stages,
     open_sources,
@@ -265,7 +264,7 @@ def distil(name: str, arm: str, seed: int, quick: bool) -> dict[str, Any]:
     if claim.unenlarged:
         streams = [stream for stage in cfg.stages for stream in stage.streams]
         side = max(side for stream in streams for side in stream.choices)
-        train, held_out = at_least(train, side), at_least(held_out, side)
+        train, held_out = large_enough(train, side), large_enough(held_out, side)
     named = {t.name: t for t in teachers}
     reference = extract({"teacher": named}, spread(train, 200))
     if arm in claim.patterned:  # in training alone
@@ -398,7 +397,8 @@ def merge(name: str, arm: str, seed: int, quick: bool) -> dict[str, Any]:
     cfg = config(name, arm, seed, quick)
     train, held_out, _ = opened(cfg.teachers, quick)
     some = [
-        spread(at_least(source, HIGH), limit) for source, limit in ((train, 600), (held_out, 300))
+        spread(large_enough(source, HIGH), limit)
+        for source, limit in ((train, 600), (held_out, 300))
     ]
     sets = [extract(models, source, size=(HIGH, HIGH)) for source in some]
     asked, figures, column = questions(*sets), {}, "student/trunk"
@@ -784,6 +784,99 @@ def triangle(base: float, leg: float) -> Tensor:
     """Three points (3, 2): two at a distance of `base`, and both at `leg` from the third."""
     height = (leg**2 - base**2 / 4) ** 0.5
     return torch.tensor([[-base / 2, 0], [base / 2, 0], [0, height]])
+
+
+# ------------------------------------------------------------------------------ a small reader
+
+
+def questions(train: FeatureSet, test: FeatureSet) -> tuple[Tensor, Tensor]:
+    """(N, 4) answers to: what is it, its caption's last word, where (of 3x3), how large (of 4).
+
+    -1 where a picture has no such answer: a label or word that training lacks, an empty mask.
+    """
+    counts = Counter(map(_last_word, train.samples))
+    words = sorted(word for word, count in counts.items() if word and count >= 5)
+    labels = sorted({str(sample.label) for sample in train.samples})
+
+    def answers(sample: Sample) -> list[int]:
+        names = (str(sample.label), labels), (_last_word(sample), words)
+        known = [among.index(name) if name in among else -1 for name, among in names]
+        rows, columns = np.nonzero(np.asarray(sample.mask))
+        if not len(rows):
+            return [*known, -1, -1]
+        height, width = np.asarray(sample.mask).shape
+        place = 3 * (3 * rows.mean() // height) + 3 * columns.mean() // width
+        share = len(rows) / (height * width)
+        return [*known, int(place), sum(share > limit for limit in (0.1, 0.2, 0.4))]
+
+    sides = ([answers(sample) for sample in found.samples] for found in (train, test))
+    train_NQ, test_NQ = map(torch.tensor, sides)
+    return train_NQ, test_NQ
+
+
+def _last_word(sample: Sample) -> str:
+    """Of the first name in the caption: "grinning face, tractor" gives "face"."""
+    return (sample.caption or "").partition(",")[0].rpartition(" ")[2]
+
+
+class Reader(nn.Module):
+    """A language model's way to read tokens, at its smallest: every question attends once."""
+
+    def __init__(self, width: int, answers: Sequence[int], dim: int = 128):
+        super().__init__()
+        self.project = nn.Sequential(nn.Linear(width, dim), nn.LayerNorm(dim))
+        self.question_QD = nn.Parameter(torch.randn(len(answers), dim))
+        self.attention = nn.MultiheadAttention(dim, 4, batch_first=True)
+        self.answer = nn.ModuleList(nn.Linear(dim, count) for count in answers)
+
+    def forward(self, tokens_NKC: Tensor) -> list[Tensor]:
+        """Logits (N, answers) of each question."""
+        x_NKD = self.project(tokens_NKC)
+        question = repeat(self.question_QD, "q d -> n q d", n=len(x_NKD))
+        read = question + self.attention(question, x_NKD, x_NKD)[0]
+        return [layer(read[:, q]) for q, layer in enumerate(self.answer)]
+
+
+def reading(train: Sequence, test: Sequence, grid: Any, train_NQ: Tensor, test_NQ: Tensor) -> dict:
+    """Share of questions that a trained `Reader` answers right on held-out pictures.
+
+    Args:
+        train, test: (tokens (K, C), index (h w,)) of each picture, see `reduce_map`. A token also
+            carries the mean row and column of its members, as a prompt's order would tell.
+    """
+    place_P2 = torch.cartesian_prod(*(torch.linspace(-1, 1, n) for n in grid))
+
+    def placed(tokens_KC: Tensor, index_P: Tensor) -> Tensor:
+        sums_K2 = torch.zeros(len(tokens_KC), 2).index_add_(0, index_P, place_P2)
+        return torch.cat([tokens_KC, sums_K2 / index_P.bincount()[:, None]], 1)
+
+    train_NKC, test_NKC = (torch.stack([placed(*one) for one in side]) for side in (train, test))
+    mean_C, scale_C = train_NKC.mean((0, 1)), train_NKC.std((0, 1)).clamp_min(1e-6)
+    reader = train_reader((train_NKC - mean_C) / scale_C, train_NQ)
+    with torch.no_grad():
+        logits = reader((test_NKC - mean_C) / scale_C)
+    is_asked_NQ = test_NQ >= 0
+    is_right_NQ = torch.stack([x.argmax(1) for x in logits], 1).eq(test_NQ) & is_asked_NQ
+    parts_NP = torch.stack([is_right_NQ.sum(1), is_asked_NQ.sum(1)], 1)
+    return bootstrap(
+        parts_NP, lambda means: means[..., 0] / means[..., 1], why="no question has an answer"
+    )
+
+
+def train_reader(tokens_NKC: Tensor, answers_NQ: Tensor, steps: int = 300) -> Reader:
+    """Fit a `Reader` by AdamW; unanswered questions (-1) teach nothing."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        reader = Reader(tokens_NKC.shape[-1], (answers_NQ.amax(0) + 1).clamp_min(1).tolist())
+    adam, generator = torch.optim.AdamW(reader.parameters(), 1e-3), torch.Generator().manual_seed(0)
+    for _ in range(steps):
+        rows = torch.randint(len(answers_NQ), (64,), generator=generator)
+        pairs = zip(reader(tokens_NKC[rows]), answers_NQ[rows].T, strict=True)
+        losses = [F.cross_entropy(x, y, ignore_index=-1, reduction="sum") for x, y in pairs]
+        adam.zero_grad()
+        (torch.stack(losses).sum() / len(rows)).backward()
+        adam.step()
+    return reader
 
 
 def main(argv: list[str] | None = None) -> None:

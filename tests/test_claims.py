@@ -4,11 +4,13 @@ import json
 from functools import partial
 
 import claims
+import numpy as np
 import pytest
 import torch
 from claims import CLAIMS, Claim, Effect
 
-from eval import train_reader
+from eval import FeatureSet
+from packing import Sample
 
 
 def test_an_effect_is_paired_by_seed_and_says_what_it_could_have_seen():
@@ -52,6 +54,40 @@ def test_a_changed_claim_does_not_use_old_runs(tmp_path, monkeypatch):
     assert claims.rows_of("toy", tmp_path) == []
 
 
+def drawn(label, caption, rows=(0, 0), columns=(0, 0)):
+    """A sample without pixels, whose mask is a rectangle in 30 x 30."""
+    mask = np.zeros((30, 30), np.uint8)
+    mask[slice(*rows), slice(*columns)] = 1
+    return Sample(f"{label}{caption}", "", np.zeros((0, 0, 3), np.uint8), label, caption, mask)
+
+
+def test_questions():
+    """Label, the caption's last word (five pictures have it), place of 3 x 3, size of 4."""
+    names = (("cat", "red cat, tree"), ("dog", "blue dog"), ("owl", "green owl"))
+    train = FeatureSet([drawn(*name, (0, 15), (0, 15)) for name in names * 5])
+    test = FeatureSet([
+        drawn("dog", "a dog", (0, 9), (21, 30)),
+        drawn("emu", "an emu", (22, 28), (1, 5)),
+        drawn("owl", "owl", (0, 30), (0, 30)),
+        drawn("cat", None),
+    ])  # fmt: skip
+    known, asked = claims.questions(train, test)
+    assert known.tolist() == [[i % 3, i % 3, 0, 2] for i in range(15)]
+    assert asked.tolist() == [[1, 1, 2, 0], [-1, -1, 6, 0], [2, 2, 4, 3], [0, -1, -1, -1]]
+
+
+@pytest.mark.slow
+def test_reading_finds_what_tokens_say_and_where():
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn(90, 16, 4, generator=generator)
+    places = torch.randint(16, (90,), generator=generator)
+    tokens[torch.arange(90), places] = torch.eye(4)[torch.arange(90) % 4] * 8
+    answers = torch.stack([torch.arange(90) % 4, places // 8, torch.full((90,), -1)], 1)
+    read = [(x, torch.arange(16)) for x in tokens]
+    row = claims.reading(read[:60], read[60:], (4, 4), answers[:60], answers[60:])
+    assert row["value"] > 0.65 and row["n"] == 30  # guessing: 0.37
+
+
 @pytest.fixture(scope="module")
 def quick_runs(tmp_path_factory):
     """The folder with two seeds of every arm of every claim."""
@@ -59,7 +95,7 @@ def quick_runs(tmp_path_factory):
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
-        patch.setattr("eval.train_reader", partial(train_reader, steps=2))
+        patch.setattr(claims, "train_reader", partial(claims.train_reader, steps=2))
         for name in CLAIMS:
             claims.run_claim(name, 2, folder, quick=True)
     torch.set_num_threads(threads)

@@ -16,6 +16,7 @@ import sys
 import tarfile
 import time
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -27,15 +28,13 @@ import packing
 from packing import (
     LABELS,
     BadImage,
-    Component,
     IndexSource,
     OpenMoji,
     PackedBatch,
-    Partition,
     Sample,
-    Sizes,
     Source,
     StepData,
+    Stream,
     Subset,
     decode_image,
     fit_size,
@@ -90,9 +89,18 @@ def write_folder(root: Path, count: int, seed: int = 0, labels: int = 3) -> Path
     return root
 
 
-def one_partition(source, budget=256, packs_per_step=2, **options) -> list[Partition]:
-    sizes = Sizes(max_area=64**2)
-    return [Partition("all", (Component(source, sizes),), budget, packs_per_step, **options)]
+def one_stream(source, budget=256, packs=2) -> tuple[list[Stream], list[tuple[Source, float]]]:
+    return [Stream("all", 64, budget=budget, packs=packs)], [(source, 1.0)]
+
+
+def keys_of(data: StepData, steps: Iterable[int]) -> list[str]:
+    return [key for step in steps for keys in planned(data, step) for key in keys]
+
+
+def planned(data: StepData, step: int) -> list[list[str]]:
+    """Keys of the pictures of every pack of a global step, over all ranks."""
+    return [[data.packs[n].sources[s][0].key(i) for s, i, _, _ in members.tolist()]
+            for n, members in data.packs_at(step)]  # fmt: skip
 
 
 def log_normal_lengths(count: int = 20_000, seed: int = 0) -> list[int]:
@@ -149,11 +157,11 @@ def test_deep_pictures_are_scaled_not_saturated():
     [
         (np.array([[0, 257], [514, 65535]], np.uint16), [[0, 1], [2, 255]]),
         (np.array([[0, 1], [1, 1]], np.uint16), [[0, 0], [0, 0]]),  # a dark picture stays dark
-        (np.array([[0, 1], [1, 257]], np.int32), [[0, 0], [0, 1]]),
+        (np.array([[0, 1], [1, 257]], np.int32), [[0, 0], [0, 128]]),  # 0 to 511
         (np.array([[0, 0.2], [0.4, 0.8]], np.float32), [[0, 51], [102, 204]]),
-        (np.array([[0, 257], [514, 1]], np.float32), [[0, 1], [2, 0]]),
+        (np.array([[0, 257], [514, 1]], np.float32), [[0, 64], [128, 0]]),  # 0 to 1023
         (np.array([[-1, 0], [1, 3]], np.float32), [[0, 64], [128, 255]]),
-        (np.array([[7, 7], [7, 7 + 2**17]], np.float32), [[0, 0], [0, 255]]),
+        (np.array([[7, 7], [7, 7 + 2**17]], np.float32), [[0, 0], [0, 128]]),  # to 2**18 - 1
     ],
 )
 def test_deep_pixels_by_hand(values, expected):
@@ -262,15 +270,15 @@ def test_bad_pictures_are_named_once_and_nothing_moves(tmp_path):
     for name, data in bad_files().items():
         (root / "class0" / name).write_bytes(data)
     source = open_source(str(root))
-    data = StepData(one_partition(source), 16, 5, seed=3)
+    data = StepData(*one_stream(source), 16, 5, seed=3)
     batches = [batch for step in range(data.steps_in(0)) for batch in data[step]]
     skipped = source.skipped | {k: v for batch in batches for k, v in batch.skipped.items()}
-    planned = [key for step in range(data.steps_in(0)) for keys in data.plan(step) for key in keys]
+    expected = keys_of(data, range(data.steps_in(0)))
     missing = {f"class0/{name}" for name in bad_files()} - set(skipped)
-    assert missing <= {"class0/cut.jpg"} - set(planned)  # a picture of the tail is not looked at
+    assert missing <= {"class0/cut.jpg"} - set(expected)  # a picture of the tail is not looked at
     assert set(skipped) <= {f"class0/{name}" for name in bad_files()}
     seen = [sample.key for batch in batches for sample in batch.samples]
-    assert seen == [key for key in planned if key not in skipped]
+    assert seen == [key for key in expected if key not in skipped]
     assert all(name.split("/")[1] in reason for name, reason in skipped.items())
 
 
@@ -279,10 +287,10 @@ def test_a_pack_of_bad_pictures_is_an_empty_batch(tmp_path):
     source = open_source(str(root))
     for path in root.rglob("*.png"):
         path.write_bytes(path.read_bytes()[:60].ljust(path.stat().st_size, b"\0"))
-    data = StepData(one_partition(source, packs_per_step=1), 16, 5)
+    data = StepData(*one_stream(source, packs=1), 16, 5)
     batch = PackedBatch.cat(data[0])
     assert len(batch) == 0 and batch.patches_MX.shape == (0, 768)
-    assert sorted(batch.skipped) == sorted(key for keys in data.plan(0) for key in keys)
+    assert sorted(batch.skipped) == sorted(keys_of(data, [0]))
 
 
 # ---- sizes and patches
@@ -296,14 +304,9 @@ def test_a_pack_of_bad_pictures_is_an_empty_batch(tmp_path):
         ((39, 73), {}, (32, 80)),
         ((130, 510), {"max_area": 256**2}, (128, 512)),  # just the limit is no more than it
         ((130, 526), {"max_area": 256**2}, (112, 512)),  # 127.3 x 514.9: floors keep the limit
-        ((130, 126), {"min_area": 128**2, "upsample": True}, (128, 128)),  # nor less
-        ((130, 118), {"min_area": 128**2, "upsample": True}, (144, 128)),  # 134.5 x 121.9
         ((3, 5), {}, (16, 16)),  # at least one patch
         ((512, 512), {"max_area": 256**2}, (256, 256)),
         ((500, 1000), {"max_area": 256**2}, (176, 352)),  # sqrt(2)^-1 * 256 = 181.02, 362.04
-        ((64, 64), {"min_area": 128**2}, (64, 64)),  # not asked to grow
-        ((64, 64), {"min_area": 128**2, "upsample": True}, (128, 128)),
-        ((60, 30), {"min_area": 128**2, "upsample": True}, (192, 96)),  # 181.02, 90.5 rounded up
         ((5000, 1), {"max_area": 256**2}, (4096, 16)),
         ((1, 1), {"max_area": 1}, (16, 16)),
     ],
@@ -357,33 +360,28 @@ def test_patches_are_row_column_channel():
         assert patches[p].tolist() == [image[c, y, x].item() for y, x in rows for c in range(3)]
 
 
-@pytest.mark.parametrize("varied", [False, True])
 @pytest.mark.parametrize(("side", "k"), [(256, 4), (432, 2)])
 @pytest.mark.parametrize("missing", [0, 1, 3])
-def test_mosaic_through_an_identity_teacher(side, k, missing, varied):
+def test_mosaic_through_an_identity_teacher(side, k, missing):
     count = k * k - missing
     images = [torch.rand(3, side, side) for _ in range(count)]
-    generator = keyed_generator(0, "mosaic") if varied else None
-    sheet, boxes = mosaic(images, 1024, 16, generator)
+    sheet, boxes = mosaic(images, 1024, 16)
     assert sheet.shape == (3, 1024, 1024) and len(boxes) == count
     features = patchify(sheet, 16).unflatten(0, (64, 64))
     for image, (top, left, height, width) in zip(images, boxes, strict=True):
         cut = features[top : top + height, left : left + width].flatten(0, 1)
         torch.testing.assert_close(cut, patchify(image, 16), rtol=0, atol=0)
-    if not varied:
-        cell = 64 // k
-        assert [box[:2] for box in boxes] == [(i // k * cell, i % k * cell) for i in range(count)]
+    cell = 64 // k
+    assert [box[:2] for box in boxes] == [(i // k * cell, i % k * cell) for i in range(count)]
 
 
-def test_mosaic_takes_mixed_sizes_varies_places_and_refuses_what_does_not_fit():
+def test_mosaic_takes_mixed_sizes_and_refuses_what_does_not_fit():
     images = [torch.rand(3, 32, 64), torch.rand(3, 64, 16)]
-    sheet, boxes = mosaic(images, 128, 16, keyed_generator(0), fill=(0.25,) * 3)
+    sheet, boxes = mosaic(images, 128, 16, fill=(0.25,) * 3)
     for top, left, height, width in boxes:
         sheet[:, 16 * top : 16 * (top + height), 16 * left : 16 * (left + width)] = 0.25
     assert (sheet == 0.25).all()
     assert (mosaic(images, 128, 16)[0][:, 64:] == 0.5).all()  # two of four cells stay grey
-    places = {tuple(mosaic(images, 128, 16, keyed_generator(seed))[1]) for seed in range(20)}
-    assert len(places) > 10
     with pytest.raises(ValueError, match=r"5 pictures.*2x2"):
         mosaic([torch.rand(3, 64, 64)] * 5, 128, 16)
     with pytest.raises(ValueError, match="multiples"):
@@ -452,24 +450,33 @@ def test_a_scan_is_cached_until_the_folder_changes(tmp_path, monkeypatch):
     assert open_source(str(root)).fingerprint() == changed.fingerprint()
 
 
-SMALL_BMP, TURNED_BMP = (encoded(random_pixels(*size), "BMP") for size in ((32, 64), (64, 32)))
+BITMAPS = {size: encoded(random_pixels(*size), "BMP") for size in ((32, 64), (64, 32), (48, 48))}
 
 
 @pytest.mark.parametrize("in_tar", [False, True], ids=["folder", "shard"])
-def test_another_picture_of_equal_name_and_size_is_scanned_anew(in_tar, tmp_path):
-    """The time of a file alone tells it; a scan kept by name and size would give the old sizes."""
-    assert len(SMALL_BMP) == len(TURNED_BMP)
+def test_another_picture_of_an_equal_name_is_scanned_anew(in_tar, tmp_path):
+    """By its time where its size is the same, by its size where its time is the same."""
+    lengths = [len(data) for data in BITMAPS.values()]
+    assert lengths[0] == lengths[1] != lengths[2]
     path = tmp_path / ("a.tar" if in_tar else "data")
-    path.parent.mkdir(exist_ok=True)
-    for second, data in enumerate((SMALL_BMP, TURNED_BMP)):
-        if in_tar:
-            write_shard(path, {"x.bmp": data})
+    file = path if in_tar else path / "x.bmp"
+    for second, (size, data) in zip((0, 1, 1), BITMAPS.items(), strict=True):
+        file.parent.mkdir(exist_ok=True)
+        if in_tar:  # a second file, as a tar grows by whole blocks of 10 KB only
+            write_shard(file, {"x.bmp": data} | ({"y.bmp": data} if size == (48, 48) else {}))
         else:
-            path.mkdir(exist_ok=True)
-            (path / "x.bmp").write_bytes(data)
-        os.utime(path if in_tar else path / "x.bmp", ns=(10**18, 10**18 + 10**9 * second))
+            file.write_bytes(data)
+        os.utime(file, ns=(10**18, 10**18 + 10**9 * second))
         source = open_source(str(path))
-        assert source.size(0) == source.load(0).image.shape[:2] == ((32, 64), (64, 32))[second]
+        assert source.size(0) == source.load(0).image.shape[:2] == size
+
+
+def test_folders_of_one_name_have_scans_of_their_own(tmp_path):
+    many, few = (write_folder(tmp_path / n / "data", i) for n, i in (("many", 5), ("few", 3)))
+    for _ in range(2):
+        sources = [open_source(str(root)) for root in (many, few)]
+        assert [len(source) for source in sources] == [5, 3]
+        assert not sources[0].skipped and not sources[1].skipped  # the second never had five
 
 
 def test_a_file_that_comes_goes_or_takes_another_name_is_seen(tmp_path):
@@ -808,7 +815,7 @@ def test_a_batch_is_its_pictures_one_after_the_other():
     torch.testing.assert_close(batch.patches_MX, torch.cat([patchify(i, 16) for i in images]))
     empty = PackedBatch.from_images([], 16)
     both = PackedBatch.cat([batch, empty, batch])
-    assert len(both) == 4 and both.partition_B == [0] * 4 and batch.grids == [(2, 1), (1, 3)]
+    assert len(both) == 4 and both.stream_B == [0] * 4 and batch.grids == [(2, 1), (1, 3)]
     assert both.views == {} and both.sizes == [(32, 16), (16, 48)] * 2
     assert both.to("cpu").patches_MX.shape == (10, 768)
     with pytest.raises(RuntimeError, match="can't divide axis of length 30 in chunks of 16"):
@@ -869,32 +876,33 @@ def same(ours: list, theirs: list) -> bool:
 
 def test_an_epoch_has_every_picture_once_and_counts_its_tail():
     source = OpenMoji("train", 201)
-    data = StepData(one_partition(source, budget=128, packs_per_step=4), 16, 5, seed=2)
+    parts = one_stream(source, budget=128, packs=4)
+    data = StepData(*parts, 16, 5, seed=2)
     for epoch in (0, 1):
         first = sum(data.steps_in(e) for e in range(epoch))
         steps = range(first, first + data.steps_in(epoch))
-        located = [data._streams[0].locate(step) for step in steps]
+        located = [data.packs[0].locate(step) for step in steps]
         assert located == [(epoch, n) for n in range(len(steps))]
-        keys = [key for step in steps for keys in data.plan(step) for key in keys]
+        keys = keys_of(data, steps)
         assert len(keys) == len(set(keys)) == 201 - data.dropped(epoch)
         assert 0 <= data.dropped(epoch) < 4 * 16
-    assert data.plan(0) != data.plan(data.steps_in(0))
-    assert data.plan(0) != StepData(data.partitions, 16, 5, seed=3).plan(0)
+    assert planned(data, 0) != planned(data, data.steps_in(0))
+    assert planned(data, 0) != planned(StepData(*parts, 16, 5, seed=3), 0)
 
 
 def test_ranks_divide_a_step_and_resuming_changes_nothing():
     source = OpenMoji("train", 120)
-    parts = one_partition(source, budget=128, packs_per_step=2)
-    whole = StepData(parts, 16, 5, seed=1)
+    parts = one_stream(source, budget=128, packs=2)
+    whole = StepData(*parts, 16, 5, seed=1)
     stop = whole.steps_in(0) + 3  # over the end of the epoch
     expected = epoch_of(whole, range(stop))
-    ranks = [epoch_of(StepData(parts, 16, 5, 1, rank, 2), range(stop)) for rank in (0, 1)]
+    ranks = [epoch_of(StepData(*parts, 16, 5, 1, rank, 2), range(stop)) for rank in (0, 1)]
     assert same(expected, [batch for pair in zip(*ranks, strict=True) for batch in pair])
     pieces = [range(3), range(3, 5), range(5, stop)]  # two interruptions
-    resumed = [b for piece in pieces for b in epoch_of(StepData(parts, 16, 5, 1), piece)]
+    resumed = [b for piece in pieces for b in epoch_of(StepData(*parts, 16, 5, 1), piece)]
     assert same(expected, resumed)
     with pytest.raises(ValueError, match=r"2 packs per step.*world=3"):
-        StepData(parts, 16, 5, world=3)
+        StepData(*parts, 16, 5, world=3)
 
 
 def test_views_move_by_whole_patches_each_by_its_own_draw_and_nothing_is_cut():
@@ -951,9 +959,9 @@ class Ramps(Source):
 
 
 def test_shifted_views_of_a_batch_agree_on_what_lies_where():
-    parts = one_partition(Ramps(), budget=256)
-    whole = StepData(parts, 16, 5, seed=1)
-    moved, compared = StepData(parts, 16, 5, seed=1, shift=0.5, teachers=LIVE), 0
+    parts = one_stream(Ramps(), budget=256)
+    whole = StepData(*parts, 16, 5, seed=1)
+    moved, compared = StepData(*parts, 16, 5, seed=1, shift=0.5, teachers=LIVE), 0
     for step in range(2):
         for plain, batch in zip(whole[step], moved[step], strict=True):
             assert batch.grids == plain.grids and not plain.views  # of full size
@@ -971,13 +979,13 @@ def test_shifted_views_of_a_batch_agree_on_what_lies_where():
                 other = means[1][top - ty : bottom - ty, left - tx : right - tx, :2]
                 torch.testing.assert_close(ours, other, atol=0.004, rtol=0)
                 compared += (y, x) != (ty, tx)
-    assert compared > 5 and whole.plan(0) == moved.plan(0)
+    assert compared > 5 and planned(whole, 0) == planned(moved, 0)
 
 
 def test_a_view_depends_on_seed_epoch_and_sample_alone():
     def views(budget, packs, rank, world, seed, steps):
-        parts = one_partition(Ramps(), budget=budget, packs_per_step=packs)
-        data = StepData(parts, 16, 5, seed, rank, world, shift=0.5, teachers=LIVE)
+        parts = one_stream(Ramps(), budget=budget, packs=packs)
+        data = StepData(*parts, 16, 5, seed, rank, world, shift=0.5, teachers=LIVE)
         batch = PackedBatch.cat([b for step in steps(data) for b in data[step]])
         found = zip(*batch.views.values(), strict=True)
         return dict(zip((s.key for s in batch.samples), found, strict=True))
@@ -992,17 +1000,35 @@ def test_a_view_depends_on_seed_epoch_and_sample_alone():
         assert sum(one[key] != other[key] for key in one.keys() & other.keys()) > 20
 
 
+def test_a_steps_packs_keep_their_limits():
+    """The budget with every picture's prefix, and the number of pictures, 16 unless said."""
+    sources = [(OpenMoji("train", 100), 1.0)]
+
+    def packs(budget: int, **options) -> list[list[int]]:
+        stream = Stream("p", 64, budget=budget, packs=1)
+        data = StepData([stream], sources, 16, 5, **options)
+        return [batch.lengths for step in range(data.steps_in(0)) for batch in data[step]]
+
+    for lengths in packs(64):
+        assert sum(lengths) + 5 * len(lengths) <= 64
+    assert max(sum(lengths) + 5 * len(lengths) for lengths in packs(64)) == 64
+    counts = [{len(lengths) for lengths in packs(4096, **o)} for o in ({}, {"max_images": 3})]
+    assert max(counts[0]) == 16 and max(counts[1]) == 3
+    assert [len(lengths) for lengths in packs(4096, max_images=None)] == [100]
+    lengths = [length + 5 for pictures in packs(64) for length in pictures]
+    assert pack(lengths, 64, lookahead=1) != pack(lengths, 64) == pack(lengths, 64, lookahead=64)
+
+
 def test_a_rank_has_a_contiguous_part_of_a_step():
     """Four packs over two ranks: the first two are rank 0's, so a rank sees few resolutions."""
     source = OpenMoji("train", 60)
-    low, high = (Sizes(max_area=side**2) for side in (48, 96))
-    parts = [Partition("low", (Component(source, low),), 64, 2),
-             Partition("high", (Component(source, high),), 128, 2)]  # fmt: skip
+    low, high = Stream("low", 48, budget=64), Stream("high", 96, budget=128)
+    parts = [low, high], [(source, 1.0)]
     for rank in (0, 1):
-        packs = StepData(parts, 16, 5, rank=rank, world=2)[1]
-        assert [set(pack.partition_B) for pack in packs] == [{rank}, {rank}]
-        planned = StepData(parts, 16, 5).plan(1)[2 * rank : 2 * rank + 2]
-        assert [[sample.key for sample in pack.samples] for pack in packs] == planned
+        packs = StepData(*parts, 16, 5, rank=rank, world=2)[1]
+        assert [set(pack.stream_B) for pack in packs] == [{rank}, {rank}]
+        expected = planned(StepData(*parts, 16, 5), 1)[2 * rank : 2 * rank + 2]
+        assert [[sample.key for sample in pack.samples] for pack in packs] == expected
 
 
 def drawn(data: StepData, epochs: int) -> list[list[str]]:
@@ -1011,51 +1037,64 @@ def drawn(data: StepData, epochs: int) -> list[list[str]]:
     for epoch in range(epochs):
         starts.append(starts[-1] + data.steps_in(epoch))
     steps = [range(a, b) for a, b in itertools.pairwise(starts)]
-    return [[key for step in epoch for keys in data.plan(step) for key in keys] for epoch in steps]
+    return [keys_of(data, epoch) for epoch in steps]
 
 
 def test_every_pass_over_a_source_has_another_order():
     """Of 60 pictures beside 20 with weight 1 to 3, an epoch sees 20: three epochs are a pass."""
     large, small = OpenMoji("train", 60), OpenMoji("test", 20)
-    parts = [Component(large, Sizes(), 1), Component(small, Sizes(), 3)]
-    epochs = drawn(StepData([Partition("p", parts, 512, 1)], 16, 5), 6)
+    parts = [Stream("p", budget=512, packs=1)], [(large, 1.0), (small, 3.0)]
+    epochs = drawn(StepData(*parts, 16, 5), 6)
     seen = [{key for key in epoch if "train" in key} for epoch in epochs]
     assert [len(keys) for keys in seen] == [20] * 6
     assert len(set.union(*seen[:3])) == len(set.union(*seen[3:])) == 60
     assert seen[0] not in seen[3:]  # the second pass is another permutation
 
 
-def test_an_order_depends_on_the_seed_the_epoch_and_the_partitions_name():
+def test_an_order_depends_on_the_seed_the_epoch_and_the_streams_name():
     source = OpenMoji("train", 40)
 
     def orders(seed: int, name: str) -> list[list[str]]:
-        part = Partition(name, (Component(source, Sizes(choices=(64, 96, 128))),), 512, 1)
-        return drawn(StepData([part], 16, 5, seed), 2)
+        stream = Stream(name, choices=(64, 96, 128), budget=512, packs=1)
+        return drawn(StepData([stream], [(source, 1.0)], 16, 5, seed), 2)
 
     found = [*orders(0, "p"), *orders(1, "p"), *orders(0, "q")]
     assert all(a != b for i, a in enumerate(found) for b in found[:i])
     assert orders(0, "p") == found[:2] and {*found[0]} == {*found[5]}
 
 
-def test_drawn_sizes_differ_by_seed_and_partition():
+def test_two_sources_draw_sizes_of_their_own():
+    """The n-th pictures of both would be of one size if they shared their numbers."""
+    twins = [(OpenMoji(part, 40), 1.0) for part in ("train", "test")]
+    data = StepData([Stream("p", choices=(32, 48, 64), budget=512, packs=1)], twins, 16, 5)
+    found = {"train": {}, "test": {}}
+    for batch in (batch for step in range(data.steps_in(0)) for batch in data[step]):
+        for sample, grid in zip(batch.samples, batch.grids, strict=True):
+            _, part, _, number, _ = sample.key.split("-")
+            found[part][number] = grid
+    assert len(found["train"]) == 40 and found["train"].keys() == found["test"].keys()
+    assert found["train"] != found["test"]
+
+
+def test_drawn_sizes_differ_by_seed_and_stream():
     source = OpenMoji("train", 40)
 
     def sides(seed: int, name: str) -> dict[str, tuple[int, int]]:
-        sizes = Sizes(choices=(64, 96, 128), upsample=True)
-        data = StepData([Partition(name, (Component(source, sizes),), 512, 1)], 16, 5, seed)
+        stream = Stream(name, choices=(32, 48, 64), budget=512, packs=1)
+        data = StepData([stream], [(source, 1.0)], 16, 5, seed)
         batches = [batch for step in range(data.steps_in(0)) for batch in data[step]]
         return {s.key: grid for b in batches for s, grid in zip(b.samples, b.grids, strict=True)}
 
     found = [sides(0, "p"), sides(1, "p"), sides(0, "q")]
     assert found[0] != found[1] != found[2] != found[0]
-    assert {grid for one in found for grid in one.values()} == {(4, 4), (6, 6), (8, 8)}
+    assert {grid for one in found for grid in one.values()} == {(2, 2), (3, 3), (4, 4)}
 
 
 @pytest.mark.slow
 def test_workers_change_nothing(tmp_path):
     root = write_folder(tmp_path / "data", 60)
     (root / "class0" / "cut.jpg").write_bytes(bad_files()["cut.jpg"])
-    data = StepData(one_partition(open_source(str(root))), 16, 5)
+    data = StepData(*one_stream(open_source(str(root))), 16, 5)
     steps = range(2 * data.steps_in(0))
     expected = epoch_of(data, steps)
     assert any(batch[3] for batch in expected)
@@ -1069,28 +1108,28 @@ def test_workers_change_nothing(tmp_path):
         torch.multiprocessing.set_start_method(old, force=True)
 
 
-def test_partitions_keep_their_own_epochs_and_sizes():
+def test_streams_keep_their_own_epochs_and_sizes():
     source = OpenMoji("train", 90)
-    low = Partition("low", (Component(source, Sizes(max_area=64**2)),), 128, 2)
-    high = Partition("high", (Component(source, Sizes(max_area=160**2)),), 256, 2)
-    data = StepData([low, high], 16, 5)
+    low, high = Stream("low", 64, budget=128), Stream("high", 160, budget=256)
+    parts = [low, high], [(source, 1.0)]
+    data = StepData(*parts, 16, 5)
     batch = PackedBatch.cat(data[0])
-    assert sorted(set(batch.partition_B)) == [0, 1]
-    for (h, w), part in zip(batch.grids, batch.partition_B, strict=True):
-        assert h * w <= (16, 100)[part]
-    groups = [StepData([low, high], 16, 5, rank=rank, world=4)[0] for rank in range(4)]
-    assert [set(b.partition_B) for group in groups for b in group] == [{0}, {0}, {1}, {1}]
-    stream = data._streams[1]  # by its own calendar, the high partition sees every picture as well
+    assert sorted(set(batch.stream_B)) == [0, 1]
+    for (h, w), number in zip(batch.grids, batch.stream_B, strict=True):
+        assert h * w <= (16, 100)[number]
+    groups = [StepData(*parts, 16, 5, rank=rank, world=4)[0] for rank in range(4)]
+    assert [set(b.stream_B) for group in groups for b in group] == [{0}, {0}, {1}, {1}]
+    stream = data.packs[1]  # by its own calendar, the high stream sees every picture as well
     rows = np.concatenate([p for step in range(stream.steps_in(0)) for p in stream.packs_at(step)])
-    assert len(set(rows[:, 1].tolist())) == len(rows) == 90 - stream.dropped(0)
+    assert len(set(rows[:, 1].tolist())) == len(rows) == 90 - packing.left_over(stream, 0)
 
 
 def test_weights_are_shares_and_every_source_is_passed_over_evenly():
     large, small = OpenMoji("train", 60), OpenMoji("test", 20)
 
     def counts(weights: tuple[float, float], epochs: int) -> list[np.ndarray]:
-        parts = [Component(s, Sizes(), w) for s, w in zip((large, small), weights, strict=True)]
-        stream = StepData([Partition("all", parts, 512, 1)], 16, 5)._streams[0]
+        sources = list(zip((large, small), weights, strict=True))
+        stream = StepData([Stream("all", budget=512, packs=1)], sources, 16, 5).packs[0]
         rows = np.concatenate([pack for epoch in range(epochs) for pack in stream.plan(epoch)])
         return [np.bincount(rows[rows[:, 0] == n, 1]) for n in (0, 1)]
 
@@ -1100,25 +1139,23 @@ def test_weights_are_shares_and_every_source_is_passed_over_evenly():
     some = counts((1, 3), 1)
     assert some[0].sum() == 20 and some[1].tolist() == [3] * 20
     with pytest.raises(ValueError, match="weight=0"):
-        Component(large, Sizes(), 0)
+        counts((60, 0), 1)
 
 
 def test_stochastic_sizes_are_keyed_by_epoch_and_sample():
-    native, grown = (Sizes(choices=(64, 128, 256), upsample=u) for u in (False, True))
-    cases = [(100, 200, 0.99), (60, 60, 0.99), (500, 300, 0.0)]
-    assert [native.fit(h, w, 16, draw)[0] for h, w, draw in cases] == [144, 64, 64]
-    assert [grown.fit(h, w, 16, draw) for h, w, draw in cases] == [(256, 256), (256, 256), (64, 64)]
+    squares = Stream("p", choices=(64, 128, 256))
+    cases = [(100, 200, 0.99), (60, 60, 0.99), (500, 300, 0.0), (500, 300, 0.34)]
+    assert [squares.fit(*case[:2], 16, case[2])[0] for case in cases] == [144, 64, 64, 128]
     source = OpenMoji("train", 40)
 
     def grids(data: StepData, epoch: int) -> dict[int, tuple]:
-        rows = np.concatenate(data._streams[0].plan(epoch))
+        rows = np.concatenate(data.packs[0].plan(epoch))
         return {i: (h, w) for _, i, h, w in rows.tolist()}
 
-    part = Component(source, Sizes(choices=(64, 96, 128)))
-    one, two = (StepData([Partition("p", (part,), b, n)], 16, 5) for b, n in ((128, 1), (512, 2)))
+    streams = [Stream("p", choices=(64, 96, 128), budget=b, packs=n) for b, n in
+               ((128, 1), (512, 2))]  # fmt: skip
+    one, two = (StepData([stream], [(source, 1.0)], 16, 5) for stream in streams)
     assert grids(one, 0) == grids(two, 0) and grids(one, 1) != grids(one, 0)
-    with pytest.raises(ValueError, match="min_area=9 is above max_area=4"):
-        Sizes(9, 4)
 
 
 def test_ranks_get_equal_packs_and_about_equal_tokens():
@@ -1133,25 +1170,24 @@ def test_ranks_get_equal_packs_and_about_equal_tokens():
 
     sides = np.sqrt(np.array(log_normal_lengths(6000)) - 5) * 16
     source = Listed(np.column_stack([sides, sides]).astype(int))
-    for limit, cap in ((768**2, 16), (256**2, 16), (1024**2, None)):
-        parts = [Partition("p", (Component(source, Sizes(max_area=limit)),), 4128, 8, cap)]
-        if limit == 256**2:  # at most 261 tokens: sixteen of them need a budget that they can fill
-            parts = [Partition("p", parts[0].components, 2309, 8, cap)]
-        stream = StepData(parts, 16, 5)._streams[0]
+    # at most 261 tokens of 256 px: sixteen of them need a budget that they can fill
+    for side, budget, cap in ((768, 4128, 16), (256, 2309, 16), (1024, 4128, None)):
+        parts = [Stream("p", side, budget=budget, packs=8)], [(source, 1.0)]
+        stream = StepData(*parts, 16, 5, max_images=cap).packs[0]
         tokens = np.zeros(8)
         for step in range(stream.steps_in(0)):
             packs = stream.packs_at(step)
             assert len(packs) == 8
             tokens += [int((p[:, 2] * p[:, 3] + 5).sum()) for p in packs]
-        assert tokens.max() / tokens.min() < 1.02, (limit, cap)
+        assert tokens.max() / tokens.min() < 1.02, (side, cap)
 
 
 def test_plans_that_cannot_work_say_why():
     source = OpenMoji("train", 20)
-    with pytest.raises(ValueError, match=r"partition p: openmoji-train.*budget=40"):
-        StepData([Partition("p", (Component(source, Sizes()),), 40, 1)], 16, 5)[0]
-    with pytest.raises(ValueError, match="fewer than packs_per_step=64"):
-        StepData(one_partition(source, packs_per_step=64), 16, 5)[0]
+    with pytest.raises(ValueError, match=r"stream p: openmoji-train.*budget=40"):
+        StepData([Stream("p", budget=40, packs=1)], [(source, 1.0)], 16, 5)[0]
+    with pytest.raises(ValueError, match="fewer than the 64 of a step"):
+        StepData(*one_stream(source, packs=64), 16, 5)[0]
 
 
 # ---- processes
@@ -1165,7 +1201,7 @@ class SlowDrawings(OpenMoji):
 
 @pytest.mark.slow
 def test_a_dead_worker_ends_the_run_with_its_name():
-    data = StepData(one_partition(SlowDrawings("train", 200)), 16, 5)
+    data = StepData(*one_stream(SlowDrawings("train", 200)), 16, 5)
     loader = make_loader(data, 0, 20, workers=2)
     next(loader)
     victim = loader._workers[0].pid
@@ -1394,6 +1430,8 @@ def test_the_picture_of_a_group_is_the_one_whose_whole_extension_says_so(tmp_pat
     assert source.lost == 2  # what lies beside a picture is not lost
     assert all("group x" in source.skipped[name] and "x.jpg" in source.skipped[name]
                for name in refused)  # fmt: skip
+    twins = open_source(str(write_shard(tmp_path / "c.tar", {"a.JPG": RED, "a.jpg": GREEN})))
+    assert len(twins) == twins.lost == 1 and list(twins.skipped) == ["a.jpg"]
     twenty = {f"photo.{i:04d}.jpg": RED for i in range(20)}
     with pytest.raises(ValueError, match=r"20 files.*photo\.0000\.jpg.*group photo"):
         open_source(str(write_shard(tmp_path / "b.tar", twenty)))
@@ -1540,9 +1578,10 @@ def test_sidecars_say_zero_and_speak_windows(tmp_path):
                      "c": ("of json", None), "d": ("ein \u00fc", None)}  # fmt: skip
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "IMG_1.JPG").write_bytes(RED)
+    (tmp_path / "data" / "IMG_1.jpg").write_bytes(GREEN)
     (tmp_path / "data" / "IMG_1.TXT").write_bytes(b"upper\r\n")
-    source = open_source(str(tmp_path / "data"))
-    assert records_of(source) == {"IMG_1.JPG": ("upper", None)} and not source.skipped
+    found = records_of(open_source(str(tmp_path / "data")))
+    assert found == {"IMG_1.JPG": ("upper", None), "IMG_1.jpg": ("upper", None)}
 
 
 def test_copies_are_on_one_side_in_folders_tars_and_plain_indexes(tmp_path):
@@ -1594,10 +1633,10 @@ def test_a_fault_that_passes_is_forgotten_and_a_replaced_picture_noticed(tmp_pat
 
 def test_pictures_leave_the_loader_no_larger_than_asked(tmp_path):
     (tmp_path / "a.jpg").write_bytes(encoded(smooth_pixels(600, 800), "JPEG", quality=95))
-    parts = one_partition(open_source(str(tmp_path)), packs_per_step=1)
+    parts = one_stream(open_source(str(tmp_path)), packs=1)
     rule = SizeRule("fixed", 16, 96)
     (whole,), (none,), (live,) = (
-        StepData(parts, 16, 5, teachers=teachers)[0] for teachers in (None, {}, {"t": rule})
+        StepData(*parts, 16, 5, teachers=teachers)[0] for teachers in (None, {}, {"t": rule})
     )
     assert whole.samples[0].image.shape == (600, 800, 3) and not whole.pixels
     assert none.samples[0].image.size == live.samples[0].image.size == 0
@@ -1611,7 +1650,7 @@ def test_pictures_leave_the_loader_no_larger_than_asked(tmp_path):
 
 def test_too_few_pictures_says_how_many():
     with pytest.raises(ValueError, match=r"20 pictures make 2 packs.*about 640 pictures"):
-        StepData(one_partition(OpenMoji("train", 20), packs_per_step=64), 16, 5)[0]
+        StepData(*one_stream(OpenMoji("train", 20), packs=64), 16, 5)[0]
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ ALLOWED = {
     "model": {"packing"},
     "teachers": {"packing", "model"},
     "sampling": {"packing", "model", "teachers"},
-    "eval": {"packing", "model", "teachers"},
+    "eval": {"packing", "model", "teachers", "losses"},
     "train": {"packing", "losses", "model", "teachers", "eval"},
 }
 

@@ -19,6 +19,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
+import conftest
 import numpy as np
 import pytest
 import torch
@@ -26,8 +27,8 @@ from PIL import Image
 
 import losses
 import train
-from model import MODELS, load_student, save_student
-from packing import PackedBatch, Sample, to_float
+from model import MODELS, Layout, load_student, save_student
+from packing import PackedBatch, Sample, large_enough, to_float
 from teachers import Backbone, SizeRule, Teacher
 
 ROOT = Path(__file__).parent.parent
@@ -258,6 +259,16 @@ def test_the_loader_makes_what_live_teachers_see():
     assert not data[0][0].views, "it knows the pictures by their digests"
 
 
+@pytest.mark.parametrize(
+    ("expression", "is_hidden"), [("not slow", True), ("not gpu", True), ("gpu", False)]
+)
+def test_tests_see_a_gpu_only_where_they_ask_for_it(expression, is_hidden, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    option = type("Option", (), {"markexpr": expression})
+    conftest.pytest_configure(type("Config", (), {"option": option}))
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ("" if is_hidden else "0")
+
+
 def test_packs_of_a_forward_fit_into_the_free_memory():
     assert train.packs_that_fit(22, 3.2e9, 75e9) == 11  # 19 fit: two forwards, equally long
     assert train.packs_that_fit(22, 3.2e9, 90e9) == 22
@@ -342,7 +353,7 @@ def test_two_steps_of_a_shrunken_copy_of_each_preset(preset, monkeypatch):
     assert any(not torch.equal(trainer.student.state_dict()[n], before[n]) for n in trunk)
     for result in (first, second):
         assert all(value == value for value in result.losses.values())
-        partitions = {p for batch in stages[0][0] for p in batch.partition_B}
+        partitions = {p for batch in stages[0][0] for p in batch.stream_B}
         assert partitions == set(range(len(trainer.cfg.stages[0].streams)))
 
 
@@ -391,7 +402,7 @@ def test_wrong_batches_are_refused_with_both_numbers():
 def batch_of(sides: list[int], partitions: list[int]) -> PackedBatch:
     images = [torch.rand(3, side, side) for side in sides]
     batch = PackedBatch.from_images(images, 16, [sample_of(x, i) for i, x in enumerate(images)])
-    return dataclasses.replace(batch, partition_B=partitions)
+    return dataclasses.replace(batch, stream_B=partitions)
 
 
 def sample_of(image: torch.Tensor, i: int) -> Sample:
@@ -593,7 +604,7 @@ def test_statistics_are_of_the_streams_that_a_teacher_supervises():
     batch = PackedBatch.cat([pack for step in range(cfg.stats_steps) for pack in data[step]])
     seen = {name: int(space.parts["summary"].statistics.total)
             for name, space in trainer.spaces.items()}  # fmt: skip
-    assert seen == {"dense": len(batch), "semantic": batch.partition_B.count(0)}
+    assert seen == {"dense": len(batch), "semantic": batch.stream_B.count(0)}
     # one that supervises none of a stage has a space all the same: its pictures' weights are 0
     other = (dataclasses.replace(streams[1], teachers=("dense",)),)
     trainer, (data,) = trainer_of(dataclasses.replace(cfg, stages=(train.Stage(1.0, other),)))
@@ -682,6 +693,8 @@ def test_curves_say_what_they_show_and_where_stages_end(changes, title, tmp_path
 def test_adaloss_brings_all_parts_near_one():
     trainer, (data,) = trainer_of(dataclasses.replace(DEBUG, balance="adaloss"))
     parts = trainer.step(1, data[0]).losses
+    rest = sum(value for name, value in parts.items() if name != "total")
+    assert parts["total"] == pytest.approx(rest)  # the weights of the step itself, still 1
     for name, value in parts.items():
         if name != "total":
             assert trainer.weight(name) * value == pytest.approx(1, rel=1e-6)
@@ -1019,6 +1032,9 @@ def test_the_normalizers_see_every_picture_of_the_first_steps_and_no_other():
             expected = (rows_NC - rows_NC.mean(0)) / rows_NC.std(0, correction=0)
             found = trainer.normalizers.parts[teacher.name, part].normalize(rows_NC)
             torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+            if part == "summary":
+                target_BC = trainer.targets(batches[0])[teacher.name].summary_BC
+                torch.testing.assert_close(target_BC, found[: len(target_BC)], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("summary_loss", ["cosine", "angle"])
@@ -1058,6 +1074,20 @@ def test_the_weights_of_sources_decide_how_often_they_are_seen(tmp_path):
         assert len(keys) > 100 and found == pytest.approx(share, abs=0.06)
 
 
+def test_a_stream_draws_from_its_sources_in_packs_of_so_many_pictures(tmp_path):
+    for name in "ab":
+        make_pictures(tmp_path / name / name, good=10, bad=0)
+    folders = (str(tmp_path / "a"), str(tmp_path / "b"))
+    streams = (train.Stream("one", 48, data=(1,)), train.Stream("two", 48, data=(0,), packs=1))
+    cfg = dataclasses.replace(
+        DEBUG, data=folders, stages=(train.Stage(1.0, streams),), max_images=3
+    )
+    sources = [train.open_source(folder) for folder in folders]
+    (data,) = train.make_stages(cfg, sources, trainer_of(DEBUG)[0].student, CPU)
+    packs = [[sample.key[0] for sample in batch.samples] for batch in data[0]]
+    assert packs == [["b"] * 3, ["b"] * 3, ["a"] * 3]
+
+
 def test_pictures_of_the_side_itself_are_large_enough():
     class Listed:
         name, skipped = "listed", {}
@@ -1068,7 +1098,7 @@ def test_pictures_of_the_side_itself_are_large_enough():
         def size(self, i):
             return [(48, 48), (47, 48), (96, 24)][i]
 
-    assert train.at_least(Listed(), 48).indices == [0, 2]
+    assert large_enough(Listed(), 48).indices == [0, 2]
 
 
 def test_how_many_pictures_are_held_out(tmp_path):
@@ -1300,6 +1330,12 @@ def test_siglips_pooling_head_makes_the_summary(tmp_path):
     kept = saved.heads["siglip2"].pool.qkv  # the teacher's own again
     torch.testing.assert_close(kept.weight, model.head.attention.in_proj_weight)
     torch.testing.assert_close(kept.bias, model.head.attention.in_proj_bias)
+    faint = 1e-4 * torch.randn(1, 9, 32)  # so faint that the norm's epsilon counts
+    for p in (saved.heads["siglip2"].pool, model.head):
+        torch.nn.init.zeros_((p.proj if hasattr(p, "proj") else p.attention.out_proj).bias)
+    with torch.no_grad():
+        ours = saved.heads["siglip2"].pool(faint[0], Layout.of([(3, 3)], 0, faint.device))
+        torch.testing.assert_close(ours, model.head(faint), rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(raw.summary["siglip2"], normal.summary["siglip2"], rtol=1e-3,
                                atol=1e-4)  # fmt: skip
     # a student whose patches are right has a summary near the teacher's: it reads the same space
@@ -1361,6 +1397,7 @@ def test_two_interruptions_change_no_bit(tmp_path, reference, monkeypatch):
                 run(tmp_path, "--workers", str(step % 4 // 2))
     assert totals(run(tmp_path)) == totals(rows_of(reference))
     assert_same_end(tmp_path, reference)
+    assert not list(tmp_path.glob("old_*"))
 
 
 def two_stages(monkeypatch) -> None:
@@ -1394,6 +1431,10 @@ def test_stages_follow_each_other_also_through_interruptions(tmp_path, monkeypat
         rows = run(tmp_path / "whole", *flags)
     assert [step for step, _, _ in whole] == [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     assert [tokens <= 9 for _, _, tokens in whole] == [True] * 3 + [False] * 3
+    rows_of_stages = [data[step] for data in trainer_of(cfg)[1] for step in range(3)]
+    assert [keys for _, keys, _ in whole] == [
+        [sample.key for batch in packs for sample in batch.samples] for packs in rows_of_stages
+    ]
     seen = []
     for stop in (3, 4, 5, 7):  # inside each stage, and between the two
         with monkeypatch.context() as patch:
@@ -1602,8 +1643,8 @@ def test_a_nan_stops_before_the_step_and_names_the_picture(tmp_path, monkeypatch
     whole = train.Trainer.ask
     calls = []
 
-    def poisoned(self, teacher, batch):
-        out = whole(self, teacher, batch)
+    def poisoned(self, teacher, batch, chosen):
+        out = whole(self, teacher, batch, chosen)
         calls.append(batch.samples[0].key)
         if len(calls) == 9:
             out.patches[0][0, 0, 0] = float("nan")
@@ -1612,7 +1653,8 @@ def test_a_nan_stops_before_the_step_and_names_the_picture(tmp_path, monkeypatch
     monkeypatch.setattr(train.Trainer, "ask", poisoned)
     with pytest.raises(SystemExit) as stop:
         run(tmp_path)
-    assert calls[8] in str(stop.value.code)
+    assert "not finite: " in str(stop.value.code)
+    assert f"; bad teacher features on rank 0: {calls[8]}. " in str(stop.value.code)
     assert "step 4" in str(stop.value.code)
     newest = train.checkpoints(tmp_path)[-1]
     assert train.broken(newest) is None
@@ -1750,7 +1792,7 @@ def test_a_signal_saves_once_and_the_run_goes_on(number, tmp_path):
 
 @pytest.mark.slow
 def test_kill_9_and_rerun_equal_an_uninterrupted_run(tmp_path):
-    flags = ("--steps", "200", "--save-every", "5")
+    flags = ("--steps", "60", "--save-every", "5")
     code, text = finished(command(tmp_path / "whole", *flags, processes=2))
     assert code == 0, text
     process = command(tmp_path / "cut", *flags, processes=2)
@@ -1758,7 +1800,7 @@ def test_kill_9_and_rerun_equal_an_uninterrupted_run(tmp_path):
     process.kill()
     process.communicate()
     time.sleep(3)  # the ranks see that their launcher is gone and leave
-    assert len(rows_of(tmp_path / "cut")) < 200, "the kill came after the end"
+    assert len(rows_of(tmp_path / "cut")) < 60, "the kill came after the end"
     code, text = finished(command(tmp_path / "cut", *flags, processes=2))
     assert code == 0, text
     assert totals(rows_of(tmp_path / "cut")) == totals(rows_of(tmp_path / "whole"))
@@ -1924,13 +1966,13 @@ def test_a_frozen_or_dead_rank_ends_the_run_without_orphans(number, tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux' /proc")
 def test_a_restart_by_torchrun_goes_on_where_the_killed_run_was(tmp_path):
-    flags = ("--steps", "200", "--save-every", "5")
+    flags = ("--steps", "60", "--save-every", "5")
     code, text = finished(command(tmp_path / "whole", *flags, processes=2))
     assert code == 0, text
     process = command(tmp_path / "cut", *flags, processes=2, torchrun=("--max-restarts=1",))
     wait_for_step(tmp_path / "cut", 12)
     os.kill(children_of(process.pid)[1], signal.SIGKILL)
-    assert len(rows_of(tmp_path / "cut")) < 200, "the kill came after the end"
+    assert len(rows_of(tmp_path / "cut")) < 60, "the kill came after the end"
     code, text = finished(process)
     assert code == 0, text
     assert totals(rows_of(tmp_path / "cut")) == totals(rows_of(tmp_path / "whole"))
