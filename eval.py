@@ -70,8 +70,7 @@ def extract(
 
     Args:
         dense: keep patch maps of only so many pictures, evenly spread (None: all, 0: none).
-        size: see `at_size`; None leaves the pictures as they are, but for JPEGs that are more than
-            twice as large as anything here sees.
+        size: see `at_size`; None leaves all but giant JPEGs as they are.
         chunk: pictures encoded together; changes speed, not figures.
     """
     n, (rank, world) = len(source), rank_and_world()
@@ -130,7 +129,8 @@ def knn(train: FeatureSet, test: FeatureSet, k: int = 20, per_class: bool = Fals
     chances = add_ensembles({column: votes(column) for column in test.summary})
     chances |= {f"{m}/concat": votes(*heads) for m, heads in head_groups(test.summary).items()}
     chances["majority class"] = train_N.bincount().expand(len(test_N), -1)
-    return accuracies(chances, test_N, names if per_class else ())
+    shown = names if per_class else ()
+    return {c: accuracy(x_NK.argmax(1) == test_N, test_N, shown) for c, x_NK in chances.items()}
 
 
 def knn_votes(
@@ -161,19 +161,19 @@ def add_ensembles(chances: dict[str, Tensor], sharpness: float = 5.0) -> dict[st
 def zero_shot(
     train: FeatureSet, test: FeatureSet, text: str, prompts: str = "", per_class: bool = False
 ) -> Rows:
-    """Accuracy of the nearest class text, of its `class_texts` by the `text_encoder`, which are
-    averaged at unit length. AMoE: zero-shot"""
+    """Accuracy of the nearest of `class_texts`, averaged at unit length. AMoE: zero-shot"""
     test = comparable(train, test, by_label=True)
     names, train_N, test_N = class_ids(train, test)
     head, embed = text_encoder(text, [sample.caption or "" for sample in train.samples])
-    groups = class_texts(prompts, names, train)
-    class_KD = torch.stack([F.normalize(embed(group)).mean(0) for group in groups])
+    texts = class_texts(prompts, names, train)
+    class_KD = torch.stack([F.normalize(embed(of_class)).mean(0) for of_class in texts])
     scores = cosines(train, test, (class_KD, class_KD), head, embed)
     # The ensemble compares heads by their entropy, so each needs its own temperature.
     heat = {column: calibrate(train_NK, train_N) for column, (train_NK, _) in scores.items()}
     chances = {c: (test_NK / heat[c]).softmax(1) for c, (_, test_NK) in scores.items()}
-    rows = accuracies(add_ensembles(chances), test_N, names if per_class else ())
-    return {column: row | {"temperature": heat.get(column)} for column, row in rows.items()}
+    hits = {c: x_NK.argmax(1) == test_N for c, x_NK in add_ensembles(chances).items()}
+    shown = names if per_class else ()
+    return {c: accuracy(x, test_N, shown) | {"temperature": heat.get(c)} for c, x in hits.items()}
 
 
 # ---- Fidelity to the teachers
@@ -316,10 +316,8 @@ def bootstrap(
 ) -> dict[str, Any]:
     """A figure with its 95 % percentile interval over images, of 1,000 draws.
 
-    Args:
-        parts_NP: what each image adds (hits, intersections, squared errors, ...).
-        statistic: mean parts (..., P) -> figure (...,); where it is not finite, the figure is None
-            for the reason `why`.
+    It is `statistic`: mean parts (..., P) -> (...,), of what each image adds (hits, errors, ...);
+    None, for the reason `why`, where that is not finite.
     """
     parts_NP, n = parts_NP.double(), len(parts_NP)
     generator, drawn = torch.Generator().manual_seed(seed), []
@@ -341,12 +339,6 @@ def accuracy(hits_N: Tensor, targets_N: Tensor | None = None, names: Sequence[st
         hits = [hits_N[targets_N == i].double().mean() for i in range(len(names))]
         row |= by_class(dict(zip(names, map(float, hits), strict=True)))
     return row
-
-
-def accuracies(chances: Mapping[str, Tensor], targets_N: Tensor, names: Sequence[str]) -> Rows:
-    """Of every column's likeliest class, by its chances or votes (N, K); see `accuracy`."""
-    hits = {column: x_NK.argmax(1) == targets_N for column, x_NK in chances.items()}
-    return {column: accuracy(hits_N, targets_N, names) for column, hits_N in hits.items()}
 
 
 def by_class(figures: dict[Any, float]) -> dict[str, Any]:
@@ -444,9 +436,8 @@ def calibrate(scores_NK: Tensor, targets_N: Tensor) -> float:
 def text_encoder(spec: str, captions: Sequence[str]) -> tuple[str, TextEncoder]:
     """(name of the head that lives in the texts' space, encoder).
 
-    Args:
-        spec: NAME=PATH of a teacher with a text tower; [NAME=]FILE.npz with arrays `texts` and
-            `embeddings`; or "bow", a bag of words over the training captions.
+    Args: spec: NAME=PATH of a teacher with a text tower; [NAME=]FILE.npz with arrays `texts` and
+        `embeddings`; or "bow", a bag of words over the training captions.
     """
     name, _, path = spec.rpartition("=")
     if spec == "bow":
@@ -676,10 +667,9 @@ def iou(sums: Tensor, classes: int) -> Tensor:
 def fidelity(train: FeatureSet, test: FeatureSet) -> Rows:
     """Every head against the teacher of its name ("student/vit-s" against "teacher/vit-s").
 
-    Returns: a row for each head and part ("student/vit-s summary", "student/vit-s patches"), for a
-        constant, the teacher's mean in training ("constant/vit-s summary", ...), and the mean of
-        the variance explained over a model's parts ("student mean", "constant mean"). The heads of
-        the random control do not answer in a teacher's space and have none.
+    Rows of each head and part ("student/vit-s summary", "student/vit-s patches"), of the teacher's
+    mean in training ("constant/vit-s summary", ...), and of the mean over a model's parts ("student
+    mean"). The random control has none: its heads do not answer in a teacher's space.
     """
     rows: Rows = {}
     sides = []
@@ -717,11 +707,8 @@ def same_grid(*maps: Tensor) -> list[Tensor]:
 def resolution(sets: Mapping[int, FeatureSet], out: str = "") -> Rows:
     """Mode-switch curve and scale equivariance of the patches. RADIOv2.5: mode switching
 
-    A jump of a head's cosine error or fidelity from one size to the next is a mode switch.
-
-    Args:
-        sets: px -> features of the same pictures, each with the area of a square of this side.
-        out: PNG for the curves, not drawn if empty.
+    `sets` are features of the same pictures by their size in px. A jump of a head's cosine error or
+    fidelity from one size to the next is a mode switch. `out` is a PNG to draw, or empty.
     """
     columns = next(iter(sets.values())).patches
     maps = {column: [found.patches[column] for found in sets.values()] for column in columns}
@@ -832,13 +819,13 @@ class RawPixels:
     """Control without weights: the picture at 16x16 as summary, its 8x8 patches as tokens."""
 
     def encode(self, images: Sequence[Tensor]) -> list[Features]:
-        small = [resize(image, (16, 16)).flatten() - 0.5 for image in images]
-        return [Features({"": x}, {"": self.map(y)}) for x, y in zip(small, images, strict=True)]
-
-    def map(self, image: Tensor) -> Tensor:
-        height, width = packing.fit_size(image.shape[1], image.shape[2], patch=8)
-        patches_PX = packing.patchify(resize(image, (height, width)), 8)
-        return rearrange(patches_PX - 0.5, "(h w) x -> h w x", h=height // 8)
+        found = []
+        for image in images:
+            h, w = packing.fit_size(image.shape[1], image.shape[2], patch=8)
+            patches_PX = packing.patchify(resize(image, (h, w)), 8) - 0.5
+            map_hwX = rearrange(patches_PX, "(h w) x -> h w x", h=h // 8)
+            found.append(Features({"": resize(image, (16, 16)).flatten() - 0.5}, {"": map_hwX}))
+        return found
 
 
 @torch.no_grad()
@@ -878,14 +865,10 @@ def _gather(
     skipped = {key: why for _, part in parts for key, why in part.items()}
     rows = [records[i] for i in sorted(records)]
     dense = [n for n, (_, _, maps) in enumerate(rows) if maps]
-    return FeatureSet(
-        [sample for sample, _, _ in rows],
-        {c: torch.stack([x[c] for _, x, _ in rows]) for c in (rows[0][1] if rows else ())},
-        {c: [rows[n][2][c] for n in dense] for c in (rows[dense[0]][2] if dense else ())},
-        dense,
-        at_scan | skipped,
-        [*skipped],
-    )
+    samples = [sample for sample, _, _ in rows]
+    summary = {c: torch.stack([x[c] for _, x, _ in rows]) for c in (rows[0][1] if rows else ())}
+    patches = {c: [rows[n][2][c] for n in dense] for c in (rows[dense[0]][2] if dense else ())}
+    return FeatureSet(samples, summary, patches, dense, at_scan | skipped, [*skipped])
 
 
 def at_size(sample: Sample, size: Any) -> Sample:
@@ -962,8 +945,7 @@ def pca_pictures(maps: Sequence[Tensor], axes_C4: Tensor, width: int) -> list[Im
     scores_M4 = torch.cat([x.flatten(0, 1) for x in maps]) @ axes_C4
     is_inside_M = is_object(scores_M4[:, 0])
     low_4, high_4 = scores_M4[is_inside_M].quantile(torch.tensor([0.03, 0.97]), dim=0)
-    for end_4, is_part_M in ((low_4, ~is_inside_M), (high_4, is_inside_M)):
-        end_4[0] = scores_M4[is_part_M, 0].mean().nan_to_num()
+    low_4[0], high_4[0] = (scores_M4[x, 0].mean().nan_to_num() for x in (~is_inside_M, is_inside_M))
     range_4 = (high_4 - low_4).clamp_min(1e-6)  # a collapsed student has no range
     pictures = []
     for map_hwC in maps:
@@ -1035,13 +1017,8 @@ def _write_shard(found: FeatureSet, index: Path, made_from: str) -> None:
         write_array(index.with_name(f"{column.replace('/', '.')}-{index.stem}.{kind}.npy"), array)
     grids = {column: [list(x.shape[:2]) for x in maps] for column, maps in found.patches.items()}
     about = ("key", "digest", "label", "caption")
-    pictures = [{name: getattr(sample, name) for name in about} for sample in found.samples]
-    record = {
-        "made_from": made_from,
-        "pictures": pictures,
-        "grids": grids,
-        "skipped": found.skipped,
-    }
+    record: dict = {"made_from": made_from, "grids": grids, "skipped": found.skipped}
+    record["pictures"] = [{name: getattr(x, name) for name in about} for x in found.samples]
     packing.write_whole(index, json.dumps(record, allow_nan=False).encode())
 
 
@@ -1071,10 +1048,8 @@ def final_report(
 ) -> dict[str, Any]:
     """What a training run shows: kNN, fidelity and foreground IoU on held-out pictures.
 
-    Args:
-        control: a `random_control` of the student.
-        teachers: by the names of the student's heads; cached ones must hold both sources.
-        limit: pictures of each source at most, evenly spread.
+    `control` is a `random_control` of the student. Teachers go by the names of its heads; cached
+    ones must hold both sources. `limit` pictures of each source at most are used, evenly spread.
     """
     if not len(test_source):
         return {"left out": {"the report": "no picture is held out"}, "skipped": {}}
@@ -1133,10 +1108,8 @@ def on_features(protocol: Callable[..., Rows], dense: int | None = 0) -> Callabl
     def run(args: argparse.Namespace, models: Any, train: Any, test: Any) -> tuple:
         needs = TASKS[args.task][0]
         sizes = args.sizes if "sizes" in needs else [args.size]
-        pairs = product([train, test] if "train" in needs else [test], sizes)
-        sets = [
-            extract(models, x, dense, size, title=f"{x.name} {size or ''}") for x, size in pairs
-        ]
+        asked = product([train, test] if "train" in needs else [test], sizes)
+        sets = [extract(models, x, dense, px, title=f"{x.name} {px or ''}") for x, px in asked]
         rows = protocol(args, *sets)
         return rows, {key: why for found in sets for key, why in found.skipped.items()}
 
@@ -1217,16 +1190,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     args, start = parse_args(argv), time.time()
     try:
         group = packing.setup_distributed(device=args.device)
-        sources = [
-            spec and packing.open_source(spec, args.seed) for spec in (args.train, args.test)
-        ]
+        sources = [x and packing.open_source(x, args.seed) for x in (args.train, args.test)]
         rows, skipped = TASKS[args.task][1](args, load_models(args, group.device), *sources)
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"eval.py {args.task}: {error}")
     if group.rank == 0:
         print(format_rows(args.task, rows))
-        counts = [source and len(source) for source in sources]
-        result = {"task": args.task, "n_train": counts[0], "n_test": counts[1], "rows": rows}
+        n_train, n_test = (source and len(source) for source in sources)
+        result = {"task": args.task, "n_train": n_train, "n_test": n_test, "rows": rows}
         result |= {"skipped": skipped, "seconds": round(time.time() - start, 1)}
         print(json.dumps(result, allow_nan=False))
     if dist.is_initialized():
