@@ -608,7 +608,7 @@ def test_a_figure_without_denominator_is_none_with_its_reason_and_no_part_of_a_m
     marks = ev.segmentation(train, less, per_class=True)["teacher/a"]
     assert marks["per_class"][3] is None and marks["value"] > 0 and "per_class" in marks["reason"]
     assert ev.scale_variance([[torch.ones(2, 2, 3)]] * 2)["value"] is None
-    table = ev.format_rows("t", rows | {"none": row}, ("fidelity",))
+    table = ev.format_rows("t", rows | {"none": row})
     assert "       -   " in table and "says the same of all" in table
     json.dumps([rows, marks], allow_nan=False)
 
