@@ -64,6 +64,7 @@ class HeadSpec:
     bias: bool = False  # adapter: bias of the last Linear (a folded PHI-S needs it for the mean)
     pool_hidden: int = 4304  # width of the MLP in the pooling head
     pool_heads: int = 16  # attention heads of the pooling head
+    pool_eps: float = 1e-6  # of its LayerNorm; the AMoE release has 1e-5
     hidden: int = 0  # hidden width (of the patch MLP); adapter: 0 is dim, AMoE's own shape
     summary_hidden: int = 1024  # v1, v2: the same of the summary MLP
     inner: int = 0  # v1, v2: hidden layers (v1) or residual blocks (v2) of the patch MLP
@@ -747,14 +748,14 @@ class RadioHead(nn.Module):
 class AttentionPool(nn.Module):
     """SigLIP2's pooling head: a learned probe attends to all tokens, then an MLP. AMoE 1.6."""
 
-    def __init__(self, dim: int, hidden: int, n_heads: int):
+    def __init__(self, dim: int, hidden: int, n_heads: int, eps: float):
         super().__init__()
         if dim % n_heads:
             raise ValueError(f"pooling head: dim={dim} is not a multiple of {n_heads} heads")
         self.n_heads = n_heads
         self.probe_1C = nn.Parameter(torch.randn(1, dim) / math.sqrt(dim))
         self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.norm = nn.LayerNorm(dim, eps=eps)
         self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
 
     def forward(self, x_NC: Tensor, layout: Layout) -> Tensor:
@@ -785,8 +786,9 @@ class AdapterHead(nn.Module):
         self.last = nn.Linear(hidden, dim, bias=spec.bias)
         if spec.split and spec.summary_dim is not None:
             self.last_summary = nn.Linear(hidden, spec.summary_dim, bias=spec.bias)
-        if spec.pool:  # the teacher's own weights: never trained
-            self.pool = AttentionPool(dim, spec.pool_hidden, spec.pool_heads).requires_grad_(False)
+        if spec.pool:  # the teacher's own weights: never trained, but folded (losses.TargetSpace)
+            sizes = spec.pool_hidden, spec.pool_heads, spec.pool_eps
+            self.pool = AttentionPool(dim, *sizes).requires_grad_(False)
 
     def output_layers(self) -> dict[str, Any]:
         layers = {"patches": self.last}
