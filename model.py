@@ -1300,7 +1300,8 @@ def read_siglino(content: dict[str, Any]) -> tuple[ModelConfig, Weights]:
         width, probe = len(x[f"heads.{name}.norm.weight"]), f"heads.{name}.pool.probe_1C"
         if probe in x:
             x[probe], hidden = x[probe][0], len(x[f"heads.{name}.pool.fc1.bias"])
-            heads.append(HeadSpec(name, width, width, pool=True, pool_hidden=hidden))
+            own = {"pool": True, "pool_hidden": hidden, "pool_eps": 1e-5}
+            heads.append(HeadSpec(name, width, width, **own))
         else:
             heads.append(HeadSpec(name, width, width, registers=True))
     is_moe = "blocks.0.ffn.expert_bias" in x
