@@ -920,7 +920,8 @@ def head_spec(cfg: TrainConfig, base: ModelConfig, teacher: Teacher) -> HeadSpec
     if hasattr(pool, "probe"):
         return AdapterSpec(name, dim, dim, pool=True, bias=True, hidden=cfg.head_hidden,
                         pool_hidden=pool.mlp.fc1.out_features,
-                        pool_heads=pool.attention.num_heads)  # fmt: skip
+                        pool_heads=pool.attention.num_heads,
+                        pool_eps=pool.layernorm.eps)  # fmt: skip
     # registers are matched one to one, so there must be as many (AMoE: DINOv3's 4)
     return AdapterSpec(name, dim, summary_dim, registers=teacher.registers == base.registers > 0,
                     split=True, bias=True, hidden=cfg.head_hidden)  # fmt: skip
