@@ -63,7 +63,7 @@ def fit_size(height: float, width: float, patch: int, max_area: float | None = N
     """The size a picture is resized to: each side the nearest multiple of the patch, at least one.
 
     Above `max_area` pixels it shrinks; the aspect is kept as far as whole patches allow.
-    Source: AMoE release, image processor.
+    Source: AMoE release, image_processor.py.
     """
     sides = height / patch, width / patch
     h, w = (max(math.floor(side + 0.5), 1) for side in sides)  # a half goes up, as theirs does
