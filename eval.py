@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 import packing
 from losses import resize_map
-from model import Features, Student, load_student, merge_tokens
+from model import Features, Student, hash_weights, load_student, merge_tokens
 from packing import Sample, Subset, rank_and_world, resize
 from teachers import load_teacher, parse_teacher
 
@@ -457,7 +457,8 @@ def text_encoder(spec: str, captions: Sequence[str]) -> tuple[str, TextEncoder]:
 
 def _cached_text(teacher: Any, texts: Sequence[str]) -> Tensor:
     """A tower's embeddings, kept on disk under the hash of its weights and the texts."""
-    key = hashlib.sha256(json.dumps([teacher.fingerprint, list(texts)]).encode()).hexdigest()
+    facts = [teacher.fingerprint, teacher.text_tower().fingerprint, list(texts)]
+    key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
     path = packing.cache_home() / "text" / f"{key}.npy"
     if not path.exists():
         rows = [teacher.text(list(texts[i : i + 256])).cpu() for i in range(0, len(texts), 256)]
@@ -1034,10 +1035,7 @@ def identity(model: Any) -> str:
         return " ".join(f"{name} {identity(part)}" for name, part in model.items())
     if hasattr(model, "fingerprint"):
         return model.fingerprint
-    total = hashlib.sha256()
-    for tensor in model.state_dict().values():
-        total.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return total.hexdigest()
+    return hash_weights(model)
 
 
 # ---- Reports

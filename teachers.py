@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from model import CLIP_RGB, HALF_RGB, autocast, load_student, read_checkpoint
+from model import CLIP_RGB, HALF_RGB, autocast, hash_weights, load_student, read_checkpoint
 from packing import (
     Box,
     Sample,
@@ -210,11 +210,15 @@ class Teacher:
 
     def text(self, texts: list[str]) -> Tensor:
         """n strings -> (n, C) in the space of the summaries, not normalised, for zero-shot."""
+        with torch.no_grad():
+            return self.text_tower()(texts).float().to(self.device)
+
+    def text_tower(self) -> Any:
+        """What `text` calls, loaded once; its `fingerprint` is of its weights."""
         if self.backbone.text is None:
             raise TeacherError(f"teacher {self.name} has no text tower")
         self._text = self._text or self.backbone.text()
-        with torch.no_grad():
-            return self._text(texts).float().to(self.device)
+        return self._text
 
 
 class Family(NamedTuple):
@@ -267,10 +271,7 @@ def fingerprint_of(teacher: Teacher) -> str:
     facts += [config, "antialiased bicubic"]
     facts += ["mean outside the picture"] if sizes.kind == "canvas" else []
     total = hashlib.sha256(json.dumps(facts, sort_keys=True, default=repr).encode())
-    for key, tensor in sorted(network.state_dict().items()):
-        total.update(f"{key} {tuple(tensor.shape)}".encode())
-        total.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return total.hexdigest()
+    return hash_weights(network, total)
 
 
 def batches(teacher: Teacher, prepared: list[Tensor], share_canvas: bool) -> Iterator[list[int]]:
@@ -481,6 +482,7 @@ def load_text(spec: TeacherSpec) -> Callable[[list[str]], Tensor]:
         ).input_ids
         return model.get_text_features(ids).pooler_output
 
+    encode.fingerprint = hash_weights(model)  # type: ignore[attr-defined]
     return encode
 
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -436,6 +437,9 @@ def test_text_files_and_the_tower_cache(tmp_path, monkeypatch):
     class Tower:
         fingerprint, calls = "f", 0
 
+        def text_tower(self):
+            return self
+
         def text(self, texts):
             Tower.calls += 1
             return torch.tensor([[float(len(text))] for text in texts])
@@ -449,8 +453,11 @@ def test_text_files_and_the_tower_cache(tmp_path, monkeypatch):
 
 def test_a_tower_of_other_weights_or_texts_is_asked_again(tmp_path, monkeypatch):
     class Tower:
-        def __init__(self, number):
-            self.fingerprint, self.number = str(number), float(number)
+        def __init__(self, number):  # the vision tower is the same
+            self.fingerprint, self.number = "vision", float(number)
+
+        def text_tower(self):
+            return SimpleNamespace(fingerprint=str(self.number))
 
         def text(self, texts):
             return torch.tensor([[self.number, len(text)] for text in texts])
