@@ -701,7 +701,7 @@ def fidelity(train: FeatureSet, test: FeatureSet) -> Rows:
 def same_grid(*maps: Tensor) -> list[Tensor]:
     """Maps on the grid (min h, min w), as the losses compare them."""
     h, w = (min(x.shape[axis] for x in maps) for axis in (0, 1))
-    return [resize_map(x.float(), (h, w)) for x in maps]
+    return [resize_map(x.to(torch.promote_types(x.dtype, torch.float)), (h, w)) for x in maps]
 
 
 def resolution(sets: Mapping[int, FeatureSet], out: str = "") -> Rows:
