@@ -3,14 +3,14 @@
     python eval.py knn --student runs/demo/model.pt --teacher vit-s \
         --train openmoji:train:1500 --test openmoji:test:600
 
-Reading path: `extract` runs all models over a source once and gives a `FeatureSet` with a column
-per head: "teacher/vit-s", "student/vit-s", "student/trunk", and the controls "random/..." and
-"pixels". Every protocol scores every column, so they never differ in code: `knn`, `add_ensembles`,
-`zero_shot`, `Fidelity`; in Part II `retrieval`, `linear`, `segmentation`, `resolution`, `merging`.
-AMoE, arXiv 2512.20157; RADIOv2.5, arXiv 2412.07679.
+Reading path: `extract` runs all models over a source once: a `FeatureSet` with a column per head,
+"teacher/vit-s", "student/trunk", and of the controls "random/..." and "pixels". A protocol scores
+every column alike: `knn`, `add_ensembles`, `zero_shot`, `Fidelity`; in Part II `retrieval`,
+`linear`, `segmentation`, `resolution`, `merging`. AMoE, 2512.20157; RADIOv2.5, 2412.07679 (arXiv).
 
-Legend: N images, M tokens, (h, w) a grid of tokens, C feature width, D width of a text, K classes,
-texts or kept tokens, G settings of a probe, P figures of one image, R bootstrap draws.
+Legend: N images, B a block of them, M tokens, (h, w) a grid of tokens, (H, W) pixels, X values of a
+patch, C feature width, D width of a text, K classes, neighbours, texts or kept tokens, G settings
+of a probe, P figures of one image, R bootstrap draws.
 """
 
 import argparse
@@ -702,7 +702,7 @@ def fidelity(train: FeatureSet, test: FeatureSet) -> Rows:
 def same_grid(*maps: Tensor) -> list[Tensor]:
     """Maps on the grid (min h, min w), as the losses compare them."""
     h, w = (min(x.shape[axis] for x in maps) for axis in (0, 1))
-    return [resize_map(x.float(), (h, w)) for x in maps]
+    return [resize_map(x.to(torch.promote_types(x.dtype, torch.float)), (h, w)) for x in maps]
 
 
 def resolution(sets: Mapping[int, FeatureSet], out: str = "") -> Rows:
@@ -787,7 +787,7 @@ def with_few_tokens(found: FeatureSet, column: str, way: str, side: int) -> Feat
     """The column alone, each place holding the token that stands for it, see `reduce_map`."""
     maps = found.patches[column]
     pairs = zip(maps, (reduce_map(x, way, side) for x in maps), strict=True)
-    back = [tokens_KC[index_P].unflatten(0, x.shape[:2]) for x, (tokens_KC, index_P) in pairs]
+    back = [tokens_KC[index_M].unflatten(0, x.shape[:2]) for x, (tokens_KC, index_M) in pairs]
     return replace(found, patches={column: back})
 
 
@@ -823,8 +823,8 @@ class RawPixels:
         found = []
         for image in images:
             h, w = packing.fit_size(image.shape[1], image.shape[2], patch=8)
-            patches_PX = packing.patchify(resize(image, (h, w)), 8) - 0.5
-            map_hwX = rearrange(patches_PX, "(h w) x -> h w x", h=h // 8)
+            patches_MX = packing.patchify(resize(image, (h, w)), 8) - 0.5
+            map_hwX = rearrange(patches_MX, "(h w) x -> h w x", h=h // 8)
             found.append(Features({"": resize(image, (16, 16)).flatten() - 0.5}, {"": map_hwX}))
         return found
 
