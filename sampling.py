@@ -101,11 +101,11 @@ def hierarchical_kmeans(
         if t >= len(done):
             # Only the pictures are many: the levels above cluster centroids, all of them at once.
             first: Any = {"fit_rows": fit_rows, "splits": splits} if t == 0 else {}
-            generator = Generator().manual_seed(seed + t)
+            generator = Generator().manual_seed(seed + t)  # a level resumes as it would have been
             rows = Rows.share(table, group)
             tree = (*tree, cluster_level(rows, k, generator, rounds[t], **first, **limits))
             on_level(tree)
-        table = torch.from_numpy(np.array(tree[t].centroids))
+        table = torch.from_numpy(np.array(tree[t].centroids))  # without their clusters' sizes
     return tree
 
 
@@ -187,7 +187,7 @@ def water_fill(
     and the rest goes +1 each to unfilled children drawn at random. With weights, x * weight.
     """
     low_P = np.zeros(len(target_P))
-    high_P = np.full(len(target_P), (capacity_J / weight_J).max(initial=0) + 1)
+    high_P = np.full(len(target_P), (capacity_J / weight_J).max(initial=0) + 1)  # too much for all
 
     def filled(x_P: np.ndarray) -> np.ndarray:
         return np.minimum(capacity_J, np.floor(x_P[parent_J] * weight_J)).astype(np.int64)
@@ -240,11 +240,11 @@ def step(
     """Assign the rows to the centroids and average them per cluster, in float64."""
     cluster_N = torch.empty(len(rows.ids_N), dtype=torch.int32)
     distance_N = torch.empty(len(rows.ids_N))
-    sums_KD = torch.zeros_like(c_KD, dtype=torch.float64)
+    sums_KD = torch.zeros_like(c_KD, dtype=torch.float64)  # of millions of rows
     stats_3K = torch.zeros(3, len(c_KD), dtype=torch.float64, device=c_KD.device)
     for part, x_BD in rows.chunks():
         cluster_B, best_B, second_B = nearest(x_BD, c_KD, dtype, second)
-        squared_B = (x_BD.square().sum(1) - 2 * best_B).clamp(min=0)
+        squared_B = (x_BD.square().sum(1) - 2 * best_B).clamp(min=0)  # 0: rounding
         values_3B = torch.stack([torch.ones_like(best_B), squared_B, 2 * (best_B - second_B)])
         stats_3K.index_add_(1, cluster_B, values_3B.double())
         sums_KD.index_add_(0, cluster_B, x_BD.double())
@@ -253,7 +253,7 @@ def step(
     sums_KD, stats_3K = all_sum(sums_KD, rows.group), all_sum(stats_3K, rows.group)
     count_K, inertia_K, loss_K = stats_3K
     means_KD = (sums_KD / count_K.clamp(min=1)[:, None]).to(c_KD.dtype)
-    means_KD = torch.where(count_K[:, None] > 0, means_KD, c_KD)
+    means_KD = torch.where(count_K[:, None] > 0, means_KD, c_KD)  # empty: where it was
     return Step(cluster_N, distance_N, means_KD, count_K, loss_K, float(inertia_K.sum()))
 
 
