@@ -4,8 +4,7 @@ Vo et al. (arXiv 2405.15613), the method behind AMoE's OpenLVD200M: k-means on t
 embeddings, then on its centroids, and so on; every pass forgets how many pictures a centroid stood
 for, so the last level's clusters spread over what the pool shows and not over what it shows often.
 The target is then shared out from the top, the same quota for every cluster that can fill it.
-`python sampling.py embed | cluster | sample | assign`. Read: `hierarchical_kmeans`,
-`cluster_level`; `balanced_sample`, `water_fill`; `kmeans`, `step`.
+Read: `hierarchical_kmeans`, `cluster_level`; `balanced_sample`, `water_fill`; `kmeans`, `step`.
 
 Legend: N rows (pictures), D width of an embedding, K clusters of a level, J clusters of all parents
 together, P parents, B rows of a chunk; C candidates for a centroid, S swaps. Levels count from the
@@ -50,7 +49,7 @@ from packing import (
 )
 from teachers import load_teacher, parse_teacher, sha256_of
 
-SOLO = Group(0, 1, torch.device("cpu"))
+SOLO, SILENT = Group(0, 1, torch.device("cpu")), tqdm(disable=True)
 
 
 # ---- Part I, the paper: the hierarchy
@@ -79,7 +78,7 @@ def hierarchical_kmeans(
     keep: Sequence[Sequence[int] | None] | None = None,
     group: Group = SOLO,
     done: Tree = (),
-    on_level: Callable[[Tree], None] | None = None,
+    on_level: Callable[[Tree], None] = lambda _: None,
     fit_rows: int | None = None,
     splits: int = 1,
     **limits: Any,
@@ -97,32 +96,23 @@ def hierarchical_kmeans(
     Raises: ValueError for a row that is not finite, and for more clusters than inputs.
     Vo et al. Sec. 3; AMoE: OpenLVD200M (20 M / 500 k / 50 k / 20 k)
     """
-    table = as_table(embeddings)
-    keep = [None] * len(clusters) if keep is None else keep
-    check_levels(table, clusters, keep, group)
-    tree = done
+    (table, rounds), tree = checked(embeddings, clusters, keep, group), done
     for t, k in enumerate(clusters):
         if t >= len(done):
             # Only the pictures are many: the levels above cluster centroids, all of them at once.
             first: Any = {"fit_rows": fit_rows, "splits": splits} if t == 0 else {}
-            rounds = keep[t]
-            rounds = default_keep(len(table), k, t == 0) if rounds is None else rounds
-            generator = Generator().manual_seed(seed + t)
+            generator = Generator().manual_seed(seed + t)  # a level resumes as it would have been
             rows = Rows.share(table, group)
-            tree = (*tree, cluster_level(rows, k, generator, rounds, **first, **limits))
-            if on_level:
-                on_level(tree)
-        table = torch.from_numpy(np.array(tree[t].centroids))
+            tree = (*tree, cluster_level(rows, k, generator, rounds[t], **first, **limits))
+            on_level(tree)
+        table = torch.from_numpy(np.array(tree[t].centroids))  # without their clusters' sizes
     return tree
 
 
 def cluster_level(
     rows: Rows, k: int, generator: Generator, keep: Sequence[int], **limits: Any
 ) -> Level:
-    """One level: k-means, then for every entry of `keep` k-means on so many inputs per cluster.
-
-    Vo et al. Sec. 3
-    """
+    """One level: k-means, then k-means on `keep[0]` inputs a cluster, ... Vo et al. Sec. 3"""
     c_KD = fit(rows, k, generator, **limits)
     limits = {name: x for name, x in limits.items() if name not in ("fit_rows", "splits")}
     for most in (*keep, None):
@@ -138,9 +128,6 @@ def cluster_level(
             kept = Rows.share(rows.table, rows.group, ids_N)
             c_KD = rows.fetch(ids_N) if len(ids_N) == k else kmeans(kept, k, generator, **limits)[0]
     return Level(c_KD.cpu().numpy(), cluster_N, distance_N)
-
-
-# ---- Balanced sampling
 
 
 def balanced_sample(
@@ -200,7 +187,7 @@ def water_fill(
     and the rest goes +1 each to unfilled children drawn at random. With weights, x * weight.
     """
     low_P = np.zeros(len(target_P))
-    high_P = np.full(len(target_P), (capacity_J / weight_J).max(initial=0) + 1)
+    high_P = np.full(len(target_P), (capacity_J / weight_J).max(initial=0) + 1)  # too much for all
 
     def filled(x_P: np.ndarray) -> np.ndarray:
         return np.minimum(capacity_J, np.floor(x_P[parent_J] * weight_J)).astype(np.int64)
@@ -219,9 +206,6 @@ def water_fill(
     return quota_J + (is_next_J & (quota_J < capacity_J))
 
 
-# ---- k-means
-
-
 def kmeans(
     rows: Rows,
     k: int,
@@ -229,7 +213,7 @@ def kmeans(
     iterations: int = 50,
     tolerance: float = 5e-4,
     dtype: torch.dtype = torch.float32,
-    bar: Any = None,
+    bar: Any = SILENT,
 ) -> tuple[Tensor, Step]:
     """k centroids (k, D) and the rows' clusters: Lloyd's steps, with swaps between the first.
 
@@ -238,11 +222,12 @@ def kmeans(
     if k > rows.total:
         raise ValueError(f"{k} clusters of {rows.total} rows; ask for at most {rows.total}")
     c_KD = first_centroids(rows, k, generator, iterations, tolerance, dtype, bar)
-    # Lloyd's steps can't carry a centroid across the data: Vo et al. start anew, we swap.
+    # Lloyd's steps can't carry a centroid across the data; so swaps come between them (we chose).
     swaps, last, i = Swaps(rows, k, generator), math.inf, 0
     while True:
         found = step(rows, c_KD, dtype, second=swaps.is_due(i))
-        show(bar, k, found)
+        bar.set_postfix_str(f"{k} clusters, inertia {found.inertia:.6g}")
+        bar.update()
         # What Lloyd's step gains after a swap is no swap's gain: no verdict among the first.
         if i == iterations or (i > SWAPS + 1 and last - found.inertia <= tolerance * last):
             return c_KD, found
@@ -255,11 +240,11 @@ def step(
     """Assign the rows to the centroids and average them per cluster, in float64."""
     cluster_N = torch.empty(len(rows.ids_N), dtype=torch.int32)
     distance_N = torch.empty(len(rows.ids_N))
-    sums_KD = torch.zeros_like(c_KD, dtype=torch.float64)
+    sums_KD = torch.zeros_like(c_KD, dtype=torch.float64)  # of millions of rows
     stats_3K = torch.zeros(3, len(c_KD), dtype=torch.float64, device=c_KD.device)
     for part, x_BD in rows.chunks():
         cluster_B, best_B, second_B = nearest(x_BD, c_KD, dtype, second)
-        squared_B = (x_BD.square().sum(1) - 2 * best_B).clamp(min=0)
+        squared_B = (x_BD.square().sum(1) - 2 * best_B).clamp(min=0)  # 0: rounding
         values_3B = torch.stack([torch.ones_like(best_B), squared_B, 2 * (best_B - second_B)])
         stats_3K.index_add_(1, cluster_B, values_3B.double())
         sums_KD.index_add_(0, cluster_B, x_BD.double())
@@ -268,7 +253,7 @@ def step(
     sums_KD, stats_3K = all_sum(sums_KD, rows.group), all_sum(stats_3K, rows.group)
     count_K, inertia_K, loss_K = stats_3K
     means_KD = (sums_KD / count_K.clamp(min=1)[:, None]).to(c_KD.dtype)
-    means_KD = torch.where(count_K[:, None] > 0, means_KD, c_KD)
+    means_KD = torch.where(count_K[:, None] > 0, means_KD, c_KD)  # empty: where it was
     return Step(cluster_N, distance_N, means_KD, count_K, loss_K, float(inertia_K.sum()))
 
 
@@ -320,10 +305,8 @@ def nearest(x_BD: Tensor, c_KD: Tensor, dtype: torch.dtype = torch.float32, seco
 
 
 def first_maximum(scores_BK: Tensor) -> tuple[Tensor, Tensor]:
-    """`scores_BK.max(1)` for a multiple of 32 columns, several times as fast on CPU.
-
-    Torch finds a maximum by vector instructions, but not where it is: so look at groups, then one.
-    """
+    """`scores_BK.max(1)` for a multiple of 32 columns, several times as fast on CPU."""
+    # Torch finds a maximum by vector instructions, but not where it is: look at groups, then one.
     groups_BG32 = scores_BK.unflatten(1, (-1, 32))
     top_B, group_B = groups_BG32.amax(2).max(1)
     inside_B32 = groups_BG32[torch.arange(len(group_B), device=group_B.device), group_B]
@@ -338,11 +321,9 @@ def first_centroids(rows: Rows, k: int, generator: Generator, *limits: Any) -> T
 
 
 def seed_centroids(rows: Rows, k: int, generator: Generator) -> Tensor:
-    """Start of k-means: D^2 sampling in growing rounds, the best of several candidates each time.
-
-    The first `EXACT` come one by one, which is greedy k-means++; a later round adds a fifth of what
-    is there, so that the seeds of one round seldom see the same gap.
-    """
+    """Start of k-means: D^2 sampling in growing rounds, the best of several candidates each."""
+    # The first come one by one, which is greedy k-means++; a later round adds a fifth of what is
+    # there, so that the seeds of one round seldom see the same gap.
     rows = rows.thin(SEED_ROWS * k, generator)
     distance_N = torch.ones(len(rows.ids_N))
     c_KD = rows.fetch(draw(rows, distance_N, 1, generator))
@@ -425,12 +406,6 @@ def gains(rows: Rows, distance_N: Tensor, new_CD: Tensor) -> Tensor:
         fall_BC = torch.addmm(minus_norm_C, x_BD, new_CD.T, alpha=2).add_(slack_B[:, None])
         gain_C += fall_BC.relu_().sum(0)
     return all_sum(gain_C, rows.group)
-
-
-def show(bar: Any, k: int, found: Step) -> None:
-    if bar is not None:
-        bar.set_postfix_str(f"{k} clusters, inertia {found.inertia:.6g}")
-        bar.update()
 
 
 def fit(rows: Rows, k: int, generator: Generator, fit_rows=None, splits=1, **limits: Any) -> Tensor:
@@ -530,9 +505,8 @@ def all_sum(x: Tensor, group: Group) -> Tensor:
 
 def gather(x_N: Tensor, group: Group) -> Tensor:
     """The shares of all processes, end to end, on the CPU."""
-    parts: list[Any] = [x_N.cpu()]
+    parts = [x_N.cpu()] * group.world
     if group.world > 1:
-        parts = [None] * group.world
         dist.all_gather_object(parts, x_N.cpu())
     return torch.cat(parts)
 
@@ -546,19 +520,19 @@ def rank_in_cluster(cluster_N: np.ndarray, key_N: np.ndarray) -> np.ndarray:
     return rank_N
 
 
-def as_table(embeddings: Any) -> Any:
-    is_table = isinstance(embeddings, Pool | Tensor)
-    return embeddings if is_table else torch.tensor(np.asarray(embeddings, np.float32))
-
-
-def check_levels(table: Any, clusters: Sequence[int], keep: Sequence[Any], group: Group) -> None:
-    """Refuse what can't be clustered, before any work."""
+def checked(x: Any, clusters: Sequence[int], keep: Any, group: Group) -> tuple[Any, list[Any]]:
+    """Table and rounds of each level; refuses what can't be clustered, before any work."""
+    table = x if isinstance(x, Pool | Tensor) else torch.tensor(np.asarray(x, np.float32))
+    keep = [None] * len(clusters) if keep is None else keep
     if not clusters or min(clusters) < 1 or len(keep) != len(clusters):
         raise ValueError(f"{clusters=} must be >= 1, with one entry of {keep=} for each")
-    for n, k in zip([len(table), *clusters], clusters, strict=False):
+    rounds: list[Any] = []
+    for n, k, own in zip([len(table), *clusters], clusters, keep, strict=False):
         if k > n:
             raise ValueError(f"{k} clusters of {n} inputs; levels go from finest to coarsest")
+        rounds.append(default_keep(n, k, not rounds) if own is None else own)
     check_finite(Rows.share(table, group))
+    return table, rounds
 
 
 def check_finite(rows: Rows) -> None:
@@ -610,9 +584,9 @@ def cluster_weights(tree: Tree, weighting: str) -> list[Any]:
 def leaf_volumes(tree: Tree) -> np.ndarray:
     """Room of each finest cluster: one over how many finest centroids share its place.
 
-    Clusters of one level differ in how many distinct things they hold; a top cluster with ten
-    concepts should get ten times the quota of one with a single concept split ten ways. Neighbours
-    are counted by a Gaussian as wide as the mean cluster, among the leaves of the same parent.
+    A top cluster with ten concepts should get ten times the quota of one with a single concept
+    split ten ways. Neighbours are counted by a Gaussian as wide as the mean cluster, among the
+    leaves of the same parent.
     """
     width = tree[0].inertia / len(tree[0].distance)
     parent_K = tree[1].assignment if len(tree) > 1 else np.zeros(len(tree[0].centroids), np.int64)
@@ -630,8 +604,8 @@ def near_duplicates(
 ) -> np.ndarray:
     """True for each row whose cosine to an earlier row of its finest cluster exceeds the threshold.
 
-    Rows of `is_first_N` count as earlier than all others: what is near them goes.
-    Source: SemDeDup, arXiv 2303.09540; only rows of one cluster are compared, in blocks.
+    Rows of `is_first_N` count as earlier than all others: what is near them goes. SemDeDup, arXiv
+    2303.09540; only rows of one cluster are compared, in blocks.
     """
     is_duplicate_N = np.zeros(len(leaf_N), bool)
     is_first_N = np.zeros(len(leaf_N), bool) if is_first_N is None else is_first_N
@@ -658,8 +632,7 @@ def capped_sample(
 ) -> np.ndarray:
     """A balanced sample with at most `caps[source]` rows of a source.
 
-    A source over its cap keeps a random part of what it got and loses its other rows; what it gives
-    up is shared out anew, until every source is within its cap.
+    A source over its cap keeps a random part of what it got; the rest is shared out anew.
     """
     generator = Generator().manual_seed(seed)
     eligible_N, open_caps = eligible_N.copy(), dict(caps)
