@@ -1348,7 +1348,7 @@ def setup_distributed(pg_timeout: float = 600.0, device: str = "auto") -> Group:
     env, timeout = os.environ, timedelta(seconds=pg_timeout)
     rank, world = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
     group = Group(rank, world, choose_device(device, int(env.get("LOCAL_WORLD_SIZE", 1))))
-    if "RANK" not in env:
+    if "RANK" not in env or dist.is_initialized():
         return group
     is_master = rank == 0 and env.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     address = env["MASTER_ADDR"], int(env["MASTER_PORT"])

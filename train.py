@@ -2,16 +2,20 @@
 
     torchrun train.py                                  # the demo: two real teachers, minutes
     torchrun --nproc-per-node 2 train.py --preset debug
+    python -c 'from train import PRESETS, run; run(PRESETS["debug"])'
 
-Read it from the bottom: `main` is the whole run, straight down. A step (`Trainer.step`) is AMoE
-Sec. 2: per-image feature losses in PHI-S space, averaged over the images of the *global* batch,
-plus ARKD between the summaries of all images on all ranks.
+Reading path: `TrainConfig` and `RECIPES` say what a run is. `train` is all of it on one page:
+per-image feature losses in PHI-S space, averaged over the images of the *global* batch, plus ARKD
+between the summaries of all images on all ranks. What it calls follows in the order of the calls.
+AMoE, arXiv 2512.20157; RADIOv2.5, arXiv 2412.07679; PHI-S, arXiv 2410.01680.
 
-Legend: B images, N packed tokens, M packed patches, C teacher width, L layers, E experts.
+Legend: B images, N packed tokens, M packed patches, C teacher width, L layers, E experts, S streams
+of a stage, K images that a teacher supervises.
 """
 
+from __future__ import annotations
+
 import argparse
-import bisect
 import dataclasses
 import json
 import math
@@ -20,7 +24,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,14 +32,8 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint.state_dict as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
@@ -80,13 +78,16 @@ from packing import (
     Stream,
     Subset,
     cache_home,
+    evenly,
     hold_out,
     keyed_generator,
     left_out,
     make_loader,
     open_source,
+    rank_and_world,
     setup_distributed,
     to_device,
+    write_whole,
 )
 from teachers import (
     CachedTeacher,
@@ -103,14 +104,20 @@ from teachers import (
 )
 
 VERSION = 1
+AVERAGES = ("image", "partition", "token")  # AMoE's, RADIOv2.5's, and the ablation
 EXIT_SIGNALLED = 128  # a run that was told to stop saves and exits with 128 + the signal's number
 
-# ------------------------------------------------------------------------------ configuration
+# ---- Part I, the papers: the recipe
 
 
-def option(default, help: str, **metadata):
+def option(default, help: str, choices: tuple[str, ...] | None = None, **metadata) -> Any:
     """A config field: its help carries the unit and the source, and becomes the flag's help."""
-    return field(default=default, metadata={"help": help, **metadata})
+    return field(default=default, metadata={"help": help, "choices": choices, **metadata})
+
+
+def control(default, help: str, choices: tuple[str, ...] | None = None) -> Any:
+    """A field that decides how a run goes, not what it computes: it may change on resume."""
+    return option(default, help, choices, control=True)
 
 
 @dataclass(frozen=True)
@@ -126,62 +133,49 @@ class TrainConfig:
     model: str = option("nano", "student, a key of model.MODELS; init: the sizes of --init")
     init: str = option("", "NAME=PATH[@layers] to start from: a ViT or DINOv2, or our checkpoint")
     head_hidden: int = option(0, "hidden width of the heads; 0: the teacher's (AMoE), 1024 (RADIO)")
-    windows: bool = option(True, "RADIO form: random windows of the position table (Sec. 1.2)")
-    pool: bool = option(True, "SigLIP: its frozen pooling head makes the summary (AMoE Sec. 1.6)")
-    out: str = option("", "run folder (default runs/<preset>)", control=True)
+    windows: bool = option(True, "RADIO form: random windows of the position table")
+    pool: bool = option(True, "SigLIP: its frozen pooling head makes the summary (AMoE)")
+    out: str = control("", "run folder (default runs/<preset>)")
     steps: int = option(1000, "optimizer steps")
     seed: int = option(0, "seed of weights, order and augmentation")
-    resume: str = option("auto", "auto, none, or a checkpoint folder", control=True)
-    save_every: int = option(150, "steps between checkpoints", control=True)
-    keep: int = option(3, "newest checkpoints that are kept", control=True)
-    keep_every: int = option(0, "also keep each that is a multiple of so many steps", control=True)
-    log_every: int = option(10, "steps between lines of metrics.jsonl", control=True)
-    look_every: int = option(0, "steps between looks: kNN, pca.png; 0: at the end", control=True)
-    workers: int = option(0, "loader processes per rank; 0 loads in the main one", control=True)
-    threads: int = option(0, "torch threads per rank; 0 shares the cores evenly", control=True)
-    pg_timeout: float = option(600.0, "seconds that a rank waits for the others", control=True)
-    max_bad_frac: float = option(0.1, "share of pictures that may fail to decode", control=True)
+    resume: str = control("auto", "auto, none, or a checkpoint folder")
+    save_every: int = control(150, "steps between checkpoints")
+    keep: int = control(3, "newest checkpoints that are kept")
+    keep_every: int = control(0, "also keep each that is a multiple of so many steps")
+    log_every: int = control(10, "steps between lines of metrics.jsonl")
+    evaluate_every: int = control(0, "steps between evaluations (kNN, pca.png); 0: none")
+    workers: int = control(0, "loader processes per rank; 0 loads in the main one")
+    threads: int = control(0, "torch threads per rank; 0 shares the cores evenly")
+    pg_timeout: float = control(600.0, "seconds that a rank waits for the others")
+    max_bad_frac: float = control(0.1, "share of pictures that may fail to decode")
     cache: str = option("auto", "folder of teacher features; auto: user cache; none: live teachers")
     held_out: float = option(0.15, "share of each SOURCE's pictures held out of training")
     stages: tuple[Stage, ...] = option(
         (Stage(1.0, (Stream("native"),)),), "resolution stages, set by presets", flag=False
     )
-    max_images: int = option(16, "images in a pack at the most (AMoE Sec. 3)")
+    max_images: int = option(16, "images in a pack at the most (AMoE: token-balanced batching)")
     global_tokens: int = option(0, "tokens of a step over all ranks; 0: the packs of the preset")
     global_images: int = option(0, "instead: images of a step, if packs hold squares of one size")
-    micro_packs: int = option(
-        0,
-        "packs of one forward on a rank; 0: all of the step's, on CUDA as many as fit",
-        control=True,
-    )
-    patch_loss: str = option(
-        "mse", "feature loss of patches and registers", choices=tuple(losses.KINDS)
-    )
-    summary_loss: str = option("mse", "feature loss of summaries", choices=(*losses.KINDS, "angle"))
+    micro_packs: int = control(0, "packs of one forward on a rank; 0: all, on CUDA all that fit")
+    patch_loss: str = option("mse", "feature loss of patches and registers", tuple(losses.KINDS))
+    summary_loss: str = option("mse", "feature loss of summaries", (*losses.KINDS, "angle"))
+    # A fixed pattern of a teacher can't be learnt where each sees another view (C-RADIOv4 Eq. 1).
     shift: float = option(
-        0.0, "deviation, in patches, of the whole-patch moves of the student's view and each "
-        "teacher's own, so that no fixed pattern of a teacher is learnt (C-RADIOv4 Eq. 1: 0.5); "
-        "0: all see the same. Needs live teachers, --cache none"
-    )  # fmt: skip
-    relation: str = option("arkd", "relational loss of summaries", choices=("arkd", "rkd", "none"))
-    relation_mean: str = option(
-        "own", "whose mean distance divides the student's distances", choices=("own", "teacher")
-    )  # fmt: skip
-    relation_weight: float = option(1.0, "weight of the relational loss (AMoE Sec. 2.1: 1)")
-    average: str = option(
-        "image", "weigh each image the same (AMoE), within each stream (RADIO), or each token",
-        choices=("image", "partition", "token"),
-    )  # fmt: skip
-    balance: str = option(
-        "none", "weights of the losses: 1, or AdaLoss'", choices=("none", "adaloss")
+        0.0, "deviation of the views' moves, in patches (C-RADIOv4: 0.5); needs --cache none"
     )
-    normalizer: str = option("phis", "space of the targets", choices=tuple(losses.NORMALIZERS))
+    relation: str = option("arkd", "relational loss of summaries", ("arkd", "rkd", "none"))
+    relation_mean: str = option(
+        "own", "whose mean distance divides the student's distances", ("own", "teacher")
+    )
+    relation_weight: float = option(1.0, "weight of the relational loss (AMoE: 1)")
+    average: str = option("image", "weigh images alike, in each stream, or by tokens", AVERAGES)
+    balance: str = option("none", "weights of the losses: 1, or AdaLoss'", ("none", "adaloss"))
+    normalizer: str = option("phis", "space of the targets", tuple(losses.NORMALIZERS))
     stats_steps: int = option(
-        30, "steps of each stage whose teacher features fit the targets' space before its first "
-        "step; they cost the teachers' forward, or reading the cache, and no student"
-    )  # fmt: skip
-    frozen_steps: int = option(0, "first steps that train the heads alone (RADIO Sec. 4: 5000)")
-    optimizer: str = option("adamw", "optimizer (RADIO Sec. 4: lamb)", choices=("adamw", "lamb"))
+        30, "first steps of each stage whose teacher features fit the targets' space, before them"
+    )
+    frozen_steps: int = option(0, "first steps that train the heads alone (RADIOv2.5: 5000)")
+    optimizer: str = option("adamw", "optimizer (RADIOv2.5: lamb)", ("adamw", "lamb"))
     lr: float = option(1.5e-3, "peak learning rate")
     trunk_lr: float = option(1.0, "the trunk's learning rate as a share of the heads'")
     min_lr: float = option(0.02, "last learning rate as a share of the peak")
@@ -189,710 +183,216 @@ class TrainConfig:
     weight_decay: float = option(0.05, "decay of matrices; vectors and scalars have none")
     beta2: float = option(0.95, "second-moment decay of the optimizer")
     clip: float = option(1.0, "gradient norm limit")
-    ema: float = option(
-        0.0, "decay of the weights' running mean, at most (1 + step) / (10 + step) so that the "
-        "first weights are soon forgotten; the mean is then what is saved (0: none)"
-    )  # fmt: skip
-    router_rate: float = option(1e-3, "expert-bias step of load balancing (AMoE Sec. 1.4)")
-    parallel: str = option(
-        "ddp", "copies of the weights, or shards of them (FSDP2)", choices=("ddp", "fsdp"),
-        control=True,
-    )  # fmt: skip
-    device: str = option(
-        "auto", "where to compute; auto: cuda if there is one", choices=("auto", "cpu", "cuda"),
-        control=True,
-    )  # fmt: skip
-    deterministic: bool = option(
-        False, "ask torch for the same bits in every run on CUDA, where it has them", control=True
-    )
-    precision: str = option(
-        "auto", "arithmetic; auto: bf16 on CUDA, else fp32", choices=("auto", "fp32", "bf16")
-    )
-    recompute: bool = option(
-        False, "activation checkpointing: less memory, a third more time", control=True
-    )
-    compile: bool = option(False, "torch.compile each block", control=True)
+    ema: float = option(0.0, "decay of the weights' running mean, which is then saved; 0: none")
+    router_rate: float = option(1e-3, "step of the experts' bias (AMoE release: load balancing)")
+    parallel: str = control("ddp", "copies of the weights, or shards (FSDP2)", ("ddp", "fsdp"))
+    device: str = control("auto", "auto: cuda if there is one", ("auto", "cpu", "cuda"))
+    deterministic: bool = control(False, "ask torch for the same bits in every run on CUDA")
+    precision: str = option("auto", "auto: bf16 on CUDA, else fp32", ("auto", "fp32", "bf16"))
+    recompute: bool = control(False, "activation checkpointing: less memory, a third more time")
+    compile: bool = control(False, "torch.compile each block")
 
     def __post_init__(self) -> None:
         if not self.out:
             object.__setattr__(self, "out", f"runs/{self.preset}")
-        if self.model not in MODELS and not (self.model == "init" and self.init):
-            known = ", ".join(MODELS)
-            raise ValueError(f"model={self.model!r} is unknown; choose from {known}, or init with "
-                             "--init NAME=PATH")  # fmt: skip
-        if self.data_weights and len(self.data_weights) != len(self.data):
-            raise ValueError(
-                f"data_weights has {len(self.data_weights)} numbers for {len(self.data)} sources; "
-                "pass one per --data SOURCE"
-            )
-        for name, value in vars(self).items():
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"{name}={value} must be a finite number")
-        for name in ("steps", "save_every", "keep", "log_every", "stats_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.shift < 0 or (self.shift and self.cache != "none"):
-            raise ValueError(
-                f"shift={self.shift} with cache={self.cache}: it must be 0 or more, and above 0 "
-                "each teacher sees views that no cache holds; pass --cache none"
-            )
-        if not 0 <= self.ema < 1:
-            raise ValueError(f"ema={self.ema} must be at least 0 and below 1")
-        untils = [stage.until for stage in self.stages]
-        if untils != sorted(untils) or untils[-1] != 1.0:
-            raise ValueError(f"stages end at {untils}; they must rise to 1.0")
-        parsed = [parse_teacher(text).name for text in self.teachers]
-        if len(set(parsed)) != len(parsed) or not parsed:
-            raise ValueError(f"teachers={parsed} must be one or more different names")
-        for stream in (stream for stage in self.stages for stream in stage.streams):
-            if unknown := set(stream.teachers) - set(parsed):
-                raise ValueError(f"stream {stream.name}: teachers {unknown} are not in {parsed}")
-            if max(stream.data, default=0) >= len(self.data):
-                raise ValueError(
-                    f"stream {stream.name} of preset {self.preset} draws from SOURCE number "
-                    f"{max(stream.data)}, but --data has {len(self.data)}, counted from 0; give "
-                    "one --data SOURCE for each (the same one twice will do)"
-                )
-        if self.global_images and self.global_tokens:
-            raise ValueError(f"{self.global_images=} and {self.global_tokens=}: pass one of them")
-        for stage in self.stages if self.global_tokens else ():
-            self.times(stage)
-
-    def times(self, stage: Stage, patch: int = 16, prefix: int = 0) -> int:
-        """How often the packs of the preset go into a step of the global batch.
-
-        Args: patch, prefix: the student's pixels and tokens, where the batch is given in images.
-        """
-        wanted, what = self.global_tokens, "tokens"
-        smallest = sum(stream.budget * stream.packs for stream in stage.streams)
-        if self.global_images:
-            wanted, what, smallest = self.global_images, "images", 0
-            for stream in stage.streams:
-                if len(stream.choices) != 1:
-                    raise ValueError(f"global_images={wanted}: packs of stream {stream.name} hold "
-                                     "pictures of many sizes; pass --global-tokens")  # fmt: skip
-                room = stream.budget // ((stream.choices[0] // patch) ** 2 + prefix)
-                smallest += stream.packs * min(self.max_images, room)
-        if wanted % smallest:
-            raise ValueError(
-                f"global_{what}={wanted} is not a multiple of the {smallest} {what} in the "
-                f"smallest step of preset {self.preset}"
-            )
-        return wanted // smallest or 1
+        check(self)
 
     def stage_bounds(self) -> list[tuple[int, int]]:
         """Steps [start, stop) of each stage."""
         stops = [round(stage.until * self.steps) for stage in self.stages]
         return list(zip([0, *stops[:-1]], stops, strict=True))
 
-    def stage_at(self, step: int) -> Stage:
-        """The stage that a step, counted from 1, belongs to."""
-        stops = [stop for _, stop in self.stage_bounds()]
-        return self.stages[bisect.bisect_left(stops, step)]
-
     def identity(self) -> dict:
         """The fields that decide the run's numbers, as JSON: what a resumed run must share."""
-        kept = [f.name for f in dataclasses.fields(self) if not f.metadata.get("control")]
-        return {name: json.loads(json.dumps(_plain(getattr(self, name)))) for name in kept}
+        controls = {f.name for f in dataclasses.fields(self) if f.metadata.get("control")}
+        given = json.loads(json.dumps(dataclasses.asdict(self)))
+        return {name: value for name, value in given.items() if name not in controls}
 
 
-def _plain(value):
-    if dataclasses.is_dataclass(value):
-        return dataclasses.asdict(value)
-    return [_plain(item) for item in value] if isinstance(value, tuple) else value
-
-
-def _preset(base: TrainConfig, name: str, **changes) -> TrainConfig:
-    return dataclasses.replace(base, preset=name, out=f"runs/{name}", **changes)
-
-
-def _native(until: float, max_side: int, budget: int) -> Stage:
-    return Stage(until, (Stream("native", max_side=max_side, budget=budget),))
-
-
-# RADIO Sec. 4. Teachers, sizes, batch, steps, LAMB, learning rate, decay, statistics and frozen
-# steps are the papers'; warm-up, clipping and the second beta are ours. Pictures are squares of the
+# What each preset changes of the defaults.
+#
+# RADIOv2.5: teachers, sizes, batch, steps, LAMB, learning rate, decay, statistics and frozen steps
+# are the papers'; warm-up, clipping and the second beta are ours. Pictures are squares of the
 # stage's side, 16 or 2 to a pack (16 * (16 * 16 + 8) = 4224 tokens, and so on).
-_RADIO = TrainConfig(
+_RADIO: dict[str, Any] = dict(
     teachers=("clip=apple/DFN5B-CLIP-ViT-H-14-378", "siglip=google/siglip-so400m-patch14-384",
               "dino_v2=facebook/dinov2-with-registers-giant", "sam=facebook/sam-vit-huge"),
     model="radio-h", steps=300_000, summary_loss="cosine", relation="none", average="partition",
     stats_steps=3000, frozen_steps=5000, optimizer="lamb", lr=1e-3, min_lr=0.0, weight_decay=0.02,
     beta2=0.999, warmup=1000, cache="none", workers=8, parallel="fsdp", recompute=True,
-    save_every=1000, look_every=10_000, held_out=1e-4,
+    save_every=1000, evaluate_every=10_000, held_out=1e-4,
 )  # fmt: skip
 _RADIO_LOW = Stream("low", choices=(432,), budget=16 * 737, packs=64)
 
-# AMoE Sec. 5. Teachers, sizes, steps, kinds of streams and the pack of 2304 + 5 tokens are the
-# paper's; 1.6 M tokens a step follow from its totals. The rest is ours, and so is each stream's
-# share. Stage 2 takes --data LOW HIGH: the replay from LOW, large pictures from HIGH.
-_AMOE = TrainConfig(
+# AMoE: teachers, sizes, steps, kinds of streams and the pack of 2304 + 5 tokens are the paper's;
+# 1.6 M tokens a step follow from its totals. The rest is ours, and so is each stream's share.
+# Stage 2 takes --data LOW HIGH: the replay from LOW, large pictures from HIGH.
+_AMOE: dict[str, Any] = dict(
     teachers=("siglip2=google/siglip2-so400m-patch16-naflex",
               "dinov3=facebook/dinov3-vitl16-pretrain-lvd1689m"),
     model="amoe-0.3b", stats_steps=300, lr=1e-3, warmup=1000, cache="none", workers=8,
-    recompute=True, save_every=1000, look_every=10_000, held_out=1e-4,
+    recompute=True, save_every=1000, evaluate_every=10_000, held_out=1e-4,
 )  # fmt: skip
 
-PRESETS: dict[str, TrainConfig] = {
+
+def native(until: float, max_side: int, budget: int) -> Stage:
+    """A stage of pictures in their own shape, of at most max_side^2 px."""
+    return Stage(until, (Stream("native", max_side, budget=budget),))
+
+
+RECIPES: dict[str, dict[str, Any]] = {
     # Low resolution first, as both papers: a picture of 64^2 px costs a fifth of one of 224^2.
     # The budgets are those of the 16 pictures that a pack may hold.
-    "demo": TrainConfig(
-        steps=1000,
-        stages=(_native(0.5, 64, 336), _native(0.85, 96, 656), _native(1.0, 224, 1200)),
-        head_hidden=384,
-        lr=2e-3,
-    ),
+    "demo": dict(stages=(native(0.5, 64, 336), native(0.85, 96, 656), native(1.0, 224, 1200)),
+                 steps=1000, head_hidden=384, lr=2e-3),
     # RADIO's way: from a pretrained network on, the trunk at 3e-5 at most (2e-4 makes it forget).
-    "warm": TrainConfig(
-        preset="warm", model="init", init="vit-s=builtin:vit-s@8", relation="none", steps=400,
-        stages=(_native(1.0, 112, 16 * 66),), head_hidden=384, frozen_steps=200, lr=1e-3,
-        trunk_lr=0.03, warmup=20, windows=False,
-    ),
-    "debug": TrainConfig(
-        preset="debug",
-        model="test",
-        data=("openmoji:train:96",),
-        teachers=("dense=builtin:tiny-dense", "semantic=builtin:tiny-semantic"),
-        stages=(_native(1.0, 96, 256),),
-        steps=40,
-        warmup=5,
-        stats_steps=4,
-        save_every=20,
-        log_every=5,
-        cache="none",
-    ),
-    "amoe-stage1": _preset(
-        _AMOE, "amoe-stage1", steps=50_000,
-        stages=(Stage(1.0, (Stream("low", max_side=256, budget=2309, packs=704),)),),
-    ),
-    "amoe-stage2": _preset(
-        _AMOE, "amoe-stage2", steps=90_000, data=("openmoji", "openmoji"),
-        stages=(Stage(1.0, (
-            Stream("replay", max_side=256, budget=2309, packs=128, data=(0,)),
-            Stream("middle", min_side=256, max_side=384, budget=2309, packs=128, data=(0,)),
-            Stream("high-256", max_side=256, budget=2309, packs=64, data=(1,)),
-            Stream("high-512", max_side=512, budget=2309, packs=128, data=(1,)),
-            Stream("high", max_side=768, budget=2309, packs=256, data=(1,)),
-        )),),
-    ),
-    "radio-stage1": _preset(
-        _RADIO, "radio-stage1",
-        stages=(Stage(1.0, (Stream("low", choices=(256,), budget=16 * 264, packs=64),)),),
-    ),
-    "radio-stage2": _preset(
-        _RADIO, "radio-stage2", stages=(Stage(1.0, (_RADIO_LOW,)),)
-    ),
-    "radio-stage3": _preset(
-        _RADIO, "radio-stage3",
-        stages=(Stage(1.0, (
-            _RADIO_LOW,
-            Stream("high", choices=(1024,), budget=2 * 4104, packs=64),
-        )),),
-    ),
+    "warm": dict(stages=(native(1.0, 112, 16 * 66),), model="init", init="vit-s=builtin:vit-s@8",
+                 relation="none", steps=400, head_hidden=384, frozen_steps=200, lr=1e-3,
+                 trunk_lr=0.03, warmup=20, windows=False),
+    "debug": dict(stages=(native(1.0, 96, 256),), model="test", data=("openmoji:train:96",),
+                  teachers=("dense=builtin:tiny-dense", "semantic=builtin:tiny-semantic"), steps=40,
+                  warmup=5, stats_steps=4, save_every=20, log_every=5, cache="none"),
+    "amoe-stage1": _AMOE | dict(steps=50_000, stages=(
+        Stage(1.0, (Stream("low", max_side=256, budget=2309, packs=704),)),
+    )),
+    "amoe-stage2": _AMOE | dict(steps=90_000, data=("openmoji", "openmoji"), stages=(Stage(1.0, (
+        Stream("replay", max_side=256, budget=2309, packs=128, data=(0,)),
+        Stream("middle", min_side=256, max_side=384, budget=2309, packs=128, data=(0,)),
+        Stream("high-256", max_side=256, budget=2309, packs=64, data=(1,)),
+        Stream("high-512", max_side=512, budget=2309, packs=128, data=(1,)),
+        Stream("high", max_side=768, budget=2309, packs=256, data=(1,)),
+    )),)),
+    "radio-stage1": _RADIO | dict(stages=(
+        Stage(1.0, (Stream("low", choices=(256,), budget=16 * 264, packs=64),)),
+    )),
+    "radio-stage2": _RADIO | dict(stages=(Stage(1.0, (_RADIO_LOW,)),)),
+    "radio-stage3": _RADIO | dict(stages=(
+        Stage(1.0, (_RADIO_LOW, Stream("high", choices=(1024,), budget=2 * 4104, packs=64))),
+    )),
 }  # fmt: skip
 
+# ---- The run on one page
 
-def parse_args(argv: list[str] | None = None) -> TrainConfig:
-    """Build the command line from `TrainConfig`, the preset's values being the defaults."""
-    first = argparse.ArgumentParser(add_help=False)
-    first.add_argument("--preset", default="demo", choices=PRESETS, help="named configuration")
-    preset = PRESETS[first.parse_known_args(argv)[0].preset]
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], parents=[first])
-    for item in dataclasses.fields(TrainConfig):
-        if item.name == "preset" or not item.metadata.get("flag", True):
-            continue
-        value, flag = getattr(preset, item.name), "--" + item.name.replace("_", "-")
-        if isinstance(value, bool):
-            yes_no = argparse.BooleanOptionalAction
-            parser.add_argument(flag, action=yes_no, default=value, help=item.metadata["help"])
-            continue
-        many = isinstance(value, tuple)
-        kind = float if item.name == "data_weights" else str if many else type(value)
-        parser.add_argument(
-            flag, type=kind, default=value,
-            nargs="+" if many else None, choices=item.metadata.get("choices"),
-            help=f"{item.metadata['help']} [{value}]",
-        )  # fmt: skip
-    given = vars(parser.parse_args(argv)).items()
-    flags: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in given}
-    return dataclasses.replace(preset, **flags)
-
-
-# -------------------------------------------------------------------------------- the step
-
-
-class Standstill(RuntimeError):
-    """Training must not go on: a number is not finite, or too many pictures are broken."""
-
-
-def sum_over_ranks(values: Tensor) -> Tensor:
-    if dist.is_initialized():
-        dist.all_reduce(values)
-    return values
-
-
-def gather_rows(rows_BC: Tensor, group: Group) -> tuple[Tensor, slice]:
-    """All ranks' rows in rank order, without gradient, and where this rank's own lie."""
-    if group.world == 1:
-        return rows_BC, slice(0, len(rows_BC))
-    sizes = torch.zeros(group.world, dtype=torch.int64)  # on the host, see `setup_distributed`
-    sizes[group.rank] = len(rows_BC)
-    counts = sum_over_ranks(sizes).tolist()
-    padded = rows_BC.new_zeros(max(counts), rows_BC.shape[1])
-    padded[: len(rows_BC)] = rows_BC
-    parts = [torch.empty_like(padded) for _ in counts]
-    dist.all_gather(parts, padded)
-    start = sum(counts[: group.rank])
-    everyone = torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)])
-    return everyone, slice(start, start + len(rows_BC))
-
-
-def merge_skipped(parts: list[dict[str, str]], any_rank: bool, group: Group) -> dict[str, str]:
-    """The pictures that did not decode on any rank, key -> reason; rarely costs a collective."""
-    if any_rank and group.world > 1:
-        everyone: list = [None] * group.world
-        dist.all_gather_object(everyone, parts)
-        parts = [part for rank in everyone for part in rank]
-    return {key: reason for part in parts for key, reason in part.items()}
-
-
-class Weights(NamedTuple):
-    """What each image of a micro-batch counts in a teacher's losses."""
-
-    summary_B: Tensor
-    patch_B: Tensor
-    is_taught: list[float]  # 0 where the teacher does not supervise the image's stream
-
-
-def packs_that_fit(count: int, needed: float, free: float) -> int:
-    """Of `count` packs of so many bytes those of one forward, in forwards as equal as can be."""
-    most = int(0.85 * free / needed)  # the rest is for backward's own tensors and fragments
-    return -(-count // -(-count // most)) if most > 0 else 0
+Streams = tuple[Stream, ...]
+Teachers = Sequence[Teacher]
+Spaces = dict[str, losses.TargetSpace]  # of each teacher's targets
+Targets = dict[str, TeacherOutput]  # of each teacher, for the pictures of a micro-batch
 
 
 @dataclass
-class StepResult:
-    """What one optimizer step reports; every number is global and on the host."""
+class State:
+    """What a step changes, and the configuration by which it does."""
 
-    losses: dict[str, float]
-    grad_norm: float
-    lr: float
-    images: int
-    tokens: int
-    max_load: float
-    skipped: dict[str, str]
-    stop: int
-
-
-class Trainer:
-    """The student, its teachers and the optimizer: one `step` at a time.
-
-    After construction either `fit_normalizers` or `load_state_dict` must come before a step, and
-    `fit_normalizers` before the first step of each further stage.
-    """
-
-    model: Any = None  # the student as it is distributed
+    cfg: TrainConfig
+    student: Student
+    model: Any  # the student as the ranks share it
     optimizer: torch.optim.Optimizer
-
-    def __init__(self, cfg: TrainConfig, group: Group, teachers: list[Teacher]):
-        self.cfg, self.group, self.teachers = cfg, group, teachers
-        student, self.folded_heads = build_student(cfg, teachers)
-        self.student = student.to(group.device)
-        self.spaces = self.new_spaces()
-        self.ada = losses.AdaLoss()
-        self.fitting: dict[tuple[Stream, ...], int] = {}  # packs of a forward, by stage
-        self.autocast = autocast(group.device, cfg.precision)
-
-    def new_spaces(self) -> dict[str, losses.TargetSpace]:
-        """A space for each teacher's targets, fitted to nothing yet."""
-        kinds = self.cfg.normalizer, self.cfg.summary_loss
-        spaces = {
-            t.name: losses.TargetSpace(kinds[0], t.dim, t.summary_dim, kinds[1])
-            for t in self.teachers
-        }
-        return {name: space.to(self.group.device) for name, space in spaces.items()}
-
-    def fit_normalizers(self, data: StepData, stage: int = 0) -> None:
-        """Fit the targets' spaces to the pictures of a stage's first steps, before the first.
-
-        PHI-S Table 10 spends the first 3,000 steps of a stage on it while the heads chase a moving
-        rotation; estimating first costs only the teachers and keeps the targets still (we chose).
-        Heads that are trained already then answer in the new spaces what they did in the old ones.
-        The optimizer's moments and AdaLoss' means stay: both forget the old space soon enough.
-
-        Args: data, stage: the data of the stage, and its number from 0.
-        Raises: Standstill where nothing can be read, or features are not finite.
-        """
-        spaces, steps = self.new_spaces(), min(self.cfg.stats_steps, data.steps_in(0))
-        pin = self.group.device.type == "cuda"
-        loader = make_loader(data, 0, steps, self.cfg.workers, pin)
-        counts = torch.zeros(1 + len(self.teachers), dtype=torch.int64)  # broken; seen by each
-        for packs in progress(loader, "teacher statistics", self.group, total=steps):
-            batch = PackedBatch.cat([pack.to(self.group.device) for pack in packs])
-            seen = [self.supervised(t.name, stage, batch) for t in self.teachers]
-            counts += torch.tensor([len(batch.skipped), *map(len, seen)])
-            for teacher, own in zip(self.teachers, seen, strict=True):
-                target = self.ask(teacher, batch, own)
-                try:
-                    spaces[teacher.name].update(target, [batch.grids[i] for i in own])
-                except ValueError as error:
-                    raise Standstill(f"statistics of teacher {teacher.name}: {error}") from error
-        bad, *good = sum_over_ranks(counts.to(self.group.device)).tolist()
-        if not all(good):
-            raise Standstill(f"none of the {bad} pictures of the first steps could be read")
-        for space in spaces.values():
-            space.synchronize()
-        old, self.spaces = self.spaces, spaces
-        if self.model is None:
-            for name, head in self.student.heads.items():
-                if name not in self.folded_heads:
-                    spaces[name].fold_into(head, is_new=True)
-                spaces[name].unfold_from(head)
-            self.distribute()
-        else:
-            self.carry_heads(old)
-
-    def supervised(self, name: str, stage: int, batch: PackedBatch) -> list[int]:
-        """The pictures whose stream a teacher supervises; all where it supervises none."""
-        streams = self.cfg.stages[stage].streams
-        taught = [not stream.teachers or name in stream.teachers for stream in streams]
-        return [i for i, p in enumerate(batch.stream_B) if taught[p] or not any(taught)]
-
-    @torch.no_grad()
-    def carry_heads(self, old: dict[str, losses.TargetSpace]) -> None:
-        """Move the heads, and their running means, from the old spaces to the new (collective)."""
-        for name, head in self.student.heads.items():
-            params = dict(head.named_parameters())
-            # a frozen pool has no running mean
-            means = {n: self.average.get(f"heads.{name}.{n}", p) for n, p in params.items()}
-            copies = [params, means] if self.average else [params]
-            for tensors, moved in [(x, self.carried(name, x, old[name])) for x in copies]:
-                for n, x in tensors.items():
-                    new = moved.get_parameter(n).detach().to(x.device, x.dtype)
-                    if dist.is_initialized():  # unequal machines round differently
-                        dist.broadcast(new, 0)
-                    x.copy_(spread(new, x))
-
-    def carried(self, name: str, tensors: dict[str, Tensor], old: losses.TargetSpace) -> nn.Module:
-        """A whole copy of a head with these weights, moved from its old space to the new one."""
-        head = self.student.heads[name]
-        with torch.device("meta"):
-            moved = type(head)(head.spec, self.student.config.dim)
-        copy = {n: whole(x.detach()).double() for n, x in tensors.items()}  # to be rounded once
-        moved.load_state_dict(copy, assign=True)
-        old.fold_into(moved)
-        self.spaces[name].unfold_from(moved)
-        return moved
-
-    def distribute(self) -> None:
-        """Spread the student over the ranks; make the optimizer of what each of them holds."""
-        self.model = distribute(self.cfg, self.student, self.group)
-        self.optimizer = make_optimizer(self.cfg, self.student)
-        self.average = {
-            name: p.detach().clone() for name, p in trained(self.student) if self.cfg.ema
-        }
-
-    def step(self, step: int, packs: list[PackedBatch], stop: int = 0) -> StepResult:
-        """One optimizer step on this rank's packs of the global batch.
-
-        Args:
-            step: number of the step, from 1.
-            packs: this rank's share of the step's packs.
-            stop: the signal that asked this rank to stop, or 0; the result has all ranks'.
-        Raises:
-            Standstill: a loss or a gradient on any rank is not finite; nothing was stepped.
-        """
-        self.student.frozen_trunk = step <= self.cfg.frozen_steps
-        size = self.packs_of_a_forward(step, len(packs))
-        packs = [pack.to(self.group.device) for pack in packs]  # one by one, as they are pinned
-        micros = [PackedBatch.cat(packs[i : i + size]) for i in range(0, len(packs), size)]
-        targets = [self.targets(m) for m in micros]
-        weights = self.image_weights(self.cfg.stage_at(step).streams, micros)
-        shares, counts_LE = self.backward(step, micros, targets, weights)
-        grad_norm = nn.utils.clip_grad_norm_(self.student.parameters(), self.cfg.clip)
-        grad_norm = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
-        images, tokens = sum(map(len, micros)), sum(self.token_count(m) for m in micros)
-        bad = sum(len(m.skipped) for m in micros)
-        counts = sum_over_ranks(torch.tensor([images, tokens, bad, stop]))  # known to the host
-        images, tokens, bad, stop = counts.tolist()
-        loads_LE = grad_norm.new_ones(1, 1) if counts_LE is None else sum_over_ranks(counts_LE)
-        max_load = (loads_LE.max(1).values / loads_LE.float().mean(1)).max()
-        alike = torch.stack([grad_norm, max_load]) / self.group.world  # on all ranks
-        report = sum_over_ranks(torch.stack([*shares.values(), *alike]).double())
-        # the one moment of a step at which the host waits for the device
-        *values, grad_norm, max_load = report.tolist()
-        parts = dict(zip(shares, values, strict=True))
-        if not math.isfinite(sum(values)) or not math.isfinite(grad_norm):
-            raise Standstill(self.blame(step, parts, grad_norm, micros, targets))
-        lr = self.set_lr(step)
-        self.optimizer.step()
-        decay = min(self.cfg.ema, (1 + step) / (10 + step))
-        for name, p in trained(self.student):
-            if name in self.average:
-                self.average[name].lerp_(p.detach(), 1 - decay)
-        if counts_LE is not None and not self.student.frozen_trunk:
-            self.student.update_router(loads_LE, self.cfg.router_rate)
-        total = sum(self.weight(name) * value for name, value in parts.items())
-        self.ada.update(parts)
-        skipped = merge_skipped([m.skipped for m in micros], bad > 0, self.group)
-        return StepResult(
-            {"total": total, **parts}, grad_norm, lr, images, tokens, max_load, skipped, stop
-        )
-
-    def packs_of_a_forward(self, step: int, count: int) -> int:
-        """--micro-packs; 0: all, on CUDA as many as fit at the stage's start, alike on all ranks.
-
-        Raises: Standstill where not even one pack fits.
-        """
-        streams = self.cfg.stage_at(step).streams
-        if self.cfg.micro_packs or self.group.device.type != "cuda":
-            return self.cfg.micro_packs or count
-        if streams not in self.fitting:
-            tokens, student = max(stream.budget for stream in streams), self.student
-            needed = tokens * activation_bytes(student.config, self.cfg.recompute)
-            needed *= 2 if self.cfg.precision == "fp32" else 1
-            free = torch.cuda.mem_get_info(self.group.device)[0]
-            if not self.optimizer.state:  # gradients and two moments are still to come
-                free -= 12 * sum(held(p).numel() for _, p in trained(student))
-            fits = torch.tensor(packs_that_fit(count, needed, free))
-            if dist.is_initialized():
-                dist.all_reduce(fits, dist.ReduceOp.MIN)
-            if not fits:
-                raise Standstill(f"a pack of {tokens} tokens takes some {needed / 1e9:.1f} GB, and "
-                                 f"{free / 1e9:.1f} GB of {self.group.device} are free: pass "
-                                 "--recompute, or --parallel fsdp on more GPUs")  # fmt: skip
-            self.fitting[streams] = int(fits)
-            if self.group.rank == 0:
-                print(f"{int(fits)} of {count} packs in one forward", file=sys.stderr)
-        return self.fitting[streams]
-
-    def weight(self, loss: str) -> float:
-        """Weight of a part of the loss; the paper's are all 1 (AMoE Sec. 2.1, PHI-S Sec. 3)."""
-        own = self.cfg.relation_weight if loss.endswith("/relation") else 1.0
-        return own * (self.ada.weight(loss) if self.cfg.balance == "adaloss" else 1.0)
-
-    def targets(self, batch: PackedBatch) -> dict[str, TeacherOutput]:
-        """What the teachers say of a batch's pictures, in the space of the loss."""
-        raw = {t.name: self.ask(t, batch, range(len(batch))) for t in self.teachers}
-        return {name: self.spaces[name](target, batch.grids) for name, target in raw.items()}
-
-    def ask(self, teacher: Teacher, batch: PackedBatch, chosen: Sequence[int]) -> TeacherOutput:
-        """A teacher's own features of some of a batch's pictures, from what the loader made."""
-        if teacher.name in batch.pixels:
-            pictures = batch.seen(teacher.name)
-            return teacher.features([pictures[i] for i in chosen]).to(self.group.device)
-        boxes = batch.boxes(teacher.name)
-        return teacher.targets(
-            [batch.samples[i] for i in chosen],
-            [batch.sizes[i] for i in chosen],
-            boxes and [boxes[i] for i in chosen],
-        ).to(self.group.device)
-
-    def token_count(self, batch: PackedBatch) -> int:
-        return sum(batch.lengths) + self.student.config.prefix * len(batch)
-
-    def image_weights(self, streams: tuple[Stream, ...], micros: list[PackedBatch]) -> list[dict]:
-        """Per micro-batch and teacher: the `Weights` of its images, made on the host.
-
-        AMoE Sec. 2.1: 1 / (images on all ranks), whatever an image's size and wherever it landed.
-        average="partition" (RADIO Sec. 2.1) does so within each stream and then over the streams;
-        with "token" patches count by their number (the ablation). A teacher that does not supervise
-        an image's stream gives it 0.
-        """
-        partitions = [torch.tensor(m.stream_B, dtype=torch.int64) for m in micros]
-        sizes = [torch.tensor(m.lengths, dtype=torch.float64) for m in micros]
-        totals = torch.zeros(2, len(streams), dtype=torch.float64)
-        for stream_B, size_B in zip(partitions, sizes, strict=True):
-            totals[0].index_add_(0, stream_B, torch.ones_like(size_B))
-            totals[1].index_add_(0, stream_B, size_B)
-        images_S, tokens_S = sum_over_ranks(totals)
-        result: list[dict] = [{} for _ in micros]
-        for name in (teacher.name for teacher in self.teachers):
-            taught = [not stream.teachers or name in stream.teachers for stream in streams]
-            taught_S = totals.new_tensor(taught)
-            image_S = taught_S / (taught_S * images_S).sum().clamp(min=1)
-            if self.cfg.average == "partition":
-                image_S = taught_S / images_S.clamp(min=1) / len(streams)
-            token_S = taught_S / (taught_S * tokens_S).sum().clamp(min=1)
-            for micro, stream_B, size_B in zip(result, partitions, sizes, strict=True):
-                summary_B = patch_B = image_S[stream_B].float()
-                if self.cfg.average == "token":
-                    patch_B = (token_S[stream_B] * size_B).float()
-                both_2B = to_device(torch.stack([summary_B, patch_B]), self.group.device)
-                micro[name] = Weights(both_2B[0], both_2B[1], taught_S[stream_B].tolist())
-        return result
-
-    def forward(self, step: int, batch: PackedBatch) -> StudentOutput:
-        """The student on one micro-batch; its randomness depends on step and picture alone."""
-        windows_B5 = None
-        if isinstance(self.student.positions, TablePositions) and self.cfg.windows:
-            keys = [(self.cfg.seed, step, sample.key, "window") for sample in batch.samples]
-            rows = [position_windows(1, keyed_generator(*key)) for key in keys]
-            windows_B5 = torch.cat([torch.zeros(0, 5), *rows])
-        with self.autocast:
-            return self.model(batch, windows_B5)
-
-    def summaries(self, out: StudentOutput) -> dict[str, Tensor]:
-        """Predicted summaries in the space of the loss; a pooling head answers in the teacher's."""
-        pooled = {head.name for head in self.student.config.heads if head.pool}
-        norms = {name: self.spaces[name].parts["summary"] for name in pooled}
-        return {k: norms[k].normalize(v) if k in pooled else v for k, v in out.summary.items()}
-
-    def backward(self, step, micros, targets, weights) -> tuple[dict[str, Tensor], Tensor | None]:
-        """Gradients of the step's loss; returns this rank's shares of its parts and expert counts.
-
-        The relational loss needs the summaries of all micro-batches on all ranks at once, so its
-        gradient is taken first, on detached summaries, and then enters each micro-batch's backward
-        as <summary, gradient>. With several micro-batches that takes a forward without graph.
-        """
-        self.optimizer.zero_grad(set_to_none=True)
-        first, counts = None, []
-        relation: dict[str, tuple[Tensor, list[Tensor]]] = {}
-        if len(micros) == 1:
-            first = self.forward(step, micros[0])
-        if self.cfg.relation != "none":
-            with torch.no_grad():
-                own = [self.summaries(first or self.forward(step, m)) for m in micros]
-            relation = self.relation_gradients(own, targets, weights)
-        shares: dict[str, Tensor] = {f"{t}/relation": v for t, (v, _) in relation.items()}
-        for i, batch in enumerate(micros):
-            with gradient_sync(self.model, i == len(micros) - 1):
-                out = first or self.forward(step, batch)
-                summaries = self.summaries(out)
-                parts = self.feature_losses(out, summaries, batch, targets[i], weights[i])
-                loss = torch.stack([self.weight(name) * v for name, v in parts.items()]).sum()
-                for name, (_, grads) in relation.items():
-                    pull = (summaries[name] * grads[i]).sum()
-                    loss = loss + self.weight(f"{name}/relation") * pull
-                # DDP and FSDP2 average gradients over the ranks; the shares are to be summed.
-                (loss * self.group.world).backward()
-            for name, value in parts.items():
-                shares[name] = shares.get(name, 0) + value.detach()
-            if out.counts_LE is not None:
-                counts.append(out.counts_LE)
-        return shares, torch.stack(counts).sum(0) if counts else None
-
-    def feature_losses(self, out, summaries, batch, targets, weights) -> dict[str, Tensor]:
-        """This rank's share of each teacher's patch, summary and register loss (AMoE Sec. 2.1)."""
-        parts, kind = {}, self.cfg.summary_loss
-        for name, target in targets.items():
-            summary_B, patch_B, _ = weights[name]
-            patches_MC, maps, how = out.patches[name], target.patches, self.cfg.patch_loss
-            if batch.views:  # each saw its own part of the picture, all of as many patches
-                maps = [losses.resize_map(*x) for x in zip(maps, batch.grids, strict=True)]
-                ours, theirs = ([v.origin for v in batch.views[key]] for key in ("", name))
-                loss_B = losses.shift_loss(patches_MC, batch.grids, ours, maps, theirs, how)
-            else:
-                loss_B = losses.patch_loss(patches_MC, batch.grids, maps, how)
-            parts[f"{name}/patches"] = (loss_B * patch_B).sum()
-            if target.summary_BC is not None:
-                pair = summaries[name], target.summary_BC
-                if dispersion := self.spaces[name].dispersion:
-                    loss_B = losses.angle_loss(*pair, dispersion.value)
-                else:
-                    loss_B = losses.vector_loss(*pair, kind)
-                parts[f"{name}/summary"] = (loss_B * summary_B).sum()
-            if target.registers_BRC is not None and name in out.registers:
-                raw_BRC = self.spaces[name].parts["patches"].denormalize(out.registers[name])
-                loss_B = losses.vector_loss(raw_BRC, target.registers_BRC, how)
-                parts[f"{name}/registers"] = (loss_B * summary_B).sum()
-        return parts
-
-    def relation_gradients(self, own, targets, weights) -> dict[str, tuple[Tensor, list[Tensor]]]:
-        """Per teacher: this rank's share of the loss's value and d loss / d its own summaries.
-
-        Only the images that the teacher supervises are related to each other.
-        """
-        compare = {"arkd": losses.arkd, "rkd": losses.rkd}[self.cfg.relation]
-        result = {}
-        for name in (teacher.name for teacher in self.teachers if teacher.summary_dim is not None):
-            is_taught_B = torch.tensor([x for micro in weights for x in micro[name].is_taught])
-            taught_K = to_device(is_taught_B.nonzero()[:, 0], self.group.device)
-            own_BC = torch.cat([summaries[name] for summaries in own]).float()
-            target_BC = torch.cat([target[name].summary_BC for target in targets])
-            pairs_KC = torch.cat([own_BC, target_BC], dim=1).index_select(0, taught_K)
-            pairs_KC, mine = gather_rows(pairs_KC, self.group)
-            student_BC, teacher_BC = pairs_KC.split([own_BC.shape[1], target_BC.shape[1]], dim=1)
-            student_BC = student_BC.detach().requires_grad_()
-            loss = compare(student_BC, teacher_BC, self.cfg.relation_mean)
-            (grad_BC,) = torch.autograd.grad(loss, student_BC)
-            whole_BC = torch.zeros_like(own_BC).index_copy(0, taught_K, grad_BC[mine])
-            sizes = [len(summaries[name]) for summaries in own]
-            result[name] = (loss.detach() / self.group.world, whole_BC.split(sizes))
-        return result
-
-    def set_lr(self, step: int) -> float:
-        """Linear warm-up, then cosine down to min_lr (RADIO Sec. 4; AMoE does not say)."""
-        cfg = self.cfg
-        part = min(1.0, max(0.0, (step - cfg.warmup) / max(1, cfg.steps - cfg.warmup)))
-        cosine = cfg.min_lr + (1 - cfg.min_lr) * 0.5 * (1 + math.cos(math.pi * part))
-        lr = cfg.lr * min(1.0, step / max(1, cfg.warmup)) * cosine
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr * group["share"]
-        return lr
-
-    def blame(self, step, parts, grad_norm, micros, targets) -> str:
-        """The message of a step with a number that is not finite: what, where, which pictures."""
-        bad = [name for name, value in parts.items() if not math.isfinite(value)]
-        keys = []
-        for batch, target in zip(micros, targets, strict=True):
-            for i, sample in enumerate(batch.samples):
-                maps = [t.patches[i] for t in target.values()]
-                maps += [t.summary_BC[i] for t in target.values() if t.summary_BC is not None]
-                if not all(bool(m.isfinite().all()) for m in maps):
-                    keys.append(sample.key)
-        seen = [sample.key for batch in micros for sample in batch.samples]
-        fault = f"bad teacher features on rank {self.group.rank}: {', '.join(keys)}"
-        if not keys:
-            fault = f"good teacher features on rank {self.group.rank}, of {', '.join(seen)}"
-        return (
-            f"step {step}: not finite: {', '.join(bad) or f'gradient norm {grad_norm}'}; {fault}. "
-            "Nothing was stepped and the newest checkpoint is good: start from its model.pt by "
-            "--init NAME=PATH with a lower --lr and another --out, or leave such pictures out"
-        )
-
-    def state_dict(self) -> dict:
-        """Everything that the next step depends on, but the data, which is a function of `step`.
-
-        A collective call under FSDP2: rank 0 gets whole tensors.
-        """
-        return {
-            "student": get_model_state_dict(self.student, options=WHOLE),
-            "optimizer": get_optimizer_state_dict(self.student, self.optimizer, options=WHOLE),
-            "average": {name: whole(mean) for name, mean in self.average.items()},
-            "normalizers": {name: space.state_dict() for name, space in self.spaces.items()},
-            "adaloss": self.ada.state_dict(),
-        }
-
-    def load_state_dict(self, state: dict) -> None:
-        """Go on from `state_dict`, on any number of ranks."""
-        self.distribute()
-        set_model_state_dict(self.student, state["student"], options=WHOLE)
-        moments = dataclasses.replace(WHOLE, strict=False)  # a frozen trunk has none yet
-        set_optimizer_state_dict(self.student, self.optimizer, state["optimizer"], options=moments)
-        for name, p in trained(self.student):
-            if name not in state["optimizer"]["state"]:
-                self.optimizer.state.pop(p, None)
-        for name, mean in self.average.items():
-            mean.copy_(spread(state["average"][name], mean))
-        for name, space in self.spaces.items():
-            space.load_state_dict(state["normalizers"][name])
-        self.ada.load_state_dict(state["adaloss"])
-
-    def save_folded(self, path: Path, state: dict) -> None:
-        """Write the student that `load_student` reads: the running mean if there is one, PHI-S
-        folded into its heads."""
-        folded = Student(self.student.config)
-        folded.load_state_dict(state["student"] | state["average"])
-        for name, head in folded.heads.items():
-            self.spaces[name].fold_into(head)
-        save_student(folded, path)
+    average: dict[str, Tensor]  # the weights' running mean; empty without --ema
+    spaces: Spaces
+    ada: losses.AdaLoss
 
 
-# ---------------------------------------------------------------- where the student comes from
+def train(
+    cfg: TrainConfig, teachers: Teachers, sources: list[Source], held_out: Source | None = None
+) -> Job:
+    """Distil the teachers into a student, from its first step or its newest checkpoint to the last.
+
+    Args:
+        teachers: frozen; the student gets a head for each.
+        sources: the pictures of each --data SOURCE that are trained on.
+        held_out: pictures for --evaluate-every; None: there is no such evaluation.
+    Returns: what the run leaves behind, its record among it.
+    Raises: Standstill where training must not go on; SystemExit when it was told to stop.
+    """
+    job = open_run(cfg, teachers, sources, held_out)
+    group, device = job.group, job.group.device
+
+    # The student: random by the seed, or from --init. Heads that come trained answer in their
+    # teachers' own spaces.
+    student, trained_heads = build_student(cfg, teachers)
+    student.to(device)
+    # Data: which pictures a step sees is a function of the seed and the step's number alone.
+    stages = make_stages(cfg, sources, student.config, group, teachers)
+    # The optimizer holds what this rank holds: all of the student, or its shards.
+    model = distribute(cfg, student, group)
+    optimizer = make_optimizer(cfg, student)
+    average = {name: p.detach().clone() for name, p in trained(student) if cfg.ema}
+    spaces = new_spaces(cfg, teachers, device)
+    state = State(cfg, student, model, optimizer, average, spaces, losses.AdaLoss())
+    start = resume(job, state, stages)
+
+    for stage, ((first, last), data) in enumerate(zip(cfg.stage_bounds(), stages, strict=True)):
+        if start >= last:
+            continue
+        streams, begin = cfg.stages[stage].streams, max(start, first)
+        if begin == first:
+            # Targets: how a teacher's features vary depends on the resolution, so each stage has
+            # its own PHI-S, estimated before its first step; the heads move along.
+            fitted = fit_spaces(cfg, teachers, data, streams, device)
+            carry_heads(state, fitted, None if stage else trained_heads)
+        size = 0  # packs of a forward, found at the stage's first step
+        loader = make_loader(data, begin - first, last - first, cfg.workers, device.type == "cuda")
+        for step, packs in enumerate(loader, begin + 1):
+            # RADIO trains new heads alone at first, lest they spoil a pretrained trunk.
+            student.frozen_trunk = step <= cfg.frozen_steps
+            # Gradient accumulation: one optimizer step of several forwards. Pack by pack to the
+            # device, as they are pinned.
+            packs = [pack.to(device) for pack in packs]
+            size = size or packs_of_a_forward(state, streams, len(packs), device)
+            micros = [PackedBatch.cat(packs[i : i + size]) for i in range(0, len(packs), size)]
+            targets = [targets_of(teachers, spaces, batch) for batch in micros]
+            weights = image_weights(cfg, teachers, streams, micros)
+            optimizer.zero_grad(set_to_none=True)
+
+            # ARKD compares every image with every other of the global batch, so its gradient is
+            # taken first, on detached summaries of all micro-batches and ranks; it then enters
+            # each backward as <summary, gradient>. Several micro-batches take a forward more.
+            only = forward(state, step, micros[0]) if len(micros) == 1 else None
+            parts: dict[str, Tensor] = {}
+            pulls: dict[str, list[Tensor]] = {}
+            if cfg.relation != "none":
+                with torch.no_grad():
+                    outs = (only or forward(state, step, batch) for batch in micros)
+                    said = [summaries(state, out) for out in outs]
+                parts, pulls = relation_gradients(cfg, said, targets, weights)
+
+            # Every image weighs 1 / (images of the global batch), whatever its size and its rank.
+            counts: list[Tensor] = []
+            for i, batch in enumerate(micros):
+                with gradient_sync(model, is_last=i == len(micros) - 1):
+                    out = only or forward(state, step, batch)
+                    mine = feature_losses(state, out, batch, targets[i], weights[i])
+                    loss = torch.stack([part_weight(state, n) * x for n, x in mine.items()]).sum()
+                    for name, grads_BC in pulls.items():
+                        pull = (summaries(state, out)[name] * grads_BC[i]).sum()
+                        loss = loss + part_weight(state, f"{name}/relation") * pull
+                    # DDP and FSDP2 average gradients over the ranks; the shares are to be summed.
+                    (loss * group.world).backward()
+                for name, value in mine.items():
+                    parts[name] = parts.get(name, 0) + value.detach()
+                if out.counts_LE is not None:
+                    counts.append(out.counts_LE)
+
+            norm = nn.utils.clip_grad_norm_(student.parameters(), cfg.clip)
+            # All ranks' numbers, in the step's one wait for the device; stops where one is not
+            # finite, with nothing stepped.
+            report = settle(job, state, step, parts, norm, counts, micros, targets)
+            report.lr = set_lr(cfg, optimizer, step)
+            optimizer.step()
+            update_average(state, step)
+            # Experts with more than their share get a lower bias (auxiliary-loss-free balancing).
+            if counts and not student.frozen_trunk:
+                student.update_router(report.loads_LE, cfg.router_rate)
+            state.ada.update(report.losses)
+            log(job, report)
+            save(job, state, report)
+    return job
 
 
-def build_student(cfg: TrainConfig, teachers: list[Teacher]) -> tuple[Student, set[str]]:
+# ---- Where the student comes from
+
+
+def build_student(cfg: TrainConfig, teachers: Teachers) -> tuple[Student, set[str]]:
     """The student before step 1, and the names of the heads that already answer in teacher space.
 
     It depends on the configuration and the files alone. Raises: ValueError if --init does not fit.
@@ -900,7 +400,7 @@ def build_student(cfg: TrainConfig, teachers: list[Teacher]) -> tuple[Student, s
     given = read_init(cfg) if cfg.init else None
     base = given.config if given and cfg.model == "init" else MODELS[cfg.model]
     if given and cfg.model == "init" and not given.heads:
-        base = dataclasses.replace(base, cls_tokens=2)  # with_heads: one for each (RADIO Sec. 1.3)
+        base = dataclasses.replace(base, cls_tokens=2)  # with_heads: one for each (RADIOv2.5)
     torch.manual_seed(cfg.seed)
     student = Student(with_heads(base, [head_spec(cfg, base, t) for t in teachers]))
     for teacher in teachers:
@@ -912,91 +412,308 @@ def build_student(cfg: TrainConfig, teachers: list[Teacher]) -> tuple[Student, s
 def head_spec(cfg: TrainConfig, base: ModelConfig, teacher: Teacher) -> HeadSpec:
     """The head for a teacher: AMoE's adapter with foldable outputs, or RADIO's two MLPs."""
     name, dim, summary_dim = teacher.name, teacher.dim, teacher.summary_dim
+    kind: dict[str, Any] = {"hidden": cfg.head_hidden or 1024}
     if base.form == "radio":
-        hidden = cfg.head_hidden or 1024
-        return RadioSpec(name, dim, summary_dim, hidden=hidden, summary_hidden=hidden,
-                         in_trunk_summary=summary_dim is not None)  # fmt: skip
+        kind |= {"summary_hidden": kind["hidden"], "in_trunk_summary": summary_dim is not None}
+        return RadioSpec(name, dim, summary_dim, **kind)
+    kind = {"hidden": cfg.head_hidden, "bias": True}
     pool: Any = getattr(teacher.backbone.network, "head", None) if cfg.pool else None
     if hasattr(pool, "probe"):
-        return AdapterSpec(name, dim, dim, pool=True, bias=True, hidden=cfg.head_hidden,
-                        pool_hidden=pool.mlp.fc1.out_features,
-                        pool_heads=pool.attention.num_heads,
-                        pool_eps=pool.layernorm.eps)  # fmt: skip
+        sizes: dict[str, Any] = {
+            "pool_hidden": pool.mlp.fc1.out_features,
+            "pool_heads": pool.attention.num_heads,
+        }
+        sizes["pool_eps"] = pool.layernorm.eps
+        return AdapterSpec(name, dim, dim, pool=True, **sizes, **kind)
     # registers are matched one to one, so there must be as many (AMoE: DINOv3's 4)
-    return AdapterSpec(name, dim, summary_dim, registers=teacher.registers == base.registers > 0,
-                    split=True, bias=True, hidden=cfg.head_hidden)  # fmt: skip
+    has_registers = teacher.registers == base.registers > 0
+    return AdapterSpec(name, dim, summary_dim, registers=has_registers, split=True, **kind)
 
 
-def read_init(cfg: TrainConfig) -> Student:
-    """What --init names, as a student: one of our checkpoints, or a ViT of transformers."""
-    spec = parse_teacher(cfg.init)
-    path = Path(spec.path)
-    if path.is_file() and path.suffix != ".onnx":
-        return load_student(path)
-    is_folder = path.is_dir() or not (path.is_file() or spec.path.startswith("builtin:"))
-    if is_folder and pretrained(spec, "AutoConfig").model_type == "vit":  # no teacher: a classifier
-        vit = load_network(spec, "ViTModel", add_pooling_layer=False)
-        return read_vit(vit, spec.layer, HALF_RGB)
-    backbone = load_backbone(spec)
-    try:
-        return read_vit(backbone.network, spec.layer or backbone.layer, backbone.stats)
-    except (ValueError, RuntimeError) as error:
-        raise ValueError(
-            f"--init {cfg.init} is no ViT or DINOv2 that we can read: {error}"
-        ) from error
+# ---- What a stage's steps see
 
 
-# ------------------------------------------------------------- distribution and the optimizer
+def make_stages(
+    cfg: TrainConfig, sources: list[Source], config: ModelConfig, group: Group, teachers: Any
+) -> list[StepData]:
+    """One `StepData` per stage; each stage starts its own epoch 0.
 
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
-
-
-def held(x: Tensor) -> Tensor:
-    """What this rank has of a tensor."""
-    return x.to_local() if isinstance(x, DTensor) else x
-
-
-def whole(x: Tensor) -> Tensor:
-    """A tensor of which this rank may hold a shard, as a whole on the host (a collective call)."""
-    return (x.full_tensor() if isinstance(x, DTensor) else x).cpu()
-
-
-def spread(x: Tensor, like: Tensor) -> Tensor:
-    """This rank's shard of a whole tensor, if `like` is one."""
-    if isinstance(like, DTensor):
-        return distribute_tensor(x.to(like.device), like.device_mesh, like.placements)
-    return x
-
-
-def distribute(cfg: TrainConfig, student: Student, group: Group) -> Any:
-    """The student as the ranks share it: as it is (one process), copies (DDP), shards (FSDP2)."""
-    student.recompute = cfg.recompute
-    for block in student.blocks if cfg.compile else ():
-        block.compile(dynamic=True)
-    if group.world == 1:
-        return student
-    if cfg.parallel == "ddp":
-        # buffers change alike on all ranks; a frozen trunk's parameters get no gradient
-        return nn.parallel.DistributedDataParallel(
-            student,
-            broadcast_buffers=False,
-            find_unused_parameters=cfg.frozen_steps > 0,
-            gradient_as_bucket_view=True,
-        )
-    # Weights are gathered in float32 and autocast rounds them where it is safe: gathering bf16
-    # would halve the traffic, but round the routers and the residual stream, too.
-    for block in student.blocks:
-        fully_shard(block)
-    return fully_shard(student)
+    What the live `teachers` see of a picture is made in the loader's workers, which then keep the
+    picture itself. None: the samples have it.
+    """
+    live = None
+    if teachers is not None:
+        live = {t.name: t.size_for for t in teachers if not isinstance(t, CachedTeacher)}
+    shares = cfg.data_weights or tuple(float(len(s)) for s in sources)
+    mix = list(zip(sources, shares, strict=True))
+    stages = []
+    for number, stage in enumerate(cfg.stages):
+        often = times(cfg, stage, config.patch, config.prefix, group.world)
+        streams = [dataclasses.replace(s, packs=s.packs * often) for s in stage.streams]
+        order = config.patch, config.prefix, cfg.seed + number, group.rank, group.world
+        stages.append(StepData(streams, mix, *order, cfg.max_images, cfg.shift, live))
+    return stages
 
 
-def gradient_sync(model: Any, last: bool) -> Any:
-    """Ranks add up their gradients in the backward of a step's last micro-batch only."""
-    if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(last)
-    elif isinstance(model, nn.parallel.DistributedDataParallel) and not last:
-        return model.no_sync()
-    return nullcontext()
+# ---- The targets' spaces, and heads that move with them
+
+
+def new_spaces(cfg: TrainConfig, teachers: Teachers, device: torch.device) -> Spaces:
+    """A space for each teacher's targets, fitted to nothing yet."""
+    spaces = {}
+    for t in teachers:
+        space = losses.TargetSpace(cfg.normalizer, t.dim, t.summary_dim, cfg.summary_loss)
+        spaces[t.name] = space.to(device)
+    return spaces
+
+
+def fit_spaces(
+    cfg: TrainConfig, teachers: Teachers, data: StepData, streams: Streams, device: torch.device
+) -> Spaces:
+    """Spaces fitted to the pictures of a stage's first steps, as its losses will see them.
+
+    The first 3,000 steps of a stage estimate them while the heads chase a moving rotation (PHI-S
+    Table 10). We estimate first, which costs only the teachers and keeps the targets still.
+
+    Raises: Standstill where nothing can be read, or features are not finite.
+    """
+    spaces = new_spaces(cfg, teachers, device)
+    steps = min(cfg.stats_steps, data.steps_in(0))
+    loader = make_loader(data, 0, steps, cfg.workers, device.type == "cuda")
+    counts = torch.zeros(1 + len(teachers), dtype=torch.int64)  # broken; seen by each
+    for packs in progress(loader, "teacher statistics", total=steps):
+        batch = PackedBatch.cat([pack.to(device) for pack in packs])
+        seen = [supervised(t.name, streams, batch) for t in teachers]
+        counts += torch.tensor([len(batch.skipped), *map(len, seen)])
+        for teacher, own in zip(teachers, seen, strict=True):
+            target = ask(teacher, batch, own)
+            try:
+                spaces[teacher.name].update(target, [batch.grids[i] for i in own])
+            except ValueError as error:
+                raise Standstill(f"statistics of teacher {teacher.name}: {error}") from error
+    bad, *good = sum_over_ranks(counts.to(device)).tolist()
+    if not all(good):
+        raise Standstill(f"none of the {bad} pictures of the first steps could be read")
+    for space in spaces.values():
+        space.synchronize()
+    return spaces
+
+
+def is_taught(name: str, streams: Streams) -> list[bool]:
+    """Of each stream: does the teacher supervise it?"""
+    return [not stream.teachers or name in stream.teachers for stream in streams]
+
+
+def supervised(name: str, streams: Streams, batch: PackedBatch) -> list[int]:
+    """The pictures whose stream a teacher supervises; all where it supervises none."""
+    taught = is_taught(name, streams)
+    return [i for i, s in enumerate(batch.stream_B) if taught[s] or not any(taught)]
+
+
+@torch.no_grad()
+def carry_heads(state: State, fitted: Spaces, trained_heads: set[str] | None) -> None:
+    """Move heads and their running means into new spaces: they answer as before (a collective).
+
+    The optimizer's moments and AdaLoss' means stay: both forget the old space soon enough.
+
+    Args: trained_heads: before step 1, the heads that answer in their teachers' own spaces; the
+        others are new. None later: all answer in the spaces so far.
+    """
+    for name, head in state.student.heads.items():
+        params = dict(head.named_parameters())
+        # a frozen pool has no running mean
+        means = {n: state.average.get(f"heads.{name}.{n}", p) for n, p in params.items()}
+        for tensors in [params, means] if state.average else [params]:
+            with torch.device("meta"):
+                moved = type(head)(head.spec, state.student.config.dim)
+            # whole, where ranks hold shards, and rounded once
+            copy = {n: whole(x.detach()).double() for n, x in tensors.items()}
+            moved.load_state_dict(copy, assign=True)
+            if trained_heads is None:
+                state.spaces[name].fold_into(moved)
+            elif name not in trained_heads:
+                fitted[name].fold_into(moved, is_new=True)
+            fitted[name].unfold_from(moved)
+            for n, x in tensors.items():
+                new = moved.get_parameter(n).detach().to(x.device, x.dtype)
+                if dist.is_initialized():  # unequal machines round differently
+                    dist.broadcast(new, 0)
+                x.copy_(spread(new, x))
+    state.spaces.update(fitted)
+
+
+def ask(teacher: Teacher, batch: PackedBatch, chosen: Sequence[int]) -> TeacherOutput:
+    """A teacher's own features of some of a batch's pictures, from what the loader made."""
+    if teacher.name in batch.pixels:
+        pictures = batch.seen(teacher.name)
+        out = teacher.features([pictures[i] for i in chosen])
+    else:
+        given: Any = batch.samples, batch.sizes, batch.boxes(teacher.name)
+        out = teacher.targets(*(x and [x[i] for i in chosen] for x in given))
+    return out.to(batch.patches_MX.device)
+
+
+def targets_of(teachers: Teachers, spaces: Spaces, batch: PackedBatch) -> Targets:
+    """What the teachers say of a batch's pictures, in the spaces of the losses."""
+    every = range(len(batch))
+    return {t.name: spaces[t.name](ask(t, batch, every), batch.grids) for t in teachers}
+
+
+# ---- A step's losses
+
+
+class ImageWeights(NamedTuple):
+    """What each image of a micro-batch counts in a teacher's losses."""
+
+    summary_B: Tensor
+    patch_B: Tensor
+    is_taught: list[float]  # 0 where the teacher does not supervise the image's stream
+
+
+Weights = dict[str, ImageWeights]  # of each teacher, for a micro-batch
+
+
+def image_weights(
+    cfg: TrainConfig, teachers: Teachers, streams: Streams, micros: list[PackedBatch]
+) -> list[Weights]:
+    """What each image of the micro-batches counts in each teacher's losses, made on the host.
+
+    1 / (images on all ranks), whatever an image's size and wherever it landed (AMoE: per-image
+    loss). average="partition" does so within each stream and then over the streams (RADIOv2.5:
+    partitions); with "token" patches count by their number (the ablation). A teacher that does
+    not supervise an image's stream gives it 0.
+    """
+    stream_of = [torch.tensor(m.stream_B, dtype=torch.int64) for m in micros]
+    sizes = [torch.tensor(m.lengths, dtype=torch.float64) for m in micros]
+    totals = torch.zeros(2, len(streams), dtype=torch.float64)
+    for stream_B, size_B in zip(stream_of, sizes, strict=True):
+        totals[0].index_add_(0, stream_B, torch.ones_like(size_B))
+        totals[1].index_add_(0, stream_B, size_B)
+    images_S, tokens_S = sum_over_ranks(totals)
+    result: list[dict] = [{} for _ in micros]
+    for name in (teacher.name for teacher in teachers):
+        taught_S = totals.new_tensor(is_taught(name, streams))
+        image_S = taught_S / (taught_S * images_S).sum().clamp(min=1)
+        if cfg.average == "partition":
+            image_S = taught_S / images_S.clamp(min=1) / len(streams)
+        token_S = taught_S / (taught_S * tokens_S).sum().clamp(min=1)
+        for micro, stream_B, size_B in zip(result, stream_of, sizes, strict=True):
+            summary_B = patch_B = image_S[stream_B].float()
+            if cfg.average == "token":
+                patch_B = (token_S[stream_B] * size_B).float()
+            both_2B = to_device(torch.stack([summary_B, patch_B]), micros[0].patches_MX.device)
+            micro[name] = ImageWeights(both_2B[0], both_2B[1], taught_S[stream_B].tolist())
+    return result
+
+
+def forward(state: State, step: int, batch: PackedBatch) -> StudentOutput:
+    """The student on one micro-batch; its randomness depends on step and picture alone."""
+    cfg, windows_B5 = state.cfg, None
+    if cfg.windows and isinstance(state.student.positions, TablePositions):
+        keys = [(cfg.seed, step, sample.key, "window") for sample in batch.samples]
+        rows = [position_windows(1, keyed_generator(*key)) for key in keys]
+        windows_B5 = torch.cat([torch.zeros(0, 5), *rows])
+    with autocast(batch.patches_MX.device, cfg.precision):
+        return state.model(batch, windows_B5)
+
+
+def summaries(state: State, out: StudentOutput) -> dict[str, Tensor]:
+    """Predicted summaries in the space of the loss; a pooling head answers in the teacher's."""
+    pooled = {head.name for head in state.student.config.heads if head.pool}
+    norms = {name: state.spaces[name].parts["summary"] for name in pooled}
+    return {k: norms[k].normalize(v) if k in pooled else v for k, v in out.summary.items()}
+
+
+def feature_losses(
+    state: State, out: StudentOutput, batch: PackedBatch, targets: Targets, weights: Weights
+) -> dict[str, Tensor]:
+    """This rank's share of each teacher's losses (AMoE: L_patch, L_CLS, L_reg)."""
+    parts, said, how = {}, summaries(state, out), state.cfg.patch_loss
+    for name, target in targets.items():
+        summary_B, patch_B, _ = weights[name]
+        patches_MC, maps = out.patches[name], target.patches
+        if batch.views:  # each saw its own part of the picture, all of as many patches
+            maps = [losses.resize_map(*x) for x in zip(maps, batch.grids, strict=True)]
+            ours, theirs = ([v.origin for v in batch.views[key]] for key in ("", name))
+            loss_B = losses.shift_loss(patches_MC, batch.grids, ours, maps, theirs, how)
+        else:
+            loss_B = losses.patch_loss(patches_MC, batch.grids, maps, how)
+        parts[f"{name}/patches"] = (loss_B * patch_B).sum()
+        if target.summary_BC is not None:
+            pair = said[name], target.summary_BC
+            if dispersion := state.spaces[name].dispersion:
+                loss_B = losses.angle_loss(*pair, dispersion.value)
+            else:
+                loss_B = losses.vector_loss(*pair, state.cfg.summary_loss)
+            parts[f"{name}/summary"] = (loss_B * summary_B).sum()
+        if target.registers_BRC is not None and name in out.registers:
+            raw_BRC = state.spaces[name].parts["patches"].denormalize(out.registers[name])
+            loss_B = losses.vector_loss(raw_BRC, target.registers_BRC, how)
+            parts[f"{name}/registers"] = (loss_B * summary_B).sum()
+    return parts
+
+
+def relation_gradients(
+    cfg: TrainConfig, said: list[dict[str, Tensor]], targets: list[Targets], weights: list[Weights]
+) -> tuple[dict[str, Tensor], dict[str, list[Tensor]]]:
+    """Per teacher: this rank's share of the loss's value, and its gradient by the summaries of each
+    micro-batch. Only the images that the teacher supervises are related to each other.
+    """
+    compare = {"arkd": losses.arkd, "rkd": losses.rkd}[cfg.relation]
+    parts, pulls = {}, {}
+    for name in said[0]:
+        is_taught_B = torch.tensor([x for micro in weights for x in micro[name].is_taught])
+        taught_K = to_device(is_taught_B.nonzero()[:, 0], said[0][name].device)
+        own_BC = torch.cat([summary[name] for summary in said]).float()
+        target_BC = torch.cat([target[name].summary_BC for target in targets])  # type: ignore[misc]
+        pairs_KC = torch.cat([own_BC, target_BC], dim=1).index_select(0, taught_K)
+        pairs_KC, mine = gather_rows(pairs_KC)
+        student_BC, teacher_BC = pairs_KC.split([own_BC.shape[1], target_BC.shape[1]], dim=1)
+        student_BC = student_BC.detach().requires_grad_()
+        loss = compare(student_BC, teacher_BC, cfg.relation_mean)
+        (grad_BC,) = torch.autograd.grad(loss, student_BC)
+        whole_BC = torch.zeros_like(own_BC).index_copy(0, taught_K, grad_BC[mine])
+        sizes = [len(summary[name]) for summary in said]
+        parts[f"{name}/relation"] = loss.detach() / rank_and_world()[1]
+        pulls[name] = list(whole_BC.split(sizes))
+    return parts, pulls
+
+
+def packs_of_a_forward(state: State, streams: Streams, count: int, device: torch.device) -> int:
+    """--micro-packs; 0: all, on CUDA as many as fit at the stage's start, alike on all ranks.
+
+    Raises: Standstill where not even one pack fits.
+    """
+    if state.cfg.micro_packs or device.type != "cuda":
+        return state.cfg.micro_packs or count
+    return packs_in_memory(state, max(stream.budget for stream in streams), count, device)
+
+
+def part_weight(state: State, name: str) -> float:
+    """Weight of a part of the loss; the papers' are all 1 (AMoE, PHI-S Sec. 3)."""
+    own = state.cfg.relation_weight if name.endswith("/relation") else 1.0
+    return own * (state.ada.weight(name) if state.cfg.balance == "adaloss" else 1.0)
+
+
+def set_lr(cfg: TrainConfig, optimizer: torch.optim.Optimizer, step: int) -> float:
+    """Linear warm-up, then cosine down to min_lr (RADIOv2.5: cosine; AMoE does not say)."""
+    part = min(1.0, max(0.0, (step - cfg.warmup) / max(1, cfg.steps - cfg.warmup)))
+    cosine = cfg.min_lr + (1 - cfg.min_lr) * 0.5 * (1 + math.cos(math.pi * part))
+    lr = cfg.lr * min(1.0, step / max(1, cfg.warmup)) * cosine
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["share"]
+    return lr
+
+
+def update_average(state: State, step: int) -> None:
+    """The weights' running mean; a rising decay, so that it soon forgets the untrained ones."""
+    decay = min(state.cfg.ema, (1 + step) / (10 + step))
+    for name, p in trained(state.student):
+        if name in state.average:
+            state.average[name].lerp_(p.detach(), 1 - decay)
+
+
+# ---- The optimizer, and how ranks share the student
 
 
 def trained(student: Student) -> Iterator[tuple[str, nn.Parameter]]:
@@ -1009,30 +726,14 @@ def is_decayed(name: str, p: Tensor) -> bool:
     return p.ndim >= 2 and p.shape[0] > 1 and not name.startswith("positions.")
 
 
-def describe(optimizer: torch.optim.Optimizer) -> str:
-    """A table of the optimizer's groups."""
-    rows = [
-        f"{type(optimizer).__name__:<8}{'tensors':>9}{'M numbers':>11}{'decay':>8}{'lr share':>10}"
-    ]
-    names = ("trunk", "", "heads", "")
-    for name, group in zip(names, optimizer.param_groups, strict=True):
-        numbers = sum(p.numel() for p in group["params"]) / 1e6
-        rows.append(f"{name:<8}{len(group['params']):>9}{numbers:>11.3f}"
-                    f"{group['weight_decay']:>8.3g}{group['share']:>10.3g}")  # fmt: skip
-    return "\n".join(rows)
-
-
 def make_optimizer(cfg: TrainConfig, student: Student) -> torch.optim.Optimizer:
     """AdamW or LAMB over four groups: trunk and heads, what decays and what does not."""
     groups = []
     for is_head, share in ((False, cfg.trunk_lr), (True, 1.0)):
         for decays in (True, False):
-            params = [
-                p
-                for name, p in trained(student)
-                if (name.startswith("heads."), is_decayed(name, p)) == (is_head, decays)
-            ]
-            decay = cfg.weight_decay if decays else 0.0
+            kind, decay = (is_head, decays), cfg.weight_decay if decays else 0.0
+            of = {p: (n.startswith("heads."), is_decayed(n, p)) for n, p in trained(student)}
+            params = [p for p, its_kind in of.items() if its_kind == kind]
             groups.append({"params": params, "weight_decay": decay, "share": share})
     if cfg.optimizer == "lamb":
         return Lamb(groups, lr=cfg.lr, betas=(0.9, cfg.beta2))
@@ -1042,8 +743,8 @@ def make_optimizer(cfg: TrainConfig, student: Student) -> torch.optim.Optimizer:
 class Lamb(torch.optim.Optimizer):
     """Adam whose step in each decayed tensor is as long as lr times the tensor itself.
 
-    You et al. 2020, arXiv 1904.00962, Algorithm 2; RADIO Sec. 4. As usual, what does not decay
-    takes Adam's plain step.
+    What does not decay takes Adam's plain step, as usual. LAMB (You et al. 2020, arXiv 1904.00962)
+    Algorithm 2; RADIOv2.5: LAMB
     """
 
     def __init__(self, groups: Any, lr: float, betas: tuple[float, float], eps: float = 1e-6):
@@ -1075,7 +776,352 @@ class Lamb(torch.optim.Optimizer):
         p.add_(change, alpha=-group["lr"])
 
 
-# ------------------------------------------------------------------------------ checkpoints
+def distribute(cfg: TrainConfig, student: Student, group: Group) -> Any:
+    """The student as the ranks share it: as it is (one process), copies (DDP), shards (FSDP2)."""
+    student.recompute = cfg.recompute
+    for block in student.blocks if cfg.compile else ():
+        block.compile(dynamic=True)
+    if group.world == 1:
+        return student
+    if cfg.parallel == "ddp":
+        # buffers change alike on all ranks; a frozen trunk's parameters get no gradient
+        how: Any = {"broadcast_buffers": False, "find_unused_parameters": cfg.frozen_steps > 0}
+        return nn.parallel.DistributedDataParallel(student, gradient_as_bucket_view=True, **how)
+    # Weights are gathered in float32 and autocast rounds them where it is safe: gathering bf16
+    # would halve the traffic, but round the routers and the residual stream, too.
+    for block in student.blocks:
+        fully_shard(block)
+    return fully_shard(student)
+
+
+def gradient_sync(model: Any, is_last: bool) -> Any:
+    """Ranks add up their gradients in the backward of a step's last micro-batch only."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(is_last)
+    elif isinstance(model, nn.parallel.DistributedDataParallel) and not is_last:
+        return model.no_sync()
+    return nullcontext()
+
+
+# ---- Part II: the plumbing
+# ---- The five verbs of `train`: open_run, resume, settle, log, save
+
+
+class Standstill(RuntimeError):
+    """Training must not go on: a number is not finite, or too many pictures are broken."""
+
+
+@dataclass
+class Job:
+    """A run's surroundings. The record is what a checkpoint holds besides the `State`."""
+
+    cfg: TrainConfig
+    group: Group
+    teachers: Teachers
+    sources: list[Source]
+    held_out: Source | None
+    folder: Path | None  # the checkpoint to go on from
+    identity: dict[str, Any]
+    record: dict[str, Any]
+    stop: StopSignal
+    bar: Any = None
+    began: float = 0.0
+    marked: tuple[float, int] = (0.0, 0)  # time and tokens at the last line of metrics.jsonl
+
+    @property
+    def out(self) -> Path:
+        return Path(self.cfg.out)
+
+
+@dataclass
+class StepReport:
+    """What one optimizer step says; every number but the loads is global and on the host."""
+
+    step: int
+    total: float
+    losses: dict[str, float]  # by part
+    grad_norm: float
+    images: int
+    tokens: int
+    max_load: float
+    loads_LE: Tensor
+    skipped: dict[str, str]
+    stop: int  # the signal that asked any rank to stop, or 0
+    lr: float = 0.0
+
+
+def open_run(
+    cfg: TrainConfig, teachers: Teachers, sources: list[Source], held_out: Source | None
+) -> Job:
+    """Join the processes, choose the checkpoint to go on from, and take over the signals."""
+    need("matplotlib", "curves.png")
+    group = start_process(cfg)
+    folder, identity = choose_checkpoint(cfg, group), cfg.identity()
+    identity["sources"] = [source.fingerprint() for source in sources]
+    identity["fingerprints"] = {teacher.name: teacher.fingerprint for teacher in teachers}
+    skipped = {key: reason for source in sources for key, reason in source.skipped.items()}
+    record = {"step": 0, "seconds": 0.0, "images": 0, "tokens": 0, "bad": 0, "skipped": skipped}
+    return Job(cfg, group, teachers, sources, held_out, folder, identity, record, StopSignal())
+
+
+def resume(job: Job, state: State, stages: list[StepData]) -> int:
+    """Load the checkpoint to go on from, if there is one; returns its step."""
+    if job.folder:
+        saved = read_state(job.folder)
+        refuse_changes(job.folder, saved["identity"], job.identity)
+        load_state(state, saved)
+        job.record = {name: saved[name] for name in job.record}
+    step = job.record["step"]
+    if job.group.rank == 0:
+        set_aside(job.cfg, step)
+        note_registers(state.student.config, job.teachers)
+        print(describe(state.optimizer), file=sys.stderr)
+        begin_metrics(job, stages)
+    job.bar = progress(None, job.cfg.preset, total=job.cfg.steps, initial=step)
+    job.began = time.monotonic() - job.record["seconds"]
+    job.marked = time.monotonic(), job.record["tokens"]
+    return step
+
+
+def settle(
+    job: Job,
+    state: State,
+    step: int,
+    parts: dict[str, Tensor],
+    norm: Tensor,
+    counts: list[Tensor],
+    micros: list[PackedBatch],
+    targets: list[Targets],
+) -> StepReport:
+    """The step's numbers over all ranks. Raises: Standstill if one of them is not finite."""
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    images, bad = sum(map(len, micros)), sum(len(m.skipped) for m in micros)
+    tokens = sum(sum(m.lengths) for m in micros) + state.student.config.prefix * images
+    known = sum_over_ranks(torch.tensor([images, tokens, bad, job.stop.poll()]))  # to the host
+    images, tokens, bad, stop = known.tolist()
+    loads_LE = sum_over_ranks(torch.stack(counts).sum(0)) if counts else norm.new_ones(1, 1)
+    max_load = (loads_LE.max(1).values / loads_LE.float().mean(1)).max()
+    alike = torch.stack([norm, max_load]) / job.group.world  # on all ranks
+    numbers = sum_over_ranks(torch.stack([*parts.values(), *alike]).double())
+    # the one moment of a step at which the host waits for the device
+    *values, length, load = numbers.tolist()
+    found = dict(zip(parts, values, strict=True))
+    total = sum(part_weight(state, name) * value for name, value in found.items())
+    if not math.isfinite(sum(values)) or not math.isfinite(length):
+        raise Standstill(blame(job, step, found, length, micros, targets))
+    skipped = merge_skipped([m.skipped for m in micros], bad > 0)
+    return StepReport(step, total, found, length, images, tokens, load, loads_LE, skipped, stop)
+
+
+def blame(
+    job: Job, step: int, parts: dict[str, float], norm: float, micros: list, targets: list
+) -> str:
+    """The message of a step with a number that is not finite: what, where, which pictures."""
+    keys = []
+    for batch, target in zip(micros, targets, strict=True):
+        for i, sample in enumerate(batch.samples):
+            said = [
+                x[i] for t in target.values() for x in (t.patches, t.summary_BC) if x is not None
+            ]
+            if not all(bool(x.isfinite().all()) for x in said):
+                keys.append(sample.key)
+    fault = f"bad teacher features on rank {job.group.rank}: {', '.join(keys)}"
+    if not keys:
+        seen = ", ".join(sample.key for batch in micros for sample in batch.samples)
+        fault = f"good teacher features on rank {job.group.rank}, of {seen}"
+    bad = [name for name, value in parts.items() if not math.isfinite(value)]
+    return (
+        f"step {step}: not finite: {', '.join(bad) or f'gradient norm {norm}'}; {fault}. "
+        "Nothing was stepped and the newest checkpoint is good: start from its model.pt by "
+        "--init NAME=PATH with a lower --lr and another --out, or leave such pictures out"
+    )
+
+
+def log(job: Job, report: StepReport) -> None:
+    """Count the step in the record; every --log-every steps a line of metrics.jsonl."""
+    cfg, record = job.cfg, job.record
+    record["step"], record["seconds"] = report.step, time.monotonic() - job.began
+    record["images"] += report.images
+    record["tokens"] += report.tokens
+    note_skipped(cfg, record, report.skipped)
+    if report.step % cfg.log_every == 0 or report.step == cfg.steps:
+        (then, tokens), job.marked = job.marked, (time.monotonic(), record["tokens"])
+        speed = (record["tokens"] - tokens) / (job.marked[0] - then)
+        write_metrics(job, metrics_row(job, report, speed))
+        job.bar.set_postfix(loss=f"{report.total:.3f}", tok_s=f"{speed:.0f}")
+    job.bar.update()
+
+
+def save(job: Job, state: State, report: StepReport) -> None:
+    """Write a checkpoint where one is due, evaluate it, and leave where told to stop."""
+    cfg, step, is_last = job.cfg, report.step, report.step == job.cfg.steps
+    is_evaluation = not is_last and cfg.evaluate_every and step % cfg.evaluate_every == 0
+    if step % cfg.save_every == 0 or is_last or is_evaluation or report.stop:
+        write_step(job, state)
+    if is_evaluation:
+        write_metrics(job, {"step": step, **evaluate(job)})
+    if report.stop and not is_last:
+        if job.group.rank == 0:
+            print(f"told to stop: step {step} is saved in {cfg.out}; the same command goes on")
+        raise SystemExit(EXIT_SIGNALLED + (job.stop.number or signal.SIGTERM))
+    if is_last:
+        job.bar.close()
+        job.stop.release()
+
+
+# ---- What ranks share
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values
+
+
+def gather_rows(rows_BC: Tensor) -> tuple[Tensor, slice]:
+    """All ranks' rows in rank order, without gradient, and where this rank's own lie."""
+    rank, world = rank_and_world()
+    if world == 1:
+        return rows_BC, slice(0, len(rows_BC))
+    sizes = torch.zeros(world, dtype=torch.int64)  # on the host, see `setup_distributed`
+    sizes[rank] = len(rows_BC)
+    counts = sum_over_ranks(sizes).tolist()
+    padded = rows_BC.new_zeros(max(counts), rows_BC.shape[1])
+    padded[: len(rows_BC)] = rows_BC
+    parts = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(parts, padded)
+    start = sum(counts[:rank])
+    everyone = torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)])
+    return everyone, slice(start, start + len(rows_BC))
+
+
+def merge_skipped(parts: list[dict[str, str]], any_rank: bool) -> dict[str, str]:
+    """The pictures that did not decode on any rank, key -> reason; rarely costs a collective."""
+    _, world = rank_and_world()
+    if any_rank and world > 1:
+        everyone: list = [None] * world
+        dist.all_gather_object(everyone, parts)
+        parts = [part for rank in everyone for part in rank]
+    return {key: reason for part in parts for key, reason in part.items()}
+
+
+def whole(x: Tensor) -> Tensor:
+    """A tensor of which this rank may hold a shard, as a whole on the host (a collective call)."""
+    return (x.full_tensor() if isinstance(x, DTensor) else x).cpu()
+
+
+def spread(x: Tensor, like: Tensor) -> Tensor:
+    """This rank's shard of a whole tensor, if `like` is one."""
+    if isinstance(like, DTensor):
+        return distribute_tensor(x.to(like.device), like.device_mesh, like.placements)
+    return x
+
+
+def packs_that_fit(count: int, needed: float, free: float) -> int:
+    """Of `count` packs of so many bytes those of one forward, in forwards as equal as can be."""
+    most = int(0.85 * free / needed)  # the rest is for backward's own tensors and fragments
+    return -(-count // -(-count // most)) if most > 0 else 0
+
+
+def packs_in_memory(state: State, tokens: int, count: int, device: torch.device) -> int:
+    """The packs of so many tokens that fit into one forward on every rank's GPU."""
+    needed = tokens * activation_bytes(state.student.config, state.cfg.recompute)
+    needed *= 2 if state.cfg.precision == "fp32" else 1
+    free = torch.cuda.mem_get_info(device)[0]
+    if not state.optimizer.state:  # gradients and two moments are still to come
+        held = [p.to_local() if isinstance(p, DTensor) else p for _, p in trained(state.student)]
+        free -= 12 * sum(p.numel() for p in held)
+    fits = torch.tensor(packs_that_fit(count, needed, free))
+    if dist.is_initialized():
+        dist.all_reduce(fits, dist.ReduceOp.MIN)
+    if not fits:
+        raise Standstill(
+            f"a pack of {tokens} tokens takes some {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB "
+            f"of {device} are free: pass --recompute, or --parallel fsdp on more GPUs"
+        )
+    if is_main():
+        print(f"{int(fits)} of {count} packs in one forward", file=sys.stderr)
+    return int(fits)
+
+
+# ---- Pretrained weights to start from
+
+
+def read_init(cfg: TrainConfig) -> Student:
+    """What --init names, as a student: one of our checkpoints, or a ViT of transformers."""
+    spec = parse_teacher(cfg.init)
+    path = Path(spec.path)
+    if path.is_file() and path.suffix != ".onnx":
+        return load_student(path)
+    is_folder = path.is_dir() or not (path.is_file() or spec.path.startswith("builtin:"))
+    if is_folder and pretrained(spec, "AutoConfig").model_type == "vit":  # no teacher: a classifier
+        vit = load_network(spec, "ViTModel", add_pooling_layer=False)
+        return read_vit(vit, spec.layer, HALF_RGB)
+    backbone = load_backbone(spec)
+    try:
+        return read_vit(backbone.network, spec.layer or backbone.layer, backbone.stats)
+    except (ValueError, RuntimeError) as error:
+        why = f"--init {cfg.init} is no ViT or DINOv2 that we can read: {error}"
+        raise ValueError(why) from error
+
+
+# ---- Checkpoints
+
+WHOLE = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+def state_dict(state: State) -> dict[str, Any]:
+    """Everything that the next step depends on, but the data, which is a function of the step.
+
+    A collective call under FSDP2: rank 0 gets whole tensors.
+    """
+    return {
+        "student": dcp.get_model_state_dict(state.student, options=WHOLE),
+        "optimizer": dcp.get_optimizer_state_dict(state.student, state.optimizer, options=WHOLE),
+        "average": {name: whole(mean) for name, mean in state.average.items()},
+        "normalizers": {name: space.state_dict() for name, space in state.spaces.items()},
+        "adaloss": state.ada.state_dict(),
+    }
+
+
+def load_state(state: State, saved: dict[str, Any]) -> None:
+    """Go on from `state_dict`, on any number of ranks."""
+    student, optimizer = state.student, state.optimizer
+    dcp.set_model_state_dict(student, saved["student"], options=WHOLE)
+    moments = dataclasses.replace(WHOLE, strict=False)  # a frozen trunk has none yet
+    dcp.set_optimizer_state_dict(student, optimizer, saved["optimizer"], options=moments)
+    for name, p in trained(student):
+        if name not in saved["optimizer"]["state"]:
+            optimizer.state.pop(p, None)
+    for name, mean in state.average.items():
+        mean.copy_(spread(saved["average"][name], mean))
+    for name, space in state.spaces.items():
+        space.load_state_dict(saved["normalizers"][name])
+    state.ada.load_state_dict(saved["adaloss"])
+
+
+def save_folded(state: State, saved: dict[str, Any], path: Path) -> None:
+    """Write the student that `load_student` reads: the running mean if there is one, with PHI-S
+    folded into its heads."""
+    folded = Student(state.student.config)
+    folded.load_state_dict(saved["student"] | saved["average"])
+    for name, head in folded.heads.items():
+        state.spaces[name].fold_into(head)
+    save_student(folded, path)
+
+
+def write_step(job: Job, state: State) -> None:
+    """Write step_NNNNNN on rank 0, redraw the curves, drop the checkpoints that are not kept."""
+    saved = {**job.record, "identity": job.identity, **state_dict(state)}
+    if job.group.rank == 0:
+        write_checkpoint(job.out / f"step_{job.record['step']:06d}", state, saved)
+        for old in checkpoints(job.out)[: -job.cfg.keep]:
+            if not job.cfg.keep_every or int(old.name[5:]) % job.cfg.keep_every:
+                shutil.rmtree(old)
+        if rows := [row for row in read_metrics(job.out) if "loss/total" in row]:
+            draw_curves(rows, job.out / "curves.png", job.cfg)
+    if dist.is_initialized():
+        dist.barrier()
 
 
 def fsync(path: Path) -> None:
@@ -1086,14 +1132,7 @@ def fsync(path: Path) -> None:
         os.close(handle)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace a small file as a whole: a reader sees the old one or the new one."""
-    draft = path.with_name(path.name + ".tmp")
-    draft.write_text(text)
-    os.replace(draft, path)
-
-
-def write_checkpoint(folder: Path, trainer: Trainer, state: dict) -> None:
+def write_checkpoint(folder: Path, state: State, saved: dict[str, Any]) -> None:
     """Write `folder` so that it is whole or absent, whatever happens meanwhile.
 
     All files go to a temporary folder and are flushed to the disk; the manifest with their SHA-256
@@ -1103,13 +1142,12 @@ def write_checkpoint(folder: Path, trainer: Trainer, state: dict) -> None:
     shutil.rmtree(draft, ignore_errors=True)
     try:
         draft.mkdir(parents=True)
-        trainer.save_folded(draft / "model.pt", state)
-        torch.save(state, draft / "state.pt")
+        save_folded(state, saved, draft / "model.pt")
+        fsync(draft / "model.pt")
+        write_whole(draft / "state.pt", lambda file: torch.save(saved, file))
         manifest = {name: sha256_of(draft / name) for name in ("model.pt", "state.pt")}
-        for name in manifest:
-            fsync(draft / name)
-        (draft / "manifest.json").write_text(json.dumps({"version": VERSION, "sha256": manifest}))
-        fsync(draft / "manifest.json")
+        text = json.dumps({"version": VERSION, "sha256": manifest})
+        write_whole(draft / "manifest.json", text.encode())
         fsync(draft)
         shutil.rmtree(folder, ignore_errors=True)
         draft.rename(folder)
@@ -1153,26 +1191,30 @@ def newest_checkpoint(cfg: TrainConfig) -> Path | None:
             raise ValueError(f"--resume {cfg.resume}: {reason}")
         return Path(cfg.resume)
     for folder in reversed(checkpoints(Path(cfg.out))):
-        if reason := broken(folder):
-            print(f"skipping a broken checkpoint: {reason}", file=sys.stderr)
-        else:
+        if not (reason := broken(folder)):
             return folder
+        print(f"skipping a broken checkpoint: {reason}", file=sys.stderr)
     return None
 
 
-def agree_on_checkpoint(cfg: TrainConfig, group: Group) -> Path | None:
-    """`newest_checkpoint` as rank 0 sees it, on all ranks; or its ValueError on all of them."""
-    if group.world == 1:
-        return newest_checkpoint(cfg)
+def choose_checkpoint(cfg: TrainConfig, group: Group) -> Path | None:
+    """`newest_checkpoint` as rank 0 sees it, on all ranks; or its ValueError on all of them.
+
+    Where there is none, what an older run left is set aside, before a restart could take it for
+    this run's.
+    """
     box: list = [None, None]
     if group.rank == 0:
         try:
             box[0] = newest_checkpoint(cfg)
         except ValueError as error:
             box[1] = str(error)
-    dist.broadcast_object_list(box)
+    if group.world > 1:
+        dist.broadcast_object_list(box)
     if box[1]:
         raise ValueError(box[1])
+    if not box[0] and group.rank == 0:
+        set_aside(cfg, 0)
     return box[0]
 
 
@@ -1197,59 +1239,53 @@ def read_state(folder: Path) -> dict:
 def refuse_changes(folder: Path, saved: dict, current: dict) -> None:
     """A run goes on only with the configuration, data and teachers that it began with."""
     changed = [
-        f"{key}: {saved.get(key)!r} in the checkpoint, {current.get(key)!r} now"
+        f"{key}: {saved.get(key)!r} in the checkpoint, {current.get(key)!r} now. "
         for key in sorted({*saved, *current})
         if saved.get(key) != current.get(key)
     ]
     if changed:
-        raise ValueError(f"{folder} belongs to another run. " + "; ".join(changed) + ". Pass the "
-                         "old values, another --out, or --resume none")  # fmt: skip
+        advice = "Pass the old values, another --out, or --resume none"
+        raise ValueError(f"{folder} belongs to another run. {''.join(changed)}{advice}")
 
 
-# -------------------------------------------------------------------------------- the run
+# ---- What a run writes beside its checkpoints
 
 
-@dataclass
-class Run:
-    """A prepared run. The record is what a checkpoint holds besides the trainer."""
-
-    cfg: TrainConfig
-    trainer: Trainer
-    stages: list[StepData]
-    train_sources: list[Source]
-    held_out: Source
-    identity: dict
-    record: dict
-    log: "Log"
-
-
-class Log:
-    """metrics.jsonl: a header line, then one object per logged step.
+def begin_metrics(job: Job, stages: list[StepData]) -> None:
+    """metrics.jsonl: a header line, then the old run's lines up to the step that it goes on from.
 
     "left over" are, by stage, the pictures of the first epoch in packs that do not fill a step.
     """
+    header = {"config": job.cfg.identity(), "version": VERSION, "torch": torch.__version__}
+    header |= {"device": str(job.group.device), "world": job.group.world}
+    header["left over"] = [data.dropped(0) for data in stages]
+    path, kept = job.out / "metrics.jsonl", []
+    if path.exists():
+        lines = [line for line in path.read_text().splitlines()[1:] if line.endswith("}")]
+        kept = [line for line in lines if json.loads(line)["step"] <= job.record["step"]]
+    text = "\n".join([json.dumps(header, allow_nan=False), *kept, ""])
+    write_whole(path, text.encode())
 
-    def __init__(self, cfg: TrainConfig, group: Group, last_step: int, stages: list[StepData]):
-        self.path = Path(cfg.out) / "metrics.jsonl"
-        self.main = group.rank == 0
-        if not self.main:
-            return
-        header = {"config": cfg.identity(), "version": VERSION, "torch": torch.__version__,
-                  "device": str(group.device), "world": group.world,
-                  "left over": [data.dropped(0) for data in stages]}  # fmt: skip
-        old = self.path.read_text().splitlines()[1:] if self.path.exists() else []
-        whole = [line for line in old if line.endswith("}")]
-        kept = [line for line in whole if json.loads(line)["step"] <= last_step]
-        first = json.dumps(header, allow_nan=False)
-        write_text(self.path, "\n".join([first, *kept]) + "\n")
 
-    def write(self, row: dict) -> None:
-        if self.main:
-            with self.path.open("a") as file:
-                file.write(json.dumps(row, allow_nan=False) + "\n")
+def write_metrics(job: Job, row: dict[str, Any]) -> None:
+    if job.group.rank == 0:
+        with (job.out / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(row, allow_nan=False) + "\n")
 
-    def rows(self) -> list[dict]:
-        return [json.loads(line) for line in self.path.read_text().splitlines()[1:]]
+
+def read_metrics(out: Path) -> list[dict[str, Any]]:
+    """The logged steps' objects."""
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()[1:]]
+
+
+def metrics_row(job: Job, report: StepReport, tokens_per_s: float) -> dict:
+    record, row = job.record, {"step": report.step, "loss/total": report.total}
+    row |= {f"loss/{name}": value for name, value in report.losses.items()}
+    row |= {"lr": report.lr, "grad_norm": report.grad_norm, "moe/max_load": report.max_load}
+    row |= {"tokens_per_s": round(tokens_per_s, 1), "images": record["images"]}
+    row |= {"tokens_per_s_device": round(tokens_per_s / job.group.world, 1)}
+    row["tokens"] = record["tokens"]
+    return finite(row, **{"moe/max_load": "the step has no token"})
 
 
 def draw_curves(rows: list[dict], path: Path, cfg: TrainConfig) -> None:
@@ -1260,113 +1296,103 @@ def draw_curves(rows: list[dict], path: Path, cfg: TrainConfig) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 3.6), layout="constrained")
-    left, middle, right = figure.subplots(1, 3)
+    left, middle, right = axes = figure.subplots(1, 3)
     steps = [row["step"] for row in rows]
-    for name in [key for key in rows[-1] if key.startswith("loss/") and "relation" not in key]:
-        if name != "loss/total":
-            label = name[5:] + (" (raw)" if name.endswith("/registers") else "")
-            left.plot(steps, [row[name] for row in rows], label=label)
+    for name in [key for key in rows[-1] if key.startswith("loss/") and key != "loss/total"]:
+        axis = middle if name.endswith("/relation") else left
+        label = name[5:] + (" (raw)" if name.endswith("/registers") else "")
+        axis.plot(steps, [row[name] for row in rows], label=label)
     kinds = cfg.patch_loss, cfg.summary_loss
     if cfg.normalizer in ("phis", "channel") and kinds in (("mse", "mse"), ("mse", "angle")):
         left.set(title="feature loss (1: whoever answers the stage's mean)", ylim=(0, 1.2))
     else:
         left.set(title=f"feature loss ({', '.join(kinds)} of {cfg.normalizer})", yscale="log")
-    left.set(xlabel="step")
-    left.legend(fontsize=8)
-    for name in [key for key in rows[-1] if key.endswith("/relation")]:
-        middle.plot(steps, [row[name] for row in rows], label=name[5:])
-    middle.set(title="relational loss", xlabel="step")
-    if middle.get_legend_handles_labels()[0]:
-        middle.legend(fontsize=8)
+    middle.set(title="relational loss")
     right.plot(steps, [row["moe/max_load"] for row in rows], label="busiest expert / mean")
     right.plot(steps, [row["grad_norm"] for row in rows], label="gradient norm", alpha=0.5)
     peak = max(row["lr"] for row in rows)
     right.plot(steps, [row["lr"] / peak for row in rows], label="learning rate / its peak")
-    right.set(title="experts, gradients, learning rate", xlabel="step", yscale="log")
-    right.legend(fontsize=8)
-    for _, last in cfg.stage_bounds()[:-1]:
-        for axis in (left, middle, right):
+    right.set(title="experts, gradients, learning rate", yscale="log")
+    for axis in axes:
+        axis.set(xlabel="step")
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=8)
+        for _, last in cfg.stage_bounds()[:-1]:
             axis.axvline(last + 0.5, color="0.8", linewidth=1, zorder=0)
     figure.savefig(path, dpi=110)
 
 
-def progress(items, name: str, group: Group, **kwargs):
+def describe(optimizer: torch.optim.Optimizer) -> str:
+    """A table of the optimizer's groups."""
+    kind = type(optimizer).__name__
+    lines = [f"{kind:<8}{'tensors':>9}{'M numbers':>11}{'decay':>8}{'lr share':>10}"]
+    for name, group in zip(("trunk", "", "heads", ""), optimizer.param_groups, strict=True):
+        tensors, decay, share = group["params"], group["weight_decay"], group["share"]
+        numbers = sum(p.numel() for p in tensors) / 1e6
+        lines.append(f"{name:<8}{len(tensors):>9}{numbers:>11.3f}{decay:>8.3g}{share:>10.3g}")
+    return "\n".join(lines)
+
+
+def progress(items, name: str, **kwargs):
     """A tqdm bar on rank 0 and a terminal only."""
-    hidden = group.rank != 0 or not sys.stderr.isatty()
+    hidden = not is_main() or not sys.stderr.isatty()
     return tqdm(items, desc=name, disable=hidden, dynamic_ncols=True, **kwargs)
 
 
-def open_sources(cfg: TrainConfig) -> tuple[list[Source], Source]:
-    """The training sources, and pictures held out of the first one for the report.
-
-    Drawings are held out by character, a user's pictures by content (`packing.hold_out`); with
-    --held-out 0 all are trained on, and the report has nothing to score.
-    """
-    train, held_out = [], []
-    for spec in cfg.data:
-        source = open_source(spec)
-        if spec.split(":")[0] == "openmoji":
-            if spec.split(":")[1:2] not in ([], [""], ["train"]):
-                raise ValueError(f"--data {spec}: the report is scored on openmoji:test; train on "
-                                 "openmoji or openmoji:train:COUNT")  # fmt: skip
-            rest = open_source(f"openmoji:test:{max(16, round(cfg.held_out * len(source)))}")
-        else:
-            source, rest = hold_out(source, cfg.held_out)
-        if cfg.held_out and not (len(source) and len(rest)):
-            raise ValueError(
-                f"held_out={cfg.held_out} leaves {len(source)} pictures of {spec} to train on and "
-                f"{len(rest)} for the report; give some {math.ceil(3 / cfg.held_out)} different "
-                "pictures or change --held-out; 0 trains on all, without a report"
-            )
-        train.append(source)
-        held_out.append(rest)
-    return train, held_out[0]
+# ---- Evaluation
 
 
-def make_stages(cfg: TrainConfig, sources: list[Source], student: Student, group: Group,
-                teachers: Collection[Teacher] | None = None) -> list[StepData]:  # fmt: skip
-    """One `StepData` per stage; each stage starts its own epoch 0.
-
-    With `teachers`, what the live ones see of a picture is made in the loader's workers, which
-    then keep the picture itself.
-    """
-    live = None
-    if teachers is not None:
-        live = {t.name: t.size_for for t in teachers if not isinstance(t, CachedTeacher)}
-    patch, prefix = student.config.patch, student.config.prefix
-    shares = cfg.data_weights or tuple(float(len(s)) for s in sources)
-    mix = list(zip(sources, shares, strict=True))
-    stages = []
-    for number, stage in enumerate(cfg.stages):
-        times = cfg.times(stage, patch, prefix)
-        streams = [dataclasses.replace(s, packs=s.packs * times) for s in stage.streams]
-        total = sum(stream.packs for stream in streams)
-        if cfg.micro_packs and total % (cfg.micro_packs * group.world):
-            raise ValueError(
-                f"micro_packs={cfg.micro_packs} * {group.world} processes does not divide the "
-                f"{total} packs of a step; change --micro-packs or --global-tokens"
-            )
-        stages.append(
-            StepData(
-                streams, mix, patch, prefix, cfg.seed + number, group.rank, group.world,
-                cfg.max_images, cfg.shift, live,
-            )
-        )  # fmt: skip
-    return stages
+def saved_student(job: Job) -> Student:
+    """That of the checkpoint just written."""
+    path = job.out / f"step_{job.record['step']:06d}" / "model.pt"
+    student = load_student(path, device=str(job.group.device))
+    student.precision = job.cfg.precision
+    return student
 
 
-def steps_from(run: Run, start: int) -> Iterator[tuple[int, list[PackedBatch]]]:
-    """(step, this rank's packs) for the steps after `start`, through the stages."""
-    pin = run.trainer.group.device.type == "cuda"
-    bounds = zip(run.cfg.stage_bounds(), run.stages, strict=True)
-    for stage, ((first, last), data) in enumerate(bounds):
-        if start < last:
-            begin = max(start, first)
-            if stage and begin == first:  # a run that resumes inside a stage has its spaces
-                run.trainer.fit_normalizers(data, stage)
-            loader = make_loader(data, begin - first, last - first, run.cfg.workers, pin)
-            yield from enumerate(loader, begin + 1)
+def evaluate(job: Job, pictures: int = 500) -> dict[str, float]:
+    """kNN accuracy of the checkpoint just saved, all ranks sharing the work, and pca.png."""
+    if job.held_out is None:
+        return {}
+    student = saved_student(job)
+    some = [Subset(s, evenly(len(s), pictures)) for s in (job.sources[0], job.held_out)]
+    train, test = (extract({"student": student}, source, 0) for source in some)
+    if job.group.rank == 0:
+        draw_pca(job, student)
+    try:
+        return {f"knn/{name}": row["value"] for name, row in knn(train, test).items()}
+    except ValueError as error:  # no labels, or a class that only one of the two has
+        if job.group.rank == 0:
+            print(f"step {job.record['step']}: no kNN: {error}", file=sys.stderr)
+        return {}
 
+
+def draw_pca(job: Job, student: Student) -> None:
+    """pca.png: held-out pictures, each teacher's maps, the student's."""
+    pictures, _ = first_pictures(job.held_out or job.sources[0], 8)  # the report names bad ones
+    teachers = {teacher.name: teacher for teacher in job.teachers}
+    pca_sheet(job.out / "pca.png", pictures, {"teacher": teachers, "student": student})
+
+
+def finish(job: Job) -> dict[str, Any]:
+    """Score the student on held-out pictures; write summary.json and pca.png; print the table."""
+    cfg, student = job.cfg, saved_student(job)
+    control = random_control(student, cfg.seed)
+    control.precision = cfg.precision
+    teachers = {teacher.name: teacher for teacher in job.teachers}
+    report = final_report(student, control, teachers, job.sources[0], job.held_out, limit=1000)
+    draw_pca(job, student)
+    summary = {"steps": cfg.steps, "minutes": job.record["seconds"] / 60, "report": report}
+    summary |= {"scored": cfg.data[0], "skipped": job.record["skipped"] | report["skipped"]}
+    summary["config"] = cfg.identity()
+    text = json.dumps(summary, indent=1, allow_nan=False)
+    write_whole(job.out / "summary.json", text.encode())
+    print(format_table(report))
+    print(*(job.out / name for name in ("pca.png", "curves.png", "summary.json")), sep="  ")
+    return summary
+
+
+# ---- Signals, pictures that do not decode, and what is said about data and teachers
 
 LAUNCHER = os.getppid()
 
@@ -1391,36 +1417,6 @@ class StopSignal:
         """The signal's number, or 0. A launcher that is gone counts as SIGTERM: no orphans."""
         orphaned = "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != LAUNCHER
         return int(signal.SIGTERM) if orphaned else self.number
-
-
-def train_loop(run: Run, stop: StopSignal) -> None:
-    """Train from the record's step to the last one: log, save, and leave when told to."""
-    cfg, trainer, record, group = run.cfg, run.trainer, run.record, run.trainer.group
-    bar = progress(None, cfg.preset, group, total=cfg.steps, initial=record["step"])
-    began, marked, tokens = time.monotonic() - record["seconds"], time.monotonic(), 0
-    for step, packs in steps_from(run, record["step"]):
-        result = trainer.step(step, packs, stop.poll())
-        tokens += result.tokens
-        record["step"], record["seconds"] = step, time.monotonic() - began
-        record["images"] += result.images
-        record["tokens"] += result.tokens
-        note_skipped(cfg, record, result.skipped)
-        if step % cfg.log_every == 0 or step == cfg.steps:
-            speed, marked, tokens = tokens / (time.monotonic() - marked), time.monotonic(), 0
-            run.log.write(metrics_row(run, result, speed))
-            bar.set_postfix(loss=f"{result.losses['total']:.3f}", tok_s=f"{speed:.0f}")
-        bar.update()
-        is_look = cfg.look_every and step % cfg.look_every == 0 and step < cfg.steps
-        if step % cfg.save_every == 0 or step == cfg.steps or is_look or result.stop:
-            save(run)
-        if is_look:
-            run.log.write({"step": step, **look(run)})
-        if result.stop and step < cfg.steps:
-            if group.rank == 0:
-                print(f"told to stop: step {step} is saved in {cfg.out}; the same command goes on")
-            raise SystemExit(EXIT_SIGNALLED + (stop.number or signal.SIGTERM))
-    bar.close()
-    stop.release()
 
 
 def note_skipped(cfg: TrainConfig, record: dict, skipped: dict[str, str]) -> None:
@@ -1448,95 +1444,24 @@ def note_scan(cfg: TrainConfig, sources: list[Source]) -> dict[str, str]:
     for line in left_out(skipped) if is_main() else ():
         print(f"skipped {line}", file=sys.stderr)
     for source in sources:
-        whole = source.source if isinstance(source, Subset) else source
-        refuse_bad_fraction(cfg, getattr(whole, "lost", 0), len(whole))
+        scanned = source.source if isinstance(source, Subset) else source
+        refuse_bad_fraction(cfg, getattr(scanned, "lost", 0), len(scanned))
     if len(sources) > 1 and is_main():
         print(f"the report scores pictures of {cfg.data[0]}, the first SOURCE", file=sys.stderr)
     return skipped
 
 
-def note_registers(config: ModelConfig, teachers: list[Teacher]) -> None:
+def note_registers(config: ModelConfig, teachers: Teachers) -> None:
     """Name the teachers whose registers no head is asked for; RADIO's form matches none."""
     unused = {head.name for head in config.heads if not head.registers and config.form == "amoe"}
-    for teacher in teachers if is_main() else ():
+    for teacher in teachers:
         if teacher.name in unused and teacher.registers:
-            print(f"teacher {teacher.name} has {teacher.registers} registers, the student "
-                  f"{config.registers}: they are matched one to one, so these have no loss; it "
-                  "takes a --model with as many", file=sys.stderr)  # fmt: skip
-
-
-def metrics_row(run: Run, result: StepResult, tokens_per_s: float) -> dict:
-    parts = {f"loss/{name}": value for name, value in result.losses.items()}
-    record, devices = run.record, run.trainer.group.world
-    return finite({
-        "step": record["step"], **parts, "lr": result.lr, "grad_norm": result.grad_norm,
-        "tokens_per_s": round(tokens_per_s, 1),
-        "tokens_per_s_device": round(tokens_per_s / devices, 1),
-        "moe/max_load": result.max_load,
-        "images": record["images"], "tokens": record["tokens"],
-    }, **{"moe/max_load": "the step has no token"})  # fmt: skip
-
-
-def save(run: Run) -> None:
-    """Write step_NNNNNN on rank 0, redraw the curves, drop the checkpoints that are not kept."""
-    state = {**run.record, "identity": run.identity, **run.trainer.state_dict()}
-    if run.trainer.group.rank == 0:
-        out, cfg = Path(run.cfg.out), run.cfg
-        write_checkpoint(out / f"step_{run.record['step']:06d}", run.trainer, state)
-        for old in checkpoints(out)[: -cfg.keep]:
-            if not cfg.keep_every or int(old.name[5:]) % cfg.keep_every:
-                shutil.rmtree(old)
-        if rows := [row for row in run.log.rows() if "loss/total" in row]:
-            draw_curves(rows, out / "curves.png", cfg)
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def look(run: Run, pictures: int = 500) -> dict[str, float]:
-    """kNN accuracy of the checkpoint just saved, all ranks sharing the work, and pca.png."""
-    out, group = Path(run.cfg.out), run.trainer.group
-    newest = out / f"step_{run.record['step']:06d}" / "model.pt"
-    student = load_student(newest, device=str(group.device))
-    student.precision = run.cfg.precision
-    sources = (run.train_sources[0], run.held_out)
-    some = [Subset(s, range(0, len(s), max(1, len(s) // pictures))) for s in sources]
-    train, test = (extract({"student": student}, source, 0) for source in some)
-    if group.rank == 0:
-        draw_pca(run, student)
-    try:
-        return {f"knn/{name}": row["value"] for name, row in knn(train, test).items()}
-    except ValueError as error:  # no labels, or a class that only one of the two has
-        if group.rank == 0:
-            print(f"step {run.record['step']}: no kNN: {error}", file=sys.stderr)
-        return {}
-
-
-def draw_pca(run: Run, student: Student) -> None:
-    """pca.png: held-out pictures, each teacher's maps, the student's."""
-    shown = run.held_out if len(run.held_out) else run.train_sources[0]
-    pictures, _ = first_pictures(shown, 8)  # the report names those that do not decode
-    teachers = {teacher.name: teacher for teacher in run.trainer.teachers}
-    pca_sheet(Path(run.cfg.out) / "pca.png", pictures, {"teacher": teachers, "student": student})
-
-
-def finish(run: Run) -> None:
-    """Score the student on held-out pictures; write summary.json and pca.png; print the table."""
-    out, cfg = Path(run.cfg.out), run.cfg
-    device = str(run.trainer.group.device)
-    student = load_student(out / f"step_{cfg.steps:06d}" / "model.pt", device=device)
-    control = random_control(student, cfg.seed)
-    student.precision = control.precision = cfg.precision
-    teachers = {t.name: t for t in run.trainer.teachers}
-    report = final_report(
-        student, control, teachers, run.train_sources[0], run.held_out, limit=1000
-    )
-    draw_pca(run, student)
-    skipped = run.record["skipped"] | report["skipped"]
-    summary = {"steps": cfg.steps, "minutes": run.record["seconds"] / 60, "report": report,
-               "scored": cfg.data[0], "skipped": skipped, "config": cfg.identity()}  # fmt: skip
-    write_text(out / "summary.json", json.dumps(summary, indent=1, allow_nan=False))
-    print(format_table(report))
-    print(f"{out / 'pca.png'}  {out / 'curves.png'}  {out / 'summary.json'}")
+            print(
+                f"teacher {teacher.name} has {teacher.registers} registers, the student "
+                f"{config.registers}: they are matched one to one, so these have no loss; it takes "
+                "a --model with as many",
+                file=sys.stderr,
+            )
 
 
 def is_main() -> bool:
@@ -1544,17 +1469,125 @@ def is_main() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def is_finished(cfg: TrainConfig) -> bool:
-    """True if the run folder holds the report of this very run; says so."""
-    path = Path(cfg.out) / "summary.json"
-    if cfg.resume != "auto" or not path.exists():
-        return False
-    summary = json.loads(path.read_text())
-    refuse_changes(path.parent, summary["config"], cfg.identity())
-    if is_main():
-        print(f"{cfg.out} is finished ({summary['steps']} steps); another --out starts a new run")
-        print(format_table(summary["report"]))
-    return True
+# ---- What a configuration must be
+
+
+def require(is_right: Any, message: str) -> None:
+    if not is_right:
+        raise ValueError(message)
+
+
+def check(cfg: TrainConfig) -> None:
+    """Raises: ValueError for a contradiction or a number out of range, naming the values."""
+    require(
+        cfg.model in MODELS or (cfg.model == "init" and cfg.init),
+        f"model={cfg.model!r} is unknown; choose from {', '.join(MODELS)}, or init with --init "
+        "NAME=PATH",
+    )
+    require(
+        len(cfg.data_weights) in (0, len(cfg.data)),
+        f"data_weights has {len(cfg.data_weights)} numbers for {len(cfg.data)} sources; pass one "
+        "per --data SOURCE",
+    )
+    for name, value in vars(cfg).items():
+        is_right = not isinstance(value, float) or math.isfinite(value)
+        require(is_right, f"{name}={value} must be a finite number")
+        is_count = name in ("steps", "save_every", "keep", "log_every", "stats_steps")
+        require(not is_count or value >= 1, f"{name}={value} must be at least 1")
+    require(
+        cfg.shift == 0 or (cfg.shift > 0 and cfg.cache == "none"),
+        f"shift={cfg.shift} with cache={cfg.cache}: it must be 0 or more, and above 0 each teacher "
+        "sees views that no cache holds; pass --cache none",
+    )
+    require(0 <= cfg.ema < 1, f"ema={cfg.ema} must be at least 0 and below 1")
+    untils = [stage.until for stage in cfg.stages]
+    is_right = untils == sorted(untils) and untils[-1] == 1.0
+    require(is_right, f"stages end at {untils}; they must rise to 1.0")
+    names = [parse_teacher(text).name for text in cfg.teachers]
+    is_right = bool(names) and len(set(names)) == len(names)
+    require(is_right, f"teachers={names} must be one or more different names")
+    for stream in (stream for stage in cfg.stages for stream in stage.streams):
+        unknown = set(stream.teachers) - set(names)
+        require(not unknown, f"stream {stream.name}: teachers {unknown} are not in {names}")
+        most = max(stream.data, default=0)
+        require(
+            most < len(cfg.data),
+            f"stream {stream.name} of preset {cfg.preset} draws from SOURCE number {most}, but "
+            f"--data has {len(cfg.data)}, counted from 0; give one --data SOURCE for each (the "
+            "same one twice will do)",
+        )
+    given = f"global_images={cfg.global_images} and global_tokens={cfg.global_tokens}"
+    require(not (cfg.global_images and cfg.global_tokens), f"{given}: pass one of them")
+    for stage in cfg.stages if cfg.global_tokens else ():
+        times(cfg, stage)
+
+
+def times(cfg: TrainConfig, stage: Stage, patch: int = 16, prefix: int = 0, world: int = 0) -> int:
+    """How often the packs of the preset go into a step of the global batch.
+
+    Args: patch, prefix: the student's pixels and tokens, where the batch is given in images;
+        world: processes, 0 if they are not known yet.
+    """
+    packs = sum(stream.packs for stream in stage.streams)
+    wanted, what = cfg.global_tokens, "tokens"
+    smallest = sum(stream.budget * stream.packs for stream in stage.streams)
+    if cfg.global_images:
+        wanted, what, smallest = cfg.global_images, "images", 0
+        for stream in stage.streams:
+            require(
+                len(stream.choices) == 1,
+                f"global_images={wanted}: packs of stream {stream.name} hold pictures of many "
+                "sizes; pass --global-tokens",
+            )
+            room = stream.budget // ((stream.choices[0] // patch) ** 2 + prefix)
+            smallest += stream.packs * min(cfg.max_images, room)
+    require(
+        wanted % smallest == 0,
+        f"global_{what}={wanted} is not a multiple of the {smallest} {what} in the smallest step "
+        f"of preset {cfg.preset}",
+    )
+    often = wanted // smallest or 1
+    require(
+        not cfg.micro_packs or not world or packs * often % (cfg.micro_packs * world) == 0,
+        f"micro_packs={cfg.micro_packs} * {world} processes does not divide the {packs * often} "
+        "packs of a step; change --micro-packs or --global-tokens",
+    )
+    return often
+
+
+PRESETS = {name: TrainConfig(preset=name, **changes) for name, changes in RECIPES.items()}
+
+
+# ---- The command
+
+
+def open_sources(
+    cfg: TrainConfig, given: list[Source] | None = None
+) -> tuple[list[Source], Source]:
+    """The training sources, and pictures held out of the first one for the report.
+
+    Drawings are held out by character, a user's pictures by content (`packing.hold_out`); with
+    --held-out 0 all are trained on, and the report has nothing to score.
+    """
+    train, held_out = [], []
+    for number, spec in enumerate(cfg.data):
+        source = given[number] if given else open_source(spec)
+        if not given and spec.split(":")[0] == "openmoji":
+            is_train = spec.split(":")[1:2] in ([], [""], ["train"])
+            what = "the report is scored on openmoji:test"
+            require(is_train, f"--data {spec}: {what}; train on openmoji or openmoji:train:COUNT")
+            rest = open_source(f"openmoji:test:{max(16, round(cfg.held_out * len(source)))}")
+        else:
+            source, rest = hold_out(source, cfg.held_out)
+        require(
+            not cfg.held_out or (len(source) and len(rest)),
+            f"held_out={cfg.held_out} leaves {len(source)} pictures of {spec} to train on and "
+            f"{len(rest)} for the report; give some {math.ceil(3 / (cfg.held_out or 1))} different "
+            "pictures or change --held-out; 0 trains on all, without a report",
+        )
+        train.append(source)
+        held_out.append(rest)
+    return train, held_out[0]
 
 
 def load_teachers(cfg: TrainConfig, sources: list[Source], group: Group) -> list:
@@ -1570,14 +1603,13 @@ def load_teachers(cfg: TrainConfig, sources: list[Source], group: Group) -> list
     folder = cache_home() / "features" if cfg.cache == "auto" else Path(cfg.cache)
     cached = [CachedTeacher(teacher, folder) for teacher in teachers]
     for source in sources:
-        bad = merge_skipped([fill_caches(cached, source)], True, group)
+        bad = merge_skipped([fill_caches(cached, source)], True)
         refuse_bad_fraction(cfg, len(bad), len(source) - len(bad))
     return cached
 
 
-def prepare(cfg: TrainConfig) -> Run:
-    """Everything up to the first step: process group, data, teachers, student, resume."""
-    need("matplotlib", "curves.png")
+def start_process(cfg: TrainConfig) -> Group:
+    """Join the processes that torchrun started, once, and share the cores among them."""
     group = setup_distributed(cfg.pg_timeout, cfg.device)
     if cfg.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
@@ -1585,52 +1617,79 @@ def prepare(cfg: TrainConfig) -> Run:
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     torch.set_num_threads(cfg.threads or max(1, (os.cpu_count() or 1) // local_world))
     Path(cfg.out).mkdir(parents=True, exist_ok=True)
+    return group
+
+
+def finished(cfg: TrainConfig) -> dict[str, Any] | None:
+    """The summary of this very run, if its folder holds one already; says so."""
+    path = Path(cfg.out) / "summary.json"
+    if cfg.resume != "auto" or not path.exists():
+        return None
+    summary = json.loads(path.read_text())
+    refuse_changes(path.parent, summary["config"], cfg.identity())
+    if is_main():
+        print(f"{cfg.out} is finished ({summary['steps']} steps); another --out starts a new run")
+        print(format_table(summary["report"]))
+    return summary
+
+
+def run(
+    cfg: TrainConfig, teachers: Teachers | None = None, sources: list[Source] | None = None
+) -> dict[str, Any] | None:
+    """A whole run: checks, `train` with checkpoints and resume, and the report at its end.
+
+    Args:
+        teachers: your own, named as the heads shall be; None: those of cfg.teachers.
+        sources: your own, one for each of cfg.data, of which a part is held out for the report;
+            None: those of cfg.data.
+    Returns: what summary.json holds, on rank 0.
+    Raises: ValueError, OSError or ImportError for what was given; Standstill; SystemExit on a
+        signal.
+    """
+    if summary := finished(cfg):
+        return summary
+    group = start_process(cfg)
     if group.rank == 0:  # a folder that can't be written to is found out before any work
-        fields = {f.name: _plain(getattr(cfg, f.name)) for f in dataclasses.fields(cfg)}
-        write_text(Path(cfg.out) / "config.json", json.dumps(fields, indent=1, allow_nan=False))
-    train_sources, held_out = open_sources(cfg)
-    scanned, folder = note_scan(cfg, train_sources), agree_on_checkpoint(cfg, group)
-    if not folder and group.rank == 0:  # before a restart could take them for this run's
-        set_aside(cfg, 0)
-    teachers = load_teachers(cfg, [*train_sources, held_out], group)
-    trainer = Trainer(cfg, group, teachers)
-    note_registers(trainer.student.config, teachers)
-    stages = make_stages(cfg, train_sources, trainer.student, group, teachers)
-    identity = {**cfg.identity(), "sources": [s.fingerprint() for s in train_sources],
-                "fingerprints": {t.name: t.fingerprint for t in teachers}}  # fmt: skip
-    record: dict[str, Any] = {"step": 0, "seconds": 0.0, "images": 0, "tokens": 0, "bad": 0,
-              "skipped": scanned}  # fmt: skip
-    if folder:
-        state = read_state(folder)
-        refuse_changes(folder, state["identity"], identity)
-        trainer.load_state_dict(state)
-        record = {name: state[name] for name in record}
-        if group.rank == 0:
-            set_aside(cfg, record["step"])
-    else:
-        trainer.fit_normalizers(stages[0])
-    if group.rank == 0:
-        print(describe(trainer.optimizer), file=sys.stderr)
-    log = Log(cfg, group, record["step"], stages)
-    return Run(cfg, trainer, stages, train_sources, held_out, identity, record, log)
+        text = json.dumps(dataclasses.asdict(cfg), indent=1, allow_nan=False)
+        write_whole(Path(cfg.out) / "config.json", text.encode())
+    train_sources, held_out = open_sources(cfg, sources)
+    note_scan(cfg, train_sources)
+    choose_checkpoint(cfg, group)
+    teachers = teachers or load_teachers(cfg, [*train_sources, held_out], group)
+    job = train(cfg, teachers, train_sources, held_out)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return finish(job) if group.rank == 0 else None
+
+
+def parse_args(argv: list[str] | None = None) -> TrainConfig:
+    """Build the command line from `TrainConfig`, the preset's values being the defaults."""
+    first = argparse.ArgumentParser(add_help=False)
+    first.add_argument("--preset", default="demo", choices=PRESETS, help="named configuration")
+    preset = PRESETS[first.parse_known_args(argv)[0].preset]
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], parents=[first])
+    for item in dataclasses.fields(TrainConfig):
+        if item.name == "preset" or not item.metadata.get("flag", True):
+            continue
+        value, help = getattr(preset, item.name), item.metadata["help"]
+        how: dict[str, Any] = {"default": value, "help": f"{help} [{value}]"}
+        if isinstance(value, bool):
+            how["action"] = argparse.BooleanOptionalAction
+        elif isinstance(value, tuple):
+            how |= {"nargs": "+", "type": float if item.name == "data_weights" else str}
+        else:
+            how |= {"type": type(value), "choices": item.metadata["choices"]}
+        parser.add_argument("--" + item.name.replace("_", "-"), **how)
+    given = vars(parser.parse_args(argv)).items()
+    flags: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in given}
+    return dataclasses.replace(preset, **flags)
 
 
 def main(argv: list[str] | None = None) -> None:
     try:
-        cfg = parse_args(argv)
-        if is_finished(cfg):
-            return
-        run = prepare(cfg)
-    except (ValueError, OSError, ImportError, Standstill) as error:  # what the user gave
+        run(parse_args(argv))
+    except (ValueError, OSError, ImportError, Standstill) as error:
         raise SystemExit(f"train.py: {error}") from error
-    try:
-        train_loop(run, StopSignal())
-    except Standstill as error:
-        raise SystemExit(f"train.py: {error}") from error
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    if run.trainer.group.rank == 0:
-        finish(run)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +29,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from test_train import train_for
 
 from model import MODELS, Layout, ModelConfig, MoE, Student, attention
 from packing import (
@@ -47,7 +51,7 @@ from teachers import (
     load_backbone,
     parse_teacher,
 )
-from train import PRESETS, Trainer, load_teachers, make_stages, open_sources
+from train import PRESETS, StepReport, load_teachers, open_sources
 
 ROOT = Path(__file__).parents[1]
 MIXED = [(8, 8), (24, 24), (12, 16), (16, 10), (20, 24), (9, 14), (24, 12), (10, 10)]  # 128..384 px
@@ -75,9 +79,9 @@ def interleaved(*ways: Callable[[], object], repeats: int = 7) -> list[float]:
     for turn in range(repeats + 1):
         for way, record in zip(ways, times, strict=True):
             start = time.perf_counter()
-            way()
+            own = way()  # seconds, where a way measures a part of itself
             if turn:  # the first turn warms up
-                record.append(time.perf_counter() - start)
+                record.append(own if isinstance(own, float) else time.perf_counter() - start)
     return [statistics.median(record) for record in times]
 
 
@@ -314,19 +318,22 @@ def large_teachers(cache: str, sources: list) -> list[Teacher]:
     return list(cached)
 
 
-def trainer_on(
-    source: str, cache: str, stage: int = -1, large: bool = False
-) -> tuple[Trainer, StepData]:
-    """The demo preset on these pictures, at one of its stages; -1 is the last, of 224 px."""
+def training_on(source: str, cache: str, stage: int = -1, large: bool = False) -> Callable:
+    """`train_for` on these pictures with the demo preset, at one of its stages; -1 is the last, of
+    224 px."""
     stages = (replace(PRESETS["demo"].stages[stage], until=1.0),)
     config = replace(PRESETS["demo"], data=(source,), cache=cache, stages=stages, stats_steps=1)
     sources, held_out = open_sources(config)
     every = [*sources, held_out]
     teachers = large_teachers(cache, every) if large else load_teachers(config, every, SOLO)
-    trainer = Trainer(config, SOLO, teachers)
-    (data,) = make_stages(config, sources, trainer.student, SOLO, teachers)
-    trainer.fit_normalizers(data)
-    return trainer, data
+    return partial(train_for, config, teachers=teachers, sources=sources, keeps=False)
+
+
+def seconds_to_train(training: Callable, steps: int, **more: Any) -> float:
+    """Seconds of the steps of `train.train`, from the first one's loading on."""
+    began = []
+    training(steps, lambda _: began.append(time.perf_counter()), **more)
+    return time.perf_counter() - began[0]
 
 
 def seconds_to_load(data: StepData, steps: int, workers: int) -> float:
@@ -347,7 +354,8 @@ def loader(steps: int = 6) -> Iterator[Row]:
     demo preset on the same packs from cached features), both in the main process.
     """
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as cache:
-        trainer, data = trainer_on(photos(Path(folder)), cache)
+        training = training_on(photos(Path(folder)), cache)
+        (data,) = training().stages
         batches = [data[i] for i in range(1 + steps)]
         images = [
             (Path(folder, sample.key), (data.patch * w, data.patch * h))
@@ -361,20 +369,19 @@ def loader(steps: int = 6) -> Iterator[Row]:
                 picture = Image.open(path).convert("RGB")
                 np.asarray(picture.resize(size, Image.Resampling.BICUBIC))
 
-        def train() -> None:
-            for number, packs in enumerate(batches[1:], start=1):
-                trainer.step(number, packs)
+        def train() -> float:
+            return seconds_to_train(training, steps, packs=batches[1:])
 
         times: list[tuple[float, ...]] = []
         for _ in range(3):
             loading = [seconds_to_load(data, steps, workers) for workers in (0, 1)]
             times.append((*loading, *interleaved(plain, train, repeats=1)))
-        *ours, other, training = (statistics.median(record) for record in zip(*times, strict=True))
+        *ours, other, step = (statistics.median(record) for record in zip(*times, strict=True))
     for workers, seconds in enumerate(ours):
         what = f"loader / plain Pillow, workers={workers}"
         rates = len(images) / seconds, len(images) / other
         yield Row(9, what, *rates, "img/s", other / seconds, "", "")
-    whole = ours[0] + training
+    whole = ours[0] + step
     what = "loading / a training step with it, workers=0 (smaller is better)"
     yield Row(9, what, 1e3 * ours[0] / steps, 1e3 * whole / steps, "ms", ours[0] / whole, "", "")
 
@@ -462,14 +469,10 @@ def cached_features(steps: int = 2) -> Iterator[Row]:
     and the demo's last stage. Loading counts on both sides, filling the cache on neither.
     """
 
-    def train(trainer: Trainer, data: StepData) -> None:
-        for number, packs in enumerate(make_loader(data, 0, steps), start=1):
-            trainer.step(number, packs)
-
     def times(stage: int, large: bool) -> list[float]:
         with tempfile.TemporaryDirectory() as cache:
-            runs = [trainer_on("openmoji:train:96", at, stage, large) for at in (cache, "none")]
-            return interleaved(*(lambda run=run: train(*run) for run in runs), repeats=3)
+            runs = [training_on("openmoji:train:96", at, stage, large) for at in (cache, "none")]
+            return interleaved(*(partial(seconds_to_train, run, steps) for run in runs), repeats=3)
 
     demo = PRESETS["demo"]
     shares = [(last - first) / demo.steps for first, last in demo.stage_bounds()]
@@ -496,20 +499,23 @@ def overhead(steps: int = 3) -> Iterator[Row]:
     """
     with tempfile.TemporaryDirectory() as cache, tempfile.TemporaryFile("w") as log:
         for stage, side in enumerate((64, 96, 224)):
-            trainer, data = trainer_on("openmoji:train:96", cache, stage)
+            training = training_on("openmoji:train:96", cache, stage)
+            run = training()
+            (data,), student = run.stages, run.state.student
             batches = [PackedBatch.cat(data[i]) for i in range(steps)]
 
-            def whole() -> None:
-                for number, packs in enumerate(make_loader(data, 0, steps), start=1):  # noqa: B023
-                    log.write(json.dumps(vars(trainer.step(number, packs))) + "\n")  # noqa: B023
+            def written(report: StepReport) -> None:
+                row = {name: x for name, x in vars(report).items() if name != "loads_LE"}
+                log.write(json.dumps(row) + "\n")
 
-            def alone() -> None:
-                for batch in batches:  # noqa: B023
-                    trainer.student.zero_grad()  # noqa: B023
-                    out = trainer.student(batch)  # noqa: B023
+            def alone(batches: list = batches, student: Student = student) -> None:
+                for batch in batches:
+                    student.zero_grad()
+                    out = student(batch)
                     outputs = [*out.summary.values(), *out.patches.values()]
                     torch.autograd.backward(outputs, [torch.ones_like(x) for x in outputs])
 
+            whole = partial(seconds_to_train, training, steps, after=written)
             times = [1e3 * seconds / steps for seconds in interleaved(whole, alone, repeats=3)]
             share = 1 - times[1] / times[0]
             what = f"share of a step outside the student, {side} px (smaller is better)"

@@ -27,6 +27,7 @@ from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -38,6 +39,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import losses
+import train
 from eval import (
     FeatureSet,
     bootstrap,
@@ -59,17 +61,17 @@ from model import (
     load_student,
     save_student,
 )
-from packing import Group, Sample, Source, Subset, cache_home, large_enough, make_loader
+from packing import Group, Sample, Source, Subset, cache_home, evenly, large_enough
 from sampling import balanced_sample, hierarchical_kmeans
-from teachers import Teacher, TeacherOutput
+from teachers import CachedTeacher, Teacher, TeacherOutput
 from train import (
     Stage,
+    State,
     Stream,
     TrainConfig,
-    Trainer,
     load_teachers,
-    make_stages,
     open_sources,
+    part_weight,
 )
 
 FOLDER = Path(__file__).parents[1] / "docs" / "claims"
@@ -155,33 +157,28 @@ NOT_RUN = ("PHI-S on a bimodal register", "mosaic against resizing")
 # ------------------------------------------------------------------------------ training
 
 
-class Loud(Teacher):
-    """A teacher whose features are multiplied: RADIO's teachers differ 191-fold (PHI-S)."""
-
-    def __init__(self, teacher: Teacher, factor: float):
-        vars(self).update(vars(teacher))
-        self.teacher, self.factor = teacher, factor
-
-    def targets(self, samples: list, sizes: Any = None, boxes: Any = None) -> TeacherOutput:
-        out = self.teacher.targets(samples, sizes, boxes)
-        assert out.summary_BC is not None
-        return TeacherOutput(out.summary_BC * self.factor, [x * self.factor for x in out.patches])
+def changed(teacher: Teacher, change: Callable[[TeacherOutput], TeacherOutput]) -> Teacher:
+    """A copy of a teacher, live or cached as it is, with a change to all that it says."""
+    other, name = copy.copy(teacher), "features"
+    if isinstance(teacher, CachedTeacher):
+        name = "targets"
+    says = getattr(teacher, name)
+    setattr(other, name, lambda *given, **more: change(says(*given, **more)))
+    return other
 
 
-class Patterned(Teacher):
-    """A teacher whose maps hold the same pattern at the same place whatever the picture, as strong
-    as the features vary: the artefacts of position embeddings and windows that C-RADIOv4 names."""
+def loud(out: TeacherOutput, factor: float) -> TeacherOutput:
+    """Features multiplied: RADIO's teachers differ 191-fold (PHI-S)."""
+    assert out.summary_BC is not None
+    return TeacherOutput(out.summary_BC * factor, [x * factor for x in out.patches])
 
-    def __init__(self, teacher: Teacher, strength_C: Tensor):
-        vars(self).update(vars(teacher))
-        self.teacher = teacher
-        noise = torch.randn(64, 64, teacher.dim, generator=torch.Generator().manual_seed(0))
-        self.pattern = noise * strength_C
 
-    def targets(self, samples: list, sizes: Any = None, boxes: Any = None) -> TeacherOutput:
-        out = self.teacher.targets(samples, sizes, boxes)
-        maps = [x + self.pattern[: x.shape[0], : x.shape[1]] for x in out.patches]
-        return TeacherOutput(out.summary_BC, maps)
+def patterned(out: TeacherOutput, strength_C: Tensor) -> TeacherOutput:
+    """Maps with the same pattern at the same place whatever the picture, as strong as the features
+    vary: the artefacts of position embeddings and windows that C-RADIOv4 names."""
+    noise = torch.randn(64, 64, len(strength_C), generator=torch.Generator().manual_seed(0))
+    maps = [x + (noise * strength_C)[: x.shape[0], : x.shape[1]] for x in out.patches]
+    return TeacherOutput(out.summary_BC, maps)
 
 
 class Axial(GoldenPositions):
@@ -211,8 +208,8 @@ def opened(
 ) -> tuple[Source, Source, list[Teacher]]:
     """(training drawings, held-out drawings, teachers), once for all runs of this process."""
     cfg = replace(BASE, teachers=teachers, cache=cache, **QUICK if quick else {})
-    (train,), held_out = open_sources(cfg)
-    return train, held_out, load_teachers(cfg, [train, held_out], GROUP)
+    (source,), held_out = open_sources(cfg)
+    return source, held_out, load_teachers(cfg, [source, held_out], GROUP)
 
 
 def config(name: str, arm: str, seed: int, quick: bool) -> TrainConfig:
@@ -242,64 +239,97 @@ def student_path(name: str, arm: str, seed: int, quick: bool) -> Path:
 
 def spread(source: Source, limit: int) -> Subset:
     """At most `limit` pictures, evenly spread."""
-    n = min(limit, len(source))
-    return Subset(source, [i * len(source) // n for i in range(n)])
+    return Subset(source, evenly(len(source), limit))
 
 
-def folded(trainer: Trainer) -> Student:
+def folded(state: State) -> Student:
     """The student as `load_student` would read it: its heads answer in the teachers' own spaces."""
-    student = Student(trainer.student.config)
-    student.positions = copy.deepcopy(trainer.student.positions)
-    student.load_state_dict(trainer.student.state_dict())
+    student = Student(state.student.config)
+    student.positions = copy.deepcopy(state.student.positions)
+    student.load_state_dict(state.student.state_dict())
     for name, head in student.heads.items():
-        trainer.spaces[name].fold_into(head)
+        state.spaces[name].fold_into(head)
     return student
 
 
 def distil(name: str, arm: str, seed: int, quick: bool) -> dict[str, Any]:
     """Train a student and measure it on held-out drawings: the figures, and how it got there."""
     claim, cfg = CLAIMS[name], config(name, arm, seed, quick)
-    train, held_out, teachers = opened(cfg.teachers, quick, cfg.cache)
-    teachers = [Loud(t, claim.loud[t.name]) if t.name in claim.loud else t for t in teachers]
+    source, held_out, teachers = opened(cfg.teachers, quick, cfg.cache)
+    factors = [claim.loud.get(t.name, 1.0) for t in teachers]
+    teachers = [changed(t, partial(loud, factor=x)) for t, x in zip(teachers, factors, strict=True)]
     if claim.unenlarged:
         streams = [stream for stage in cfg.stages for stream in stage.streams]
         side = max(side for stream in streams for side in stream.choices)
-        train, held_out = large_enough(train, side), large_enough(held_out, side)
+        source, held_out = large_enough(source, side), large_enough(held_out, side)
     named = {t.name: t for t in teachers}
-    reference = extract({"teacher": named}, spread(train, 200))
+    reference = extract({"teacher": named}, spread(source, 200))
     if arm in claim.patterned:  # in training alone
-        stds = {name: torch.cat([x.flatten(0, 1) for x in reference.patches[f"teacher/{name}"]])
-                .std(0) for name in named}  # fmt: skip
-        teachers = [Patterned(t, stds[t.name]) for t in teachers]
+        maps = [reference.patches[f"teacher/{t.name}"] for t in teachers]
+        stds = [torch.cat([x.flatten(0, 1) for x in its]).std(0) for its in maps]
+        pairs = zip(teachers, stds, strict=True)
+        teachers = [changed(t, partial(patterned, strength_C=std_C)) for t, std_C in pairs]
 
-    trainer = Trainer(cfg, GROUP, teachers)
-    if arm in claim.positions:
-        trainer.student.positions = claim.positions[arm](trainer.student.config)
-    stages = make_stages(cfg, [train], trainer.student, GROUP, trainer.teachers)
-    looks = {round(cfg.steps * part) for part in (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1)}
-    history, dynamics, gflop, cost = [], [], 0.0, forward_gflop(trainer.student.config)
-    for stage, ((first, last), data) in enumerate(zip(cfg.stage_bounds(), stages, strict=True)):
-        trainer.fit_normalizers(data, stage)
-        for step, packs in enumerate(make_loader(data, 0, last - first), first + 1):
-            history.append(trainer.step(step, packs))
-            gflop += sum(float(cost(n)) for batch in packs for n in batch.lengths)
-            if step in looks:
-                models = {"teacher": named, "student": folded(trainer)}
-                few = extract(models, spread(held_out, 64), size=(claim.sizes[0],) * 2)
-                seen = {k: sum(getattr(r, k) for r in history) for k in ("images", "tokens")}
-                seen["gflop"] = round(gflop)
-                dynamics.append({"step": step} | seen | variances(reference, few))
-    student = folded(trainer)
+    history: list[train.StepReport] = []
+    dynamics: list[dict] = []
+    lengths: list[int] = []  # patches of all pictures so far
+    at = {round(cfg.steps * part) for part in (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1)}
+    states: list[State] = []
+
+    def look(state: State, report: train.StepReport) -> None:
+        states[:] = [state]
+        history.append(report)
+        if report.step not in at:
+            return
+        models, cost = {"teacher": named, "student": folded(state)}, gflop_of(state.student.config)
+        few = extract(models, spread(held_out, 64), size=(claim.sizes[0],) * 2)
+        seen = {k: sum(getattr(r, k) for r in history) for k in ("images", "tokens")}
+        seen["gflop"] = round(sum(float(cost(n)) for n in lengths))
+        dynamics.append({"step": report.step} | seen | variances(reference, few))
+
+    train_and_look(cfg, teachers, source, claim.positions.get(arm), lengths, look)
+    student = folded(states[0])
     if (name, arm) == ARM_OF_MERGING:
         path = student_path(name, arm, seed, quick)
         path.parent.mkdir(parents=True, exist_ok=True)
         save_student(student, path)
-    figures = final(student, named, train, held_out, reference, claim.sizes)
-    return {"figures": course(history, trainer) | figures, "dynamics": dynamics}
+    figures = final(student, named, source, held_out, reference, claim.sizes)
+    return {"figures": course(history, states[0]) | figures, "dynamics": dynamics}
+
+
+def train_and_look(
+    cfg: TrainConfig, teachers: list[Teacher], source: Source, positions: Any, lengths: list[int],
+    look: Callable[[State, train.StepReport], None],
+) -> None:  # fmt: skip
+    """`train.train` in a folder that is thrown away; `look` is called after each step.
+
+    Args: positions: makes the student's of its configuration, or None; lengths: gets the patches of
+        all pictures.
+    """
+    build, settle, save = train.build_student, train.settle, train.save
+
+    def built(*given: Any) -> tuple[Student, set[str]]:
+        student, trained_heads = build(*given)
+        if positions:
+            student.positions = positions(student.config)
+        return student, trained_heads
+
+    def settled(job, state, step, parts, norm, counts, micros, targets) -> train.StepReport:
+        lengths.extend(n for batch in micros for n in batch.lengths)
+        return settle(job, state, step, parts, norm, counts, micros, targets)
+
+    def looked(job, state, report) -> None:
+        look(state, report)
+        save(job, state, report)
+
+    verbs = mock.patch.multiple(train, build_student=built, settle=settled, save=looked)
+    with TemporaryDirectory() as out, verbs:
+        cfg = replace(cfg, out=out, save_every=cfg.steps, log_every=cfg.steps, threads=1)
+        train.train(cfg, teachers, [source])
 
 
 @cache
-def forward_gflop(config: ModelConfig) -> np.poly1d:
+def gflop_of(config: ModelConfig) -> np.poly1d:
     """Of a picture of so many patches, whatever its aspect; `count_flops` is quadratic in them."""
     known = [(n * n, count_flops(config, config.patch * n) / 1e9) for n in (2, 6, 12)]
     return np.poly1d(np.polyfit(*zip(*known, strict=True), 2))
@@ -312,21 +342,21 @@ def variances(reference: FeatureSet, test: FeatureSet) -> dict[str, float]:
     return {k.removeprefix("student/").replace(" ", "/"): v for k, v in parts.items()}
 
 
-def course(history: list, trainer: Trainer) -> dict[str, float]:
+def course(history: list, state: State) -> dict[str, float]:
     """Figures of the second half of the training: what the steps' numbers vary by, and shares.
 
     "... spread" is the deviation over the mean; "share/TEACHER" is its part of the weighted loss.
     """
     late = history[len(history) // 2 :]
-    sums = {name: trainer.weight(name) * sum(result.losses[name] for result in late)
-            for name in late[0].losses if name != "total"}  # fmt: skip
+    sums = {name: part_weight(state, name) * sum(report.losses[name] for report in late)
+            for name in late[0].losses}  # fmt: skip
     found: dict[str, float] = {}
     for key, what in (("gradient spread", "grad_norm"), ("token spread", "tokens")):
-        values = [getattr(result, what) for result in late]
+        values = [getattr(report, what) for report in late]
         found[key] = float(np.std(values) / np.mean(values))
-    for teacher in trainer.teachers:
-        parts = [value for name, value in sums.items() if name.startswith(f"{teacher.name}/")]
-        found[f"share/{teacher.name}"] = sum(parts) / sum(sums.values())
+    for teacher in state.spaces:
+        parts = [value for name, value in sums.items() if name.startswith(f"{teacher}/")]
+        found[f"share/{teacher}"] = sum(parts) / sum(sums.values())
     return found
 
 

@@ -9,8 +9,10 @@ import pytest
 import torch
 from claims import CLAIMS, Claim, Effect
 
+import train
 from eval import FeatureSet
-from packing import Sample
+from packing import Group, PackedBatch, Sample
+from teachers import CachedTeacher, fill_caches, load_teacher, parse_teacher
 
 
 def test_an_effect_is_paired_by_seed_and_says_what_it_could_have_seen():
@@ -52,6 +54,24 @@ def test_a_changed_claim_does_not_use_old_runs(tmp_path, monkeypatch):
     assert claims.rows_of("toy", tmp_path) == [row]
     monkeypatch.setitem(CLAIMS, "toy", Claim("?", "", {"x": {"lr": 1e-4}}, ()))
     assert claims.rows_of("toy", tmp_path) == []
+
+
+@pytest.mark.parametrize("is_cached", [False, True])
+def test_a_changed_teacher_is_what_training_hears(is_cached, tmp_path):
+    cfg = train.PRESETS["debug"]
+    (source,), _ = train.open_sources(cfg)
+    teacher = load_teacher(parse_teacher(cfg.teachers[0]))
+    if is_cached:
+        teacher = CachedTeacher(teacher, tmp_path)
+        fill_caches([teacher], source)
+    group, heard = Group(0, 1, torch.device("cpu")), []
+    for one in (teacher, claims.changed(teacher, partial(claims.loud, factor=100.0))):
+        (data,) = train.make_stages(cfg, [source], claims.MODELS["test"], group, [one])
+        batch = PackedBatch.cat(data[0])
+        assert bool(batch.pixels) != is_cached
+        heard.append(train.ask(one, batch, range(len(batch))))
+    torch.testing.assert_close(heard[1].summary_BC, 100 * heard[0].summary_BC)
+    torch.testing.assert_close(heard[1].patches[3], 100 * heard[0].patches[3])
 
 
 def drawn(label, caption, rows=(0, 0), columns=(0, 0)):

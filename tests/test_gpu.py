@@ -5,6 +5,7 @@ that knows whether a test is written right, and what holds of devices, dtypes an
 without an API that the project uses skips what needs it, by name.
 """
 
+import copy
 import dataclasses
 import importlib
 import json
@@ -13,13 +14,14 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
 
 import emulated_cuda
 import pytest
 import torch
+from test_train import Run, train_for
 from torch import Tensor
 
 import eval as evaluation
@@ -37,9 +39,9 @@ from model import (
     load_student,
     merge_tokens,
 )
-from packing import Group, PackedBatch, make_loader, setup_distributed
+from packing import Group, PackedBatch, setup_distributed
 from sampling import Rows, kmeans
-from train import PRESETS, TrainConfig, Trainer
+from train import PRESETS, TrainConfig
 
 ROOT = Path(__file__).parents[1]
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -322,27 +324,31 @@ def test_encode_against_cpu():
 # ---- Training
 
 
-def make_trainer(cfg: TrainConfig, device: torch.device) -> tuple[Trainer, Iterator]:
-    """A trainer before step 1 and its packs, as the loop of train.py gets them.
+def train_on(device: torch.device, cfg: TrainConfig, steps: int = 3, ready=None, **more) -> Run:
+    """A run of so many steps of train.py.
 
     Its teachers are in float32 on any device: in bfloat16 their features differ by some percent.
     """
-    group = Group(0, 1, device)
-    sources, held_out = train.open_sources(cfg)
+    group, (sources, held_out) = Group(0, 1, device), train.open_sources(cfg)
     exact = dataclasses.replace(cfg, precision="fp32")
     teachers = train.load_teachers(exact, [*sources, held_out], group)
-    trainer = Trainer(cfg, group, teachers)
-    for parameter in (p for p in trainer.student.blocks.parameters() if p.requires_grad):
+    more |= {"sources": sources, "group": group, "keeps": False}
+    return train_for(cfg, steps, ready or awake, teachers, **more)
+
+
+def awake(state: train.State) -> None:
+    """A fresh student's blocks are the identity: others."""
+    for parameter in (p for p in state.student.blocks.parameters() if p.requires_grad):
         drawn = 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
-        parameter.data.copy_(drawn)  # a fresh student's blocks are the identity
-    data = train.make_stages(cfg, sources, trainer.student, group)[0]
-    trainer.fit_normalizers(data)
-    return trainer, make_loader(data, 0, 8, 0, device.type == "cuda")
+        parameter.data.copy_(train.spread(drawn, parameter.data))
 
 
-def step_losses(cfg: TrainConfig, device: torch.device, steps: int = 3) -> list[dict]:
-    trainer, packs = make_trainer(cfg, device)
-    return [trainer.step(i, next(packs)).losses for i in range(1, steps + 1)]
+def step_losses(cfg: TrainConfig, device: torch.device) -> list[dict]:
+    return losses_of(train_on(device, cfg))
+
+
+def losses_of(run: Run) -> list[dict]:
+    return [{"total": report.total, **report.losses} for report in run.reports]
 
 
 def the_form(form: str, monkeypatch) -> None:
@@ -401,13 +407,17 @@ def host_waits() -> Iterator[list[str]]:
 def test_a_step_waits_for_the_device_once(form, monkeypatch):
     """For its report. 1 is the ceiling of a step that is not logged, 2 of one that is."""
     the_form(form, monkeypatch)
-    trainer, packs = make_trainer(PRESETS["debug"], CUDA)
-    for step in (1, 2):  # what is made once: the optimizer's state, constants on the device
-        trainer.step(step, next(packs))
-    batches = next(packs)
-    with host_waits() as waits:
-        trainer.step(3, batches)
-    assert len(waits) <= 1, "\n".join(waits)
+    waits: list[list[str]] = []
+    with ExitStack() as stack:
+
+        def after(report: train.StepReport) -> None:
+            if report.step == 2:  # what is made once is: the optimizer's state, constants
+                waits.append(stack.enter_context(host_waits()))
+            elif report.step == 3:
+                stack.close()
+
+        train_on(CUDA, PRESETS["debug"], after=after)
+    assert len(waits[0]) <= 1, "\n".join(waits[0])
 
 
 @on_gpu(*STUDENT)
@@ -416,16 +426,16 @@ def test_a_crashed_run_goes_on_bit_for_bit(tmp_path, monkeypatch):
         monkeypatch.setattr(train, name, lambda *_: None)
     flags = [*QUICK, "--deterministic"]
     train.main([*flags, "--out", str(tmp_path / "whole")])
-    step = Trainer.step
+    settle = train.settle
 
-    def crash(self, number, *rest):
-        if number == 5:
+    def crash(job, state, step, *rest):
+        if step == 5:
             raise KeyboardInterrupt
-        return step(self, number, *rest)
+        return settle(job, state, step, *rest)
 
     crashed = [*flags, "--out", str(tmp_path / "crashed")]
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Trainer, "step", crash)
+        patch.setattr(train, "settle", crash)
         train.main(crashed)
     assert not (tmp_path / "crashed" / "step_000006").exists()
     train.main(crashed)
@@ -573,17 +583,27 @@ def check_sharded(device: torch.device, monkeypatch) -> None:
     monkeypatch.setattr(train, "distribute", shard)
     setup_distributed(device=device.type)
     try:
-        trainer, packs = make_trainer(cfg, device)
-        for step, losses_right in enumerate(right, start=1):
-            ours = trainer.step(step, next(packs)).losses
+        states, saved = [], []
+
+        def ready(state: train.State) -> None:
+            states.append(state)
+            awake(state)
+
+        def after(report: train.StepReport) -> None:
+            if report.step == 3:
+                saved.append(copy.deepcopy(train.state_dict(states[0])))
+
+        def again(state: train.State) -> None:
+            train.load_state(state, saved[0])
+            for name, mean in state.average.items():
+                assert torch.equal(train.whole(mean), saved[0]["average"][name]), name
+
+        run = train_on(device, cfg, 4, ready, after=after)
+        *first, fourth = losses_of(run)
+        for ours, losses_right in zip(first, right, strict=True):
             assert ours["total"] == pytest.approx(losses_right["total"], rel=1e-3)
-        state, batches = trainer.state_dict(), next(packs)
-        again = Trainer(cfg, trainer.group, trainer.teachers)
-        again.load_state_dict(state)
-        for name, mean in again.average.items():
-            assert torch.equal(train.whole(mean), state["average"][name]), name
-        both = [each.step(4, batches).losses["total"] for each in (trainer, again)]
-        assert both[0] == pytest.approx(both[1], rel=1e-5)
+        (other,) = losses_of(train_on(device, cfg, 1, again, packs=[run.stages[0][3]]))
+        assert other["total"] == pytest.approx(fourth["total"], rel=1e-5)
     finally:
         torch.distributed.destroy_process_group()
 

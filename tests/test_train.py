@@ -14,10 +14,13 @@ import sys
 import tarfile
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import conftest
 import numpy as np
@@ -26,6 +29,7 @@ import torch
 from PIL import Image
 
 import losses
+import packing
 import train
 from model import MODELS, Layout, load_student, save_student
 from packing import PackedBatch, Sample, large_enough, to_float
@@ -194,7 +198,7 @@ def test_the_log_and_the_checkpoints_have_the_last_step(tmp_path):
     assert [row["step"] for row in rows] == [4, 5]
     assert [int(path.name[5:]) for path in train.checkpoints(tmp_path)] == [2, 4, 5]
     assert [row["lr"] for row in rows] == pytest.approx([2e-3, 2e-3 * DEBUG.min_lr])
-    _, (data,) = trainer_of(train.parse_args(QUICK))
+    (data,) = train_for(train.parse_args(QUICK)).stages
     for steps, row in zip((4, 5), rows, strict=True):
         batches = [batch for step in range(steps) for batch in data[step]]
         images, patches = sum(map(len, batches)), sum(sum(batch.lengths) for batch in batches)
@@ -207,7 +211,7 @@ def test_the_log_and_the_checkpoints_have_the_last_step(tmp_path):
 
 def test_teachers_from_the_cache_teach_the_same(tmp_path):
     make_pictures(tmp_path / "pictures", good=24, bad=0)
-    flags = ("--data", str(tmp_path / "pictures"), "--steps", "2")
+    flags = ("--data", str(tmp_path / "pictures"), "--steps", "2", "--held-out", "0")
     live, cached = (run(tmp_path / name, *flags, "--cache", str(cache))
                     for name, cache in (("a", "none"), ("b", tmp_path / "cache")))  # fmt: skip
     assert list((tmp_path / "cache").rglob("*.features"))
@@ -224,39 +228,39 @@ def test_the_saved_student_outputs_raw_teacher_features(reference):
     """PHI-S is folded: the saved heads equal the denormalised outputs of the trained ones."""
     folder = reference / "step_000006"
     student = load_student(folder / "model.pt")
-    cfg = train.parse_args(QUICK)
-    teachers = [train.load_teacher(train.parse_teacher(t)) for t in cfg.teachers]
-    trainer = train.Trainer(cfg, train.Group(0, 1, torch.device("cpu")), teachers)
-    trainer.load_state_dict(train.read_state(folder))
+    state = train_for(train.parse_args(QUICK)).state
+    train.load_state(state, train.read_state(folder))
     batch = PackedBatch.from_images([torch.rand(3, 48, 64)], patch=16)
     with torch.no_grad():
-        raw, normal = student(batch), trainer.student(batch)
-    for name, space in trainer.spaces.items():
+        raw, normal = student(batch), state.student(batch)
+    for name, space in state.spaces.items():
         for part, norm in space.parts.items():
             expected = norm.denormalize(getattr(normal, part)[name])
             torch.testing.assert_close(getattr(raw, part)[name], expected, rtol=1e-4, atol=1e-4)
 
 
 def test_the_loader_makes_what_live_teachers_see():
-    cfg = train.PRESETS["debug"]
-    trainer, _ = trainer_of(cfg)
-    sources, _ = train.open_sources(cfg)
-    (data,) = train.make_stages(cfg, sources, trainer.student, CPU, trainer.teachers)
-    packs = data[0]
+    ready = train_for(DEBUG)
+    (data,), packs = ready.stages, ready.stages[0][0]
     assert all(
         row.untyped_storage()._cdata == pack.patches_MX.untyped_storage()._cdata
         for pack in packs
-        for row, _ in pack.views.values()
+        for row, _ in pack.pixels.values()
     ), "a worker hands over each storage as an open file"
     batch = PackedBatch.cat([pack.to("cpu") for pack in [*packs, data[1][0]]])
-    for teacher in trainer.teachers:
-        found, expected = trainer.ask(teacher, batch), teacher.targets(batch.samples, batch.sizes)
+    (plain,) = whole_pictures(ready)
+    whole = PackedBatch.cat([*plain[0], plain[1][0]])
+    assert [s.key for s in whole.samples] == [s.key for s in batch.samples]
+    for teacher in ready.teachers:
+        found = train.ask(teacher, batch, range(len(batch)))
+        expected = teacher.targets(whole.samples, whole.sizes)
         assert torch.equal(found.summary_BC, expected.summary_BC)
         assert all(map(torch.equal, found.patches, expected.patches))
     cached = object.__new__(train.CachedTeacher)
     cached.name = "cached"
-    (data,) = train.make_stages(cfg, sources, trainer.student, CPU, [cached])
-    assert not data[0][0].views, "it knows the pictures by their digests"
+    sources, config = train.open_sources(DEBUG)[0], ready.state.student.config
+    (data,) = train.make_stages(DEBUG, sources, config, CPU, [cached])
+    assert not data[0][0].pixels, "it knows the pictures by their digests"
 
 
 @pytest.mark.parametrize(
@@ -277,16 +281,13 @@ def test_packs_of_a_forward_fit_into_the_free_memory():
 
 
 def test_a_pack_that_does_not_fit_is_refused_with_both_numbers(monkeypatch):
-    trainer, _ = trainer_of(train.PRESETS["debug"])
-    trainer.group = train.Group(0, 1, torch.device("cuda", 0))
+    given = train_for(DEBUG).state, DEBUG.stages[0].streams, 2, torch.device("cuda", 0)
     for free, expected in ((1e9, 2), (5e6, 1)):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (free, 8e10))
-        trainer.fitting.clear()
-        assert trainer.packs_of_a_forward(1, 2) == expected
+        assert train.packs_of_a_forward(*given) == expected
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (3e6, 8e10))
-    trainer.fitting.clear()
     with pytest.raises(train.Standstill, match=r"256 tokens takes some 0.0 GB.*--recompute"):
-        trainer.packs_of_a_forward(1, 2)
+        train.packs_of_a_forward(*given)
 
 
 def test_micro_batches_do_not_change_the_step(tmp_path, reference):
@@ -325,14 +326,105 @@ def tiny(preset: str, **changes) -> train.TrainConfig:
     return dataclasses.replace(cfg, **small | changes)
 
 
-def trainer_of(cfg: train.TrainConfig) -> tuple[train.Trainer, list]:
-    """A trainer that is ready to step, and its stages' data."""
-    sources, _ = train.open_sources(cfg)
-    teachers = [train.load_teacher(train.parse_teacher(text)) for text in cfg.teachers]
-    trainer = train.Trainer(cfg, CPU, teachers)
-    stages = train.make_stages(cfg, sources, trainer.student, CPU, trainer.teachers)
-    trainer.fit_normalizers(stages[0])
-    return trainer, stages
+def load_teachers(cfg: train.TrainConfig) -> list[Teacher]:
+    return [train.load_teacher(train.parse_teacher(text)) for text in cfg.teachers]
+
+
+HERE = threading.local()  # the `Run` of each thread
+
+
+class Left(Exception):
+    """The test has seen enough of a run."""
+
+
+@dataclass
+class Run:
+    """`train.train` without files and signals, left after some steps; what it has for a `Job`."""
+
+    cfg: train.TrainConfig
+    teachers: list[Teacher]
+    steps: int  # 0: left when all is ready for the first
+    ready: Callable[[train.State], Any]  # called then
+    packs: list[list[PackedBatch]] | None = None  # of each step; None: as the configuration has it
+    after: Callable[[train.StepReport], Any] = lambda _: None  # called after each step
+    sources: list | None = None
+    group: train.Group = CPU
+    keeps: bool = True  # the weights of each step
+    state: Any = None
+    stages: list = field(default_factory=list)
+    weights: list[dict] = field(default_factory=list)  # of the student, before and after each step
+    reports: list[train.StepReport] = field(default_factory=list)
+    stop = SimpleNamespace(poll=lambda: 0)
+
+    def go(self) -> "Run":
+        HERE.run = self
+        with suppress(Left):
+            sources = self.sources or train.open_sources(self.cfg)[0]
+            train.train(self.cfg, self.teachers, sources)
+        return self
+
+    def keep(self) -> None:
+        weights = self.state.student.state_dict() if self.keeps else {}
+        self.weights.append({name: x.clone() for name, x in weights.items()})
+        if len(self.reports) == self.steps:
+            raise Left
+
+    def resume(self, state: train.State, stages: list) -> int:
+        self.state, self.stages = state, stages
+        return 0
+
+    def log(self, report: train.StepReport) -> None:
+        self.reports.append(report)
+        self.after(report)
+        self.keep()
+
+
+def quietly(patch: pytest.MonkeyPatch) -> None:
+    """Make `train.train` that of a `Run`."""
+    carry_heads, make_loader = train.carry_heads, train.make_loader
+
+    def carried(*given):
+        carry_heads(*given)
+        if not HERE.run.reports:
+            HERE.run.ready(HERE.run.state)
+            HERE.run.keep()
+
+    def loader(*given):
+        is_step = HERE.run.packs and HERE.run.weights  # else the spaces are being fitted
+        return iter(HERE.run.packs) if is_step else make_loader(*given)
+
+    patch.setattr(train, "carry_heads", carried)
+    patch.setattr(train, "make_loader", loader)
+    patch.setattr(train, "open_run", lambda *_: HERE.run)
+    patch.setattr(train, "resume", Run.resume)
+    patch.setattr(train, "log", Run.log)
+    patch.setattr(train, "save", lambda *_: None)
+
+
+def train_for(cfg: train.TrainConfig, steps=0, ready=lambda _: None, teachers=None, **more) -> Run:
+    """A `Run` that was left after so many steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        quietly(patch)
+        return Run(cfg, teachers or load_teachers(cfg), steps, ready, **more).go()
+
+
+def whole_pictures(run: Run) -> list:
+    """A run's data, but with the pictures as they are in its samples."""
+    sources, _ = train.open_sources(run.cfg)
+    return train.make_stages(run.cfg, sources, run.state.student.config, CPU, None)
+
+
+def raw(teacher: Teacher, batch: PackedBatch):
+    """What a teacher says of the pictures that the loader made for it."""
+    return teacher.features(batch.seen(teacher.name))
+
+
+def targets_of(run: Run, batch: PackedBatch) -> dict:
+    return train.targets_of(run.teachers, run.state.spaces, batch)
+
+
+def forward(run: Run, step: int, batch: PackedBatch):
+    return train.forward(run.state, step, batch)
 
 
 @pytest.mark.parametrize("preset", ["amoe-stage1", "amoe-stage2", "radio-stage1", "radio-stage2",
@@ -340,21 +432,18 @@ def trainer_of(cfg: train.TrainConfig) -> tuple[train.Trainer, list]:
 def test_two_steps_of_a_shrunken_copy_of_each_preset(preset, monkeypatch):
     form = MODELS["test"] if preset.startswith("amoe") else TINY_RADIO
     monkeypatch.setitem(train.MODELS, "tiny", form)
-    trainer, stages = trainer_of(tiny(preset))
-    before = {name: x.clone() for name, x in trainer.student.state_dict().items()}
-    first = trainer.step(1, stages[0][0])
+    run = train_for(tiny(preset), 2)
+    before, first, second = run.weights
     trunk = [n for n in before if not n.startswith("heads.") and n.endswith("weight")]
-    if trainer.cfg.frozen_steps:  # the first steps train the heads alone
-        state = trainer.student.state_dict()
-        assert all(torch.equal(state[n], before[n]) for n in before if not n.startswith("heads."))
-        assert not torch.equal(state["heads.dense.patches.last.weight"],
+    if run.cfg.frozen_steps:  # the first steps train the heads alone
+        assert all(torch.equal(first[n], before[n]) for n in before if not n.startswith("heads."))
+        assert not torch.equal(first["heads.dense.patches.last.weight"],
                                before["heads.dense.patches.last.weight"])  # fmt: skip
-    second = trainer.step(2, stages[0][1])
-    assert any(not torch.equal(trainer.student.state_dict()[n], before[n]) for n in trunk)
-    for result in (first, second):
-        assert all(value == value for value in result.losses.values())
-        partitions = {p for batch in stages[0][0] for p in batch.stream_B}
-        assert partitions == set(range(len(trainer.cfg.stages[0].streams)))
+    assert any(not torch.equal(second[n], before[n]) for n in trunk)
+    for report in run.reports:
+        assert all(value == value for value in report.losses.values())
+    partitions = {p for batch in run.stages[0][0] for p in batch.stream_B}
+    assert partitions == set(range(len(run.cfg.stages[0].streams)))
 
 
 def test_the_papers_presets_say_what_the_papers_do():
@@ -380,15 +469,15 @@ def test_wrong_batches_are_refused_with_both_numbers():
     with pytest.raises(ValueError, match="1000000 is not a multiple of the 1625536"):
         dataclasses.replace(cfg, global_tokens=1_000_000)
     twice = dataclasses.replace(cfg, global_tokens=2 * 1_625_536)
-    assert twice.times(twice.stages[0]) == 2
+    assert train.times(twice, twice.stages[0]) == 2
     radio = train.PRESETS["radio-stage3"].stages[0]
     for images, times in ((16 * 64 + 2 * 64, 1), (3 * (16 * 64 + 2 * 64), 3)):
         by_images = dataclasses.replace(train.PRESETS["radio-stage3"], global_images=images)
-        assert by_images.times(radio, 16, 8) == times
+        assert train.times(by_images, radio, 16, 8) == times
     with pytest.raises(ValueError, match="global_images=1000 is not a multiple of the 1152 images"):
-        dataclasses.replace(by_images, global_images=1000).times(radio, 16, 8)
+        train.times(dataclasses.replace(by_images, global_images=1000), radio, 16, 8)
     with pytest.raises(ValueError, match="stream low hold pictures of many sizes"):
-        dataclasses.replace(cfg, global_images=1024).times(cfg.stages[0])
+        train.times(dataclasses.replace(cfg, global_images=1024), cfg.stages[0])
     with pytest.raises(ValueError, match="pass one of them"):
         dataclasses.replace(twice, global_images=1024)
     with pytest.raises(ValueError, match="report is scored on openmoji:test"):
@@ -396,7 +485,7 @@ def test_wrong_batches_are_refused_with_both_numbers():
     with pytest.raises(ValueError, match="SOURCE number 1, but --data has 1"):
         dataclasses.replace(train.PRESETS["amoe-stage2"], data=("photos",))
     with pytest.raises(ValueError, match="micro_packs=3"):
-        trainer_of(dataclasses.replace(DEBUG, micro_packs=3))
+        train_for(dataclasses.replace(DEBUG, micro_packs=3))
 
 
 def batch_of(sides: list[int], partitions: list[int]) -> PackedBatch:
@@ -423,10 +512,8 @@ def sample_of(image: torch.Tensor, i: int) -> Sample:
 def test_image_weights_by_hand(average, dense, semantic):
     streams = (train.Stream("low"), train.Stream("high", teachers=("dense",)))
     cfg = dataclasses.replace(DEBUG, average=average, stages=(train.Stage(1.0, streams),))
-    trainer = train.Trainer(cfg, CPU, [train.load_teacher(train.parse_teacher(t))
-                                       for t in cfg.teachers])  # fmt: skip
     micros = [batch_of([16, 32], [0, 0]), batch_of([48], [1])]
-    weights = trainer.image_weights(streams, micros)
+    weights = train.image_weights(cfg, load_teachers(cfg), streams, micros)
     for name, expected in (("dense", dense), ("semantic", semantic)):
         found = torch.cat([micro[name][1] for micro in weights])
         torch.testing.assert_close(found, torch.tensor(expected))
@@ -437,28 +524,28 @@ def test_a_teacher_leaves_streams_that_it_does_not_supervise_alone():
     streams = (train.Stream("low", 48, budget=96), train.Stream("high", 96, budget=96,
                                                                 teachers=("dense",)))  # fmt: skip
     stages = (train.Stage(1.0, streams),)
-    trainer, (data,) = trainer_of(dataclasses.replace(DEBUG, stages=stages))
-    whole, low = trainer.step(1, data[0]), trainer_of(trainer.cfg)[0].step(1, data[0][:2])
+    run = train_for(dataclasses.replace(DEBUG, stages=stages), 1)
+    (whole,) = run.reports
+    (low,) = train_for(run.cfg, 1, packs=[run.stages[0][0][:2]]).reports
     for part in ("semantic/patches", "semantic/summary", "semantic/relation"):
         assert whole.losses[part] == pytest.approx(low.losses[part], rel=1e-5)
     assert whole.losses["dense/patches"] != pytest.approx(low.losses["dense/patches"], rel=1e-3)
 
 
 def test_a_step_without_pictures_is_a_line_of_json():
-    trainer, _ = trainer_of(train.PRESETS["debug"])
-    result = trainer.step(1, [PackedBatch.from_images([], 16)])
+    (report,) = train_for(DEBUG, 1, packs=[[PackedBatch.from_images([], 16)]]).reports
     record = {"step": 1, "images": 0, "tokens": 0}
-    row = train.metrics_row(SimpleNamespace(record=record, trainer=trainer), result, 0.0)
+    row = train.metrics_row(SimpleNamespace(record=record, group=CPU), report, 0.0)
     text = json.dumps(row, allow_nan=False)
     assert '"moe/max_load": null' in text and "no token" in row["reason"]
 
 
 def test_a_shifted_student_learns_what_the_teacher_said_of_the_same_place():
     cfg = dataclasses.replace(DEBUG, shift=0.5, stats_steps=1)
-    trainer, stages = trainer_of(cfg)
-    batch = PackedBatch.cat(stages[0][0])
-    (weights,) = trainer.image_weights(cfg.stages[0].streams, [batch])
-    targets, out = trainer.targets(batch), trainer.forward(1, batch)
+    ready = train_for(cfg)
+    batch = PackedBatch.cat(ready.stages[0][0])
+    (weights,) = train.image_weights(cfg, ready.teachers, cfg.stages[0].streams, [batch])
+    targets, out = targets_of(ready, batch), forward(ready, 1, batch)
     far = 1e3  # what it says where the teacher did not look does not count
     for name, target in targets.items():
         rows, moved = [], 0
@@ -471,38 +558,41 @@ def test_a_shifted_student_learns_what_the_teacher_said_of_the_same_place():
             moved += (y, x) != (ty, tx)
         assert moved
         out.patches[name] = torch.cat(rows)
-    parts = trainer.feature_losses(out, out.summary, batch, targets, weights)
+    parts = train.feature_losses(ready.state, out, batch, targets, weights)
     assert all(abs(parts[f"{name}/patches"]) < 1e-9 for name in targets)
     batch.views = {}
-    parts = trainer.feature_losses(out, out.summary, batch, targets, weights)
+    parts = train.feature_losses(ready.state, out, batch, targets, weights)
     assert all(parts[f"{name}/patches"] > 1 for name in targets)
 
 
 @pytest.mark.parametrize("registers", [3, 4])  # the student has 4
-def test_registers_without_a_match_are_said_once(registers, tmp_path, capsys, monkeypatch):
+def test_registers_without_a_match_are_said_once(registers, tmp_path, capsys):
     def read(_, pixels_BCHW):
         map_BhwC = pixels_BCHW[:, [0, 1, 2, 0], ::8, ::8].movedim(1, -1)
         summary_BC = map_BhwC.mean((1, 2))
         return summary_BC, map_BhwC, summary_BC[:, None].expand(-1, registers, -1)
 
     teacher = Teacher("dense", Backbone(torch.nn.Identity(), read, SizeRule("native", 8, 96)))
-    monkeypatch.setattr(train, "load_teachers", lambda *_: [teacher])
-    flags = ["--out", str(tmp_path), "--teachers", "dense=builtin:tiny-dense"]
-    prepared = train.prepare(train.parse_args([*QUICK, *flags]))
+    flags = ["--out", str(tmp_path), "--teachers", "dense=builtin:tiny-dense", "--steps", "1"]
+    cfg = train.parse_args([*QUICK, *flags])
+    train.run(cfg, [teacher])
     text = "teacher dense has 3 registers, the student 4: they are matched one to one"
     assert capsys.readouterr().err.count(text) == (registers == 3)
-    assert prepared.trainer.student.config.heads[0].registers == (registers == 4)
+    head = load_student(tmp_path / "step_000001" / "model.pt").config.heads[0]
+    assert head.registers == (registers == 4)
 
 
 def test_each_live_teacher_sees_its_own_view():
     cfg = dataclasses.replace(train.PRESETS["debug"], shift=0.5, stats_steps=1)
-    trainer, stages = trainer_of(cfg)
-    batch = PackedBatch.cat(stages[0][0][:2])
+    ready = train_for(cfg)
+    batch = PackedBatch.cat(ready.stages[0][0][:2])
+    (whole,) = whole_pictures(ready)
+    samples = [sample for pack in whole[0][:2] for sample in pack.samples]
+    assert [s.key for s in samples] == [s.key for s in batch.samples]
     assert batch.boxes("dense") != batch.boxes("semantic")
-    for teacher in trainer.teachers:
-        boxes = batch.boxes(teacher.name)[:4]
-        out = teacher.targets(batch.samples[:4], batch.sizes[:4], boxes)
-        for sample, box, found in zip(batch.samples, boxes, out.patches, strict=False):
+    for teacher in ready.teachers:
+        boxes, out = batch.boxes(teacher.name)[:4], train.ask(teacher, batch, range(4))
+        for sample, box, found in zip(samples, boxes, out.patches, strict=False):
             image = Image.fromarray(sample.image)
             if box is not None:  # cut by hand, at four times the size
                 large = image.resize([4 * side for side in image.size], Image.Resampling.BICUBIC)
@@ -519,19 +609,20 @@ def test_each_live_teacher_sees_its_own_view():
 
 # The dense teacher's grid is twice as fine as the student's, so its maps are averaged down.
 TWO_STAGES = dataclasses.replace(
-    train.PRESETS["debug"], stages=(train._native(0.5, 48, 160), train._native(1.0, 96, 640)),
-    steps=6, stats_steps=2,
+    DEBUG, steps=6, stats_steps=2,
+    stages=(train.Stage(0.5, (train.Stream("low", 48, budget=160),)),
+            train.Stage(1.0, (train.Stream("high", 96, budget=640),))),
 )  # fmt: skip
 
 
-def seen_maps(trainer: train.Trainer, packs: list[PackedBatch]) -> dict[str, torch.Tensor]:
+def seen_maps(teachers: list[Teacher], packs: list[PackedBatch]) -> dict[str, torch.Tensor]:
     """All tokens of the maps that a step's loss compares, before normalisation, by interpolate."""
     from test_losses import interpolate
 
-    rows: dict[str, list] = {t.name: [] for t in trainer.teachers}
+    rows: dict[str, list] = {t.name: [] for t in teachers}
     for batch in packs:
-        for teacher in trainer.teachers:
-            maps = teacher.targets(batch.samples, batch.sizes).patches
+        for teacher in teachers:
+            maps = raw(teacher, batch).patches
             for y, grid in zip(maps, batch.grids, strict=True):
                 small = min(y.shape[0], grid[0]), min(y.shape[1], grid[1])
                 rows[teacher.name] += interpolate(y.double(), small).flatten(0, 1)
@@ -539,24 +630,25 @@ def seen_maps(trainer: train.Trainer, packs: list[PackedBatch]) -> dict[str, tor
 
 
 def test_the_statistics_are_of_the_maps_that_the_loss_sees_at_each_stage():
-    trainer, stages = trainer_of(TWO_STAGES)
-    scales = []
-    for k, data in enumerate(stages):
+    ready = train_for(TWO_STAGES)
+    scales, spaces = [], ready.state.spaces
+    for k, data in enumerate(ready.stages):
         if k:
-            trainer.fit_normalizers(data, k)
-        seen = seen_maps(trainer, [pack for step in range(2) for pack in data[step]])
+            streams = TWO_STAGES.stages[k].streams
+            spaces = train.fit_spaces(TWO_STAGES, ready.teachers, data, streams, CPU.device)
+        seen = seen_maps(ready.teachers, [pack for step in range(2) for pack in data[step]])
         for name, rows_NC in seen.items():
-            fitted = trainer.spaces[name].parts["patches"].current()
+            fitted = spaces[name].parts["patches"].current()
             phi = rows_NC.var(0, correction=0).mean().sqrt()
             torch.testing.assert_close(fitted.scale, phi, rtol=1e-4, atol=0)
             torch.testing.assert_close(fitted.shift, rows_NC.mean(0), rtol=1e-3, atol=1e-4)
             scales.append(float(phi))
         if k == 0:  # all of these pictures at once, and a student that answers the mean
-            values = trainer.step(1, [*data[0], *data[1]]).losses
+            values = train_for(TWO_STAGES, 1, packs=[[*data[0], *data[1]]]).reports[0].losses
             for part in ("dense/patches", "dense/summary", "semantic/patches", "semantic/summary"):
                 assert values[part] == pytest.approx(1, abs=0.05), part
         packs = [pack for step in range(data.steps_in(0)) for pack in data[step]]
-        new = trainer.targets(PackedBatch.cat(packs))
+        new = train.targets_of(ready.teachers, spaces, PackedBatch.cat(packs))
         for name, target in new.items():
             rows_NC = torch.cat([y.flatten(0, 1) for y in target.patches])
             assert rows_NC.var(0).mean() == pytest.approx(1, abs=0.15), name
@@ -565,34 +657,35 @@ def test_the_statistics_are_of_the_maps_that_the_loss_sees_at_each_stage():
 
 
 def test_heads_and_their_running_means_answer_alike_across_a_refit():
-    trainer, stages = trainer_of(dataclasses.replace(TWO_STAGES, ema=0.9, lr=0.01, warmup=0))
-    for step in (1, 2, 3):
-        trainer.step(step, stages[0][step])
-    batch = PackedBatch.cat(stages[1][0])
+    cfg = dataclasses.replace(TWO_STAGES, ema=0.9, lr=0.01, warmup=0)
+    run = train_for(cfg, 3)
+    state, batch = run.state, PackedBatch.cat(run.stages[1][0])
 
     def answers() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        mean = train.Student(trainer.student.config)
-        mean.load_state_dict(trainer.student.state_dict() | trainer.average)
+        mean = train.Student(state.student.config)
+        mean.load_state_dict(state.student.state_dict() | state.average)
         found, scales = [], []
-        for student in (trainer.student, mean):
+        for student in (state.student, mean):
             with torch.no_grad():
                 out = student(batch)
-            for name, space in trainer.spaces.items():
+            for name, space in state.spaces.items():
                 for part, norm in space.parts.items():
                     y, (shift_C, scale, turn_CC) = getattr(out, part)[name], norm.current()
                     found.append(y.double() @ turn_CC * scale + shift_C)
                     scales.append(scale)
         return found, scales
 
-    moments = [x.clone() for s in trainer.optimizer.state.values() for x in s.values()]
-    (before, old), _ = answers(), trainer.fit_normalizers(stages[1], 1)
+    moments = [x.clone() for s in state.optimizer.state.values() for x in s.values()]
+    before, old = answers()
+    fitted = train.fit_spaces(cfg, run.teachers, run.stages[1], cfg.stages[1].streams, CPU.device)
+    train.carry_heads(state, fitted, None)
     after, new = answers()
     for i, (x, y) in enumerate(zip(before, after, strict=True)):
         assert x.std(0).mean() > 1e-3 * old[i]  # no longer a constant
         assert (x - y).abs().max() < 1e-5 * old[i]
     assert all(abs(a / b - 1) > 1e-3 for a, b in zip(old, new, strict=True))
     assert not torch.allclose(before[0], before[4])  # the running mean is another student
-    kept = [x for s in trainer.optimizer.state.values() for x in s.values()]
+    kept = [x for s in state.optimizer.state.values() for x in s.values()]
     assert all(torch.equal(x, y) for x, y in zip(moments, kept, strict=True))
 
 
@@ -600,15 +693,16 @@ def test_statistics_are_of_the_streams_that_a_teacher_supervises():
     streams = (train.Stream("low", 48, budget=96), train.Stream("high", 96, budget=96,
                                                                 teachers=("dense",)))  # fmt: skip
     cfg = dataclasses.replace(train.PRESETS["debug"], stages=(train.Stage(1.0, streams),))
-    trainer, (data,) = trainer_of(cfg)
+    ready = train_for(cfg)
+    (data,) = ready.stages
     batch = PackedBatch.cat([pack for step in range(cfg.stats_steps) for pack in data[step]])
     seen = {name: int(space.parts["summary"].statistics.total)
-            for name, space in trainer.spaces.items()}  # fmt: skip
+            for name, space in ready.state.spaces.items()}  # fmt: skip
     assert seen == {"dense": len(batch), "semantic": batch.stream_B.count(0)}
     # one that supervises none of a stage has a space all the same: its pictures' weights are 0
     other = (dataclasses.replace(streams[1], teachers=("dense",)),)
-    trainer, (data,) = trainer_of(dataclasses.replace(cfg, stages=(train.Stage(1.0, other),)))
-    assert trainer.step(1, data[0]).losses["semantic/patches"] == 0
+    run = train_for(dataclasses.replace(cfg, stages=(train.Stage(1.0, other),)), 1)
+    assert run.reports[0].losses["semantic/patches"] == 0
 
 
 def test_features_that_are_not_finite_stop_before_the_statistics(tmp_path, monkeypatch):
@@ -625,16 +719,14 @@ def test_features_that_are_not_finite_stop_before_the_statistics(tmp_path, monke
 
 
 def test_a_student_in_training_can_be_pickled():
-    trainer, (data,) = trainer_of(dataclasses.replace(train.PRESETS["debug"], stats_steps=1))
-    batch, copy = PackedBatch.cat(data[0]), pickle.loads(pickle.dumps(trainer.student))
+    run = train_for(dataclasses.replace(DEBUG, stats_steps=1), 1)
+    student, batch = run.state.student, PackedBatch.cat(run.stages[0][0])
     with torch.no_grad():
-        a, b = trainer.student(batch), copy(batch)
+        a, b = student(batch), pickle.loads(pickle.dumps(student))(batch)
     assert all(torch.equal(a.patches[name], b.patches[name]) for name in a.patches)
 
 
 def test_registers_are_compared_raw_by_the_patches_loss():
-    from teachers import Backbone, SizeRule, Teacher
-
     def read(network, pixels_BCHW):
         map_BhwC = network(pixels_BCHW).movedim(1, -1)
         pooled = map_BhwC.mean((1, 2))
@@ -644,25 +736,23 @@ def test_registers_are_compared_raw_by_the_patches_loss():
     network = torch.nn.Conv2d(3, 8, kernel_size=16, stride=16)
     teacher = Teacher("t", Backbone(network, read, SizeRule("native", 16, 512)))
     cfg = dataclasses.replace(train.PRESETS["debug"], teachers=("t=x",), patch_loss="cosine")
-    trainer = train.Trainer(cfg, CPU, [teacher])
-    [data] = train.make_stages(cfg, train.open_sources(cfg)[0], trainer.student, CPU)
-    trainer.fit_normalizers(data)
-    batch = PackedBatch.cat(data[0])
-    shift_C, scale, turn_CC = trainer.spaces["t"].parts["patches"].current()
+    ready = train_for(cfg, teachers=[teacher])
+    batch = PackedBatch.cat(ready.stages[0][0])
+    shift_C, scale, turn_CC = ready.state.spaces["t"].parts["patches"].current()
     with torch.no_grad():
-        ours_BRC = trainer.student(batch).registers["t"].double() @ turn_CC * scale + shift_C
-    theirs_BRC = teacher.targets(batch.samples, batch.sizes).registers_BRC.double()
+        ours_BRC = ready.state.student(batch).registers["t"].double() @ turn_CC * scale + shift_C
+    theirs_BRC = raw(teacher, batch).registers_BRC.double()
     dots = [[float(x @ y / (x.norm() * y.norm())) for x, y in zip(xs, ys, strict=True)]
             for xs, ys in zip(ours_BRC, theirs_BRC, strict=True)]  # fmt: skip
     expected = sum(1 - dot for row in dots for dot in row) / (4 * len(batch))
-    assert trainer.step(1, data[0]).losses["t/registers"] == pytest.approx(expected, rel=1e-4)
+    (report,) = train_for(cfg, 1, teachers=[teacher]).reports
+    assert report.losses["t/registers"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_the_position_table_is_not_decayed(monkeypatch):
     monkeypatch.setitem(train.MODELS, "tiny", TINY_RADIO)
-    cfg = dataclasses.replace(train.PRESETS["debug"], model="tiny")
-    teachers = [train.load_teacher(train.parse_teacher(text)) for text in cfg.teachers]
-    student, _ = train.build_student(cfg, teachers)
+    cfg = dataclasses.replace(DEBUG, model="tiny")
+    student, _ = train.build_student(cfg, load_teachers(cfg))
     decayed = {id(p) for group in train.make_optimizer(cfg, student).param_groups
                for p in group["params"] if group["weight_decay"]}  # fmt: skip
     names = {name for name, p in student.named_parameters() if id(p) in decayed}
@@ -691,14 +781,14 @@ def test_curves_say_what_they_show_and_where_stages_end(changes, title, tmp_path
 
 
 def test_adaloss_brings_all_parts_near_one():
-    trainer, (data,) = trainer_of(dataclasses.replace(DEBUG, balance="adaloss"))
-    parts = trainer.step(1, data[0]).losses
-    rest = sum(value for name, value in parts.items() if name != "total")
-    assert parts["total"] == pytest.approx(rest)  # the weights of the step itself, still 1
+    cfg = dataclasses.replace(DEBUG, balance="adaloss")
+    run = train_for(cfg, 1)
+    (report,) = run.reports
+    parts = report.losses
+    assert report.total == pytest.approx(sum(parts.values()))  # the step's own weights, still 1
     for name, value in parts.items():
-        if name != "total":
-            assert trainer.weight(name) * value == pytest.approx(1, rel=1e-6)
-    assert trainer.step(2, data[1]).losses["total"] == pytest.approx(len(parts) - 1, rel=0.2)
+        assert train.part_weight(run.state, name) * value == pytest.approx(1, rel=1e-6)
+    assert train_for(cfg, 2).reports[1].total == pytest.approx(len(parts), rel=0.2)
 
 
 @pytest.mark.parametrize("changes", [{"summary_loss": "angle"}, {"summary_loss": "cosine"},
@@ -728,15 +818,13 @@ def test_compiled_blocks_learn_the_same_and_compile_once():
     results = []
     for is_compiled in (False, True):
         cfg = dataclasses.replace(DEBUG, compile=is_compiled, stats_steps=1)
-        trainer, stages = trainer_of(cfg)
         torch.compiler.reset()
         torch._dynamo.utils.counters.clear()
-        losses_of = [trainer.step(step, stages[0][step]).losses["total"] for step in (1, 2, 3)]
-        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-        more = trainer.step(4, stages[0][4]).losses["total"]
-        results.append([*losses_of, more])
-        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
-        assert bool(graphs) == is_compiled
+        graphs: list[int] = []
+        counted = torch._dynamo.utils.counters["stats"]
+        run = train_for(cfg, 4, after=lambda _, g=graphs, c=counted: g.append(c["unique_graphs"]))
+        results.append([report.total for report in run.reports])
+        assert graphs[3] == graphs[2] and bool(graphs[2]) == is_compiled
     assert results[1] == pytest.approx(results[0], rel=1e-5)
 
 
@@ -779,16 +867,18 @@ def test_the_running_mean_is_what_is_saved(tmp_path):
 
 def test_a_slow_running_mean_forgets_the_untrained_weights():
     """After n steps (n + 1)! 10! / (n + 10)! of them are left: 4e-9 by step 40."""
-    cfg = dataclasses.replace(train.PRESETS["debug"], ema=0.999, stats_steps=1)
-    trainer, (data,) = trainer_of(cfg)
-    first = {name: mean.clone() for name, mean in trainer.average.items()}
-    expected = {name: mean.double() for name, mean in first.items()}
-    for step in range(1, 6):
-        trainer.step(step, data[step])
-        for name, p in train.trained(trainer.student):
+    expected: dict[str, torch.Tensor] = {}
+
+    def ready(state: train.State) -> None:
+        expected.update({name: mean.double() for name, mean in state.average.items()})
+
+    run = train_for(dataclasses.replace(DEBUG, ema=0.999, stats_steps=1), 5, ready)
+    assert expected.keys() == {name for name, _ in train.trained(run.state.student)}
+    for step, weights in enumerate(run.weights[1:], 1):
+        for name in expected:
             rate = 9 / (10 + step)
-            expected[name] = (1 - rate) * expected[name] + rate * p.detach().double()
-    for name, mean in trainer.average.items():
+            expected[name] = (1 - rate) * expected[name] + rate * weights[name].double()
+    for name, mean in run.state.average.items():
         torch.testing.assert_close(mean.double(), expected[name], rtol=1e-5, atol=1e-7)
 
 
@@ -797,8 +887,8 @@ def test_kept_checkpoints(tmp_path):
     assert [int(path.name[5:]) for path in train.checkpoints(tmp_path)] == [3, 5, 6]
 
 
-def test_a_look_during_the_run(tmp_path):
-    rows = run(tmp_path, "--look-every", "4", "--data", "openmoji:train:96")
+def test_an_evaluation_during_the_run(tmp_path):
+    rows = run(tmp_path, "--evaluate-every", "4", "--data", "openmoji:train:96")
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 4, 5, 6]
     assert 0 <= rows[4]["knn/student/trunk"] <= 1
     assert Image.open(tmp_path / "pca.png").size[0] > 100
@@ -807,17 +897,16 @@ def test_a_look_during_the_run(tmp_path):
 # ------------------------------------------------------------------- a step, worked out by hand
 
 
-def awake(trainer: train.Trainer) -> train.Trainer:
+def awake(state: train.State) -> None:
     """Blocks add nothing at first, so that most gradients of step 1 are 0: start from elsewhere."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for _, p in train.trained(trainer.student):
+        for _, p in train.trained(state.student):
             p.add_(0.05 * torch.randn(p.shape, generator=generator))
-    return trainer
 
 
-def gradients_of(trainer: train.Trainer) -> dict[str, torch.Tensor]:
-    return {name: p.grad.clone() for name, p in train.trained(trainer.student)}
+def gradients_of(run: Run) -> dict[str, torch.Tensor]:
+    return {name: p.grad.clone() for name, p in train.trained(run.state.student)}
 
 
 @pytest.mark.parametrize("changes", [{}, {"micro_packs": 1}, {"average": "token"},
@@ -825,11 +914,11 @@ def gradients_of(trainer: train.Trainer) -> dict[str, torch.Tensor]:
                                      {"patch_loss": "sum", "relation": "rkd"},
                                      {"relation": "none"}])  # fmt: skip
 def test_a_step_takes_the_gradient_of_the_loss_as_written(changes):
-    """A loop over pictures and teachers, and one backward, against `step` with its passes."""
+    """A loop over pictures and teachers, and one backward, against `train` with its passes."""
     cfg = dataclasses.replace(DEBUG, relation_weight=0.5, clip=1e9, **changes)
-    trainer, (data,) = trainer_of(cfg)
-    batch = PackedBatch.cat(data[0])
-    targets, out = trainer.targets(batch), awake(trainer).forward(1, batch)
+    ready = train_for(cfg, ready=awake)
+    batch = PackedBatch.cat(ready.stages[0][0])
+    targets, out = targets_of(ready, batch), forward(ready, 1, batch)
     total, tokens = torch.zeros(()), sum(batch.lengths)
     for name, target in targets.items():
         rows, students = out.patches[name].split(batch.lengths), []
@@ -843,7 +932,7 @@ def test_a_step_takes_the_gradient_of_the_loss_as_written(changes):
             cosine = torch.nn.functional.cosine_similarity(ours, theirs, dim=0)
             spread = 1.0
             if cfg.summary_loss == "angle":
-                spread = trainer.normalizers.dispersions[name].value.float()
+                spread = ready.state.spaces[name].dispersion.value.float()
             error = {"mse": ((ours - theirs) ** 2).mean(), "cosine": 1 - cosine,
                      "angle": cosine.arccos() ** 2 / spread}[cfg.summary_loss]  # fmt: skip
             total = total + error / len(batch)
@@ -851,45 +940,43 @@ def test_a_step_takes_the_gradient_of_the_loss_as_written(changes):
             compare = {"arkd": losses.arkd, "rkd": losses.rkd}[cfg.relation]
             total = total + 0.5 * compare(torch.stack(students), target.summary_BC)
     total.backward()
-    expected = gradients_of(trainer)
-    result = trainer.step(1, data[0])
-    assert result.losses["total"] == pytest.approx(total.item(), rel=1e-5)
-    for name, found in gradients_of(trainer).items():
+    expected, run = gradients_of(ready), train_for(cfg, 1, awake)
+    assert run.reports[0].total == pytest.approx(total.item(), rel=1e-5)
+    for name, found in gradients_of(run).items():
         torch.testing.assert_close(found, expected[name], rtol=1e-3, atol=1e-6)
     norm = sum(float(x.square().sum()) for x in expected.values()) ** 0.5
-    assert result.grad_norm == pytest.approx(norm, rel=1e-4)
+    assert run.reports[0].grad_norm == pytest.approx(norm, rel=1e-4)
 
 
 def test_gradients_are_clipped_and_their_norm_before_it_is_reported():
-    trainer, (data,) = trainer_of(dataclasses.replace(DEBUG, clip=0.01))
-    assert trainer.step(1, data[0]).grad_norm > 0.1
-    norm = sum(float(x.square().sum()) for x in gradients_of(trainer).values()) ** 0.5
+    run = train_for(dataclasses.replace(DEBUG, clip=0.01), 1)
+    assert run.reports[0].grad_norm > 0.1
+    norm = sum(float(x.square().sum()) for x in gradients_of(run).values()) ** 0.5
     assert norm == pytest.approx(0.01, rel=1e-3)
 
 
 def test_the_learning_rate_by_hand():
     cfg = dataclasses.replace(DEBUG, steps=10, warmup=4, lr=2.0, min_lr=0.1, trunk_lr=0.5)
-    trainer, _ = trainer_of(cfg)
+    optimizer = train_for(cfg).state.optimizer
     # a linear start over 4 steps, then 0.1 + 0.9 (1 + cos x) / 2 at x = 30, 60, 90 ... degrees
     shares = [0.25, 0.5, 0.75, 1.0, 0.939711, 0.775, 0.55, 0.325, 0.160289, 0.1]
     for step, share in enumerate(shares, 1):
-        assert trainer.set_lr(step) == pytest.approx(2 * share, rel=1e-5)
-        rates = [group["lr"] for group in trainer.optimizer.param_groups]
+        assert train.set_lr(cfg, optimizer, step) == pytest.approx(2 * share, rel=1e-5)
+        rates = [group["lr"] for group in optimizer.param_groups]
         assert rates == pytest.approx([share, share, 2 * share, 2 * share], rel=1e-5)
 
 
 def test_the_first_step_is_as_long_as_the_learning_rate_of_step_1():
     """Adam's first step is lr * sign(gradient), whatever the gradient's size and its clipping."""
     cfg = dataclasses.replace(DEBUG, warmup=4, lr=4e-3, trunk_lr=0.25, weight_decay=0.5)
-    trainer, (data,) = trainer_of(cfg)
-    trunk = [name for name, _ in train.trained(awake(trainer).student) if "heads." not in name]
-    before = {name: p.detach().clone() for name, p in train.trained(trainer.student)}
-    assert trainer.step(1, data[0]).lr == pytest.approx(1e-3)
-    for name, p in train.trained(trainer.student):
+    run = train_for(cfg, 1, awake)
+    before, _ = run.weights
+    assert run.reports[0].lr == pytest.approx(1e-3)
+    for name, p in train.trained(run.state.student):
         rate = 1e-3 if name.startswith("heads.") else 2.5e-4
-        decay = 0.5 if train.is_decayed(p) else 0.0
+        decay = 0.5 if train.is_decayed(name, p) else 0.0
         moved, clear = p.detach() - before[name] * (1 - rate * decay), p.grad.abs() > 1e-5
-        assert clear.any() or name not in trunk
+        assert clear.any() or name.startswith("heads.")
         torch.testing.assert_close(
             moved[clear], -rate * p.grad.sign()[clear], rtol=2e-3, atol=1e-7
         )  # fmt: skip
@@ -897,16 +984,16 @@ def test_the_first_step_is_as_long_as_the_learning_rate_of_step_1():
 
 def test_the_optimizers_groups():
     cfg = dataclasses.replace(DEBUG, weight_decay=0.3, beta2=0.9, trunk_lr=0.5)
-    trainer, _ = trainer_of(cfg)
-    assert type(trainer.optimizer) is torch.optim.AdamW
-    name_of = {p: name for name, p in trainer.student.named_parameters()}
+    state = train_for(cfg).state
+    assert type(state.optimizer) is torch.optim.AdamW
+    name_of = {p: name for name, p in state.student.named_parameters()}
     found = {}
-    for group in trainer.optimizer.param_groups:
+    for group in state.optimizer.param_groups:
         assert group["betas"] == (0.9, 0.9)
         for p in group["params"]:
             assert name_of[p] not in found
             found[name_of[p]] = group["share"], group["weight_decay"]
-    assert found.keys() == {name for name, _ in train.trained(trainer.student)}
+    assert found.keys() == {name for name, _ in train.trained(state.student)}
     assert found["blocks.0.attn.qkv.weight"] == found["prefix_RD"] == (0.5, 0.3)
     assert found["heads.dense.last.weight"] == (1.0, 0.3)
     assert found["heads.dense.last.bias"] == (1.0, 0.0)
@@ -914,8 +1001,8 @@ def test_the_optimizers_groups():
         assert share == (1.0 if name.startswith("heads.") else 0.5)
         if name.endswith(("bias", "sinks")) or "norm" in name:
             assert decay == 0, name
-    assert not train.is_decayed(torch.zeros(1, 8)) and train.is_decayed(torch.zeros(2, 8))
-    lamb = train.make_optimizer(dataclasses.replace(cfg, optimizer="lamb"), trainer.student)
+    assert not train.is_decayed("x", torch.zeros(1, 8)) and train.is_decayed("x", torch.zeros(2, 8))
+    lamb = train.make_optimizer(dataclasses.replace(cfg, optimizer="lamb"), state.student)
     assert type(lamb) is train.Lamb and lamb.param_groups[0]["betas"] == (0.9, 0.9)
 
 
@@ -923,11 +1010,12 @@ def test_the_relational_loss_has_its_weight():
     totals_of, gradients = [], []
     for weight in (0.0, 1.0, 3.0):
         cfg = dataclasses.replace(DEBUG, relation_weight=weight, clip=1e9)
-        trainer, (data,) = trainer_of(cfg)
-        parts = awake(trainer).step(1, data[0]).losses
-        totals_of.append(parts["total"])
-        gradients.append(gradients_of(trainer)["blocks.0.attn.qkv.weight"])
-    relations = sum(value for name, value in parts.items() if name.endswith("/relation"))
+        run = train_for(cfg, 1, awake)
+        (report,) = run.reports
+        totals_of.append(report.total)
+        gradients.append(gradients_of(run)["blocks.0.attn.qkv.weight"])
+    parts = report.losses.items()
+    relations = sum(value for name, value in parts if name.endswith("/relation"))
     assert totals_of[1] - totals_of[0] == pytest.approx(relations, rel=1e-4)
     assert totals_of[2] - totals_of[0] == pytest.approx(3 * relations, rel=1e-4)
     pull = gradients[1] - gradients[0]
@@ -938,9 +1026,9 @@ def test_the_relational_loss_has_its_weight():
 def test_the_precision_is_used():
     maps = {}
     for precision in ("fp32", "bf16", "auto"):
-        trainer, (data,) = trainer_of(dataclasses.replace(DEBUG, precision=precision))
+        ready = train_for(dataclasses.replace(DEBUG, precision=precision))
         with torch.no_grad():
-            maps[precision] = trainer.forward(1, data[0][0]).patches["dense"].float()
+            maps[precision] = forward(ready, 1, ready.stages[0][0][0]).patches["dense"].float()
     assert 0 < (maps["fp32"] - maps["bf16"]).abs().max() < 0.1
     assert torch.equal(maps["fp32"], maps["auto"])  # bf16 on CUDA only
 
@@ -948,14 +1036,16 @@ def test_the_precision_is_used():
 def test_recomputed_blocks_run_twice_and_give_the_same_gradients():
     calls, gradients = [], []
     for recompute in (False, True):
-        cfg = dataclasses.replace(DEBUG, recompute=recompute)
-        trainer, (data,) = trainer_of(cfg)
         seen: list[int] = []
-        for i, block in enumerate(trainer.student.blocks):
-            block.ffn.register_forward_pre_hook(lambda *_, i=i, seen=seen: seen.append(i))
-        awake(trainer).step(1, data[0])
+
+        def ready(state: train.State, seen=seen) -> None:
+            awake(state)
+            for i, block in enumerate(state.student.blocks):
+                block.ffn.register_forward_pre_hook(lambda *_, i=i, seen=seen: seen.append(i))
+
+        run = train_for(dataclasses.replace(DEBUG, recompute=recompute), 1, ready)
         calls.append(sorted(seen))
-        gradients.append(gradients_of(trainer))
+        gradients.append(gradients_of(run))
     assert calls == [[0, 1], [0, 0, 1, 1]]
     for name, expected in gradients[0].items():
         assert expected.any(), name
@@ -965,12 +1055,12 @@ def test_recomputed_blocks_run_twice_and_give_the_same_gradients():
 @pytest.mark.parametrize("micro_packs", [0, 1])
 def test_the_routers_bias_moves_against_the_whole_steps_load(micro_packs):
     cfg = dataclasses.replace(DEBUG, router_rate=0.1, micro_packs=micro_packs)
-    trainer, (data,) = trainer_of(cfg)
+    ready, run = train_for(cfg), train_for(cfg, 1)
     with torch.no_grad():
-        loads = trainer.forward(1, PackedBatch.cat(data[0])).counts_LE.tolist()
-    result = trainer.step(1, data[0])
-    assert result.max_load == pytest.approx(max(max(x) * len(x) / sum(x) for x in loads))
-    for block, counts in zip(trainer.student.blocks, loads, strict=True):
+        loads = forward(ready, 1, PackedBatch.cat(ready.stages[0][0])).counts_LE.tolist()
+    (report,) = run.reports
+    assert report.max_load == pytest.approx(max(max(x) * len(x) / sum(x) for x in loads))
+    for block, counts in zip(run.state.student.blocks, loads, strict=True):
         mean = sum(counts) / len(counts)
         steps = [0.1 * ((n < mean) - (n > mean)) for n in counts]
         expected = torch.tensor([step - sum(steps) / len(steps) for step in steps])
@@ -978,83 +1068,80 @@ def test_the_routers_bias_moves_against_the_whole_steps_load(micro_packs):
 
 
 def test_frozen_steps_train_the_heads_alone_and_end_in_time():
-    trainer, (data,) = trainer_of(dataclasses.replace(DEBUG, frozen_steps=2))
-
-    def trunk() -> dict[str, torch.Tensor]:
-        state = trainer.student.state_dict()
-        return {name: x.clone() for name, x in state.items() if not name.startswith("heads.")}
-
-    before = trunk()
-    for step in (1, 2):
-        trainer.step(step, data[step - 1])
-        assert all(torch.equal(x, before[name]) for name, x in trunk().items())
-    trainer.step(3, data[2])
-    after = trunk()
+    run = train_for(dataclasses.replace(DEBUG, frozen_steps=2), 3)
+    before, *frozen, after = run.weights
+    for weights in frozen:
+        for name, x in weights.items():
+            if name.startswith("heads.") and name.endswith("last.weight"):
+                assert not torch.equal(x, before[name])
+            assert name.startswith("heads.") or torch.equal(x, before[name])
     for name in ("blocks.0.attn.qkv.weight", "blocks.0.ffn.expert_bias"):
         assert not torch.equal(after[name], before[name])
 
 
 def test_a_gradient_that_is_not_finite_stops_before_the_step():
-    cfg = dataclasses.replace(DEBUG, ema=0.5, balance="adaloss")
-    trainer, (data,) = trainer_of(cfg)
-    weight = trainer.student.blocks[0].attn.qkv.weight
-    weight.register_hook(lambda gradient: gradient * float("nan"))
-    names = ("student", "optimizer", "average", "adaloss")
-    before = copy.deepcopy({name: trainer.state_dict()[name] for name in names})
+    before: list = []
+
+    def ready(state: train.State) -> None:
+        weight = state.student.blocks[0].attn.qkv.weight
+        weight.register_hook(lambda gradient: gradient * float("nan"))
+        before[:] = state, copy.deepcopy(train.state_dict(state))
+
     with pytest.raises(train.Standstill, match="step 1: not finite: gradient norm"):
-        trainer.step(1, data[0])
-    assert_same({name: trainer.state_dict()[name] for name in names}, before)
+        train_for(dataclasses.replace(DEBUG, ema=0.5, balance="adaloss"), 1, ready)
+    names = ("student", "optimizer", "average", "adaloss")
+    one, two = (train.state_dict(before[0]), before[1])
+    assert_same({name: one[name] for name in names}, {name: two[name] for name in names})
 
 
 def test_windows_depend_on_the_step_and_the_picture_alone(monkeypatch):
     monkeypatch.setitem(train.MODELS, "tiny", TINY_RADIO)
-    trainer, (data,) = trainer_of(dataclasses.replace(DEBUG, model="tiny"))
-    first, both = data[0][0], PackedBatch.cat(data[0])
+    ready = train_for(dataclasses.replace(DEBUG, model="tiny"))
+    packs = ready.stages[0][0]
+    first, both = packs[0], PackedBatch.cat(packs)
     with torch.no_grad():
-        here, again, later = (trainer.forward(step, first).trunk_MD for step in (1, 1, 2))
-        among_others = trainer.forward(1, both).trunk_MD[: len(here)]
+        here, again, later = (forward(ready, step, first).trunk_MD for step in (1, 1, 2))
+        among_others = forward(ready, 1, both).trunk_MD[: len(here)]
     assert torch.equal(here, again) and not torch.allclose(here, later, atol=1e-3)
     torch.testing.assert_close(here, among_others, rtol=1e-4, atol=1e-5)
-    plain, _ = trainer_of(dataclasses.replace(DEBUG, model="tiny", windows=False))
+    plain = train_for(dataclasses.replace(DEBUG, model="tiny", windows=False))
     with torch.no_grad():
-        one, two = (plain.forward(step, first).trunk_MD for step in (1, 2))
+        one, two = (forward(plain, step, first).trunk_MD for step in (1, 2))
     assert torch.equal(one, two)
 
 
 def test_the_normalizers_see_every_picture_of_the_first_steps_and_no_other():
-    trainer, (data,) = trainer_of(dataclasses.replace(DEBUG, normalizer="channel", stats_steps=2))
-    batches = [PackedBatch.cat(data[step]) for step in (0, 1)]
-    for teacher in trainer.teachers:
-        raw = [teacher.targets(batch.samples, batch.sizes) for batch in batches]
-        maps = [map_hwC.flatten(0, 1) for target in raw for map_hwC in target.patches]
-        rows = {"summary": torch.cat([x.summary_BC for x in raw]), "patches": torch.cat(maps)}
+    ready = train_for(dataclasses.replace(DEBUG, normalizer="channel", stats_steps=2))
+    batches = [PackedBatch.cat(ready.stages[0][step]) for step in (0, 1)]
+    maps = seen_maps(ready.teachers, batches)
+    for teacher in ready.teachers:
+        summaries = [raw(teacher, batch).summary_BC for batch in batches]
+        rows = {"summary": torch.cat(summaries), "patches": maps[teacher.name].float()}
         for part, rows_NC in rows.items():
             expected = (rows_NC - rows_NC.mean(0)) / rows_NC.std(0, correction=0)
-            found = trainer.normalizers.parts[teacher.name, part].normalize(rows_NC)
+            found = ready.state.spaces[teacher.name].parts[part].normalize(rows_NC)
             torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
             if part == "summary":
-                target_BC = trainer.targets(batches[0])[teacher.name].summary_BC
+                target_BC = targets_of(ready, batches[0])[teacher.name].summary_BC
                 torch.testing.assert_close(target_BC, found[: len(target_BC)], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("summary_loss", ["cosine", "angle"])
 def test_summaries_that_are_compared_by_direction_stay_raw(summary_loss):
-    trainer, (data,) = trainer_of(dataclasses.replace(DEBUG, summary_loss=summary_loss))
-    batch = data[0][0]
-    raw = trainer.teachers[0].targets(batch.samples, batch.sizes)
-    torch.testing.assert_close(trainer.targets(batch)["dense"].summary_BC, raw.summary_BC)
-    plain = trainer_of(dataclasses.replace(DEBUG, normalizer="none"))[0].targets(batch)["dense"]
-    assert not torch.allclose(
-        trainer.targets(batch)["dense"].patches[0], plain.patches[0], atol=0.1
-    )
+    ready = train_for(dataclasses.replace(DEBUG, summary_loss=summary_loss))
+    batch = ready.stages[0][0][0]
+    found, own = targets_of(ready, batch)["dense"], raw(ready.teachers[0], batch)
+    torch.testing.assert_close(found.summary_BC, own.summary_BC)
+    plain = targets_of(train_for(dataclasses.replace(DEBUG, normalizer="none")), batch)["dense"]
+    assert not torch.allclose(found.patches[0], plain.patches[0], atol=0.1)
 
 
 def test_the_seed_decides_the_weights_and_the_order():
     found = []
     for seed in (0, 0, 1):
-        trainer, (data,) = trainer_of(dataclasses.replace(DEBUG, seed=seed))
-        keys = [sample.key for batch in data[0] for sample in batch.samples]
-        found.append((float(trainer.student.blocks[0].attn.qkv.weight.detach().sum()), keys))
+        ready = train_for(dataclasses.replace(DEBUG, seed=seed))
+        keys = [sample.key for batch in ready.stages[0][0] for sample in batch.samples]
+        found.append((float(ready.weights[0]["blocks.0.attn.qkv.weight"].sum()), keys))
     assert found[0] == found[1]
     assert found[0][0] != found[2][0] and found[0][1] != found[2][1]
 
@@ -1067,8 +1154,7 @@ def test_the_weights_of_sources_decide_how_often_they_are_seen(tmp_path):
     for weights, share in (((), 1 / 3), ((3.0, 1.0), 3 / 4)):
         cfg = dataclasses.replace(DEBUG, data=folders, data_weights=weights)
         sources = [train.open_source(folder) for folder in folders]
-        trainer, _ = trainer_of(DEBUG)
-        (data,) = train.make_stages(cfg, sources, trainer.student, CPU)
+        (data,) = train.make_stages(cfg, sources, MODELS["test"], CPU, None)
         keys = [s.key for step in range(8) for batch in data[step] for s in batch.samples]
         found = sum(key.startswith("a/") for key in keys) / len(keys)
         assert len(keys) > 100 and found == pytest.approx(share, abs=0.06)
@@ -1083,7 +1169,7 @@ def test_a_stream_draws_from_its_sources_in_packs_of_so_many_pictures(tmp_path):
         DEBUG, data=folders, stages=(train.Stage(1.0, streams),), max_images=3
     )
     sources = [train.open_source(folder) for folder in folders]
-    (data,) = train.make_stages(cfg, sources, trainer_of(DEBUG)[0].student, CPU)
+    (data,) = train.make_stages(cfg, sources, MODELS["test"], CPU, None)
     packs = [[sample.key[0] for sample in batch.samples] for batch in data[0]]
     assert packs == [["b"] * 3, ["b"] * 3, ["a"] * 3]
 
@@ -1178,12 +1264,10 @@ def test_two_ranks_of_unequal_pictures_take_one_process_steps(changes, monkeypat
     low = train.Stream("low", 48, budget=96, packs=3)
     streams = (low, train.Stream("high", 96, budget=200, packs=1, teachers=("dense",)))
     cfg = dataclasses.replace(DEBUG, stages=(train.Stage(1.0, streams),), stats_steps=2, **changes)
-    trainer, (data,) = trainer_of(cfg)
-    first, second = (sum(len(batch) for batch in half) for half in (data[0][:2], data[0][2:]))
+    expected = train_for(cfg, 2, awake)
+    packs = expected.stages[0][0]
+    first, second = (sum(len(batch) for batch in half) for half in (packs[:2], packs[2:]))
     assert first != second
-    awake(trainer)
-    expected = [trainer.step(step, data[step - 1]) for step in (1, 2)]
-
     ranks, clip = TwoRanks(), torch.nn.utils.clip_grad_norm_
 
     def mean_and_clip(parameters, limit):
@@ -1195,31 +1279,29 @@ def test_two_ranks_of_unequal_pictures_take_one_process_steps(changes, monkeypat
 
     monkeypatch.setattr(train, "dist", ranks)
     monkeypatch.setattr(losses, "dist", ranks)
+    monkeypatch.setattr(packing, "dist", ranks)
     monkeypatch.setattr(train.nn.utils, "clip_grad_norm_", mean_and_clip)
     monkeypatch.setattr(train, "distribute", lambda cfg, student, group: student)  # noqa: ARG005
-    teachers = [train.load_teacher(train.parse_teacher(text)) for text in cfg.teachers]
-    sources, _ = train.open_sources(cfg)
-    trainers = [train.Trainer(cfg, train.Group(rank, 2, CPU.device), teachers) for rank in (0, 1)]
-    for one in trainers:
-        awake(one)
+    students = [train.build_student(cfg, expected.teachers) for _ in range(2)]  # one seed for both
+    monkeypatch.setattr(train, "build_student", lambda *_: students[HERE.run.group.rank])
+    quietly(monkeypatch)
 
     def steps_of(rank):
         torch.set_num_threads(1)
-        mine = trainers[rank]
-        (part,) = train.make_stages(cfg, sources, mine.student, mine.group)
-        mine.fit_normalizers(part)
-        return [mine.step(step, part[step - 1]) for step in (1, 2)]
+        group = train.Group(rank, 2, CPU.device)
+        return Run(cfg, expected.teachers, 2, awake, group=group).go()
 
-    for found in ranks.run(steps_of):
-        for one, two in zip(expected, found, strict=True):
+    runs = ranks.run(steps_of)
+    for run in runs:
+        for one, two in zip(expected.reports, run.reports, strict=True):
             assert two.losses == pytest.approx(one.losses, rel=1e-4)
             assert two.grad_norm == pytest.approx(one.grad_norm, rel=1e-4)
             assert two.max_load == pytest.approx(one.max_load)
             assert (two.images, two.tokens, two.lr) == (one.images, one.tokens, one.lr)
-    for name, p in train.trained(trainer.student):
-        copies = [dict(train.trained(t.student))[name] for t in trainers]
+    for name, p in train.trained(expected.state.student):
+        copies = [run.weights[2][name] for run in runs]
         assert torch.equal(*copies)
-        torch.testing.assert_close(copies[0], p, rtol=1e-3, atol=2e-5)
+        torch.testing.assert_close(copies[0], p.detach(), rtol=1e-3, atol=2e-5)
 
 
 # ---------------------------------------------------------- starting from something pretrained
@@ -1247,7 +1329,7 @@ def test_a_pretrained_vit_becomes_a_student(name, tmp_path):
     model = save_vit(name, tmp_path)
     cfg = dataclasses.replace(train.PRESETS["warm"], init=f"x={tmp_path}", data=("openmoji",),
                               teachers=DEBUG.teachers)  # fmt: skip
-    teachers = [train.load_teacher(train.parse_teacher(text)) for text in cfg.teachers]
+    teachers = load_teachers(cfg)
     student, folded = train.build_student(cfg, teachers)
     assert not folded and student.config.cls_tokens == 2
     images = torch.rand(2, 3, 64, 64)
@@ -1267,7 +1349,7 @@ def test_a_pretrained_vit_becomes_a_student(name, tmp_path):
 def test_a_cls_token_follows_its_teacher(tmp_path, monkeypatch):
     monkeypatch.setitem(train.MODELS, "tiny", TINY_RADIO)
     cfg = dataclasses.replace(DEBUG, model="tiny")
-    teachers = [train.load_teacher(train.parse_teacher(text)) for text in cfg.teachers]
+    teachers = load_teachers(cfg)
     given, _ = train.build_student(cfg, teachers)
     save_student(given, tmp_path / "s.pt")
     changed = dataclasses.replace(cfg, init=f"x={tmp_path / 's.pt'}", teachers=cfg.teachers[::-1])
@@ -1282,13 +1364,13 @@ def test_our_checkpoint_goes_on_in_another_run(reference):
     """Its folded heads are unfolded into the new statistics, so step 0 answers as before."""
     init = f"x={reference / 'step_000006' / 'model.pt'}"
     cfg = dataclasses.replace(train.parse_args(QUICK), init=init, stats_steps=2)
-    trainer, _ = trainer_of(cfg)
-    assert trainer.folded_heads == {"dense", "semantic"}
+    ready = train_for(cfg)
+    assert train.build_student(cfg, ready.teachers)[1] == {"dense", "semantic"}
     batch = PackedBatch.from_images([torch.rand(3, 48, 64)], patch=16)
     with torch.no_grad():
         given = load_student(reference / "step_000006" / "model.pt")(batch)
-        now = trainer.student(batch)
-    for name, space in trainer.spaces.items():
+        now = ready.state.student(batch)
+    for name, space in ready.state.spaces.items():
         for part, norm in space.parts.items():
             raw = norm.denormalize(getattr(now, part)[name])
             torch.testing.assert_close(raw, getattr(given, part)[name], rtol=1e-4, atol=1e-4)
@@ -1305,7 +1387,7 @@ def test_an_init_that_does_not_fit_is_refused(tmp_path, reference):
 
 
 def test_siglips_pooling_head_makes_the_summary(tmp_path):
-    """AMoE 1.6 and 2.2: the frozen head reads patches in the teacher's space, not in PHI-S'."""
+    """The frozen head reads patches in the teacher's space, not in PHI-S'."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "patch_size": 16}
@@ -1314,19 +1396,19 @@ def test_siglips_pooling_head_makes_the_summary(tmp_path):
     )
     model.save_pretrained(tmp_path)
     cfg = dataclasses.replace(DEBUG, teachers=(f"siglip2={tmp_path}",))
-    trainer, (data,) = trainer_of(cfg)
-    head = trainer.student.heads["siglip2"]
-    frozen = {name: p.clone() for name, p in head.pool.named_parameters()}
-    first = trainer.step(1, data[0])
-    assert {"siglip2/patches", "siglip2/summary", "siglip2/relation"} < set(first.losses)
-    for name, p in head.pool.named_parameters():
-        assert torch.equal(p, frozen[name])
+    run = train_for(cfg, 1)
+    before, after = run.weights
+    assert set(run.reports[0].losses) == {
+        f"siglip2/{x}" for x in ("patches", "summary", "relation")
+    }
+    pool = [name for name in before if name.startswith("heads.siglip2.pool.")]
+    assert len(pool) > 5 and all(torch.equal(before[name], after[name]) for name in pool)
     # what is saved answers as what is trained, in the teacher's space
-    trainer.save_folded(tmp_path / "model.pt", trainer.state_dict())
-    batch = data[0][0]
+    train.save_folded(run.state, train.state_dict(run.state), tmp_path / "model.pt")
+    batch = run.stages[0][0][0]
     with torch.no_grad():
         saved = load_student(tmp_path / "model.pt")
-        raw, normal = saved(batch), trainer.student(batch)
+        raw, normal = saved(batch), run.state.student(batch)
     kept = saved.heads["siglip2"].pool.qkv  # the teacher's own again
     torch.testing.assert_close(kept.weight, model.head.attention.in_proj_weight)
     torch.testing.assert_close(kept.bias, model.head.attention.in_proj_bias)
@@ -1339,8 +1421,9 @@ def test_siglips_pooling_head_makes_the_summary(tmp_path):
     torch.testing.assert_close(raw.summary["siglip2"], normal.summary["siglip2"], rtol=1e-3,
                                atol=1e-4)  # fmt: skip
     # a student whose patches are right has a summary near the teacher's: it reads the same space
-    pooled = trainer.spaces["siglip2"].parts["summary"].normalize(raw.summary["siglip2"])
-    torch.testing.assert_close(trainer.summaries(normal)["siglip2"], pooled, rtol=1e-2, atol=1e-2)
+    pooled = run.state.spaces["siglip2"].parts["summary"].normalize(raw.summary["siglip2"])
+    ours = train.summaries(run.state, normal)["siglip2"]
+    torch.testing.assert_close(ours, pooled, rtol=1e-2, atol=1e-2)
 
 
 PAIRS = [("naflex", "dinov3"), ("clip", "dinov2"), ("siglip", "sam"),
@@ -1378,15 +1461,15 @@ class Interrupted(Exception):
 
 
 def interrupt_before(step: int, monkeypatch) -> None:
-    """Make the trainer die when it is given this step, as a kill would."""
-    whole = train.Trainer.step
+    """Make training die before the optimizer takes this step, as a kill would."""
+    whole = train.settle
 
-    def dies(self, number, *args):
+    def dies(job, state, number, *args):
         if number == step:
             raise Interrupted
-        return whole(self, number, *args)
+        return whole(job, state, number, *args)
 
-    monkeypatch.setattr(train.Trainer, "step", dies)
+    monkeypatch.setattr(train, "settle", dies)
 
 
 def test_two_interruptions_change_no_bit(tmp_path, reference, monkeypatch):
@@ -1408,30 +1491,29 @@ def two_stages(monkeypatch) -> None:
 
 
 def watch_steps(monkeypatch) -> list[tuple[int, list[str], int]]:
-    """Gets (step, its pictures, the tokens of the largest) as the trainer is given them."""
-    seen, whole = [], train.Trainer.step
+    """Gets (step, its pictures, the tokens of the largest) as they are trained on."""
+    seen, whole = [], train.settle
 
-    def watched(self, number, packs, *args):
-        keys = [sample.key for batch in packs for sample in batch.samples]
-        seen.append((number, keys, max(n for batch in packs for n in batch.lengths)))
-        return whole(self, number, packs, *args)
+    def watched(job, state, number, *args):
+        keys = [sample.key for batch in args[3] for sample in batch.samples]
+        seen.append((number, keys, max(n for batch in args[3] for n in batch.lengths)))
+        return whole(job, state, number, *args)
 
-    monkeypatch.setattr(train.Trainer, "step", watched)
+    monkeypatch.setattr(train, "settle", watched)
     return seen
 
 
 def test_stages_follow_each_other_also_through_interruptions(tmp_path, monkeypatch):
     two_stages(monkeypatch)
     cfg = train.parse_args(QUICK)
-    names = [cfg.stage_at(step).streams[0].name for step in range(1, 7)]
-    assert names == ["low"] * 3 + ["high"] * 3 and cfg.stage_bounds() == [(0, 3), (3, 6)]
+    assert cfg.stage_bounds() == [(0, 3), (3, 6)]
     flags = ("--save-every", "1", "--ema", "0.9", "--balance", "adaloss", "--keep", "9")
     with monkeypatch.context() as patch:
         whole = watch_steps(patch)
         rows = run(tmp_path / "whole", *flags)
     assert [step for step, _, _ in whole] == [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     assert [tokens <= 9 for _, _, tokens in whole] == [True] * 3 + [False] * 3
-    rows_of_stages = [data[step] for data in trainer_of(cfg)[1] for step in range(3)]
+    rows_of_stages = [data[step] for data in train_for(cfg).stages for step in range(3)]
     assert [keys for _, keys, _ in whole] == [
         [sample.key for batch in packs for sample in batch.samples] for packs in rows_of_stages
     ]
@@ -1450,15 +1532,13 @@ def test_stages_follow_each_other_also_through_interruptions(tmp_path, monkeypat
 
 def test_each_stage_has_an_order_of_its_own():
     stages = (train.Stage(0.5, DEBUG.stages[0].streams), train.Stage(1.0, DEBUG.stages[0].streams))
-    _, both = trainer_of(dataclasses.replace(DEBUG, stages=stages))
+    both = train_for(dataclasses.replace(DEBUG, stages=stages)).stages
     first, second = ([s.key for batch in data[0] for s in batch.samples] for data in both)
     assert first != second
 
 
 def test_a_stop_at_the_end_of_an_epoch_changes_no_bit(tmp_path, monkeypatch):
-    trainer, (data,) = trainer_of(train.parse_args(QUICK))
-    del trainer
-    epoch = data.steps_in(0)
+    epoch = train_for(train.parse_args(QUICK)).stages[0].steps_in(0)
     flags = ("--steps", str(epoch + 3), "--save-every", "1")
     expected = totals(run(tmp_path / "whole", *flags))
     for step in (epoch, epoch + 1):
@@ -1544,9 +1624,9 @@ def test_another_run_is_refused_with_the_difference(tmp_path, reference, monkeyp
 
 
 # Fields that decide how a run goes, not what it computes (but for rounding).
-CONTROLS = {"out", "resume", "save_every", "keep", "keep_every", "log_every", "look_every",
+CONTROLS = {"out", "resume", "save_every", "keep", "keep_every", "log_every", "evaluate_every",
             "workers", "threads", "pg_timeout", "max_bad_frac", "micro_packs", "parallel",
-            "recompute", "compile"}  # fmt: skip
+            "device", "deterministic", "recompute", "compile"}  # fmt: skip
 
 
 def test_every_field_but_the_controls_is_in_a_runs_identity():
@@ -1600,7 +1680,7 @@ def test_changed_pictures_or_teachers_are_refused_on_resume(tmp_path, reference,
     pictures, teacher = tmp_path / "pictures", tmp_path / "teacher.pt"
     make_pictures(pictures, good=24, bad=0)
     shutil.copy(reference / "step_000002" / "model.pt", teacher)
-    flags = ("--data", str(pictures), "--teachers", f"a={teacher}")
+    flags = ("--data", str(pictures), "--teachers", f"a={teacher}", "--held-out", "0")
     stopped_run(tmp_path / "out", monkeypatch, *flags)
     shutil.copy(reference / "step_000006" / "model.pt", teacher)
     with pytest.raises(SystemExit, match=r"another run\. fingerprints: "):
@@ -1617,7 +1697,7 @@ def test_a_finished_run_says_so_and_another_is_refused(tmp_path, reference, monk
     summary = {"steps": 6, "config": cfg.identity(), "report": {"left out": {"knn": "no labels"}}}
     (out / "summary.json").write_text(json.dumps(summary))
     with monkeypatch.context() as patch:
-        patch.setattr(train, "prepare", lambda _: pytest.fail("a finished run was prepared"))
+        patch.setattr(train, "start_process", lambda _: pytest.fail("a finished run was opened"))
         train.main([*QUICK, "--out", str(out)])
         text = capsys.readouterr().out
         assert "is finished (6 steps)" in text and "no labels" in text
@@ -1640,17 +1720,17 @@ def test_the_log_is_cut_back_to_the_checkpoint(tmp_path, monkeypatch):
 
 
 def test_a_nan_stops_before_the_step_and_names_the_picture(tmp_path, monkeypatch):
-    whole = train.Trainer.ask
+    whole = train.ask
     calls = []
 
-    def poisoned(self, teacher, batch, chosen):
-        out = whole(self, teacher, batch, chosen)
-        calls.append(batch.samples[0].key)
+    def poisoned(teacher, batch, chosen):
+        out = whole(teacher, batch, chosen)
+        calls.append(batch.samples[chosen[0]].key)
         if len(calls) == 9:
             out.patches[0][0, 0, 0] = float("nan")
         return out
 
-    monkeypatch.setattr(train.Trainer, "ask", poisoned)
+    monkeypatch.setattr(train, "ask", poisoned)
     with pytest.raises(SystemExit) as stop:
         run(tmp_path)
     assert "not finite: " in str(stop.value.code)
@@ -1675,13 +1755,14 @@ def make_pictures(folder: Path, good: int, bad: int) -> None:
 
 def test_bad_pictures_are_named_once_and_counted_each_time(tmp_path, capsys):
     make_pictures(tmp_path / "pictures", good=20, bad=4)
-    flags = ("--data", str(tmp_path / "pictures"), "--max-bad-frac", "0.4", "--steps", "8")
+    flags = ("--data", str(tmp_path / "pictures"), "--max-bad-frac", "0.4", "--steps", "8",
+             "--held-out", "0")  # fmt: skip
     run(tmp_path / "out", *flags)
     text = capsys.readouterr().err
     cfg = train.parse_args([*QUICK, *flags])
     (source,), _ = train.open_sources(cfg)
     bad = {f"00{i}.jpg" for i in range(4)} & {source.key(i) for i in range(len(source))}
-    _, (data,) = trainer_of(cfg)
+    (data,) = train_for(cfg).stages
     met = [batch for step in range(8) for batch in data[step]]
     times = sum(len(batch.skipped) for batch in met)
     assert bad and times > len(bad)  # each is met in several epochs
@@ -1714,9 +1795,9 @@ def test_a_checkpoint_is_flushed_before_it_appears(tmp_path, monkeypatch):
         flushed.add((os.fstat(handle).st_ino, out.exists()))
         whole(handle)
 
-    trainer, _ = trainer_of(DEBUG)
+    state = train_for(DEBUG).state
     monkeypatch.setattr(os, "fsync", watched)
-    train.write_checkpoint(out, trainer, {"step": 1, **trainer.state_dict()})
+    train.write_checkpoint(out, state, {"step": 1, **train.state_dict(state)})
     assert sorted(p.name for p in out.iterdir()) == ["manifest.json", "model.pt", "state.pt"]
     for path in (*out.iterdir(), out):
         assert (path.stat().st_ino, False) in flushed, path
@@ -1821,6 +1902,7 @@ PARTITIONED = """
 import dataclasses, sys
 sys.path.insert(0, {root!r})
 import losses
+import packing
 import train
 def stage(until, low):
     high = train.Stream("high", 96, budget=96, packs=4, teachers=("dense",))
@@ -1830,9 +1912,8 @@ cfg = dataclasses.replace(
     data=("openmoji:train:60",), stats_steps=2, log_every=1, threads=1, out=sys.argv[1], ema=0.9,
     parallel=sys.argv[2], relation_mean="teacher",  # over its own, near 0 at first, rounding grows
 )
-train.train_loop(train.prepare(cfg), train.StopSignal())
-if train.dist.is_initialized():
-    train.dist.destroy_process_group()
+train.finish = lambda *_: None
+train.run(cfg)
 """
 
 
@@ -1895,8 +1976,7 @@ import itertools, json, os, random, shutil, signal, sys, time
 from pathlib import Path
 sys.path[:0] = [{root!r}, {tests!r}]
 import test_train, train
-trainer, (data,) = test_train.trainer_of(test_train.DEBUG)
-trainer.step(1, data[0])
+trained = test_train.train_for(test_train.DEBUG, 1).state
 out, rng, first = Path(sys.argv[1]), random.Random(0), 1
 cfg = train.parse_args(["--preset", "debug", "--out", str(out)])
 unfinished = 0
@@ -1904,8 +1984,8 @@ for attempt in range(20):
     child = os.fork()
     if child == 0:
         for step in itertools.count(first):
-            state = {{"step": step, **trainer.state_dict()}}
-            train.write_checkpoint(out / f"step_{{step:06d}}", trainer, state)
+            saved = {{"step": step, **train.state_dict(trained)}}
+            train.write_checkpoint(out / f"step_{{step:06d}}", trained, saved)
     time.sleep(rng.uniform(0.1, 0.5))
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
@@ -2009,7 +2089,7 @@ def test_bad_pictures_of_one_rank_stop_nobody(tmp_path):
 
 def test_a_folder_that_cannot_be_written_is_found_out_at_once(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("not a folder")
-    monkeypatch.setattr(train, "open_sources", lambda _: pytest.fail("work before the check"))
+    monkeypatch.setattr(train, "open_sources", lambda *_: pytest.fail("work before the check"))
     with pytest.raises(SystemExit, match="file"):
         run(tmp_path / "file" / "out")
 
@@ -2055,11 +2135,11 @@ def test_with_cached_features_no_picture_leaves_the_loader(tmp_path):
     live = [train.load_teacher(train.parse_teacher(text)) for text in cfg.teachers]
     cached = [train.CachedTeacher(teacher, tmp_path) for teacher in live]
     sources, _ = train.open_sources(cfg)
-    student = train.build_student(cfg, live)[0]
-    for teachers, most in ((cached, 0), (live, 224 * 224), (None, 224 * 224)):
-        (data,) = train.make_stages(cfg, sources, student, CPU, teachers)
-        pixels = [s.image.size // 3 for batch in data[0] for s in batch.samples]
-        assert max(pixels) <= most and (most == 0 or min(pixels) > 0)
+    for teachers, own, seen in ((cached, False, 0), (live, False, 2), (None, True, 0)):
+        (data,) = train.make_stages(cfg, sources, MODELS["test"], CPU, teachers)
+        pixels = [s.image.size for batch in data[0] for s in batch.samples]
+        assert (min(pixels) > 0) == (max(pixels) > 0) == own
+        assert {len(batch.pixels) for batch in data[0]} == {seen}
 
 
 @pytest.mark.slow
