@@ -1,16 +1,16 @@
 """Evaluation by the papers' protocols: one function per task, any data set, any encoder.
 
-    python eval.py knn --student runs/demo/step_001000/model.pt --teacher vit-s \
+    python eval.py knn --student runs/demo/model.pt --teacher vit-s \
         --train openmoji:train:1500 --test openmoji:test:600
 
-Reading path: `extract` runs all models over a source once and gives a `FeatureSet` with a column
-per head: "teacher/vit-s", "student/vit-s", "student/trunk", and the controls "random/..." and
-"pixels". Every protocol scores every column, so teachers, students and controls never differ in
-code: `knn` with `add_ensembles`, `zero_shot`, `Fidelity`; and, in Part II, `retrieval`, `linear`,
-`segmentation`, `resolution`, `merging`. AMoE, arXiv 2512.20157; RADIOv2.5, arXiv 2412.07679.
+Reading path: `extract` runs all models over a source once: a `FeatureSet` with a column per head,
+"teacher/vit-s", "student/trunk", and of the controls "random/..." and "pixels". A protocol scores
+every column alike: `knn`, `add_ensembles`, `zero_shot`, `Fidelity`; in Part II `retrieval`,
+`linear`, `segmentation`, `resolution`, `merging`. AMoE, 2512.20157; RADIOv2.5, 2412.07679 (arXiv).
 
-Legend: N images, M tokens, (h, w) a grid of tokens, C feature width, D width of a text, K classes,
-texts or kept tokens, G settings of a probe, P figures of one image, R bootstrap draws.
+Legend: N images, B a block of them, M tokens, (h, w) a grid of tokens, (H, W) pixels, X values of a
+patch, C feature width, D width of a text, K classes, neighbours, texts or kept tokens, G settings
+of a probe, P figures of one image, R bootstrap draws.
 """
 
 import argparse
@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 import packing
 from losses import resize_map
-from model import Features, Student, load_student, merge_tokens
+from model import Features, Student, hash_weights, load_student, merge_tokens
 from packing import Sample, Subset, rank_and_world, resize
 from teachers import load_teacher, parse_teacher
 
@@ -66,15 +66,12 @@ class FeatureSet:
 def extract(
     encoder: Any, source: Any, dense: int | None = None, size: Any = None, chunk: int = 32, title=""
 ) -> FeatureSet:
-    """Run an encoder once over a source, the ranks sharing the work.
+    """Run an encoder, in any form that `encode` takes, once over a source; ranks share the work.
 
     Args:
-        encoder: any form that `encode` takes.
         dense: keep patch maps of only so many pictures, evenly spread (None: all, 0: none).
-        size: see `at_size`; None leaves the pictures as they are, but for JPEGs that are more than
-            twice as large as anything here sees.
+        size: see `at_size`; None leaves all but giant JPEGs as they are.
         chunk: pictures encoded together; changes speed, not figures.
-        title: of the progress bar; none if empty.
     """
     n, (rank, world) = len(source), rank_and_world()
     has_map = set(packing.evenly(n, n if dense is None else dense))
@@ -95,12 +92,9 @@ def extract(
 
 @torch.no_grad()
 def encode(model: Any, samples: list[Sample]) -> list[Features]:
-    """Features of pictures by any encoder.
-
-    Args:
-        model: a teacher (has `targets`; live or looked up in a cache), or what has
-            `encode(images)` (a student, `RawPixels`), or a mapping of names to models, which
-            nests: {"teacher": {"vit": ...}, "student": ...} gives "teacher/vit", "student/trunk".
+    """Features of pictures by any encoder: a teacher (has `targets`; live or looked up in a cache),
+    or what has `encode(images)` (a student, `RawPixels`), or a mapping of names to models, which
+    nests: {"teacher": {"vit": ...}, "student": ...} gives "teacher/vit", "student/trunk".
     """
     if isinstance(model, Mapping):
         parts = {name: encode(part, samples) for name, part in model.items()}
@@ -113,7 +107,7 @@ def encode(model: Any, samples: list[Sample]) -> list[Features]:
     return [Features(x, {"": y}) for x, y in zip(summaries, out.patches, strict=True)]
 
 
-# ---- kNN, and heads that are mixed by their entropy
+# ---- kNN and zero-shot; heads are mixed by their entropy
 
 
 def knn(train: FeatureSet, test: FeatureSet, k: int = 20, per_class: bool = False) -> Rows:
@@ -135,16 +129,14 @@ def knn(train: FeatureSet, test: FeatureSet, k: int = 20, per_class: bool = Fals
     chances = add_ensembles({column: votes(column) for column in test.summary})
     chances |= {f"{m}/concat": votes(*heads) for m, heads in head_groups(test.summary).items()}
     chances["majority class"] = train_N.bincount().expand(len(test_N), -1)
-    return accuracies(chances, test_N, names if per_class else ())
+    shown = names if per_class else ()
+    return {c: accuracy(x_NK.argmax(1) == test_N, test_N, shown) for c, x_NK in chances.items()}
 
 
 def knn_votes(
     train_NC: Tensor, ids_N: Tensor, test_MC: Tensor, classes: int, k: int = 20, temperature=0.07
 ) -> Tensor:
-    """Votes (M, classes): each of the k nearest by cosine adds exp(cosine / temperature).
-
-    AMoE: kNN, after Wu et al. 2018
-    """
+    """Votes (M, classes): each of the k nearest adds exp(cosine / temperature). AMoE: kNN"""
     train_NC, votes = F.normalize(train_NC.float(), dim=1), []
     # In blocks, so that no table of cosines has more than some 64 million entries.
     for test_BC in F.normalize(test_MC.float(), dim=1).split(2**26 // len(train_NC) + 1):
@@ -155,10 +147,7 @@ def knn_votes(
 
 
 def add_ensembles(chances: dict[str, Tensor], sharpness: float = 5.0) -> dict[str, Tensor]:
-    """Each model's heads (N, K) mixed per image by w = softmax(-5 entropy): the surer weighs more.
-
-    AMoE: entropy-weighted ensemble
-    """
+    """Heads (N, K) mixed per image by w = softmax(-5 entropy). AMoE: entropy-weighted ensemble"""
     mixed = {}
     for model, heads in head_groups(chances).items():
         # They must be calibrated: softmax of bare cosines has entropy log K whatever they say,
@@ -169,42 +158,36 @@ def add_ensembles(chances: dict[str, Tensor], sharpness: float = 5.0) -> dict[st
     return chances | mixed
 
 
-# ---- Zero-shot
-
-
 def zero_shot(
     train: FeatureSet, test: FeatureSet, text: str, prompts: str = "", per_class: bool = False
 ) -> Rows:
-    """Accuracy of the nearest class text, its templates averaged at unit length. AMoE: zero-shot
-
-    Args: text: see `text_encoder`. prompts: see `class_texts`.
-    """
+    """Accuracy of the nearest of `class_texts`, averaged at unit length. AMoE: zero-shot"""
     test = comparable(train, test, by_label=True)
     names, train_N, test_N = class_ids(train, test)
     head, embed = text_encoder(text, [sample.caption or "" for sample in train.samples])
-    groups = class_texts(prompts, names, train)
-    class_KD = torch.stack([F.normalize(embed(group)).mean(0) for group in groups])
+    texts = class_texts(prompts, names, train)
+    class_KD = torch.stack([F.normalize(embed(of_class)).mean(0) for of_class in texts])
     scores = cosines(train, test, (class_KD, class_KD), head, embed)
     # The ensemble compares heads by their entropy, so each needs its own temperature.
     heat = {column: calibrate(train_NK, train_N) for column, (train_NK, _) in scores.items()}
     chances = {c: (test_NK / heat[c]).softmax(1) for c, (_, test_NK) in scores.items()}
-    rows = accuracies(add_ensembles(chances), test_N, names if per_class else ())
-    return {column: row | {"temperature": heat.get(column)} for column, row in rows.items()}
+    hits = {c: x_NK.argmax(1) == test_N for c, x_NK in add_ensembles(chances).items()}
+    shown = names if per_class else ()
+    return {c: accuracy(x, test_N, shown) | {"temperature": heat.get(c)} for c, x in hits.items()}
 
 
 # ---- Fidelity to the teachers
 
 
 class Fidelity:
-    """How near features are to a teacher's; `fidelity` compares all heads by it.
+    """How near features are to a teacher's; `fidelity` measures all heads by it.
 
     value     1 - MSE / variance of the teacher's held-out features, every channel scaled by its
               own deviation in training: the variance explained, each channel counting the same
     fidelity  Var(teacher) / MSE as they are, over all elements (RADIO release, mode_switching.py)
     centred   cosine after the training mean is taken off both; a bare cosine is mostly that mean
 
-    Args: teacher_train: the teacher's features of the training pictures, (M, C) each. Their mean,
-        `mean_C`, is the best that can be said of every picture alike.
+    `mean_C`, of the teacher's training pictures (M, C), is the best constant to say of all alike.
     """
 
     def __init__(self, teacher_train: Sequence[Tensor]):
@@ -225,7 +208,7 @@ class Fidelity:
         return [(s_MC - t_MC).square().mean(0), t_MC.mean(0), t_MC.square().mean(0), cosines]
 
     def report(self, pairs: Iterable[Sequence[Tensor]]) -> dict[str, Any]:
-        """Figures over held-out images, each (student (M, C) or (1, C), teacher (M, C))."""
+        """Figures over held-out images, each (student (M, C), teacher (M, C))."""
         images = zip(*(self.moments(*pair) for pair in pairs), strict=True)
         error_NC, mean_NC, square_NC, cosine_N2 = map(torch.stack, images)
         # The variance is around the held-out pictures' own mean, also in the interval's draws:
@@ -236,13 +219,11 @@ class Fidelity:
         if parts_N2[:, 1].mean() <= 1e-12 * (square_NC * self.scale_C).mean():
             parts_N2[:, 1] = 0  # what is left of equal numbers
         variance, mse = float(square_NC.mean() - mean_NC.mean() ** 2), float(error_NC.mean())
-        row = {"fidelity": variance / mse if mse else math.inf}
-        row |= dict(zip(("cosine", "centred_cosine"), cosine_N2.mean(0).tolist(), strict=True))
-        explained = bootstrap(
-            parts_N2,
-            lambda means: 1 - means[..., 0] / means[..., 1],
-            why="the teacher says the same of all held-out pictures",
-        )
+        cosine, centred = cosine_N2.mean(0).tolist()
+        row = {"fidelity": variance / mse if mse else math.inf, "cosine": cosine}
+        row["centred_cosine"] = centred
+        why = "the teacher says the same of all held-out pictures"
+        explained = bootstrap(parts_N2, lambda means: 1 - means[..., 0] / means[..., 1], why=why)
         return finite(row, fidelity="there is no error to divide by") | explained
 
 
@@ -276,8 +257,8 @@ def comparable(train: FeatureSet, test: FeatureSet, by_label: bool = False) -> F
     Those left out go into `test.skipped`. Raises: ValueError if none is left.
     """
     seen = {sample.digest: sample.key for sample in train.samples}
-    classes, why = {sample.label for sample in train.samples}, dict[int, str]()
-    by_label = by_label and None not in classes
+    classes = {sample.label for sample in train.samples}
+    by_label, why = by_label and None not in classes, dict[int, str]()
     for i, sample in enumerate(test.samples):
         if sample.digest in seen:
             why[i] = "in both train and test"
@@ -311,12 +292,12 @@ def head_groups(names: Iterable[str]) -> dict[str, list[str]]:
     return {model: heads for model, heads in groups.items() if len(heads) > 1}
 
 
-def split(n: int, fraction: float = 0.2, seed: int = 0) -> tuple[list[int], list[int]]:
-    """(fit, held): settings are chosen on a part of the training pictures, never on the test."""
+def split(n: int) -> tuple[list[int], list[int]]:
+    """(fit, held), four fifths and one: settings are chosen in training, never on the test."""
     if n < 2:
         raise ValueError(f"{n} training pictures can't be split to choose a setting; 2 at least")
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
-    held = max(1, round(n * fraction))
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(0)).tolist()
+    held = max(1, round(n * 0.2))
     return order[held:], order[:held]
 
 
@@ -324,10 +305,7 @@ def split(n: int, fraction: float = 0.2, seed: int = 0) -> tuple[list[int], list
 
 
 def finite(row: dict[Any, Any], **why: str) -> dict[Any, Any]:
-    """The row with None for each figure that has no denominator, and the reason of those in `why`.
-
-    JSON knows neither nan nor infinity. A mean leaves None out.
-    """
+    """The row with None for figures without a denominator (JSON has no nan), and why, if known."""
     lost = [k for k, x in row.items() if isinstance(x, float) and not math.isfinite(x)]
     reasons = [f"{k}: {why[k]}" for k in lost if k in why]
     return row | dict.fromkeys(lost) | ({"reason": "; ".join(reasons)} if reasons else {})
@@ -338,21 +316,18 @@ def bootstrap(
 ) -> dict[str, Any]:
     """A figure with its 95 % percentile interval over images, of 1,000 draws.
 
-    Args:
-        parts_NP: what each image adds (hits, intersections, squared errors, ...).
-        statistic: mean parts (..., P) -> figure (...,), not finite where it has no denominator.
-        why: reason for such a value, which is None.
+    It is `statistic`: mean parts (..., P) -> (...,), of what each image adds (hits, errors, ...);
+    None, for the reason `why`, where that is not finite.
     """
     parts_NP, n = parts_NP.double(), len(parts_NP)
-    generator, values = torch.Generator().manual_seed(seed), []
+    generator, drawn = torch.Generator().manual_seed(seed), []
     for _ in range(10):  # in blocks of 100, so that 50,000 images fit in memory
-        times_RN = torch.zeros(100, n, dtype=torch.double)
         picks_RN = torch.randint(n, (100, n), generator=generator)
-        times_RN.scatter_add_(1, picks_RN, torch.ones_like(times_RN))
-        values.append(statistic(times_RN @ parts_NP / n))
-    drawn = torch.cat(values)
-    drawn[~drawn.isfinite()] = torch.nan
-    low, high = drawn.nanquantile(torch.tensor([0.025, 0.975]).double()).tolist()
+        times_RN = torch.stack([picks_N.bincount(minlength=n) for picks_N in picks_RN]).double()
+        drawn.append(statistic(times_RN @ parts_NP / n))
+    drawn_R = torch.cat(drawn)
+    drawn_R[~drawn_R.isfinite()] = torch.nan
+    low, high = drawn_R.nanquantile(torch.tensor([0.025, 0.975]).double()).tolist()
     value = float(statistic(parts_NP.mean(0)))
     return finite({"value": value, "low": low, "high": high, "n": n}, value=why)
 
@@ -361,15 +336,9 @@ def accuracy(hits_N: Tensor, targets_N: Tensor | None = None, names: Sequence[st
     """Share of hits with its interval; with names, per class too."""
     row = bootstrap(hits_N.double()[:, None], lambda means: means[..., 0])
     if names and targets_N is not None:
-        hits = {name: hits_N[targets_N == i].double() for i, name in enumerate(names)}
-        row |= by_class({name: float(x.mean()) for name, x in hits.items()})
+        hits = [hits_N[targets_N == i].double().mean() for i in range(len(names))]
+        row |= by_class(dict(zip(names, map(float, hits), strict=True)))
     return row
-
-
-def accuracies(chances: Mapping[str, Tensor], targets_N: Tensor, names: Sequence[str]) -> Rows:
-    """Of every column's likeliest class, by its chances or votes (N, K); see `accuracy`."""
-    hits = {column: x_NK.argmax(1) == targets_N for column, x_NK in chances.items()}
-    return {column: accuracy(hits_N, targets_N, names) for column, hits_N in hits.items()}
 
 
 def by_class(figures: dict[Any, float]) -> dict[str, Any]:
@@ -385,10 +354,9 @@ TextEncoder = Callable[[Sequence[str]], Tensor]  # n strings -> (n, D)
 
 
 def retrieval(train: FeatureSet, test: FeatureSet, text: str) -> Rows:
-    """R@1, 5, 10 of captions by images and of images by captions, per column and ensemble.
+    """R@1, 5, 10 of captions by images and of images by captions. AMoE: image-text retrieval
 
     An ensemble weighs its heads by their entropy over what is searched, in either direction.
-    AMoE: image-text retrieval
     """
     test = comparable(train, test)
     if test.broken:
@@ -399,10 +367,8 @@ def retrieval(train: FeatureSet, test: FeatureSet, text: str) -> Rows:
     scores = cosines(train, test, (embed(train_texts), embed(texts)), head, embed)
     rows: Rows = {}
     for way in ("texts by images", "images by texts"):
-        chances = {}
-        for column, (train_NK, test_NK) in scores.items():
-            heat = calibrate(train_NK, is_train.int().argmax(1))
-            chances[column] = (test_NK / heat).softmax(1)
+        first_N = is_train.int().argmax(1)
+        chances = {c: (y / calibrate(x, first_N)).softmax(1) for c, (x, y) in scores.items()}
         for (column, chance), k in product(add_ensembles(chances).items(), (1, 5, 10)):
             rows[f"{column} {way} R@{k}"] = accuracy(recall_hits(chance, is_pair, k))
         scores = {column: [side.T for side in sides] for column, sides in scores.items()}
@@ -413,8 +379,11 @@ def retrieval(train: FeatureSet, test: FeatureSet, text: str) -> Rows:
 def caption_pairs(found: FeatureSet, side: str) -> tuple[list[str], Tensor]:
     """Distinct captions (a line each) and which image has which, (N, K) bool."""
     owned = [caption.splitlines() for caption in known(found, "caption", side)]
-    texts = sorted({line for lines in owned for line in lines})
-    return texts, torch.tensor([[text in lines for text in texts] for lines in map(set, owned)])
+    place = {text: k for k, text in enumerate(sorted({line for lines in owned for line in lines}))}
+    is_pair_NK = torch.zeros(len(owned), len(place), dtype=torch.bool)
+    for row, lines in zip(is_pair_NK, owned, strict=True):
+        row[[place[line] for line in lines]] = True
+    return list(place), is_pair_NK
 
 
 def recall_hits(scores_NK: Tensor, is_pair_NK: Tensor, k: int) -> Tensor:
@@ -428,7 +397,7 @@ def cosines(
 ) -> dict[str, list[Tensor]]:
     """Per column, the cosines (N, K) of the training and the test images with their texts.
 
-    Args: head: the one that lives in the texts' space; all others are mapped there by `aligned`.
+    All heads but `head`, which lives in the texts' space, are mapped there by `aligned`.
     """
     found = {}
     for column, x_NC in train.summary.items():
@@ -442,10 +411,7 @@ def cosines(
 
 
 def aligned(x_NC: Tensor, text_ND: Tensor) -> Callable[[Tensor], Tensor]:
-    """A ridge map from image features to text embeddings, for columns that never met the texts.
-
-    Fitted on training pairs, its penalty chosen on a split of them (we chose).
-    """
+    """A ridge map from image features to texts, for columns that never met the texts (we chose)."""
     mean_C, mean_D = x_NC.mean(0).double(), text_ND.mean(0).double()
     x_NC, text_ND = x_NC.double() - mean_C, text_ND.double() - mean_D
 
@@ -470,9 +436,8 @@ def calibrate(scores_NK: Tensor, targets_N: Tensor) -> float:
 def text_encoder(spec: str, captions: Sequence[str]) -> tuple[str, TextEncoder]:
     """(name of the head that lives in the texts' space, encoder).
 
-    Args:
-        spec: NAME=PATH of a teacher with a text tower; [NAME=]FILE.npz with arrays `texts` and
-            `embeddings`; or "bow", a bag of words over the training captions.
+    Args: spec: NAME=PATH of a teacher with a text tower; [NAME=]FILE.npz with arrays `texts` and
+        `embeddings`; or "bow", a bag of words over the training captions.
     """
     name, _, path = spec.rpartition("=")
     if spec == "bow":
@@ -492,7 +457,8 @@ def text_encoder(spec: str, captions: Sequence[str]) -> tuple[str, TextEncoder]:
 
 def _cached_text(teacher: Any, texts: Sequence[str]) -> Tensor:
     """A tower's embeddings, kept on disk under the hash of its weights and the texts."""
-    key = hashlib.sha256(json.dumps([teacher.fingerprint, list(texts)]).encode()).hexdigest()
+    facts = [teacher.fingerprint, teacher.text_tower().fingerprint, list(texts)]
+    key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
     path = packing.cache_home() / "text" / f"{key}.npy"
     if not path.exists():
         rows = [teacher.text(list(texts[i : i + 256])).cpu() for i in range(0, len(texts), 256)]
@@ -570,25 +536,25 @@ def linear(train: FeatureSet, test: FeatureSet, per_class: bool = False) -> Rows
 
 
 def fit_probe(
-    x_MC: Tensor, y_M: Tensor, classes: int, rates: Sequence[float], l2: Sequence[float], seed=0
+    x_MC: Tensor, y_M: Tensor, classes: int, rates: Sequence[float], l2: Sequence[float]
 ) -> Probe:
     """Logistic regression by Adam, ten epochs, all settings (rate, l2) in the same pass.
 
     BatchNorm's statistics are those of the whole set, so batches change nothing in it.
     """
     mean_C, scale_C = x_MC.mean(0), x_MC.std(0).clamp_min(1e-6).reciprocal()
-    z_MC, generator = (x_MC - mean_C) * scale_C, torch.Generator().manual_seed(seed)
-    weight_CGK = torch.zeros(x_MC.shape[1], len(rates), classes, requires_grad=True)
+    z_MC, generator = (x_MC - mean_C) * scale_C, torch.Generator().manual_seed(0)
+    n, width = x_MC.shape
+    weight_CGK = torch.zeros(width, len(rates), classes, requires_grad=True)
     bias_GK = torch.zeros(len(rates), classes, requires_grad=True)
     adam = torch.optim.Adam([weight_CGK, bias_GK], lr=1.0)
     # Adam's steps do not depend on the gradient's scale: a factor on a weight is its own rate.
     rate_G1, l2_G1 = torch.tensor(rates)[:, None], torch.tensor(l2)[:, None]
-    steps = max(200, 10 * len(x_MC) // 1024)
+    steps = max(200, 10 * n // 1024)
     for step in range(steps):
         adam.param_groups[0]["lr"] = 0.5 + 0.5 * math.cos(math.pi * step / steps)
-        rows: Any = slice(None)  # all of a small set
-        if len(x_MC) > 1024:
-            rows = torch.randint(len(x_MC), (1024,), generator=generator)
+        # Batches of a large set, all of a small one.
+        rows = torch.randint(n, (1024,), generator=generator) if n > 1024 else slice(None)
         scaled_CGK = weight_CGK * rate_G1
         logits = rearrange(z_MC[rows] @ scaled_CGK.flatten(1), "m (g k) -> m k g", k=classes)
         logits = logits + (bias_GK * rate_G1).T
@@ -608,9 +574,8 @@ def segmentation(
 ) -> Rows:
     """mIoU of a linear probe on frozen patches, over the classes present, at the masks' own size.
 
-    AMoE: segmentation, but settings are chosen on the training pictures and all pixels count.
-
-    Args: foreground: every class but 0 is one, and the figure is its IoU.
+    foreground: every class but 0 is one, and the figure is its IoU. AMoE: segmentation, but
+    settings are chosen on the training pictures and all pixels count.
     """
     test = comparable(train, test)
     masks, test_masks = _masks(train, "--train", foreground), _masks(test, "--test", foreground)
@@ -703,33 +668,29 @@ def iou(sums: Tensor, classes: int) -> Tensor:
 def fidelity(train: FeatureSet, test: FeatureSet) -> Rows:
     """Every head against the teacher of its name ("student/vit-s" against "teacher/vit-s").
 
-    Returns: a row for each head and part ("student/vit-s summary", "student/vit-s patches"), for a
-        constant, the teacher's mean in training ("constant/vit-s summary", ...), and the mean of
-        the variance explained over a model's parts ("student mean", "constant mean"). The heads of
-        the random control do not answer in a teacher's space and have none.
+    Rows of each head and part ("student/vit-s summary", "student/vit-s patches"), of the teacher's
+    mean in training ("constant/vit-s summary", ...), and of the mean over a model's parts ("student
+    mean"). The random control has none: its heads do not answer in a teacher's space.
     """
     rows: Rows = {}
-    constants: Rows = {}
     sides = []
     for found in (train, test):  # a summary is a map of one token
         summaries = {name: list(x_NC[:, None, None]) for name, x_NC in found.summary.items()}
         sides.append({"summary": summaries, "patches": found.patches})
     for teacher, part in product(test.patches, sides[0]):
         (bank, seen), head = (side[part] for side in sides), teacher.removeprefix("teacher/")
-        names = [x for x in seen if x.partition("/")[2] == head and x != f"random/{head}"]
-        if teacher not in names or len(names) == 1:
+        of_head = [name for name in seen if name.partition("/")[2] == head]
+        said = {x: seen[x] for x in of_head if x not in (teacher, f"random/{head}")}
+        if teacher not in of_head or not said:
             continue
         measure = Fidelity([x.flatten(0, 1) for x in bank[teacher]])
-        for name in names:
-            if name != teacher:
-                pairs = zip(seen[name], seen[teacher], strict=True)
-                tokens = ([x.flatten(0, 1) for x in same_grid(*pair)] for pair in pairs)
-                rows[f"{name} {part}"] = measure.report(tokens)
-        same = ((measure.mean_C[None], x.flatten(0, 1)) for x in seen[teacher])
-        constants[f"constant/{head} {part}"] = measure.report(same)
+        said[f"constant/{head}"] = [measure.mean_C.expand(x.shape) for x in seen[teacher]]
+        for name, maps in said.items():
+            pairs = (same_grid(*pair) for pair in zip(maps, seen[teacher], strict=True))
+            rows[f"{name} {part}"] = measure.report([x.flatten(0, 1) for x in p] for p in pairs)
     if not rows:
         raise ValueError(f"no head is named after a teacher among {sorted(test.patches)}")
-    rows |= constants
+    rows = dict(sorted(rows.items(), key=lambda row: row[0].startswith("constant/")))
     for model in sorted({name.partition("/")[0] for name in rows}):
         values = [row["value"] for name, row in rows.items() if name.startswith(f"{model}/")]
         values = [value for value in values if value is not None] or [math.nan]
@@ -741,32 +702,26 @@ def fidelity(train: FeatureSet, test: FeatureSet) -> Rows:
 def same_grid(*maps: Tensor) -> list[Tensor]:
     """Maps on the grid (min h, min w), as the losses compare them."""
     h, w = (min(x.shape[axis] for x in maps) for axis in (0, 1))
-    return [resize_map(x.float(), (h, w)) for x in maps]
+    return [resize_map(x.to(torch.promote_types(x.dtype, torch.float)), (h, w)) for x in maps]
 
 
 def resolution(sets: Mapping[int, FeatureSet], out: str = "") -> Rows:
     """Mode-switch curve and scale equivariance of the patches. RADIOv2.5: mode switching
 
-    A jump of a head's cosine error or fidelity from one size to the next is a mode switch.
-
-    Args:
-        sets: px -> the features of the same pictures, each with the area of a square of this side.
-        out: PNG for the curves, not drawn if empty.
+    `sets` are features of the same pictures by their size in px. A jump of a head's cosine error or
+    fidelity from one size to the next is a mode switch. `out` is a PNG to draw, or empty.
     """
     columns = next(iter(sets.values())).patches
-    rows = {
-        f"{c} scale variance": scale_variance([x.patches[c] for x in sets.values()])
-        for c in columns
-    }
-    curves: dict[str, list[tuple]] = {}
+    maps = {column: [found.patches[column] for found in sets.values()] for column in columns}
+    rows = {f"{column} scale variance": scale_variance(x) for column, x in maps.items()}
+    curves: dict[str, list[dict]] = {}
     for size, found in sets.items():
         for name, row in fidelity(found, found).items():
             head, _, part = name.rpartition(" ")
             if part == "patches":
-                near = {"value": 1 - row["cosine"], "fidelity": row["fidelity"]}
-                curves.setdefault(head, []).append(tuple(near.values()))
-                near |= {"reason": row["reason"]} if "reason" in row else {}
-                rows[f"{head} cosine error {size} px"] = near
+                more = {key: row[key] for key in ("fidelity", "reason") if key in row}
+                rows[f"{head} cosine error {size} px"] = {"value": 1 - row["cosine"]} | more
+                curves.setdefault(head, []).append(rows[f"{head} cosine error {size} px"])
     if out:
         plot_curves(list(sets), curves, out)
     return rows
@@ -775,9 +730,8 @@ def resolution(sets: Mapping[int, FeatureSet], out: str = "") -> Rows:
 def scale_variance(maps_by_size: Sequence[Sequence[Tensor]]) -> dict:
     """The share of the features' variance that comes from the input's size alone (0: equivariant).
 
-    Each image's maps at all sizes go to the smallest of their grids; the variance over the sizes,
-    mean over positions, channels and images, is divided by the whole variance around the mean
-    feature (our reading of RADIOv2.5: scale equivariance, whose formula is not public).
+    An image's maps go to their smallest grid; the variance over sizes, mean over all else, is
+    divided by that of all. RADIOv2.5: scale equivariance (our reading: no formula is public)
     """
     parts = []
     for maps in zip(*maps_by_size, strict=True):
@@ -791,15 +745,16 @@ def scale_variance(maps_by_size: Sequence[Sequence[Tensor]]) -> dict:
     return bootstrap(torch.stack(parts), share, why="the features are the same everywhere")
 
 
-def plot_curves(sizes: Sequence[int], curves: Mapping[str, Sequence], out: str) -> None:
+def plot_curves(sizes: Sequence[int], curves: Mapping[str, Sequence[dict]], out: str) -> None:
     """Cosine error and fidelity against the input's size, a line per head."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.5), layout="constrained")
-    for i, axis in enumerate(figure.subplots(1, 2)):
+    titles = {"value": "cosine error", "fidelity": "fidelity"}
+    for (key, title), axis in zip(titles.items(), figure.subplots(1, 2), strict=True):
         for head, points in curves.items():
-            axis.plot(sizes, [point[i] for point in points], marker="o", label=head)
-        axis.set(xlabel="input size, px", title=("cosine error", "fidelity")[i])
+            axis.plot(sizes, [point[key] for point in points], marker="o", label=head)
+        axis.set(xlabel="input size, px", title=title)
     axis.legend()
     figure.savefig(out, dpi=150)
 
@@ -812,7 +767,7 @@ def merging(train: FeatureSet, test: FeatureSet) -> Rows:
 
     Ways: "all" tokens, "merge" (ToMe), pixel "unshuffle" and "average", at 1/4 and 1/16 of them.
     Figures: patch kNN and segmentation with each token copied back to its places. All grids of a
-    column are one, of multiples of 4.
+    column are the same, of multiples of 4.
     """
     test, rows = comparable(train, test), {}
     for column in [c for c in train.patches if c.startswith("teacher/") or c == "student/trunk"]:
@@ -820,23 +775,20 @@ def merging(train: FeatureSet, test: FeatureSet) -> Rows:
         if h % 4 or w % 4:
             raise ValueError(f"{column} has a grid of {h}x{w}, no multiple of 4; change --size")
         for way, side in [("all", 1), *product(("merge", "unshuffle", "average"), (2, 4))]:
+            few, few_test = (with_few_tokens(x, column, way, side) for x in (train, test))
             name = f"{column} {h * w // side**2} tokens, {way}"
-            sides = [
-                replace(
-                    found,
-                    patches={name: [copied_back(x, way, side) for x in found.patches[column]]},
-                )
-                for found in (train, test)
-            ]
-            rows[f"{name}: foreground IoU"] = segmentation(*sides, foreground=True)[name]
-            rows[f"{name}: patch kNN"] = patch_knn(*sides, name)
+            foreground = segmentation(few, few_test, foreground=True)
+            rows[f"{name}: foreground IoU"] = foreground[column]
+            rows[f"{name}: patch kNN"] = patch_knn(few, few_test, column)
     return rows
 
 
-def copied_back(map_hwC: Tensor, way: str, side: int) -> Tensor:
-    """A map (h, w, C') in which each place has the token that stands for it, see `reduce_map`."""
-    tokens_KC, index_P = reduce_map(map_hwC, way, side)
-    return tokens_KC[index_P].unflatten(0, map_hwC.shape[:2])
+def with_few_tokens(found: FeatureSet, column: str, way: str, side: int) -> FeatureSet:
+    """The column alone, each place holding the token that stands for it, see `reduce_map`."""
+    maps = found.patches[column]
+    pairs = zip(maps, (reduce_map(x, way, side) for x in maps), strict=True)
+    back = [tokens_KC[index_M].unflatten(0, x.shape[:2]) for x, (tokens_KC, index_M) in pairs]
+    return replace(found, patches={column: back})
 
 
 def reduce_map(map_hwC: Tensor, way: str, side: int) -> tuple[Tensor, Tensor]:
@@ -868,22 +820,21 @@ class RawPixels:
     """Control without weights: the picture at 16x16 as summary, its 8x8 patches as tokens."""
 
     def encode(self, images: Sequence[Tensor]) -> list[Features]:
-        small = [resize(image, (16, 16)).flatten() - 0.5 for image in images]
-        return [Features({"": x}, {"": self.map(y)}) for x, y in zip(small, images, strict=True)]
-
-    def map(self, image: Tensor) -> Tensor:
-        height, width = packing.fit_size(image.shape[1], image.shape[2], patch=8)
-        patches_PX = packing.patchify(resize(image, (height, width)), 8)
-        return rearrange(patches_PX - 0.5, "(h w) x -> h w x", h=height // 8)
+        found = []
+        for image in images:
+            h, w = packing.fit_size(image.shape[1], image.shape[2], patch=8)
+            patches_MX = packing.patchify(resize(image, (h, w)), 8) - 0.5
+            map_hwX = rearrange(patches_MX, "(h w) x -> h w x", h=h // 8)
+            found.append(Features({"": resize(image, (16, 16)).flatten() - 0.5}, {"": map_hwX}))
+        return found
 
 
 @torch.no_grad()
 def random_control(student: Student, seed: int = 0) -> Student:
     """Control without training: the student's network with random weights, none of them zero.
 
-    A student as training starts from it would not do. Its blocks begin as the identity, so that it
-    says the same of every picture, and its 20-NN is the order of ties. Matrices that begin as zeros
-    are drawn with the usual deviation of 1 / sqrt(inputs).
+    As training starts, its blocks are the identity: it would say the same of every picture, and its
+    20-NN be the order of ties. Matrices of zeros are drawn with deviation 1 / sqrt(inputs).
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -915,14 +866,10 @@ def _gather(
     skipped = {key: why for _, part in parts for key, why in part.items()}
     rows = [records[i] for i in sorted(records)]
     dense = [n for n, (_, _, maps) in enumerate(rows) if maps]
-    return FeatureSet(
-        [sample for sample, _, _ in rows],
-        {c: torch.stack([x[c] for _, x, _ in rows]) for c in (rows[0][1] if rows else ())},
-        {c: [rows[n][2][c] for n in dense] for c in (rows[dense[0]][2] if dense else ())},
-        dense,
-        at_scan | skipped,
-        [*skipped],
-    )
+    samples = [sample for sample, _, _ in rows]
+    summary = {c: torch.stack([x[c] for _, x, _ in rows]) for c in (rows[0][1] if rows else ())}
+    patches = {c: [rows[n][2][c] for n in dense] for c in (rows[dense[0]][2] if dense else ())}
+    return FeatureSet(samples, summary, patches, dense, at_scan | skipped, [*skipped])
 
 
 def at_size(sample: Sample, size: Any) -> Sample:
@@ -949,15 +896,11 @@ def first_pictures(source: Any, count: int) -> tuple[list[Sample], dict[str, str
 def pca_sheet(
     path: Any, pictures: Sequence[Sample], encoders: Any, sizes: Sequence[Any] = (None,), cell=160
 ) -> None:
-    """Write a sheet: a row per picture, a column per map of features, in the colours of its PCA.
+    """Write a sheet: a row per picture, a column per map of `encoders` and input size (`at_size`).
 
-    Colours mean the same in a whole column, and in a student's head the same as in the teacher of
-    its name: its maps are drawn in the teacher's axes, only scaled by themselves.
-
-    Args:
-        encoders: any form that `encode` takes; its columns' names become the titles.
-        sizes: input sizes, see `at_size`; each gives a column per map.
-        cell: width of a shown picture, px.
+    Colours are the maps' PCA. They mean the same in a whole column, and in a student's head the
+    same as in the teacher of its name: its maps are drawn in the teacher's axes, only scaled by
+    themselves. A picture is `cell` px wide.
     """
     columns = {"picture": [Image.fromarray(sample.image) for sample in pictures]}
     axes: dict[str, Tensor] = {}
@@ -973,11 +916,8 @@ def pca_sheet(
 
 
 def pca_axes(maps: Sequence[Tensor]) -> Tensor:
-    """(C, 4): the axis from ground to objects, then the three main axes among the objects.
-
-    The first axis of all tokens parts objects from ground where a network knows them; it points
-    away from the pictures' borders.
-    """
+    """(C, 4): the axis from ground to objects, which is the first one of all tokens and points away
+    from the pictures' borders; then the three main axes among the objects."""
     tokens_MC = torch.cat([x.flatten(0, 1) for x in maps])
     inner_MC = torch.cat([x[1:-1, 1:-1].flatten(0, 1) for x in maps])
     object_C = main_axes(tokens_MC)[:, 0]
@@ -1006,8 +946,7 @@ def pca_pictures(maps: Sequence[Tensor], axes_C4: Tensor, width: int) -> list[Im
     scores_M4 = torch.cat([x.flatten(0, 1) for x in maps]) @ axes_C4
     is_inside_M = is_object(scores_M4[:, 0])
     low_4, high_4 = scores_M4[is_inside_M].quantile(torch.tensor([0.03, 0.97]), dim=0)
-    for end_4, is_part_M in ((low_4, ~is_inside_M), (high_4, is_inside_M)):
-        end_4[0] = scores_M4[is_part_M, 0].mean().nan_to_num()
+    low_4[0], high_4[0] = (scores_M4[x, 0].mean().nan_to_num() for x in (~is_inside_M, is_inside_M))
     range_4 = (high_4 - low_4).clamp_min(1e-6)  # a collapsed student has no range
     pictures = []
     for map_hwC in maps:
@@ -1050,8 +989,7 @@ def write_features(
 
     COLUMN-00000.summary.npy is (n, C) float32; with maps, COLUMN-00000.patches.npy is (tokens, C)
     float16, images end to end. 00000.json, written last, names the pictures and their grids.
-
-    Returns: a row per shard, and the pictures left out, key -> reason.
+    Returns a row per shard, and the pictures left out, key -> reason.
     """
     folder, rows, skipped = Path(out), {}, dict[str, str]()
     state = [source.fingerprint(), *map(identity, models.values()), maps, size, shard]
@@ -1080,13 +1018,8 @@ def _write_shard(found: FeatureSet, index: Path, made_from: str) -> None:
         write_array(index.with_name(f"{column.replace('/', '.')}-{index.stem}.{kind}.npy"), array)
     grids = {column: [list(x.shape[:2]) for x in maps] for column, maps in found.patches.items()}
     about = ("key", "digest", "label", "caption")
-    pictures = [{name: getattr(sample, name) for name in about} for sample in found.samples]
-    record = {
-        "made_from": made_from,
-        "pictures": pictures,
-        "grids": grids,
-        "skipped": found.skipped,
-    }
+    record: dict = {"made_from": made_from, "grids": grids, "skipped": found.skipped}
+    record["pictures"] = [{name: getattr(x, name) for name in about} for x in found.samples]
     packing.write_whole(index, json.dumps(record, allow_nan=False).encode())
 
 
@@ -1102,10 +1035,7 @@ def identity(model: Any) -> str:
         return " ".join(f"{name} {identity(part)}" for name, part in model.items())
     if hasattr(model, "fingerprint"):
         return model.fingerprint
-    total = hashlib.sha256()
-    for tensor in model.state_dict().values():
-        total.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return total.hexdigest()
+    return hash_weights(model)
 
 
 # ---- Reports
@@ -1116,10 +1046,8 @@ def final_report(
 ) -> dict[str, Any]:
     """What a training run shows: kNN, fidelity and foreground IoU on held-out pictures.
 
-    Args:
-        control: a `random_control` of the student.
-        teachers: by the names of the student's heads; cached ones must hold both sources.
-        limit: pictures of each source that are used at most, evenly spread.
+    `control` is a `random_control` of the student. Teachers go by the names of its heads; cached
+    ones must hold both sources. `limit` pictures of each source at most are used, evenly spread.
     """
     if not len(test_source):
         return {"left out": {"the report": "no picture is held out"}, "skipped": {}}
@@ -1142,27 +1070,24 @@ def final_report(
 def format_table(report: Mapping[str, Any]) -> str:
     """The report of `final_report` as text for a terminal or a README."""
     titles = {
-        "knn": ("20-NN accuracy",),
-        "foreground": ("foreground IoU, linear probe",),
-        "fidelity": ("variance of the teacher explained", ("centred_cosine", "fidelity")),
+        "knn": "20-NN accuracy",
+        "foreground": "foreground IoU, linear probe",
+        "fidelity": "variance of the teacher explained",
     }
-    tables = [
-        format_rows(title, report[name], *keys)
-        for name, (title, *keys) in titles.items()
-        if name in report
-    ]
+    tables = [format_rows(titles[name], report[name]) for name in titles if name in report]
     missing = [f"{name}: {why}" for name, why in report["left out"].items()]
     missing += packing.left_out(report.get("skipped", {}), 3)
     return "\n\n".join([*tables, *(f"left out: {line}" for line in missing)])
 
 
-def format_rows(title: str, rows: Rows, keys: Sequence[str] = ()) -> str:
-    """Rows as a table: name, value, interval, what else `keys` asks for, why one is missing."""
+def format_rows(title: str, rows: Rows) -> str:
+    """Rows as a table: name, value, interval, other measures of fidelity, why one is missing."""
 
     def shown(value: float | None, width: int) -> str:
         return f"{'-':>{width}}" if value is None else f"{min(value, 1e6):{width}.3f}"
 
     width = max(map(len, [title, *rows])) + 2
+    keys = [k for k in ("centred_cosine", "fidelity") if any(k in row for row in rows.values())]
     lines = [f"{title:<{width}}   value   95 % interval" + "".join(f"{key:>19}" for key in keys)]
     for name, row in rows.items():
         span = f"{row['low']:.3f} to {row['high']:.3f}" if row.get("low") is not None else ""
@@ -1181,10 +1106,8 @@ def on_features(protocol: Callable[..., Rows], dense: int | None = 0) -> Callabl
     def run(args: argparse.Namespace, models: Any, train: Any, test: Any) -> tuple:
         needs = TASKS[args.task][0]
         sizes = args.sizes if "sizes" in needs else [args.size]
-        pairs = product([train, test] if "train" in needs else [test], sizes)
-        sets = [
-            extract(models, x, dense, size, title=f"{x.name} {size or ''}") for x, size in pairs
-        ]
+        asked = product([train, test] if "train" in needs else [test], sizes)
+        sets = [extract(models, x, dense, px, title=f"{x.name} {px or ''}") for x, px in asked]
         rows = protocol(args, *sets)
         return rows, {key: why for found in sets for key, why in found.skipped.items()}
 
@@ -1265,16 +1188,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     args, start = parse_args(argv), time.time()
     try:
         group = packing.setup_distributed(device=args.device)
-        sources = [
-            spec and packing.open_source(spec, args.seed) for spec in (args.train, args.test)
-        ]
+        sources = [x and packing.open_source(x, args.seed) for x in (args.train, args.test)]
         rows, skipped = TASKS[args.task][1](args, load_models(args, group.device), *sources)
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"eval.py {args.task}: {error}")
     if group.rank == 0:
         print(format_rows(args.task, rows))
-        counts = [source and len(source) for source in sources]
-        result = {"task": args.task, "n_train": counts[0], "n_test": counts[1], "rows": rows}
+        n_train, n_test = (source and len(source) for source in sources)
+        result = {"task": args.task, "n_train": n_train, "n_test": n_test, "rows": rows}
         result |= {"skipped": skipped, "seconds": round(time.time() - start, 1)}
         print(json.dumps(result, allow_nan=False))
     if dist.is_initialized():

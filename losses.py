@@ -82,6 +82,7 @@ def patch_loss(
         raise ValueError(f"grids {student_grids} do not add up to {len(student_MC)} tokens")
     if not teacher:
         return student_MC.sum(1)  # (0,), with a graph as any other batch
+    # The grids of student and teacher differ, and so do those of the images: one by one.
     images = zip(student_MC.split(sizes), student_grids, teacher, strict=True)
     pairs = [align(x.unflatten(0, grid), y.detach().to(x)) for x, grid, y in images]
     student_MC = torch.cat([x.flatten(0, 1) for x, _ in pairs])
@@ -151,7 +152,7 @@ def relations(student_BC: Tensor, teacher_BC: Tensor, normalizer: str) -> tuple[
         teacher_Q = pair_distances(teacher_BC.detach())
     # What AMoE divides by is not known to us: we chose each side's own mean, as in RKD.
     scale = teacher_Q.mean()
-    own = student_Q.mean() if normalizer == "own" else scale
+    own = student_Q.mean() if normalizer == "own" else scale  # not detached: RKD would explode
     # Where all rows of the teacher are equal there is no relation to teach: all becomes 0.
     own = torch.where((scale > 0) & (own > 0), own, math.inf)
     return student_Q / own, teacher_Q / torch.where(scale > 0, scale, math.inf)
@@ -220,19 +221,21 @@ class Normalizer:
             shift, scale, rotation_CC = self.fit(self.statistics)
             scale = torch.where(scale > 0, scale, 1.0)  # what never varies is only centred
             self.map = Affine(shift, scale, rotation_CC)
-        return self.map
+        return self.map  # kept: eigh is slow, and a refit may flip signs
 
     def normalize(self, x: Tensor) -> Tensor:
         """Teacher features (..., C) -> targets; float64 stays, all else becomes float32."""
         with torch.autocast(x.device.type, enabled=False):  # bfloat16 would blur the rotation
-            shift, scale, rotation_CC = moved(self.current(), precise(x))
-            return (precise(x) - shift) @ rotation_CC.T / scale
+            x = precise(x)
+            shift, scale, rotation_CC = moved(self.current(), x)
+            return (x - shift) @ rotation_CC.T / scale
 
     def denormalize(self, y: Tensor) -> Tensor:
         """Inverse of `normalize`, for targets or predictions of them."""
         with torch.autocast(y.device.type, enabled=False):
-            shift, scale, rotation_CC = moved(self.current(), precise(y))
-            return (scale * precise(y)) @ rotation_CC + shift
+            y = precise(y)
+            shift, scale, rotation_CC = moved(self.current(), y)
+            return (scale * y) @ rotation_CC + shift  # R is orthogonal: its transpose undoes it
 
     def fold_into(self, linear: nn.Linear) -> None:
         """Change a head's last layer in place so that its output is denormalised.
@@ -246,7 +249,7 @@ class Normalizer:
             raise ValueError("a Linear without bias cannot hold the mean; build the head with one")
         if linear.out_features % self.channels:
             raise ValueError(f"{linear.out_features} rows are no multiple of C={self.channels}")
-        map_outputs(linear, self.channels, self.denormalize)
+        map_outputs(linear, self.channels, self.denormalize)  # each of the g groups alike
 
     def unfold_from(self, linear: nn.Linear) -> None:
         """Inverse of `fold_into`: a layer that answers in teacher space becomes one to train."""
@@ -319,20 +322,21 @@ class PhiS(Normalizer):
 class TargetSpace:
     """One teacher's features as the losses see them: shrunk to the student's grid, normalised.
 
-    | part           | space                 | where                                             |
-    |----------------|-----------------------|---------------------------------------------------|
-    | patches        | PHI-S                 | fitted, normalised after `shrink`; `fold_into`    |
-    | summary        | PHI-S; raw for cosine | and `unfold_from` change the head's last layer    |
-    | pooled summary | made in the teacher's | they change what the frozen pool reads; train.py  |
-    |                | own, compared as any  | normalises what it answers                        |
-    | registers      | the teacher's own     | train.py denormalises the student's: its head's   |
-    |                |                       | last layer makes them with the patches            |
-    | ARKD distances | PHI-S                 | of the summaries that `__call__` gives: rotation  |
-    |                |                       | and one scale change no ratio of distances        |
-    | saved heads    | the teacher's own     | `fold_into` a copy; `unfold_from` when loaded     |
+    | part           | space of the loss        | where it gets there; what is folded, unfolded   |
+    |----------------|--------------------------|-------------------------------------------------|
+    | patches        | PHI-S                    | `__call__`, after `shrink`; head's last layer   |
+    | summary        | PHI-S; the teacher's for | `__call__`; head's last layer                   |
+    |                | cosine and angle losses  |                                                 |
+    | pooled summary | PHI-S; the frozen pool   | train.py normalises the student's; the pool's   |
+    |                | works in the teacher's   | keys and values hold the patches' inverse map   |
+    | registers      | the teacher's            | train.py denormalises the student's: the head's |
+    |                |                          | last layer makes them as it makes patches       |
+    | ARKD distances | PHI-S                    | of the summaries above: one rotation and scale  |
+    |                |                          | change no ratio of distances                    |
+    | saved heads    | the teacher's            | `fold_into` a copy; `unfold_from` to train on   |
 
-    Raw for the angle loss, too. Registers stay raw, as one of DINOv3's has several modes, which no
-    covariance describes (AMoE: the second; that all do is our choice: R numbers a picture are few).
+    Registers stay raw: one of DINOv3's has several modes, which no covariance describes (AMoE: the
+    second; that all do is our choice: by R numbers per picture little can be estimated).
     PHI-S Sec. 3; AMoE: PHI-S for patches and summaries
     """
 
@@ -344,10 +348,9 @@ class TargetSpace:
             is_angle = summary_loss in ("cosine", "angle")
             self.parts["summary"] = (Plain if is_angle else NORMALIZERS[kind])(summary_dim)
             self.dispersion = Dispersion(summary_dim) if summary_loss == "angle" else None
-        # All that has statistics, by the name of its state.
-        self.fitted: dict[str, Any] = self.parts | (
-            {"angle": self.dispersion} if self.dispersion else {}
-        )
+        self.fitted: dict[str, Any] = dict(self.parts)  # all that has statistics, as it is saved
+        if self.dispersion:
+            self.fitted["angle"] = self.dispersion
 
     def update(self, target: Any, grids: list[Grid]) -> None:
         """Add a teacher's raw output for B pictures, whose grids in the student are given.

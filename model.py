@@ -2,14 +2,20 @@
 
 AMoE (arXiv 2512.20157): RMS norms, golden 2-D RoPE, attention sinks, a mixture of experts in every
 block. RADIOv2.5 (arXiv 2412.07679): a plain LayerNorm ViT with a cropped table of positions and one
-CLS token per teacher. `ModelConfig` is the table of their differences; `Student` runs either one on
-a packed batch: the tokens of all images in one row, each image attending only to itself.
+CLS token per teacher. `Student` runs either one on a packed batch: the tokens of all images in one
+row, each image attending only to itself.
+
+Reading path: `ModelConfig`, `MODELS`; `FlashSinkAttention`; `GoldenPositions` (AMoE),
+`TablePositions` (RADIO); `PlainAttention` (RADIO), `SinkAttention` (AMoE); `MoE`; `FORMS`, where
+the two part; `Block`; `AdapterHead` (AMoE), `RadioHead`; `Student`; `merge_tokens`. Part II has
+`Layout` (which token lies where), kernels, our files, foreign weights, export and sizes.
 
 Legend (a suffix on a name gives its layout):
     B images, N packed tokens (prefix and patches), M patches of the pack, P patches of an image,
     X = 3*p*p numbers of a patch in (row, col, channel) order, D width, H heads, A width of a head,
-    J rotation frequencies of a head, E experts, K top-k, S = N*K token-expert pairs,
-    F hidden width of an expert, C teacher width, R registers, L layers.
+    J rotation frequencies of a head, L layers, R prefix of an image (CLS and registers), C teacher
+    width, E experts, K top-k (or tokens that merging keeps), S = N*K token-expert pairs, F hidden
+    width of an expert, G = 2F.
 """
 
 from __future__ import annotations
@@ -17,8 +23,8 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import hashlib
 import math
-import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +33,7 @@ from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -37,62 +43,79 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from packing import PackedBatch, fit_size, resize, to_device, to_float, to_rgb
+from packing import PackedBatch, fit_size, resize, to_device, to_float, to_rgb, write_whole
 
 HALF_RGB = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))  # mean, std
 CLIP_RGB = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 
 
-# ---- Part I, the papers: what the two forms and their sizes differ in
+# ---- Part I, the papers: sizes
 
 
 @dataclass(frozen=True)
 class HeadSpec:
-    """What the student predicts for one teacher.
-
-    kind 'adapter' (AMoE 1.6): one MLP for all token types, Linear-LayerNorm-GELU-Linear.
-    kind 'v1' or 'v2' (RADIO 1.4): one MLP for the summary and another for the patches.
-    """
+    """What the student predicts for one teacher; `AdapterSpec` or `RadioSpec` says with what."""
 
     name: str
-    dim: int | None  # width of the teacher's patch features; None: no patch features
-    summary_dim: int | None  # width of the teacher's summary; None: no summary (SAM)
-    kind: str = "adapter"
-    registers: bool = False  # adapter: also predict the teacher's registers (DINOv3)
-    pool: bool = False  # adapter: the summary is SigLIP2's frozen attention pooling of all tokens
-    split: bool = False  # adapter: an own last Linear for the summary, so PHI-S folds into each
-    bias: bool = False  # adapter: bias of the last Linear (a folded PHI-S needs it for the mean)
-    pool_hidden: int = 4304  # width of the MLP in the pooling head
-    pool_heads: int = 16  # attention heads of the pooling head
-    hidden: int = 0  # hidden width (of the patch MLP); adapter: 0 is dim, AMoE's own shape
-    summary_hidden: int = 1024  # v1, v2: the same of the summary MLP
-    inner: int = 0  # v1, v2: hidden layers (v1) or residual blocks (v2) of the patch MLP
-    summary_inner: int = 0  # the same of the summary MLP
-    pre_norm: bool = False  # v2: LayerNorm and GELU before the first Linear
-    upsample: int = 1  # v1, v2: patch features on a grid finer by this factor
-    token: int = 0  # index of the CLS token that the summary is read from
-    in_trunk_summary: bool = True  # RADIO: that CLS token is part of the trunk's summary
+    dim: int | None  # width of the teacher's patch features; None (RADIO): it has none
+    summary_dim: int | None  # width of the teacher's summary; None: it has none (SAM)
+    hidden: int = 0  # hidden width, RADIO: of the patch MLP; 0 (AMoE): dim
+    registers = pool = False  # fields of the kind that has the choice
+    token, upsample = 0, 1
 
     def __post_init__(self):
         if not self.name or "." in self.name or self.name == "trunk":
             raise ValueError(f"head name {self.name!r} is empty, has a dot or is 'trunk'")
-        if self.kind not in ("adapter", "v1", "v2"):
-            raise ValueError(f"head {self.name}: kind {self.kind!r} is not adapter, v1 or v2")
+
+
+@dataclass(frozen=True)
+class AdapterSpec(HeadSpec):
+    """AMoE: one MLP for all token types."""
+
+    registers: bool = False  # also predict the teacher's registers (DINOv3)
+    pool: bool = False  # the summary is SigLIP2's frozen attention pooling of all tokens
+    split: bool = False  # an own last Linear for the summary, so PHI-S folds into each
+    bias: bool = False  # of the last Linear (a folded PHI-S needs it for the mean)
+    pool_hidden: int = 4304  # width of the MLP in the pooling head
+    pool_heads: int = 16  # attention heads of the pooling head
+    pool_eps: float = 1e-6  # of its norm: SigLIP2's own; the AMoE release has 1e-5
+
+    def __post_init__(self):
+        super().__post_init__()
         one_width = self.split or self.summary_dim in (self.dim, None)
         pool_fits = not self.pool or (self.summary_dim == self.dim and not self.split)
-        if self.kind == "adapter" and not (self.dim and one_width and pool_fits):
+        if not (self.dim and one_width and pool_fits):
             raise ValueError(
-                f"head {self.name}: summary_dim={self.summary_dim}, dim={self.dim}, split="
-                f"{self.split}, pool={self.pool}: an adapter needs dim, split=True for another "
-                "summary_dim, and the same dim without split for pool"
+                f"head {self.name}: summary_dim={self.summary_dim}, dim={self.dim}, "
+                f"split={self.split}, pool={self.pool}: an adapter needs dim, split=True for "
+                "another summary_dim, and the same dim without split for pool"
             )
+
+
+@dataclass(frozen=True)
+class RadioSpec(HeadSpec):
+    """RADIO: one MLP for the summary and another for the patches."""
+
+    hidden: int = 1024  # no paper states it, we chose
+    kind: str = "v2"  # of both MLPs: v1 plain, v2 residual
+    summary_hidden: int = 1024
+    inner: int = 0  # hidden layers (v1) or residual blocks (v2) of the patch MLP
+    summary_inner: int = 0  # the same of the summary MLP
+    upsample: int = 1  # patch features on a grid finer by this factor
+    token: int = 0  # index of the CLS token that the summary is read from
+    in_trunk_summary: bool = True  # that CLS token is part of the trunk's summary
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.kind not in ("v1", "v2"):
+            raise ValueError(f"head {self.name}: kind {self.kind!r} is not v1 or v2")
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """One row of the table of sizes, and the choices that make a form."""
 
-    form: str  # 'amoe' or 'radio'
+    form: str  # 'amoe' or 'radio', a key of FORMS
     dim: int
     n_layers: int
     n_heads: int
@@ -111,24 +134,25 @@ class ModelConfig:
     patch_bias: bool = False  # RADIO: ViT-g only
     position_grid: int = 0  # RADIO: side of the table of positions, in patches
     feature_normalizer: bool = False  # RADIO: the '-norm' releases standardise patch features
-    rope_min: float = 1.0  # AMoE: smallest and largest angular frequency, AMoE 1.3
+    rope_min: float = 1.0  # AMoE: smallest and largest angular frequency
     rope_max: float = 20.0
     pixel_mean: tuple[float, ...] = HALF_RGB[0]
     pixel_std: tuple[float, ...] = HALF_RGB[1]
 
     def __post_init__(self):
-        if self.form not in ("amoe", "radio"):
-            raise ValueError(f"form {self.form!r} is neither 'amoe' nor 'radio'")
-        if self.head_dim % 8 or not 0 < self.head_dim <= 256:  # the rotation wants multiples of 4
-            raise ValueError(f"head_dim={self.head_dim} is not a multiple of 8 up to 256: no CUDA "
-                             "attention kernel takes it")  # fmt: skip
-        if bool(self.experts) != bool(self.top_k) or not 0 <= self.top_k <= self.experts:
-            raise ValueError(f"top_k={self.top_k} does not fit experts={self.experts}")
-        if self.form == "radio" and (self.experts or not self.position_grid):
+        has_table = self.position_grid > 0
+        fits = {"amoe": self.cls_tokens == 1, "radio": has_table and not self.experts}
+        if not fits.get(self.form):
             raise ValueError(
-                f"form 'radio' has a position table and no experts, got "
+                "a form is 'amoe', with one CLS token, or 'radio', with a position table and no "
+                f"experts; got {self.form!r}, cls_tokens={self.cls_tokens}, "
                 f"position_grid={self.position_grid}, experts={self.experts}"
             )
+        if self.head_dim % 8 or not 0 < self.head_dim <= 256:  # the rotation wants multiples of 4
+            text = "is not a multiple of 8 up to 256: no CUDA attention kernel takes it"
+            raise ValueError(f"head_dim={self.head_dim} {text}")
+        if bool(self.experts) != bool(self.top_k) or not 0 <= self.top_k <= self.experts:
+            raise ValueError(f"top_k={self.top_k} does not fit experts={self.experts}")
         names = [head.name for head in self.heads]
         if len(set(names)) < len(names):
             raise ValueError(f"head names repeat: {names}")
@@ -142,13 +166,14 @@ class ModelConfig:
 
     @property
     def summary_tokens(self) -> tuple[int, ...]:
-        """Indices of the CLS tokens that make the trunk's summary, RADIO 1.3."""
-        if self.form == "amoe" or self.cls_tokens == 1:
+        """Indices of the CLS tokens that make the trunk's summary. RADIO release."""
+        if self.cls_tokens == 1:
             return (0,)
-        return tuple(dict.fromkeys(head.token for head in self.heads if head.in_trunk_summary))
+        read = [head for head in self.heads if isinstance(head, RadioSpec)]
+        return tuple(dict.fromkeys(head.token for head in read if head.in_trunk_summary))
 
 
-def with_heads(config: ModelConfig, heads: Sequence[HeadSpec]) -> ModelConfig:
+def with_heads(config: ModelConfig, heads: Sequence[Any]) -> ModelConfig:
     """The same trunk with other teacher heads; RADIO with a CLS per teacher gets one for each."""
     if config.cls_tokens > 1:
         heads = [replace(head, token=i) for i, head in enumerate(heads)]
@@ -156,113 +181,52 @@ def with_heads(config: ModelConfig, heads: Sequence[HeadSpec]) -> ModelConfig:
     return replace(config, heads=tuple(heads))
 
 
-def _amoe(*sizes, **more):
-    siglip2 = HeadSpec("siglip2", 1152, 1152, pool=True)
-    dinov3 = HeadSpec("dinov3", 1024, 1024, registers=True)
-    return ModelConfig("amoe", *sizes, (siglip2, dinov3), **more)
+def _demo(*teachers):
+    return tuple(AdapterSpec(name, dim, dim, split=True, bias=True) for name, dim in teachers)
 
 
-def _radio(*sizes, **more):
-    # Widths are the teachers'. Head MLPs 1024 wide and 4 registers: not stated, our choice.
-    heads = (
-        HeadSpec("clip", 1280, 1024, "v2", hidden=1024, token=0),
-        HeadSpec("siglip", 1152, 1152, "v2", hidden=1024, token=1),
-        HeadSpec("dino_v2", 1536, 1536, "v2", hidden=1024, token=2),
-        HeadSpec("sam", 1280, None, "v2", hidden=1024, token=3, in_trunk_summary=False),
-    )
-    if more.get("cls_tokens") == 1:
-        heads = tuple(replace(head, token=0) for head in heads)
-    form = {"cls_tokens": 4, "gated_ffn": False, "final_norm": False, "position_grid": 128,
-            "pixel_mean": CLIP_RGB[0], "pixel_std": CLIP_RGB[1]}  # fmt: skip
-    return ModelConfig("radio", *sizes, heads, **form | more)
-
-
-def _demo(name: str, dim: int) -> HeadSpec:
-    return HeadSpec(name, dim, dim, split=True, bias=True)
-
-
+AMOE_HEADS = (
+    AdapterSpec("siglip2", 1152, 1152, pool=True),
+    AdapterSpec("dinov3", 1024, 1024, registers=True),
+)
+RADIO_HEADS = (
+    RadioSpec("clip", 1280, 1024, token=0),
+    RadioSpec("siglip", 1152, 1152, token=1),
+    RadioSpec("dino_v2", 1536, 1536, token=2),
+    RadioSpec("sam", 1280, None, token=3, in_trunk_summary=False),
+)
+_amoe: Callable[..., ModelConfig] = partial(ModelConfig, "amoe", heads=AMOE_HEADS)
+_clip_rgb: dict[str, Any] = {"pixel_mean": CLIP_RGB[0], "pixel_std": CLIP_RGB[1]}
+_plain: dict[str, Any] = {"gated_ffn": False, "final_norm": False, "position_grid": 128}
+_radio: Callable[..., ModelConfig] = partial(
+    ModelConfig, "radio", heads=RADIO_HEADS, cls_tokens=4, **_plain, **_clip_rgb
+)
 MODELS: dict[str, ModelConfig] = {
-    # form(dim, layers, heads, head width, MLP or expert width): AMoE 1.7
+    # form(dim, layers, heads, head width, MLP or expert width). AMoE release, configs.py
     "amoe-0.3b": _amoe(768, 18, 8, 128, 384, experts=28, top_k=6),
     "amoe-0.15b": _amoe(768, 18, 8, 128, 384, experts=28, top_k=2),
     "dense-0.6b": _amoe(1280, 18, 16, 80, 5120),
     "dense-70m": _amoe(512, 12, 8, 64, 2048, norm_weight=False),
     "dense-30m": _amoe(384, 12, 6, 64, 1536, norm_weight=False),
-    # RADIOv2.5, RADIO 1.1; g is DINOv2's ViT-g: SwiGLU, LayerScale, patch 14, one CLS for all
+    # RADIO release, its README; g is DINOv2's ViT-g: SwiGLU, LayerScale, patch 14, one CLS for all
     "radio-b": _radio(768, 12, 12, 64, 3072),
     "radio-l": _radio(1024, 24, 16, 64, 4096),
     "radio-h": _radio(1280, 32, 16, 80, 5120),
-    "radio-g": _radio(1536, 40, 24, 64, 4096, patch=14, cls_tokens=1, gated_ffn=True,
-                      layer_scale=True, patch_bias=True),
+    "radio-g": _radio(1536, 40, 24, 64, 4096, patch=14, gated_ffn=True, layer_scale=True,
+                      patch_bias=True, cls_tokens=1,
+                      heads=tuple(replace(head, token=0) for head in RADIO_HEADS)),
     # the demo student and the one of the unit tests; train.py sets their heads by the teachers
-    "nano": ModelConfig("amoe", 192, 6, 3, 64, 256, (_demo("vit-s", 384), _demo("mobilenet", 1280)),
+    "nano": ModelConfig("amoe", 192, 6, 3, 64, 256, _demo(("vit-s", 384), ("mobilenet", 1280)),
                         experts=8, top_k=2),
-    "test": ModelConfig("amoe", 48, 2, 2, 16, 32, (_demo("a", 24), _demo("b", 32)),
-                        experts=4, top_k=2),
+    "test": ModelConfig("amoe", 48, 2, 2, 16, 32, _demo(("a", 24), ("b", 32)), experts=4, top_k=2),
 }  # fmt: skip
 
 
-# ---- Where the tokens of a pack are
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Token positions of one pack.
-
-    Inside the network the images are sorted by size, so that images of equal length lie side by
-    side and share one batched attention call. Outputs come back in the caller's order.
-    """
-
-    grids: list[tuple[int, int]]  # (rows, columns) in patches, caller's order
-    lengths: list[int]  # tokens of each image with its prefix, sorted
-    gather_N: Tensor  # sorted token -> row of cat([prefix of image 0, 1, ..; patches])
-    prefix_BR: Tensor  # rows of each image's prefix among the sorted tokens, caller's order
-    rank_B: Tensor  # place of each image of the caller's order among the sorted ones
-    patches_M: Tensor  # rows of the patches among the sorted tokens, caller's order
-    row_column_M2: Tensor  # each patch's integer place in its image, caller's order
-    image_M: Tensor  # the image that the patch belongs to, caller's order
-    grid_M2: Tensor  # (rows, columns) of that image
-    ends_B: Tensor  # int32, start of the first sorted image and end of each: for varlen kernels
-
-    @classmethod
-    def of(cls, grids: list[tuple[int, int]], prefix: int, device: torch.device) -> Layout:
-        """Lay out images of these grids, each with `prefix` tokens before its patches."""
-        count = len(grids)
-        grid_B2 = torch.tensor(grids, dtype=torch.int64).reshape(count, 2)
-        patches_B = grid_B2.prod(1)
-        order_B = torch.argsort(patches_B, stable=True)
-        lengths = (patches_B[order_B] + prefix).tolist()
-        start_B = torch.empty(count, dtype=torch.int64)  # first sorted row of each image
-        start_B[order_B] = (patches_B[order_B] + prefix).cumsum(0) - patches_B[order_B] - prefix
-        image_M = torch.repeat_interleave(torch.arange(count), patches_B)
-        ends_B = torch.tensor([0, *lengths]).cumsum(0).int()
-        nth_M = torch.arange(len(image_M)) - (patches_B.cumsum(0) - patches_B)[image_M]
-        columns_M = grid_B2[image_M, 1]
-        prefix_BR = start_B[:, None] + torch.arange(prefix)
-        patches_M = start_B[image_M] + prefix + nth_M
-        gather_N = torch.empty(count * prefix + len(image_M), dtype=torch.int64)
-        gather_N[torch.cat([prefix_BR.flatten(), patches_M])] = torch.arange(len(gather_N))
-        row_column_M2 = torch.stack([nth_M // columns_M, nth_M % columns_M], dim=1)
-        tensors = (gather_N, prefix_BR, order_B.argsort(), patches_M, row_column_M2, image_M,
-                   grid_B2[image_M], ends_B)  # fmt: skip
-        return cls(grids, lengths, *(to_device(tensor, device) for tensor in tensors))
-
-    def by_length(self, x: Tensor) -> list[Tensor]:
-        """Sorted tokens (N, ...) as one batch (b, n, ...) for each length that occurs.
-
-        One split: a slice for each would give its gradient as a full-size tensor of zeros.
-        """
-        counts = Counter(self.lengths)  # in sorted order
-        runs = x.split([length * count for length, count in counts.items()])
-        pairs = zip(runs, counts.values(), strict=True)
-        return [run.unflatten(0, (count, -1)) for run, count in pairs]
-
-
-# ---- Attention with a sink
+# ---- Softmax attention with a sink
 
 
 def explicit_attention(q_BHNA, k_BHNA, v_BHNA, sinks_H: Tensor | None) -> Tensor:
-    """The definition: softmax in float32 over the logits and the sink."""
+    """The definition: softmax in float32 over the logits and the sink, one more with value 0."""
     logits_BHNN = (q_BHNA @ k_BHNA.mT).float() / math.sqrt(q_BHNA.shape[-1])
     if sinks_H is not None:
         sinks_BHN1 = sinks_H.float()[:, None, None].expand(*logits_BHNN.shape[:3], 1)
@@ -271,11 +235,11 @@ def explicit_attention(q_BHNA, k_BHNA, v_BHNA, sinks_H: Tensor | None) -> Tensor
 
 
 class FlashSinkAttention(torch.autograd.Function):
-    """Softmax attention with one more logit s_h whose value is zero, by a flash kernel.
+    """The same by a flash kernel, which knows no sinks but returns each row's log-sum-exp.
 
     out' = out * sigmoid(lse - s) is that softmax, but autograd has no gradient through lse. The
     kernel's backward, given out' and lse' = logaddexp(lse, s), yields the exact one, and
-    ds = -sum(exp(s - lse') * rowsum(grad * out')). AMoE 1.2.
+    ds = -sum(exp(s - lse') * rowsum(grad * out')). AMoE release, attention.py
     """
 
     @staticmethod
@@ -299,24 +263,25 @@ class FlashSinkAttention(torch.autograd.Function):
         return *grads, -(weight_BHN * rows_BHN).sum((0, 2)).to(sinks_H.dtype), None
 
 
-# ---- Positions: a rotation (AMoE), a table (RADIO)
+# ---- Positions: AMoE turns queries and keys, RADIO adds the entries of a table to the patches
 
 
 def golden_frequencies(n_heads: int, n_freqs: int, low: float, high: float) -> Tensor:
     """Frequency vectors of golden-gate 2-D RoPE, `freqs_HJ2`: magnitude times (y, x) direction.
 
     Directions fill the circle evenly over all heads: the plastic number g (g^3 = g + 1) gives a
-    low-discrepancy sequence. AMoE 1.3.
+    low-discrepancy sequence. AMoE: golden RoPE
     """
     g = 1.324717957244746
     magnitude_J = low * (high / low) ** torch.linspace(0, 1, n_freqs, dtype=torch.float64)
     i = torch.arange(1, n_heads * n_freqs + 1, dtype=torch.float64)[:, None]
     z = (i * torch.tensor([1 / g, 1 / g**2], dtype=torch.float64)).frac()
+    # erfinv makes normal numbers of uniform ones, and a pair of these has no preferred direction
     direction = F.normalize(torch.erfinv(2 * z - 1), dim=-1)
     return (rearrange(direction, "(h j) c -> h j c", h=n_heads) * magnitude_J[:, None]).float()
 
 
-def rotate(x_NSHA: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+def rotate(x_N2HA: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
     """Rotate the second half of each head's channels; the first half is for time, 0 in a still.
 
     Channel pairs are (j, J+j), not the release's (2j, 2j+1): whole slices move, not every second
@@ -324,31 +289,14 @@ def rotate(x_NSHA: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
     """
     cos_N1HJ, sin_N1HJ = (part[:, None] for part in rotation)
     n_freqs = cos_N1HJ.shape[-1]
-    still, a, b = x_NSHA.split([2 * n_freqs, n_freqs, n_freqs], dim=-1)
+    still, a, b = x_N2HA.split([2 * n_freqs, n_freqs, n_freqs], dim=-1)
     turned = [a * cos_N1HJ - b * sin_N1HJ, a * sin_N1HJ + b * cos_N1HJ]
-    return torch.cat([still, *(part.to(x_NSHA.dtype) for part in turned)], dim=-1)
+    return torch.cat([still, *(part.to(x_N2HA.dtype) for part in turned)], dim=-1)
 
 
-class KeepsFloat32(nn.Module):
-    """A module with buffers that stay float32 through `.to(bfloat16)`: rounding them moves
-    rotation angles by up to 0.08 rad and changes which experts are selected."""
+class GoldenPositions(nn.Module):
+    """Nothing is added to the tokens: queries and keys are rotated. AMoE: golden RoPE"""
 
-    float32_buffers: tuple[str, ...] = ()
-
-    def _apply(self, fn, recurse=True):
-        before = {name: getattr(self, name) for name in self.float32_buffers}
-        super()._apply(fn, recurse)
-        for name, value in before.items():
-            moved = getattr(self, name)
-            if moved.dtype != torch.float32:
-                setattr(self, name, value.to(moved.device))
-        return self
-
-
-class GoldenPositions(KeepsFloat32):
-    """AMoE: no position in the tokens, a rotation of queries and keys. AMoE 1.3."""
-
-    float32_buffers = ("freqs_HJ2",)
     freqs_HJ2: Tensor
 
     def __init__(self, config: ModelConfig):
@@ -373,21 +321,22 @@ class GoldenPositions(KeepsFloat32):
         """yx_M2 of every patch whatever the resolution: y spans [-sqrt(h/w), +sqrt(h/w)], x the
         inverse, ends included."""
         grid_M2 = layout.grid_M2.float()
+        # The area is 4 whatever the aspect: patches of two sizes of a picture lie at equal places.
         half_M2 = torch.sqrt(grid_M2 / grid_M2.flip(1))
         return half_M2 * (2 * layout.row_column_M2 / (grid_M2 - 1).clamp(min=1) - 1)
 
 
 class TablePositions(nn.Module):
-    """Cropped position embedding: one learned square table for every resolution. RADIO 1.2."""
+    """One learned square table for every resolution. RADIOv2.5: cropped position embedding"""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         side = config.position_grid
-        self.table_GGD = nn.Parameter(torch.randn(side, side, config.dim) / math.sqrt(config.dim))
+        self.pos_embed = nn.Parameter(torch.randn(side, side, config.dim) / math.sqrt(config.dim))
 
     def forward(self, patches_MD: Tensor, layout: Layout, windows_B5: Tensor | None):
         """With `position_windows`, one per image: training. Without: the inference rule."""
-        side, grid_M2 = len(self.table_GGD), layout.grid_M2.float()
+        side, grid_M2 = len(self.pos_embed), layout.grid_M2.float()
         if windows_B5 is None:
             # The table resized to the square of the longer side (pixel centres), top-left part.
             yx_M2 = (layout.row_column_M2 + 0.5) * (side / grid_M2.amax(1, keepdim=True)) - 0.5
@@ -400,17 +349,16 @@ class TablePositions(nn.Module):
 
     def sample(self, yx_M2: Tensor) -> Tensor:
         """Bilinear look-up of the table at fractional places, in float32."""
-        low_M2 = yx_M2.long()
-        (y0, x0), (y1, x1) = low_M2.T, (low_M2 + 1).clamp(max=len(self.table_GGD) - 1).T
+        low_M2, table = yx_M2.long(), self.pos_embed
+        (y0, x0), (y1, x1) = low_M2.T, (low_M2 + 1).clamp(max=len(table) - 1).T
         down_M1, right_M1 = (yx_M2 - low_M2).split(1, dim=1)
-        table = self.table_GGD
         top_MD = torch.lerp(table[y0, x0].float(), table[y0, x1].float(), right_M1)
         bottom_MD = torch.lerp(table[y1, x0].float(), table[y1, x1].float(), right_M1)
         return torch.lerp(top_MD, bottom_MD, down_M1)
 
 
 def position_windows(count: int, generator: torch.Generator) -> Tensor:
-    """Random windows of the table and position dropout, for training. RADIO 1.2.
+    """Random windows of the table and position dropout, for training. RADIO release
 
     Returns: (count, 5): height, width, top, left in [0, 1], and 0 where all positions are dropped.
     """
@@ -425,36 +373,37 @@ def position_windows(count: int, generator: torch.Generator) -> Tensor:
 # ---- Layers
 
 
-def make_norm(config: ModelConfig) -> nn.Module:
-    """The norm before attention and MLP: LayerNorm (RADIO) or RMSNorm with or without weight."""
-    if config.form == "radio":
-        return nn.LayerNorm(config.dim, eps=1e-6)
-    if config.norm_weight:
-        return nn.RMSNorm(config.dim, eps=1e-5)
-    return nn.RMSNorm(config.dim, elementwise_affine=False)
+class PlainAttention(nn.Module):
+    """Multi-head self-attention of each image's tokens, a ViT's. RADIO release"""
 
-
-class Attention(nn.Module):
-    """Multi-head self-attention. AMoE: QK-norm, rotation, sinks. RADIO: biases, none of these."""
-
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, bias: bool = True):
         super().__init__()
         inner = config.n_heads * config.head_dim  # may differ from dim: 1024 against 768 in AMoE
         self.n_heads, self.head_dim, self.backend = config.n_heads, config.head_dim, "auto"
-        self.rotary = config.form == "amoe"
-        self.qkv = nn.Linear(config.dim, 3 * inner, bias=not self.rotary)
-        self.proj = nn.Linear(inner, config.dim, bias=not self.rotary)
-        self.sinks = nn.Parameter(torch.zeros(config.n_heads)) if self.rotary else None
+        self.qkv = nn.Linear(config.dim, 3 * inner, bias=bias)
+        self.proj = nn.Linear(inner, config.dim, bias=bias)
 
-    def forward(self, x_ND: Tensor, layout: Layout, rotation) -> Tensor:
-        qkv_NSHA = rearrange(self.qkv(x_ND), "n (s h a) -> n s h a", s=3, h=self.n_heads)
-        q_NHA, k_NHA, v_NHA = qkv_NSHA.unbind(1)
-        if self.rotary:
-            qk_NSHA = F.rms_norm(qkv_NSHA[:, :2], (self.head_dim,))
-            # CUDA's autocast computes the norm in float32, and no kernel takes two dtypes.
-            q_NHA, k_NHA = rotate(qk_NSHA, rotation).to(v_NHA.dtype).unbind(1)
-        out_NHA = attention(q_NHA, k_NHA, v_NHA, layout, self.sinks, self.backend)
+    def forward(self, x_ND: Tensor, layout: Layout, rotation: Any) -> Tensor:
+        qkv_N3HA = rearrange(self.qkv(x_ND), "n (s h a) -> n s h a", s=3, h=self.n_heads)
+        out_NHA = self.attend(qkv_N3HA, layout, rotation)
         return self.proj(rearrange(out_NHA, "n h a -> n (h a)"))
+
+    def attend(self, qkv_N3HA: Tensor, layout: Layout, _: None) -> Tensor:
+        return attention(*qkv_N3HA.unbind(1), layout, None, self.backend)
+
+
+class SinkAttention(PlainAttention):
+    """AMoE's: no biases, QK-norm, rotation, a learned sink per head. AMoE release, attention.py"""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__(config, bias=False)
+        self.sinks = nn.Parameter(torch.zeros(config.n_heads))  # lets a head attend to nothing
+
+    def attend(self, qkv_N3HA: Tensor, layout: Layout, rotation: Any) -> Tensor:
+        qk_N2HA, v_NHA = F.rms_norm(qkv_N3HA[:, :2], (self.head_dim,)), qkv_N3HA[:, 2]
+        # CUDA's autocast computes the norm in float32, and no kernel takes two dtypes.
+        q_NHA, k_NHA = rotate(qk_N2HA, rotation).to(v_NHA.dtype).unbind(1)
+        return attention(q_NHA, k_NHA, v_NHA, layout, self.sinks, self.backend)
 
 
 def gated(hidden: Tensor) -> Tensor:
@@ -464,11 +413,11 @@ def gated(hidden: Tensor) -> Tensor:
 
 
 class Mlp(nn.Module):
-    """Dense MLP: SiLU-gated (AMoE dense sizes, and ViT-g with biases) or GELU (RADIO)."""
+    """Dense MLP: SiLU-gated (AMoE's dense sizes, and ViT-g) or GELU (RADIO)."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, bias: bool):
         super().__init__()
-        self.gated, bias = config.gated_ffn, config.form == "radio"
+        self.gated = config.gated_ffn
         self.w1 = nn.Linear(config.dim, config.ffn_dim * (2 if self.gated else 1), bias=bias)
         self.w2 = nn.Linear(config.ffn_dim, config.dim, bias=bias)
 
@@ -477,10 +426,9 @@ class Mlp(nn.Module):
         return self.w2(activation(self.w1(x_ND))), None
 
 
-class MoE(KeepsFloat32):
-    """Token-choice mixture of gated SiLU experts, no token dropped, no shared expert. AMoE 1.4."""
+class MoE(nn.Module):
+    """Mixture of gated SiLU experts: none is shared, no token dropped. AMoE release, moe.py"""
 
-    float32_buffers = ("expert_bias",)
     expert_bias: Tensor
 
     def __init__(self, config: ModelConfig):
@@ -488,7 +436,7 @@ class MoE(KeepsFloat32):
         E, D, hidden = config.experts, config.dim, config.ffn_dim
         self.top_k, self.backend = config.top_k, "auto"
         self.router = nn.Linear(D, E, bias=False)
-        self.register_buffer("expert_bias", torch.zeros(E))
+        self.register_buffer("expert_bias", torch.zeros(E))  # no gradient: see `update_router`
         self.w1_EGD = nn.Parameter(torch.empty(E, 2 * hidden, D))  # G = 2F: gate, then value
         self.w2_EDF = nn.Parameter(torch.empty(E, D, hidden))
 
@@ -510,35 +458,11 @@ class MoE(KeepsFloat32):
         gates_NK, chosen_NK, counts_E = self.route(x_ND)
         if self.backend == "dense":
             return self.run_dense(x_ND, gates_NK, chosen_NK), counts_E
-        order_S = chosen_NK.flatten().argsort(stable=True)  # pairs sorted by expert
-        dtype, device = x_ND.dtype, x_ND.device.type
-        if torch.is_autocast_enabled(device):  # it does not know grouped_mm
-            dtype = torch.get_autocast_dtype(device)  # before the gather: K rows of each are kept
-        x_SD = Dispatch.apply(x_ND.to(dtype), order_S, self.top_k)
-        gates_S1 = gates_NK.flatten().index_select(0, order_S)[:, None].to(dtype)
-        y_SD = self.run_sorted(x_SD, gates_S1, counts_E)
-        return collect(y_SD, order_S, self.top_k).to(x_ND.dtype), counts_E
-
-    @torch.compiler.disable  # torch 2.13 traces grouped_mm in bfloat16 only
-    def run_sorted(self, x_SD: Tensor, gates_S1: Tensor, counts_E: Tensor) -> Tensor:
-        """Every expert on its own run of rows, weighed by the gates.
-
-        The gate belongs after the expert; w2 is linear, so before w2 is the same and narrower.
-        """
-        width = 16 // x_SD.element_size()  # grouped_mm wants rows of whole 16 bytes
-        aligned = not (self.w1_EGD.shape[2] % width or self.w2_EDF.shape[2] % width)
-        if self.backend == "grouped" or (self.backend == "auto" and aligned):
-            ends_E = counts_E.cumsum(0).to(torch.int32)
-            w1_EDG, w2_EFD = self.w1_EGD.to(x_SD.dtype).mT, self.w2_EDF.to(x_SD.dtype).mT
-            hidden_SF = gated(F.grouped_mm(x_SD, w1_EDG, offs=ends_E))
-            return F.grouped_mm(hidden_SF * gates_S1, w2_EFD, offs=ends_E)
-        # unbind once: w[e] in a loop would allocate a full-size gradient for every expert
-        w1s, w2s, counts = self.w1_EGD.unbind(0), self.w2_EDF.unbind(0), counts_E.tolist()
-        runs = zip(x_SD.split(counts), gates_S1.split(counts), w1s, w2s, strict=True)
-        return torch.cat([F.linear(gated(F.linear(x, w1)) * gate, w2) for x, gate, w1, w2 in runs])
+        # The same, each expert on its own tokens alone.
+        return run_sorted(self, x_ND, gates_NK, chosen_NK, counts_E), counts_E
 
     def run_dense(self, x_ND: Tensor, gates_NK: Tensor, chosen_NK: Tensor) -> Tensor:
-        """All experts on all tokens: the definition, and the form that exports."""
+        """All experts on all tokens: the definition, and what exports."""
         gates_NE = gates_NK.new_zeros(len(x_ND), len(self.expert_bias))
         gates_NE = gates_NE.scatter(1, chosen_NK, gates_NK).to(x_ND.dtype)
         experts = zip(self.w1_EGD.unbind(0), self.w2_EDF.unbind(0), strict=True)
@@ -546,13 +470,37 @@ class MoE(KeepsFloat32):
         return (gates_NE.T[..., None] * y_END).sum(0)
 
 
+# ---- The two forms
+
+
+class Form(NamedTuple):
+    """The parts in which the two papers' students differ; `Block` and `Student` choose by it."""
+
+    positions: Callable[[ModelConfig], nn.Module]
+    attention: Callable[[ModelConfig], nn.Module]
+    norm: Callable[[int], nn.Module]
+    mlp_bias: bool
+
+
+FORMS = {
+    "amoe": Form(GoldenPositions, SinkAttention, partial(nn.RMSNorm, eps=1e-5), mlp_bias=False),
+    "radio": Form(TablePositions, PlainAttention, partial(nn.LayerNorm, eps=1e-6), mlp_bias=True),
+}
+
+
 class Block(nn.Module):
-    """Pre-norm transformer block, the same for both forms."""
+    """Pre-norm transformer block."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.norm1, self.attn = make_norm(config), Attention(config)
-        self.norm2, self.ffn = make_norm(config), MoE(config) if config.experts else Mlp(config)
+        form, weightless = FORMS[config.form], partial(nn.RMSNorm, elementwise_affine=False)
+        norm = form.norm if config.norm_weight else weightless
+        self.norm1, self.attn, self.norm2 = (
+            norm(config.dim),
+            form.attention(config),
+            norm(config.dim),
+        )
+        self.ffn = MoE(config) if config.experts else Mlp(config, form.mlp_bias)
         self.scale1 = self.scale2 = None
         if config.layer_scale:
             self.scale1 = nn.Parameter(torch.full((config.dim,), 1e-5))
@@ -560,7 +508,7 @@ class Block(nn.Module):
 
     def forward(self, x_ND: Tensor, layout: Layout, rotation) -> tuple[Tensor, Tensor | None]:
         """Returns the tokens and, for a MoE, the tokens that each expert got."""
-        y_ND = self.attn(self.norm1(x_ND), layout, rotation)
+        y_ND = self.attn(self.norm1(x_ND), layout, rotation)  # the norm is off the residual stream
         x_ND = x_ND + (y_ND if self.scale1 is None else y_ND * self.scale1)
         y_ND, counts_E = self.ffn(self.norm2(x_ND))
         return x_ND + (y_ND if self.scale2 is None else y_ND * self.scale2), counts_E
@@ -570,19 +518,17 @@ class Block(nn.Module):
 
 
 class AdapterHead(nn.Module):
-    """AMoE's adapter: the same weights for CLS, registers and patches. AMoE 1.6."""
+    """AMoE's adapter: the same weights for CLS, registers and patches. AMoE release, model.py"""
 
-    def __init__(self, spec: HeadSpec, width: int):
+    def __init__(self, spec: Any, width: int):
         super().__init__()
-        self.spec = spec
-        dim: Any = spec.dim
-        hidden = spec.hidden or dim
+        self.spec, hidden = spec, spec.hidden or spec.dim
         self.fc1, self.norm = nn.Linear(width, hidden), nn.LayerNorm(hidden)
-        self.last = nn.Linear(hidden, dim, bias=spec.bias)
+        self.last = nn.Linear(hidden, spec.dim, bias=spec.bias)
         if spec.split and spec.summary_dim is not None:
             self.last_summary = nn.Linear(hidden, spec.summary_dim, bias=spec.bias)
         if spec.pool:  # the teacher's own weights: never trained
-            self.pool = AttentionPool(dim, spec.pool_hidden, spec.pool_heads).requires_grad_(False)
+            self.pool = AttentionPool(spec).requires_grad_(False)
 
     def output_layers(self) -> dict[str, Any]:
         layers = {"patches": self.last}
@@ -596,62 +542,32 @@ class AdapterHead(nn.Module):
     def forward(self, prefix_BRD: Tensor, patches_MD: Tensor, layout: Layout):
         patches_MC = self.last(self.hidden(patches_MD))
         if not (self.spec.registers or self.spec.pool):
-            prefix_BRD = prefix_BRD[:, :1]
+            prefix_BRD = prefix_BRD[:, :1]  # nothing else reads the registers
         hidden_BRC = self.hidden(prefix_BRD)
-        registers_BRC = None
-        if self.spec.registers:
-            registers_BRC = self.last(hidden_BRC[:, 1:])
-        if self.spec.summary_dim is None:
-            return None, patches_MC, registers_BRC
-        if self.spec.pool:
+        registers_BRC = self.last(hidden_BRC[:, 1:]) if self.spec.registers else None
+        summary_BC = None
+        if self.spec.pool:  # of all tokens, unlike the teacher, which pools its patches alone
             rows_NC = torch.cat([self.last(hidden_BRC).flatten(0, 1), patches_MC])
-            return self.pool(rows_NC[layout.gather_N], layout), patches_MC, registers_BRC
-        return self.output_layers()["summary"](hidden_BRC[:, 0]), patches_MC, registers_BRC
-
-
-class AttentionPool(nn.Module):
-    """SigLIP2's pooling head: a learned probe attends to all tokens, then an MLP. AMoE 1.6."""
-
-    def __init__(self, dim: int, hidden: int, n_heads: int):
-        super().__init__()
-        if dim % n_heads:
-            raise ValueError(f"pooling head: dim={dim} is not a multiple of {n_heads} heads")
-        self.n_heads = n_heads
-        self.probe_1C = nn.Parameter(torch.randn(1, dim) / math.sqrt(dim))
-        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
-        self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
-
-    def forward(self, x_NC: Tensor, layout: Layout) -> Tensor:
-        """Pool the sorted tokens of each image; `pooled_BC` in the caller's order."""
-        dim, weight, bias = x_NC.shape[-1], self.qkv.weight, self.qkv.bias
-        q_1C = F.linear(self.probe_1C, weight[:dim], bias[:dim])
-        q_1H1A = rearrange(q_1C, "1 (h a) -> 1 h 1 a", h=self.n_heads)
-        pooled = [x_NC.new_zeros(0, dim)]
-        for x_BNC in layout.by_length(x_NC):
-            kv_BNI = F.linear(x_BNC, weight[dim:], bias[dim:])
-            k, v = rearrange(kv_BNI, "b n (s h a) -> s b h n a", s=2, h=self.n_heads)
-            q = q_1H1A.expand(len(x_BNC), -1, -1, -1)
-            y_BH1A = F.scaled_dot_product_attention(q, k, v)
-            pooled.append(rearrange(y_BH1A, "b h 1 a -> b (h a)"))
-        x_BC = self.proj(torch.cat(pooled)[layout.rank_B])
-        return x_BC + self.fc2(F.gelu(self.fc1(self.norm(x_BC)), approximate="tanh"))
+            summary_BC = self.pool(rows_NC[layout.gather_N], layout)
+        elif self.spec.summary_dim is not None:
+            summary_BC = self.output_layers()["summary"](hidden_BRC[:, 0])
+        return summary_BC, patches_MC, registers_BRC
 
 
 class RadioHead(nn.Module):
-    """One MLP on the teacher's own CLS token, another on the patches. RADIO 1.4."""
+    """One MLP on the teacher's own CLS token, another on the patches. RADIO release"""
 
-    def __init__(self, spec: HeadSpec, width: int):
+    def __init__(self, spec: Any, width: int):
         super().__init__()
         self.spec = spec
-        self.summary: Any = None
+        self.summary: Any = None  # SAM has no summary
         self.patches: Any = None
         if spec.summary_dim is not None:
             sizes = (spec.summary_hidden, spec.summary_inner, spec.summary_dim)
-            self.summary = TeacherMlp(spec, width, *sizes)
+            self.summary = RadioMlp(spec.kind, width, *sizes)
         if spec.dim is not None:
             sizes = (spec.hidden, spec.inner, spec.dim * spec.upsample**2)
-            self.patches = TeacherMlp(spec, width, *sizes)
+            self.patches = RadioMlp(spec.kind, width, *sizes)
 
     def output_layers(self) -> dict[str, Any]:
         return {name: mlp.get_submodule("last") for name, mlp in self.named_children()}
@@ -660,21 +576,19 @@ class RadioHead(nn.Module):
         summary_BC = self.summary and self.summary(prefix_BRD[:, self.spec.token])
         patches_MC, u = self.patches and self.patches(patches_MD), self.spec.upsample
         if self.patches and u > 1:  # u * u groups of channels become as many finer patches
-            maps, pattern = [], "(h w) (u1 u2 c) -> (h u1 w u2) c"
-            pieces = patches_MC.split([h * w for h, w in layout.grids])
-            for piece, (h, w) in zip(pieces, layout.grids, strict=True):
-                maps.append(rearrange(piece, pattern, h=h, w=w, u1=u, u2=u))
-            patches_MC = torch.cat(maps)
+            pattern, grids = "(h w) (u1 u2 c) -> (h u1 w u2) c", layout.grids
+            maps = zip(patches_MC.split([h * w for h, w in grids]), grids, strict=True)
+            finer = [rearrange(x, pattern, h=h, w=w, u1=u, u2=u) for x, (h, w) in maps]
+            patches_MC = torch.cat(finer)
         return summary_BC, patches_MC, None
 
 
-class TeacherMlp(nn.Module):
-    """RADIO's head MLP: v1 plain with ReLU; v2 with blocks x + Linear(GELU(LN(x))). RADIO 1.4."""
+class RadioMlp(nn.Module):
+    """v1: plain with ReLU; v2: with blocks x + Linear(GELU(LayerNorm(x))). RADIO release"""
 
-    def __init__(self, spec: HeadSpec, width: int, hidden: int, inner: int, out: int):
+    def __init__(self, kind: str, width: int, hidden: int, inner: int, out: int):
         super().__init__()
-        self.kind = spec.kind
-        self.pre = nn.LayerNorm(width) if spec.pre_norm else None
+        self.kind = kind
         self.fc1 = nn.Linear(width, hidden)
         self.inner: Any = nn.ModuleList(
             nn.ModuleList([nn.LayerNorm(hidden), nn.Linear(hidden, hidden)]) for _ in range(inner)
@@ -682,12 +596,12 @@ class TeacherMlp(nn.Module):
         self.norm, self.last = nn.LayerNorm(hidden), nn.Linear(hidden, out)
 
     def forward(self, x: Tensor) -> Tensor:
+        x = self.fc1(x)
         if self.kind == "v1":
-            x = F.relu(self.norm(self.fc1(x)))
+            x = F.relu(self.norm(x))
             for norm, linear in self.inner:
                 x = F.relu(norm(linear(x)))
             return self.last(x)
-        x = self.fc1(x if self.pre is None else F.gelu(self.pre(x)))
         for norm, linear in self.inner:
             x = x + linear(F.gelu(norm(x)))
         return self.last(F.gelu(self.norm(x)))
@@ -703,7 +617,7 @@ class StudentOutput:
     trunk_summary_BD: Tensor  # CLS; RADIO: the CLS tokens of the teachers with a summary, joined
     trunk_MD: Tensor
     summary: dict[str, Tensor]  # name -> (B, C), heads with a summary
-    patches: dict[str, Tensor]  # name -> (M, C); (M*u*u, C) with HeadSpec.upsample = u
+    patches: dict[str, Tensor]  # name -> (M, C); (M*u*u, C) with RadioSpec.upsample = u
     registers: dict[str, Tensor]  # name -> (B, R, C), heads with registers
     counts_LE: Tensor | None  # int64, tokens routed to each expert of each layer; None: no experts
 
@@ -717,54 +631,48 @@ class Features:
     tokens: Tensor | None = None
 
 
-class Student(KeepsFloat32):
+class Student(nn.Module):
     """The student of `config`; see `ModelConfig` for the choices and `MODELS` for the sizes."""
 
     feature_mean_D: Tensor
     feature_tx_DD: Tensor
     pixel_stats_2X: Tensor
-    float32_buffers = ("pixel_stats_2X",)
     encode_budget = 16384  # tokens of one inference pass: bounds the memory of `encode`
     precision = "auto"  # of `encode`, see `autocast`
-    frozen_trunk = False  # True: only the heads get gradients (RADIO 4: the first steps)
+    frozen_trunk = False  # True: only the heads get gradients (RADIOv2.5: the first steps)
     recompute = False  # True: blocks keep no activations and run again in backward
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.config = config
+        self.config, form = config, FORMS[config.form]
+        # Teachers and students take pixels in [0, 1]; each has its own statistics of them.
         rgb = torch.tensor([config.pixel_mean, config.pixel_std], device="cpu")  # never meta
         self.register_buffer("pixel_stats_2X", rgb.repeat(1, config.patch**2), persistent=False)
         self.embed = nn.Linear(3 * config.patch**2, config.dim, bias=config.patch_bias)
         self.prefix_RD = nn.Parameter(torch.empty(config.prefix, config.dim))
-        self.positions = (GoldenPositions if config.form == "amoe" else TablePositions)(config)
+        self.positions = form.positions(config)
         self.blocks: Any = nn.ModuleList(Block(config) for _ in range(config.n_layers))
-        norm = nn.RMSNorm(config.dim, eps=1e-5) if config.form == "amoe" else make_norm(config)
-        self.norm: Any = norm if config.final_norm else nn.Identity()
+        self.norm: Any = form.norm(config.dim) if config.final_norm else nn.Identity()
         if config.feature_normalizer:
-            self.register_buffer("feature_mean_D", torch.zeros(config.dim))
+            self.register_buffer("feature_mean_D", torch.zeros(config.dim))  # from the file
             self.register_buffer("feature_tx_DD", torch.eye(config.dim))
         self.heads: Any = nn.ModuleDict()
         for spec in config.heads:
-            make = AdapterHead if spec.kind == "adapter" else RadioHead
+            make = AdapterHead if isinstance(spec, AdapterSpec) else RadioHead
             self.heads[spec.name] = make(spec, config.dim)
         initialise(self)
 
     def forward(self, batch: PackedBatch, windows_B5: Tensor | None = None) -> StudentOutput:
-        """Run a pack.
+        """Run a pack of images cut in patches, values in [0, 1].
 
-        Args:
-            batch: images cut in patches of `config.patch` pixels, values in [0, 1].
-            windows_B5: RADIO form, training: each image's `position_windows`. Without them
-                positions follow the inference rule. Unused by the AMoE form.
+        Args: windows_B5: each image's `position_windows`, to train the RADIO form.
         """
         if batch.patch != self.config.patch:
             raise ValueError(f"the pack's patch is {batch.patch} px, ours {self.config.patch}")
         layout = Layout.of(list(batch.grids), self.config.prefix, batch.patches_MX.device)
         return self.run(batch.patches_MX, layout, windows_B5)
 
-    def run(
-        self, patches_MX: Tensor, layout: Layout, windows_B5: Tensor | None = None
-    ) -> StudentOutput:
+    def run(self, patches_MX: Tensor, layout: Layout, windows_B5=None) -> StudentOutput:
         """`forward` for a layout that is already there (an exported program has a fixed one)."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen_trunk):
             x_ND, counts_LE = self.trunk(patches_MX, layout, windows_B5)
@@ -772,8 +680,9 @@ class Student(KeepsFloat32):
 
     def trunk(self, patches_MX: Tensor, layout: Layout, windows_B5: Tensor | None):
         """Sorted tokens x_ND after the last block and norm, and counts_LE of the experts."""
-        x_MX = normalise_pixels(patches_MX, self.pixel_stats_2X).to(self.embed.weight.dtype)
-        patches_MD, rotation = self.positions(self.embed(x_MX), layout, windows_B5)
+        mean_X, std_X = self.pixel_stats_2X.to(patches_MX.dtype)
+        embedded_MD = self.embed(((patches_MX - mean_X) / std_X).to(self.embed.weight.dtype))
+        patches_MD, rotation = self.positions(embedded_MD, layout, windows_B5)
         prefix_ND = repeat(self.prefix_RD, "r d -> (b r) d", b=len(layout.grids))
         # Under autocast too, the residual stream keeps the precision of the weights.
         x_ND = torch.cat([prefix_ND, patches_MD.to(prefix_ND.dtype)])
@@ -789,8 +698,8 @@ class Student(KeepsFloat32):
 
     def read_out(self, x_ND: Tensor, layout: Layout, counts_LE: Tensor | None) -> StudentOutput:
         """Split the tokens and apply every teacher head."""
-        prefix_MD = x_ND.index_select(0, layout.prefix_BR.flatten())
-        prefix_BRD = rearrange(prefix_MD, "(b r) d -> b r d", r=self.config.prefix)
+        prefix_BRD = x_ND.index_select(0, layout.prefix_BR.flatten())
+        prefix_BRD = rearrange(prefix_BRD, "(b r) d -> b r d", r=self.config.prefix)
         patches_MD = x_ND.index_select(0, layout.patches_M)
         if self.config.feature_normalizer:
             patches_MD = (patches_MD - self.feature_mean_D) @ self.feature_tx_DD.T
@@ -801,22 +710,18 @@ class Student(KeepsFloat32):
             values = head(prefix_BRD, patches_MD, layout)
             for part, value in zip((out.summary, out.patches, out.registers), values, strict=True):
                 if value is not None:
-                    part[name] = value.float()
+                    part[name] = value.float()  # losses are computed in float32
         return out
-
-    def output_layers(self, name: str) -> dict[str, nn.Linear]:
-        """The last Linear of a head for each token type; one module twice where they share it."""
-        return self.heads[name].output_layers()
 
     @torch.no_grad()
     def update_router(self, counts_LE: Tensor, rate: float) -> None:
-        """Shift each expert's selection bias against its load, once per optimizer step. AMoE 1.4.
+        """Shift each expert's selection bias against its load, once per optimizer step.
 
-        Args:
-            counts_LE: tokens per layer and expert, summed over micro-batches and ranks.
-            rate: step of the bias; torchtitan's default is 1e-3.
+        Args: counts_LE: tokens per layer and expert, summed over micro-batches and ranks.
+        Source: the bias is the release's; the rule is torchtitan's (rate 1e-3), we chose.
         """
         for block, counts_E in zip(self.blocks, counts_LE.float(), strict=True):
+            # The sign alone: a step has one size, whatever the number of tokens.
             step_E = rate * torch.sign(counts_E.mean() - counts_E)
             block.ffn.expert_bias += (step_E - step_E.mean()).to(block.ffn.expert_bias.device)
 
@@ -832,51 +737,13 @@ class Student(KeepsFloat32):
             max_tokens: shrink larger images, keeping the aspect, to at most this many patches.
             keep: also merge each image's patches to this many tokens (`Features.tokens`).
 
-        Raises:
-            ValueError: an image that is none of these, naming its index and what is wrong.
+        Raises: ValueError: an image that is none of these, naming its index and what is wrong.
         """
-        if isinstance(images, Image.Image | np.ndarray | Tensor):
-            raise ValueError(f"encode takes a list of images, got one {type(images).__name__}")
-        if max_tokens is not None and max_tokens < 1:
-            raise ValueError(f"max_tokens={max_tokens} leaves no patch")
-        patch, tokens = self.config.patch, 0
-        results: list[Features] = []
-        pack: list[Tensor] = []
-        for index, image in enumerate(images):
-            pixels = read_image(image, f"image {index}")
-            max_area = max_tokens and max_tokens * patch**2
-            height, width = fit_size(pixels.shape[1], pixels.shape[2], patch, max_area=max_area)
-            length = height * width // patch**2 + self.config.prefix
-            if pack and tokens + length > self.encode_budget:
-                results += self.encode_pack(pack, keep)
-                pack, tokens = [], 0
-            pack.append(resize(pixels, (height, width)))
-            tokens += length
-        return results + self.encode_pack(pack, keep)
+        packs = packs_of(images, self.config, max_tokens, self.encode_budget)
+        return [features for pack in packs for features in encode_pack(self, pack, keep)]
 
-    def encode_pack(self, pack: list[Tensor], keep: int | None) -> list[Features]:
-        """Features of one pack of images whose sides are multiples of the patch."""
-        batch, device = PackedBatch.from_images(pack, self.config.patch), self.prefix_RD.device
-        with autocast(device, self.precision):
-            results = self.unpack(self(batch.to(device)), batch.grids)
-        for result, grid in zip(results, batch.grids, strict=True):
-            if keep is not None:
-                result.tokens, _ = merge_tokens(result.patches["trunk"].flatten(0, 1), grid, keep)
-        return results
-
-    def unpack(self, out: StudentOutput, grids: Sequence[tuple[int, int]]) -> list[Features]:
-        """Each image's own features, patches as maps."""
-        results = [Features({}, {}) for _ in grids]
-        for name, x_BC in {"trunk": out.trunk_summary_BD, **out.summary}.items():
-            for result, x_C in zip(results, x_BC.float(), strict=True):
-                result.summary[name] = x_C
-        factors = {head.name: head.upsample for head in self.config.heads}
-        for name, x_MC in {"trunk": out.trunk_MD, **out.patches}.items():
-            u = factors.get(name, 1)
-            pieces = x_MC.float().split([h * w * u * u for h, w in grids])
-            for result, (h, _), piece in zip(results, grids, pieces, strict=True):
-                result.patches[name] = rearrange(piece, "(h w) c -> h w c", h=h * u)
-        return results
+    def _apply(self, fn, recurse=True):
+        return keep_float32(self, super()._apply, fn, recurse)
 
     def use(self, attention: str = "auto", experts: str = "auto") -> Student:
         """Choose backends by name (`ATTENTION`, `EXPERTS`); 'auto' goes by device, dtype, size."""
@@ -890,40 +757,7 @@ class Student(KeepsFloat32):
         return self
 
 
-@torch.no_grad()
-def initialise(student: Student) -> None:
-    """AMoE 1.5: every block starts as the identity. RADIO: trunc-normal 0.02, zero biases."""
-    config = student.config
-    nn.init.normal_(student.prefix_RD, std=0.02)
-    for module in student.modules():
-        if isinstance(module, nn.Linear):
-            std = 0.01 if config.form == "amoe" else 0.02
-            nn.init.trunc_normal_(module.weight, std=std)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-    if config.form == "radio":
-        return
-    nn.init.trunc_normal_(student.embed.weight, std=0.02)
-    for depth, block in enumerate(student.blocks):
-        std = 0.02 / math.sqrt(2 * (depth + 1))
-        ffn = block.ffn
-        w1, w2 = (ffn.w1_EGD, ffn.w2_EDF) if config.experts else (ffn.w1.weight, ffn.w2.weight)
-        gate, value = w1.chunk(2, dim=-2)
-        nn.init.trunc_normal_(gate, std=0.02)
-        router = [ffn.router.weight] if config.experts else []
-        for weight in (block.attn.qkv.weight, block.attn.sinks, value, *router):
-            nn.init.trunc_normal_(weight, std=std)
-        nn.init.zeros_(w2)
-        nn.init.zeros_(block.attn.proj.weight)
-
-
-def normalise_pixels(patches_MX: Tensor, stats_2X: Tensor) -> Tensor:
-    """(pixel - mean) / std per channel; channels are the innermost of a patch."""
-    mean_X, std_X = stats_2X.to(patches_MX.dtype)
-    return (patches_MX - mean_X) / std_X
-
-
-# ---- Token merging
+# ---- Token merging, for a language model that reads few tokens of an image
 
 
 def merge_tokens(tokens_ND: Tensor, grid: tuple[int, int], keep: int) -> tuple[Tensor, Tensor]:
@@ -933,16 +767,9 @@ def merge_tokens(tokens_ND: Tensor, grid: tuple[int, int], keep: int) -> tuple[T
     at most `keep` of them), so every region stays represented. The other tokens join the most
     similar destination by cosine, best matches first, until `keep` tokens are left.
 
-    Args:
-        tokens_ND: N = rows * columns tokens in raster order.
-        grid: (rows, columns).
-        keep: 1 to N.
-
-    Returns:
-        merged_KD, means of their members, in raster order of the kept tokens; index_N, the row of
+    Returns: merged_KD, means of their members, in raster order like tokens_ND; index_N, the row of
         merged_KD that holds each token.
-
-    Source: RADIO 2.6 (ToMe once, after the encoder).
+    Source: RADIOv2.5: token merging (ToMe once, after the encoder).
     """
     (rows, columns), count = grid, len(tokens_ND)
     if count != rows * columns or not 1 <= keep <= count:
@@ -964,6 +791,146 @@ def merge_tokens(tokens_ND: Tensor, grid: tuple[int, int], keep: int) -> tuple[T
     return (sums_KD / members_K[:, None]).to(tokens_ND.dtype), index_N
 
 
+def unmerge_tokens(merged_KD: Tensor, index_N: Tensor) -> Tensor:
+    """Give every token the value of the merged token it went into."""
+    return merged_KD[index_N]
+
+
+# ---- Part II: the plumbing
+# ---- Where the tokens of a pack are
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Token positions of one pack.
+
+    Inside the network the images are sorted by size, so that images of equal length lie side by
+    side and share one batched attention call. Outputs come back in the caller's order.
+    """
+
+    grids: list[tuple[int, int]]  # (rows, columns) in patches, caller's order
+    lengths: list[int]  # tokens of each image with its prefix, sorted
+    gather_N: Tensor  # sorted token -> row of cat([prefix of image 0, 1, ..; patches])
+    prefix_BR: Tensor  # rows of each image's prefix among the sorted tokens, caller's order
+    rank_B: Tensor  # place of each image of the caller's order among the sorted ones
+    patches_M: Tensor  # rows of the patches among the sorted tokens, caller's order
+    row_column_M2: Tensor  # each patch's integer place in its image, caller's order
+    image_M: Tensor  # the image that the patch belongs to, caller's order
+    grid_M2: Tensor  # (rows, columns) of that image
+    cu_seqlens: Tensor  # B + 1 int32: start of the first sorted image, end of each
+
+    @classmethod
+    def of(cls, grids: list[tuple[int, int]], prefix: int, device: torch.device) -> Layout:
+        """Lay out images of these grids, each with `prefix` tokens before its patches."""
+        grid_B2 = torch.tensor(grids, dtype=torch.int64).reshape(-1, 2)
+        patches_B = grid_B2.prod(1)
+        order_B = torch.argsort(patches_B, stable=True)
+        rank_B = order_B.argsort()
+        lengths = (patches_B[order_B] + prefix).tolist()
+        cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
+        start_B = cu_seqlens[rank_B]  # first sorted row of each image
+        image_M = torch.repeat_interleave(torch.arange(len(grids)), patches_B)
+        nth_M = torch.arange(len(image_M)) - (patches_B.cumsum(0) - patches_B)[image_M]
+        columns_M = grid_B2[image_M, 1]
+        prefix_BR = start_B[:, None] + torch.arange(prefix)
+        patches_M = start_B[image_M] + prefix + nth_M
+        rows_N = torch.cat([prefix_BR.flatten(), patches_M])
+        gather_N = torch.empty_like(rows_N).scatter_(0, rows_N, torch.arange(len(rows_N)))
+        row_column_M2 = torch.stack([nth_M // columns_M, nth_M % columns_M], dim=1)
+        places = (gather_N, prefix_BR, rank_B, patches_M, row_column_M2, image_M, grid_B2[image_M])
+        tensors = [to_device(tensor, device) for tensor in (*places, cu_seqlens.int())]
+        return cls(grids, lengths, *tensors)
+
+    def by_length(self, x: Tensor) -> list[Tensor]:
+        """Sorted tokens (N, ...) as one batch (b, n, ...) for each length that occurs.
+
+        One split: a slice for each would give its gradient as a full-size tensor of zeros.
+        """
+        counts = Counter(self.lengths)  # in sorted order
+        runs = x.split([length * count for length, count in counts.items()])
+        pairs = zip(runs, counts.values(), strict=True)
+        return [run.unflatten(0, (count, -1)) for run, count in pairs]
+
+
+# ---- Initial weights, and those that are never rounded
+
+
+def keep_float32(
+    student: Student, apply: Callable[..., Student], fn: Any, recurse: bool
+) -> Student:
+    """`.to(bfloat16)` but for three buffers: rounding them moves rotation angles by up to 0.08 rad
+    and changes which experts are selected."""
+    before = dict(student.named_buffers())
+    apply(fn, recurse)
+    for name, moved in list(student.named_buffers()):
+        owner, _, buffer = name.rpartition(".")
+        kept = buffer in ("freqs_HJ2", "expert_bias", "pixel_stats_2X")
+        if kept and moved.dtype != torch.float32:
+            setattr(student.get_submodule(owner), buffer, before[name].to(moved.device))
+    return student
+
+
+@torch.no_grad()
+def initialise(student: Student) -> None:
+    """AMoE release, model.py: every block starts as the identity. RADIO: we chose a ViT's 0.02."""
+    is_amoe = student.config.form == "amoe"
+    nn.init.normal_(student.prefix_RD, std=0.02)
+    for module in student.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=0.01 if is_amoe else 0.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    if not is_amoe:
+        return
+    nn.init.trunc_normal_(student.embed.weight, std=0.02)
+    for depth, block in enumerate(student.blocks):
+        std, ffn = 0.02 / math.sqrt(2 * (depth + 1)), block.ffn
+        is_moe = isinstance(ffn, MoE)
+        w1, w2 = (ffn.w1_EGD, ffn.w2_EDF) if is_moe else (ffn.w1.weight, ffn.w2.weight)
+        gate, value = w1.chunk(2, dim=-2)
+        nn.init.trunc_normal_(gate, std=0.02)
+        router = [ffn.router.weight] if is_moe else []
+        for weight in (block.attn.qkv.weight, block.attn.sinks, value, *router):
+            nn.init.trunc_normal_(weight, std=std)
+        nn.init.zeros_(w2)  # what ends a branch is zero
+        nn.init.zeros_(block.attn.proj.weight)
+
+
+# ---- SigLIP2's pooling head
+
+
+class AttentionPool(nn.Module):
+    """A learned probe attends to all tokens, then an MLP. AMoE release, model.py"""
+
+    def __init__(self, spec: Any):
+        super().__init__()
+        dim, self.n_heads = spec.dim, spec.pool_heads
+        if dim % self.n_heads:
+            raise ValueError(f"pooling head: dim={dim} is not a multiple of {self.n_heads} heads")
+        self.probe_1C = nn.Parameter(torch.randn(1, dim) / math.sqrt(dim))
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.norm = nn.LayerNorm(dim, eps=spec.pool_eps)
+        self.fc1, self.fc2 = nn.Linear(dim, spec.pool_hidden), nn.Linear(spec.pool_hidden, dim)
+
+    def forward(self, x_NC: Tensor, layout: Layout) -> Tensor:
+        """Pool the sorted tokens of each image; `pooled_BC` in the caller's order."""
+        dim, weight, bias = x_NC.shape[-1], self.qkv.weight, self.qkv.bias
+        q_1C = F.linear(self.probe_1C, weight[:dim], bias[:dim])
+        q_1H1A = rearrange(q_1C, "1 (h a) -> 1 h 1 a", h=self.n_heads)
+        pooled = [x_NC.new_zeros(0, dim)]
+        for x_BNC in layout.by_length(x_NC):
+            kv = F.linear(x_BNC, weight[dim:], bias[dim:])
+            k_BHNA, v_BHNA = rearrange(kv, "b n (s h a) -> s b h n a", s=2, h=self.n_heads)
+            q_BH1A = q_1H1A.expand(len(x_BNC), -1, -1, -1)
+            y_BH1A = F.scaled_dot_product_attention(q_BH1A, k_BHNA, v_BHNA)
+            pooled.append(rearrange(y_BH1A, "b h 1 a -> b (h a)"))
+        x_BC = self.proj(torch.cat(pooled)[layout.rank_B])
+        return x_BC + self.fc2(F.gelu(self.fc1(self.norm(x_BC)), approximate="tanh"))
+
+
+# ---- Token merging: the destinations
+
+
 def cell_middles(rows: int, columns: int, keep: int) -> Tensor:
     """Raster indices of the middles of the smallest square cells that number at most `keep`."""
     sides = range(1, max(rows, columns) + 1)
@@ -975,12 +942,6 @@ def cell_middles(rows: int, columns: int, keep: int) -> Tensor:
     return (y[:, None] * columns + x).flatten()
 
 
-def unmerge_tokens(merged_KD: Tensor, index_N: Tensor) -> Tensor:
-    """Give every token the value of the merged token it went into. RADIO 2.6."""
-    return merged_KD[index_N]
-
-
-# ---- Part II: the plumbing
 # ---- Kernels of attention and experts
 
 # Float32 on CUDA goes by "efficient", as no varlen kernel takes it.
@@ -990,13 +951,11 @@ EXPERTS = ("auto", "grouped", "sorted", "dense")
 
 @torch.compiler.disable  # its kernels are compiled already, and a layout differs every step
 def attention(
-    q_NHA: Tensor, k_NHA: Tensor, v_NHA: Tensor, layout: Layout,
-    sinks_H: Tensor | None = None, backend: str = "auto",
-) -> Tensor:  # fmt: skip
+    q_NHA, k_NHA, v_NHA, layout: Layout, sinks_H: Tensor | None = None, backend: str = "auto"
+) -> Tensor:
     """Attention of every token to the tokens of its own image; `out_NHA`.
 
     Every backend has the exact gradient of the sinks. Raises: ValueError for mixed dtypes.
-    AMoE: attention sinks; RADIOv2.5: ViT
     """
     if not q_NHA.dtype == k_NHA.dtype == v_NHA.dtype:
         dtypes = f"q {q_NHA.dtype}, k {k_NHA.dtype}, v {v_NHA.dtype}"
@@ -1010,14 +969,13 @@ def attention(
     else:
         runs = list(zip(*(layout.by_length(x_NHA) for x_NHA in qkv), strict=True))
     for run in runs:
-        qkv_BHNA = [rearrange(x_BNHA, "b n h a -> b h n a") for x_BNHA in run]
+        q, k, v = (rearrange(x_BNHA, "b n h a -> b h n a") for x_BNHA in run)
         if backend == "explicit":
-            q_BHNA, k_BHNA, v_BHNA = qkv_BHNA
-            out_BHNA = explicit_attention(q_BHNA, k_BHNA, v_BHNA, sinks_H)
+            out_BHNA = explicit_attention(q, k, v, sinks_H)
         else:
             kernels = {"flash": cpu_flash, "efficient": cuda_efficient}
             kernel = kernels.get(backend, partial(cuda_varlen, layout))
-            out_BHNA = FlashSinkAttention.apply(*qkv_BHNA, sinks_H, kernel)
+            out_BHNA = FlashSinkAttention.apply(q, k, v, sinks_H, kernel)
         outputs.append(rearrange(out_BHNA, "b h n a -> (b n) h a"))
     return torch.cat(outputs)
 
@@ -1064,7 +1022,7 @@ def cuda_varlen(layout: Layout, *qkv_1HNA: Tensor):
     import torch.nn.attention.varlen  # registers the kernels
 
     ops, longest = torch.ops.torch_attn, max(layout.lengths)
-    lengths = (layout.ends_B, layout.ends_B, longest, longest)
+    lengths = (layout.cu_seqlens, layout.cu_seqlens, longest, longest)
     qkv_NHA = [rearrange(x, "1 h n a -> n h a") for x in qkv_1HNA]
     out_NHA, lse_HN, rng = ops._varlen_attn(*qkv_NHA, *lengths)
 
@@ -1075,6 +1033,37 @@ def cuda_varlen(layout: Layout, *qkv_1HNA: Tensor):
         return [rearrange(x, "n h a -> 1 h n a") for x in grads]
 
     return rearrange(out_NHA, "n h a -> 1 h n a"), lse_HN[None], backward
+
+
+def run_sorted(moe: MoE, x_ND: Tensor, gates_NK, chosen_NK, counts_E: Tensor) -> Tensor:
+    """`MoE.run_dense`, each expert on the tokens that chose it alone."""
+    order_S = chosen_NK.flatten().argsort(stable=True)  # pairs sorted by expert
+    dtype, device = x_ND.dtype, x_ND.device.type
+    if torch.is_autocast_enabled(device):  # it does not know grouped_mm
+        dtype = torch.get_autocast_dtype(device)  # before the gather: K rows of each are kept
+    x_SD = Dispatch.apply(x_ND.to(dtype), order_S, moe.top_k)
+    gates_S1 = gates_NK.flatten().index_select(0, order_S)[:, None].to(dtype)
+    y_SD = run_experts(moe, x_SD, gates_S1, counts_E)
+    return collect(y_SD, order_S, moe.top_k).to(x_ND.dtype)
+
+
+@torch.compiler.disable  # torch 2.13 traces grouped_mm in bfloat16 only
+def run_experts(moe: MoE, x_SD: Tensor, gates_S1: Tensor, counts_E: Tensor) -> Tensor:
+    """Every expert on its own run of rows, weighed by the gates.
+
+    The gate belongs after the expert; w2 is linear, so before w2 is the same and narrower.
+    """
+    width = 16 // x_SD.element_size()  # grouped_mm wants rows of whole 16 bytes
+    aligned = not (moe.w1_EGD.shape[2] % width or moe.w2_EDF.shape[2] % width)
+    if moe.backend == "grouped" or (moe.backend == "auto" and aligned):
+        ends_E = counts_E.cumsum(0).to(torch.int32)
+        w1_EDG, w2_EFD = moe.w1_EGD.to(x_SD.dtype).mT, moe.w2_EDF.to(x_SD.dtype).mT
+        hidden_SF = gated(F.grouped_mm(x_SD, w1_EDG, offs=ends_E))
+        return F.grouped_mm(hidden_SF * gates_S1, w2_EFD, offs=ends_E)
+    # unbind once: w[e] in a loop would allocate a full-size gradient for every expert
+    w1s, w2s, counts = moe.w1_EGD.unbind(0), moe.w2_EDF.unbind(0), counts_E.tolist()
+    runs = zip(x_SD.split(counts), gates_S1.split(counts), w1s, w2s, strict=True)
+    return torch.cat([F.linear(gated(F.linear(x, w1)) * gate, w2) for x, gate, w1, w2 in runs])
 
 
 def collect(y_SD: Tensor, order_S: Tensor, top_k: int) -> Tensor:
@@ -1108,7 +1097,7 @@ def autocast(device: torch.device, precision: str = "auto") -> Any:
     return torch.autocast(device.type, torch.bfloat16, enabled=precision != "fp32")
 
 
-# ---- What `encode` takes
+# ---- What `encode` takes and gives
 
 
 def read_image(image: Any, name: str) -> Tensor:
@@ -1133,9 +1122,69 @@ def read_image(image: Any, name: str) -> Tensor:
     return image
 
 
+def packs_of(
+    images: Sequence[Any], config: ModelConfig, max_tokens: int | None, budget: int
+) -> Iterator[list[Tensor]]:
+    """Images resized to whole patches, together as many as the budget of tokens allows."""
+    if isinstance(images, Image.Image | np.ndarray | Tensor):
+        raise ValueError(f"encode takes a list of images, got one {type(images).__name__}")
+    if max_tokens is not None and max_tokens < 1:
+        raise ValueError(f"max_tokens={max_tokens} leaves no patch")
+    max_area = max_tokens and max_tokens * config.patch**2
+    pack: list[Tensor] = []
+    tokens = 0
+    for index, image in enumerate(images):
+        pixels = read_image(image, f"image {index}")
+        height, width = fit_size(pixels.shape[1], pixels.shape[2], config.patch, max_area=max_area)
+        length = height * width // config.patch**2 + config.prefix
+        if pack and tokens + length > budget:
+            yield pack
+            pack, tokens = [], 0
+        pack.append(resize(pixels, (height, width)))
+        tokens += length
+    yield pack
+
+
+def encode_pack(student: Student, pack: list[Tensor], keep: int | None) -> list[Features]:
+    """Features of one pack of images whose sides are multiples of the patch."""
+    batch, device = PackedBatch.from_images(pack, student.config.patch), student.prefix_RD.device
+    with autocast(device, student.precision):
+        results = unpack(student(batch.to(device)), student.config, batch.grids)
+    for result, grid in zip(results, batch.grids, strict=True):
+        if keep is not None:
+            result.tokens, _ = merge_tokens(result.patches["trunk"].flatten(0, 1), grid, keep)
+    return results
+
+
+def unpack(
+    out: StudentOutput, config: ModelConfig, grids: Sequence[tuple[int, int]]
+) -> list[Features]:
+    """Each image's own features, patches as maps."""
+    results = [Features({}, {}) for _ in grids]
+    for name, x_BC in {"trunk": out.trunk_summary_BD, **out.summary}.items():
+        for result, x_C in zip(results, x_BC.float(), strict=True):
+            result.summary[name] = x_C
+    factors = {head.name: head.upsample for head in config.heads}
+    for name, x_MC in {"trunk": out.trunk_MD, **out.patches}.items():
+        u = factors.get(name, 1)
+        pieces = x_MC.float().split([h * w * u * u for h, w in grids])
+        for result, (h, _), piece in zip(results, grids, pieces, strict=True):
+            result.patches[name] = rearrange(piece, "(h w) c -> h w c", h=h * u)
+    return results
+
+
 # ---- Our checkpoints
 
 FORMAT = "amoe-from-scratch student"
+
+
+def hash_weights(module: nn.Module, total: Any = None) -> str:
+    """sha256 of the names, shapes and bytes of all tensors; `total`: a hash to go on from."""
+    total = hashlib.sha256() if total is None else total
+    for key, tensor in sorted(module.state_dict().items()):
+        total.update(f"{key} {tuple(tensor.shape)}".encode())
+        total.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return total.hexdigest()
 
 
 def save_student(student: Student, path: str | Path, half: bool = False) -> None:
@@ -1145,11 +1194,9 @@ def save_student(student: Student, path: str | Path, half: bool = False) -> None
         state[name] = state[name].half()
         if not state[name].isfinite().all():
             raise ValueError(f"{path}: {name} does not fit in float16; save it in float32")
-    content = {"format": FORMAT, "version": 1, "config": dataclasses.asdict(student.config),
-               "state_dict": state}  # fmt: skip
-    partial = Path(f"{path}.{os.getpid()}.tmp")
-    torch.save(content, partial)
-    partial.replace(path)
+    config = dataclasses.asdict(student.config)
+    content = {"format": FORMAT, "version": 1, "config": config, "state_dict": state}
+    write_whole(path, lambda file: torch.save(content, file))
 
 
 def load_student(path: str | Path, top_k: int | None = None, device: str = "cpu") -> Student:
@@ -1157,12 +1204,8 @@ def load_student(path: str | Path, top_k: int | None = None, device: str = "cpu"
 
     Args:
         path: told apart by content; no code of the file is ever run.
-        top_k: experts per token. A SigLino file does not say; None: its config if there is one,
-            else 6. Overrides the config of our checkpoints. No meaning for a dense student.
-        device: where the student goes.
-
-    Raises:
-        ValueError: unreadable file, other content, missing or unexpected keys, wrong shapes.
+        top_k: experts per token instead of the config's; a SigLino file without one has 6.
+    Raises: ValueError: unreadable file, other content, missing or unexpected keys, wrong shapes.
     """
     content = read_checkpoint(path)
     try:
@@ -1196,12 +1239,21 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def read_ours(content: dict[str, Any]) -> tuple[ModelConfig, Weights]:
-    """A file of `save_student`."""
+    """A file of `save_student`, of today or of the time of one spec for both kinds of head."""
     if content.get("version") != 1:
         raise ValueError(f"format version {content.get('version')!r}, this code reads 1")
-    heads = tuple(HeadSpec(**head) for head in content["config"]["heads"])
+    heads = tuple(read_spec(head) for head in content["config"]["heads"])
     config = ModelConfig(**content["config"] | {"heads": heads})
-    return config, Weights(content["state_dict"])
+    return config, Weights(content["state_dict"]).renamed([(r"table_GGD$", "pos_embed")])
+
+
+def read_spec(saved: dict[str, Any]) -> HeadSpec:
+    """A saved head; there was one spec for both kinds once, of whose fields each read its own."""
+    is_radio = saved.get("kind", "adapter") != "adapter"
+    ours, other = (RadioSpec, AdapterSpec) if is_radio else (AdapterSpec, RadioSpec)
+    unread = {field.name for field in dataclasses.fields(other)} | {"kind", "pre_norm"}
+    unread -= {field.name for field in dataclasses.fields(ours)}
+    return ours(**{name: value for name, value in saved.items() if name not in unread})
 
 
 # ---- Foreign weights: renames, what is to be cut or joined, then torch's own strict load
@@ -1224,6 +1276,9 @@ class Weights(dict[str, Tensor]):
         if parts[0] in self:
             self[ours] = torch.cat([self.take(part) for part in parts], dim)
 
+    def without(self, prefix: str) -> Weights:
+        return Weights((key, x) for key, x in self.items() if not key.startswith(prefix))
+
     def renamed(self, rules: Sequence[tuple[str, Any]]) -> Weights:
         """Names after all (pattern, replacement) in this order."""
         names = {key: key for key in self}
@@ -1237,6 +1292,26 @@ class Weights(dict[str, Tensor]):
         """One more than the largest number that follows a prefix."""
         numbers = (re.match(re.escape(prefix) + r"(\d+)\.", key) for key in self)
         return 1 + max((int(found[1]) for found in numbers if found), default=-1)
+
+    def sizes(self, n_heads: int, cls_tokens: int = 1) -> dict[str, Any]:
+        """What the tensors, under our names, show of a `ModelConfig`; they do not show n_heads."""
+        dim, inner = self["blocks.0.attn.proj.weight"].shape
+        experts = len(self.get("blocks.0.ffn.expert_bias", ()))
+        w2 = self["blocks.0.ffn.w2_EDF" if experts else "blocks.0.ffn.w2.weight"]
+        return {
+            "dim": dim,
+            "n_layers": self.count("blocks."),
+            "n_heads": n_heads,
+            "head_dim": inner // n_heads,
+            "ffn_dim": w2.shape[-1],
+            "patch": math.isqrt(self["embed.weight"].shape[1] // 3),
+            "cls_tokens": cls_tokens,
+            "registers": len(self["prefix_RD"]) - cls_tokens,
+            "experts": experts,
+            "norm_weight": "blocks.0.norm1.weight" in self,
+            "layer_scale": "blocks.0.scale1" in self,
+            "position_grid": len(self.get("positions.pos_embed", ())),
+        }
 
 
 def assemble(config: ModelConfig, state: Weights) -> Student:
@@ -1276,46 +1351,32 @@ SIGLINO = [
 
 
 def read_siglino(content: dict[str, Any]) -> tuple[ModelConfig, Weights]:
-    """A released AMoE / SigLino file. AMoE release, configs.py and model.py."""
+    """A released AMoE / SigLino file. AMoE release, configs.py and model.py"""
     tensors = content.get("state_dict", content).items()
-    unused = "layer_norm_dinov3."  # in every file, never called
-    file = Weights({k: x for k, x in tensors if isinstance(x, Tensor) and not k.startswith(unused)})
+    file = Weights((key, x) for key, x in tensors if isinstance(x, Tensor))
+    file = file.without("layer_norm_dinov3.")  # in every file, never called
     if not any(key.startswith(("img_projector.", "layers.", "cls_token")) for key in file):
         raise ValueError("neither our checkpoint nor a SigLino or RADIO release")
     x = file.renamed(SIGLINO)
     registers = [x.take("storage_tokens")[0]] if "storage_tokens" in x else []
     x["prefix_RD"] = torch.cat([x.take("cls_token")[0], *registers])
-    dim, inner = x["blocks.0.attn.proj.weight"].shape
-    n_heads, layers = len(x["blocks.0.attn.sinks"]), x.count("blocks.")
-    for i in range(layers):
+    n_heads = len(x["blocks.0.attn.sinks"])
+    for i in range(x.count("blocks.")):
         qkv = [x.take(f"blocks.{i}.attention.w{part}.weight") for part in "qkv"]
         x[f"blocks.{i}.attn.qkv.weight"] = join_qkv(qkv, n_heads)
         for w1, w3 in (("w1_EGD", "w3_EGD"), ("w1.weight", "w3.weight")):  # gate, then value
             x.join(f"blocks.{i}.ffn.{w1}", [f"blocks.{i}.ffn.{w}" for w in (w1, w3)], dim=-2)
     heads = []
     for name in dict.fromkeys(key.split(".")[1] for key in x if key.startswith("heads.")):
-        width, probe = len(x[f"heads.{name}.norm.weight"]), f"heads.{name}.pool.probe_1C"
-        if probe in x:
+        pool: dict[str, Any] = {}
+        width = len(x[f"heads.{name}.norm.weight"])
+        if (probe := f"heads.{name}.pool.probe_1C") in x:
             x[probe], hidden = x[probe][0], len(x[f"heads.{name}.pool.fc1.bias"])
-            heads.append(HeadSpec(name, width, width, pool=True, pool_hidden=hidden))
-        else:
-            heads.append(HeadSpec(name, width, width, registers=True))
-    is_moe = "blocks.0.ffn.expert_bias" in x
-    config = ModelConfig(
-        "amoe",
-        dim=dim,
-        n_layers=layers,
-        n_heads=n_heads,
-        head_dim=inner // n_heads,
-        ffn_dim=x["blocks.0.ffn.w2_EDF" if is_moe else "blocks.0.ffn.w2.weight"].shape[-1],
-        heads=tuple(heads),
-        patch=math.isqrt(x["embed.weight"].shape[1] // 3),
-        registers=len(x["prefix_RD"]) - 1,
-        experts=len(x["blocks.0.ffn.expert_bias"]) if is_moe else 0,
-        top_k=content.get("config", {}).get("moe_args", {}).get("top_k", 6) if is_moe else 0,
-        norm_weight="blocks.0.norm1.weight" in x,
-    )
-    return config, x
+            pool = {"pool": True, "pool_hidden": hidden, "pool_eps": 1e-5}
+        heads.append(AdapterSpec(name, width, width, registers=not pool, **pool))
+    top_k = content.get("config", {}).get("moe_args", {}).get("top_k", 6)
+    sizes = x.sizes(n_heads)
+    return ModelConfig("amoe", heads=tuple(heads), top_k=sizes["experts"] and top_k, **sizes), x
 
 
 def join_qkv(qkv: Sequence[Tensor], n_heads: int) -> Tensor:
@@ -1337,7 +1398,7 @@ RADIO = [
     (r"^base_model\.", ""),
     (r"^patch_generator\.embedder\.", "embed."),
     (r"^patch_generator\.cls_token\.token$", "prefix_RD"),
-    (r"^patch_generator\.pos_embed$", "positions.table_GGD"),
+    (r"^patch_generator\.pos_embed$", "positions.pos_embed"),
     (r"^_feature_normalizer\.mean$", "feature_mean_D"),
     (r"^_feature_normalizer\.tx$", "feature_tx_DD"),
     (r"^(blocks\.\d+)\.mlp\.fc([12])\.", r"\1.ffn.w\2."),
@@ -1351,21 +1412,15 @@ RADIO = [
     (r"^(heads\..+)\.blocks\.(\d+)\.0\.", r"\1.inner.\2.0."),
     (r"^(heads\..+)\.blocks\.(\d+)\.2\.", r"\1.inner.\2.1."),
 ]
-RADIO_N_HEADS = {
-    "tiny": 3, "small": 6, "base": 12, "large": 16, "huge": 16, "giant": 24, "so400m": 16,
-    "bigg": 16,
-}  # fmt: skip
+RADIO_N_HEADS = dict(tiny=3, small=6, base=12, large=16, huge=16, giant=24, so400m=16, bigg=16)
 
 
 def read_radio(content: dict[str, Any]) -> tuple[ModelConfig, Weights]:
-    """A released RADIO file of a timm ViT. RADIO release, the layout of its checkpoints."""
+    """A released RADIO file of a timm ViT. RADIO release, the layout of its checkpoints"""
     args = vars(content["args"])
     model, stated = str(args.get("model")), (args.get("model_kwargs") or {}).get("num_heads")
-    file = Weights(
-        (key, x)
-        for key, x in fold_spectral(content.get("state_dict_ema") or content["state_dict"])
-        if not key.startswith("_intermediate_feature_normalizer.")  # of outputs we do not offer
-    )
+    file = Weights(fold_spectral(content.get("state_dict_ema") or content["state_dict"]))
+    file = file.without("_intermediate_feature_normalizer.")  # of outputs that we do not offer
     if not any(key.startswith("base_model.blocks.") for key in file):
         trunk = [key for key in file if key.startswith("base_model.")][:9]
         raise ValueError(f"the backbone {model} is no timm ViT, its keys are {trunk}")
@@ -1374,51 +1429,34 @@ def read_radio(content: dict[str, Any]) -> tuple[ModelConfig, Weights]:
         for part, known in zip(("mean", "std"), CLIP_RGB, strict=True)
     )
     x, per_teacher = file.renamed(RADIO), args.get("cls_token_per_teacher", True)
-    heads: dict[str, HeadSpec] = {}
+    heads: dict[str, RadioSpec] = {}
     for i, entry in enumerate(args.get("teachers") or []):
         name, by_number = entry["name"], f"heads.{i}."
         if name in heads:  # once more, at another size: the first counts
-            x = Weights((key, tensor) for key, tensor in x.items() if not key.startswith(by_number))
+            x = x.without(by_number)
             continue
         slot = str(i) if any(key.startswith(by_number) for key in x) else name
         x = x.renamed([(rf"^heads\.{re.escape(slot)}\.", f"heads.{name}.")])
         token = entry.get("token_slot")
         token = (len(heads) if per_teacher else 0) if token is None else int(token)
         heads[name] = radio_head(x, entry, head_kind(file, slot), token)
-    dim, n_registers = len(x["blocks.0.norm1.weight"]), len(x["prefix_RD"])
+    dim = len(x["blocks.0.norm1.weight"])
     known = next((n for arch, n in RADIO_N_HEADS.items() if arch in model.lower()), None)
-    n_heads = stated or known  # the one size that the tensors do not show
+    n_heads = stated or known
     if not n_heads or dim % n_heads:
         raise ValueError(f"args.model={model!r} of width {dim} has num_heads={n_heads}")
-    patch, table = math.isqrt(x["embed.weight"].shape[1] // 3), x["positions.table_GGD"]
+    # the release's patches are (channel, row, column), its table is flat
+    patch, table = math.isqrt(x["embed.weight"].shape[1] // 3), x["positions.pos_embed"]
+    pattern = "d (c y x) -> d (y x c)"
+    x["embed.weight"] = rearrange(x["embed.weight"], pattern, y=patch, x=patch)
     side = math.isqrt(table.shape[1])
-    # the release's patches are (channel, row, column)
-    kernel = x["embed.weight"]
-    x["embed.weight"] = rearrange(kernel, "d (c y x) -> d (y x c)", y=patch, x=patch)
-    x["positions.table_GGD"] = rearrange(table, "1 (y x) d -> y x d", y=side)
+    x["positions.pos_embed"] = rearrange(table, "1 (y x) d -> y x d", y=side)
     if "feature_mean_D" in x:
         x["feature_mean_D"] = x["feature_mean_D"].flatten()
-    cls_tokens = max(1, len(heads)) if per_teacher else 1
-    config = ModelConfig(
-        "radio",
-        dim=dim,
-        n_layers=x.count("blocks."),
-        n_heads=n_heads,
-        head_dim=dim // n_heads,
-        ffn_dim=x["blocks.0.ffn.w2.weight"].shape[1],
-        heads=tuple(heads.values()),
-        patch=patch,
-        cls_tokens=cls_tokens,
-        registers=n_registers - cls_tokens,
-        gated_ffn=False,
-        final_norm="norm.weight" in x,
-        layer_scale="blocks.0.scale1" in x,
-        position_grid=side,
-        feature_normalizer="feature_mean_D" in x,
-        pixel_mean=mean,
-        pixel_std=std,
-    )
-    return config, x
+    has = {"final_norm": "norm.weight" in x, "feature_normalizer": "feature_mean_D" in x}
+    sizes = x.sizes(n_heads, max(1, len(heads)) if per_teacher else 1) | has
+    sizes |= {"heads": tuple(heads.values()), "pixel_mean": mean, "pixel_std": std}
+    return ModelConfig("radio", gated_ffn=False, **sizes), x
 
 
 def head_kind(file: Weights, slot: str) -> str:
@@ -1430,35 +1468,26 @@ def head_kind(file: Weights, slot: str) -> str:
     return "v1" if any(found.values()) else "v2"
 
 
-def radio_head(x: Weights, entry: dict[str, Any], kind: str, token: int) -> HeadSpec:
-    """Sizes of one teacher's two MLPs; None, 0, 0 where it has none."""
-    sizes: list[tuple[Any, int, int]] = []
-    for part in ("summary", "patches"):
+def radio_head(x: Weights, entry: dict[str, Any], kind: str, token: int) -> RadioSpec:
+    """One teacher's head, with the sizes of its two MLPs; None, 0, 0 where it has none."""
+    sizes: dict[str, Any] = {"kind": kind, "token": token}
+    for part, ours in (("summary", "summary_"), ("patches", "")):
         mlp = f"heads.{entry['name']}.{part}."
-        if any(key.startswith(mlp) for key in x):
-            out, hidden = x[mlp + "last.weight"].shape
-            sizes.append((out, hidden, x.count(mlp + "inner.")))
-        else:
-            sizes.append((None, 0, 0))
-    (summary_dim, summary_hidden, summary_inner), (dim, hidden, inner) = sizes
+        has = any(key.startswith(mlp) for key in x)
+        out, hidden = x[mlp + "last.weight"].shape if has else (None, 0)
+        sizes |= {
+            ours + "dim": out,
+            ours + "hidden": hidden,
+            ours + "inner": x.count(mlp + "inner."),
+        }
     upsample = next((int(v) for k, v in entry.items() if "upsample" in k and v), 1)
-    return HeadSpec(
-        entry["name"],
-        dim and dim // upsample**2,
-        summary_dim,
-        kind,
-        upsample=upsample,
-        hidden=hidden,
-        inner=inner,
-        summary_hidden=summary_hidden,
-        summary_inner=summary_inner,
-        token=token,
-        in_trunk_summary=bool(entry.get("use_summary", True)),
-    )
+    sizes["dim"] = sizes["dim"] and sizes["dim"] // upsample**2
+    in_summary = bool(entry.get("use_summary", True))
+    return RadioSpec(entry["name"], upsample=upsample, in_trunk_summary=in_summary, **sizes)
 
 
 def fold_spectral(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Keys and weights, the spectrally reparametrised ones as plain W * s / sigma(W). RADIO 1.5."""
+    """Weights by key, the spectrally reparametrised as plain W * s / sigma(W). RADIO release"""
     for key, weight in tensors.items():
         base, parametrised, rest = key.partition(".parametrizations.weight.")
         if not parametrised:
@@ -1481,7 +1510,7 @@ def fold_spectral(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
 
 @torch.no_grad()
 def copy_pool(ours: AttentionPool, theirs: Any) -> None:
-    """SigLIP's pooling head of transformers -> ours (AMoE Sec. 1.6)."""
+    """SigLIP's pooling head of transformers -> ours."""
     x = Weights(theirs.state_dict()).renamed(POOL)
     x["probe_1C"] = x["probe_1C"][0]
     ours.load_state_dict(x)
@@ -1509,81 +1538,74 @@ def read_vit(network: Any, layers: int | None, stats: tuple) -> Student:
     Equal to it at its own resolution. The class token's position is added to the token; the final
     norm stays, unlike in RADIO's own releases.
     """
-    config, file = network.config, Weights(network.state_dict()).renamed(VIT)
-    layers = layers or config.num_hidden_layers
+    file = Weights(network.state_dict()).renamed(VIT)
     state = Weights((key, x) for key, x in file.items() if key.startswith("norm."))
-    for block in (f"blocks.{i}." for i in range(layers)):
+    for block in (f"blocks.{i}." for i in range(layers or network.config.num_hidden_layers)):
         state.update((key, x) for key, x in file.items() if key.startswith(block))
         for (ours, parts), kind in product(VIT_JOINED.items(), ("weight", "bias")):
             state.join(f"{block}{ours}.{kind}", [f"{block}{part}.{kind}" for part in parts])
     positions = file["embeddings.position_embeddings"][0]
     registers = file.get("embeddings.register_tokens", positions[None, :0])[0]
-    kernel = file["embeddings.patch_embeddings.projection.weight"]
-    side, heads, width = math.isqrt(len(positions) - 1), config.num_attention_heads, len(kernel)
+    kernel, side = file["embeddings.patch_embeddings.projection.weight"], len(positions) - 1
     state |= {
         "embed.weight": rearrange(kernel, "d c y x -> d (y x c)"),
         "embed.bias": file["embeddings.patch_embeddings.projection.bias"],
         "prefix_RD": torch.cat([file["embeddings.cls_token"][0] + positions[:1], registers]),
-        "positions.table_GGD": rearrange(positions[1:], "(h w) d -> h w d", h=side),
+        "positions.pos_embed": rearrange(positions[1:], "(h w) d -> h w d", h=math.isqrt(side)),
     }
-    vit = ModelConfig(
-        "radio",
-        dim=width,
-        n_layers=layers,
-        n_heads=heads,
-        head_dim=width // heads,
-        ffn_dim=state["blocks.0.ffn.w2.weight"].shape[1],
-        patch=config.patch_size,
-        registers=len(registers),
-        gated_ffn="blocks.0.mlp.gate_proj.weight" in file,
-        layer_scale="blocks.0.scale1" in state,
-        patch_bias=True,
-        position_grid=side,
-        pixel_mean=stats[0],
-        pixel_std=stats[1],
-    )
-    return assemble(vit, state)
+    sizes = state.sizes(network.config.num_attention_heads)
+    sizes |= {"gated_ffn": "blocks.0.mlp.gate_proj.weight" in file, "patch_bias": True}
+    return assemble(ModelConfig("radio", pixel_mean=stats[0], pixel_std=stats[1], **sizes), state)
 
 
-def adopt(student: Student, given: Student) -> set[str]:
+def load_pretrained(student: Student, given: Student) -> set[str]:
     """Copy a pretrained trunk, and heads of equal name and shape; returns the names of these.
 
-    A table of positions of another size is resized (RADIO Sec. 1.2). Where the student has a CLS
-    token per teacher, each starts from the given one. Raises: ValueError naming what does not fit.
+    A table of positions of another size is resized (RADIO release: bicubic). Where the student has
+    a CLS token per teacher, each starts from the given one. Raises: ValueError naming what does not
+    fit.
     """
     ours, theirs = student.state_dict(), given.state_dict()
-    heads = {name for name, head in student.heads.items()
-             if name in given.heads and replace(head.spec, token=0)
-             == replace(given.heads[name].spec, token=0)}  # fmt: skip
+    sizes = [
+        {name: dataclasses.asdict(head.spec) | {"token": 0} for name, head in x.heads.items()}
+        for x in (student, given)
+    ]
+    heads = {name for name in sizes[0] if sizes[0][name] == sizes[1].get(name)}
+    theirs["prefix_RD"] = carry_prefix(student, given, heads)
+    side = student.config.position_grid
+    if "positions.pos_embed" in theirs and side not in (0, given.config.position_grid):
+        maps = rearrange(theirs["positions.pos_embed"], "h w d -> 1 d h w")
+        maps = F.interpolate(maps, side, mode="bicubic", align_corners=True)
+        theirs["positions.pos_embed"] = rearrange(maps, "1 d h w -> h w d")
     for name, value in theirs.items():
         part, _, rest = name.partition(".")
-        if part == "heads":
-            if rest.split(".")[0] in heads:
-                ours[name] = value
+        if part == "heads" and rest.split(".")[0] not in heads:
             continue
-        if name == "positions.table_GGD" and name in ours and ours[name].shape != value.shape:
-            value = F.interpolate(
-                rearrange(value, "h w d -> 1 d h w"), len(ours[name]), mode="bicubic",
-                align_corners=True,
-            )[0].movedim(0, -1)  # fmt: skip
-        if name == "prefix_RD" and student.config.cls_tokens > given.config.cls_tokens == 1:
-            value = torch.cat([value[:1].expand(student.config.cls_tokens, -1), value[1:]])
-            value = torch.cat([value, ours[name][len(value) :]])[: len(ours[name])]
-        elif name == "prefix_RD" and student.config.cls_tokens > 1:  # teachers may change places
-            for head in heads:
-                token = given.heads[head].spec.token
-                value = value.clone()
-                value[student.heads[head].spec.token] = theirs[name][token]
         if name not in ours or ours[name].shape != value.shape:
             there = list(ours[name].shape) if name in ours else "nothing"
-            raise ValueError(f"--init: {name} is {list(value.shape)}, the student has {there}; "
-                             "choose the --model that it was, or --model init")  # fmt: skip
+            raise ValueError(
+                f"--init: {name} is {list(value.shape)}, the student has {there}; "
+                "choose the --model that it was, or --model init"
+            )
         ours[name] = value
     missing = [n for n in ours if not n.startswith("heads.") and n not in theirs]
     if missing:
         raise ValueError(f"--init lacks {', '.join(missing[:3])}; choose another --model")
     student.load_state_dict(ours)
     return heads
+
+
+def carry_prefix(student: Student, given: Student, heads: set[str]) -> Tensor:
+    """The given CLS tokens and registers as the student has places for them."""
+    ours, theirs = student.prefix_RD.detach(), given.prefix_RD.detach()
+    cls_tokens = student.config.cls_tokens
+    if cls_tokens > given.config.cls_tokens == 1:  # one starts them all
+        all_RD = torch.cat([theirs[:1].expand(cls_tokens, -1), theirs[1:]])
+        return torch.cat([all_RD, ours[len(all_RD) :]])[: len(ours)]
+    moved = theirs.clone()
+    for name in heads if moved.shape == ours.shape else ():  # teachers may change places
+        moved[student.heads[name].spec.token] = theirs[given.heads[name].spec.token]
+    return moved
 
 
 # ---- Export, and the table of sizes
@@ -1610,7 +1632,7 @@ class FixedGrid(nn.Module):
         p = self.student.config.patch
         pattern = "b c (h y) (w x) -> (b h w) (y x c)"
         out = self.student.run(rearrange(images_B3HW, pattern, y=p, x=p), self.layout)
-        each, results = self.student.unpack(out, self.layout.grids), {}
+        each, results = unpack(out, self.student.config, self.layout.grids), {}
         for part in ("summary", "patches"):
             for name in getattr(each[0], part):
                 results[f"{part}.{name}"] = torch.stack([getattr(f, part)[name] for f in each])
@@ -1629,9 +1651,14 @@ def count_parameters(config: ModelConfig) -> dict[str, int]:
     total, trunk = count(lambda _: True), count(lambda name: not name.startswith("heads."))
     experts = count(lambda name: name.endswith(("_EGD", "_EDF")))
     idle = experts * (config.experts - config.top_k) // max(config.experts, 1)
-    return {"total": total, "active": total - idle, "trunk": trunk, "active_trunk": trunk - idle,
-            "frozen": count(lambda name: not named[name].requires_grad),
-            "block": count(lambda name: name.startswith("blocks.0."))}  # fmt: skip
+    return {
+        "total": total,
+        "active": total - idle,
+        "trunk": trunk,
+        "active_trunk": trunk - idle,
+        "frozen": count(lambda name: not named[name].requires_grad),
+        "block": count(lambda name: name.startswith("blocks.0.")),
+    }
 
 
 def count_flops(config: ModelConfig, pixels: int) -> float:
@@ -1661,11 +1688,11 @@ def activation_bytes(config: ModelConfig, recompute: bool) -> float:
     norms and along the residual stream, bf16 in the rest, float32 predictions and differences.
     """
     dim, inner, hidden = config.dim, config.n_heads * config.head_dim, config.ffn_dim
-    norms_and_heads = (22 * dim + 22 * inner) if config.form == "amoe" else (14 * dim + 8 * inner)
+    of_dim, of_inner = {"amoe": (22, 22), "radio": (14, 8)}[config.form]  # norms and attention
     mlp = hidden * (8 if config.gated_ffn else 4)
     if config.experts:
         mlp = config.top_k * (2 * dim + 10 * hidden)
-    block = norms_and_heads + mlp + 4 * dim * config.layer_scale
+    block = of_dim * dim + of_inner * inner + mlp + 4 * dim * config.layer_scale
     kept = config.n_layers * 4 * dim + block if recompute else config.n_layers * block
     return kept + sum(24 * (head.hidden or head.dim or 0) for head in config.heads)
 
@@ -1684,9 +1711,10 @@ def main() -> None:
     """Print the table of sizes."""
     print("parameters in millions, 'a': active for one token; GFLOPs of one image's forward")
     print("GB per device of weights, gradients and AdamW: DDP, and FSDP2 on 1, 8 and 64 devices")
-    titles = ("total", "total a", "trunk", "trunk a", "256 px", "512 px",
-              "DDP", "FSDP2 1", "FSDP2 8", "FSDP2 64")  # fmt: skip
-    print(" " * 11 + "".join(f"{title:>9}" for title in titles))
+    print(
+        "                total  total a    trunk  trunk a   256 px   512 px"
+        "      DDP  FSDP2 1  FSDP2 8 FSDP2 64"
+    )
     for name, config in MODELS.items():
         counts = count_parameters(config)
         row = [counts[key] / 1e6 for key in ("total", "active", "trunk", "active_trunk")]

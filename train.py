@@ -360,7 +360,7 @@ def build_student(cfg: TrainConfig, teachers: Teachers) -> tuple[Student, set[st
     for teacher in teachers:
         if student.heads[teacher.name].spec.pool:
             model.copy_pool(student.heads[teacher.name].pool, teacher.backbone.network.head)
-    return student, model.adopt(student, given) if given else set()
+    return student, model.load_pretrained(student, given) if given else set()
 
 
 def head_spec(cfg: TrainConfig, base: ModelConfig, teacher: Teacher) -> model.HeadSpec:
@@ -369,15 +369,15 @@ def head_spec(cfg: TrainConfig, base: ModelConfig, teacher: Teacher) -> model.He
     kind: dict[str, Any] = {"hidden": cfg.head_hidden or 1024}
     if base.form == "radio":
         kind |= {"summary_hidden": kind["hidden"], "in_trunk_summary": summary_dim is not None}
-        return model.HeadSpec(name, dim, summary_dim, "v2", **kind)
+        return model.RadioSpec(name, dim, summary_dim, **kind)
     kind = {"hidden": cfg.head_hidden, "bias": True}
     pool: Any = getattr(teacher.backbone.network, "head", None) if cfg.pool else None
     if hasattr(pool, "probe"):
-        sizes = {"pool_hidden": pool.mlp.fc1.out_features, "pool_heads": pool.attention.num_heads}
-        return model.HeadSpec(name, dim, dim, pool=True, **sizes, **kind)
+        kind |= {"pool_hidden": pool.mlp.fc1.out_features, "pool_heads": pool.attention.num_heads}
+        return model.AdapterSpec(name, dim, dim, pool=True, pool_eps=pool.layernorm.eps, **kind)
     # registers are matched one to one, so there must be as many (AMoE: DINOv3's 4)
     has_registers = teacher.registers == base.registers > 0
-    return model.HeadSpec(name, dim, summary_dim, registers=has_registers, split=True, **kind)
+    return model.AdapterSpec(name, dim, summary_dim, registers=has_registers, split=True, **kind)
 
 
 # ---- What a stage's steps see

@@ -251,26 +251,26 @@ def demand_alike(kernel: str, multiple: int, *tensors: torch.Tensor) -> None:
     demand(tensors[0].shape[-1] % multiple == 0, kernel, "head width", *tensors)
 
 
-def images(ends_B: torch.Tensor) -> Iterator[slice]:
-    return (slice(start, stop) for start, stop in itertools.pairwise(ends_B.tolist()))
+def images(cu_seqlens: torch.Tensor) -> Iterator[slice]:
+    return (slice(start, stop) for start, stop in itertools.pairwise(cu_seqlens.tolist()))
 
 
-def varlen(q, k, v, ends_B, _ends, _longest, _longest_k, *_):
+def varlen(q, k, v, cu_seqlens, _ends, _longest, _longest_k, *_):
     """torch_attn::_varlen_attn: half precision only."""
     demand_alike("varlen", 8, q, k, v)
     demand(q.dtype in (torch.bfloat16, torch.float16), "varlen", "half precision only", q)
-    demand(ends_B.dtype == torch.int32, "varlen", "offsets are int32", ends_B)
+    demand(cu_seqlens.dtype == torch.int32, "varlen", "offsets are int32", cu_seqlens)
     out, lse_HN = torch.empty(q.shape, dtype=q.dtype), torch.empty(q.shape[1], len(q))
-    for part in images(ends_B):
+    for part in images(cu_seqlens):
         out[part], lse_HN[:, part] = attend(q[part], k[part], v[part])
     return out, lse_HN, torch.zeros(2, dtype=torch.uint64)
 
 
-def varlen_backward(grad, q, k, v, out, lse_HN, ends_B, *_, **__):
+def varlen_backward(grad, q, k, v, out, lse_HN, cu_seqlens, *_, **__):
     demand_alike("varlen backward", 8, grad, q, k, v, out)
     demand(lse_HN.dtype == torch.float32, "varlen backward", "log-sum-exp", lse_HN)
     grads = [torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v)]
-    for part in images(ends_B):
+    for part in images(cu_seqlens):
         of_image = attend_backward(*(x[part] for x in (grad, q, k, v, out)), lse_HN[:, part])
         for whole, mine in zip(grads, of_image, strict=True):
             whole[part] = mine

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from PIL import Image
 import eval as ev
 import packing
 from losses import align
-from model import MODELS, Features, HeadSpec, Student, save_student, with_heads
+from model import MODELS, AdapterSpec, Features, Student, save_student, with_heads
 from packing import BadImage, Sample, open_source, to_float
 from teachers import TeacherOutput
 
@@ -436,6 +437,9 @@ def test_text_files_and_the_tower_cache(tmp_path, monkeypatch):
     class Tower:
         fingerprint, calls = "f", 0
 
+        def text_tower(self):
+            return self
+
         def text(self, texts):
             Tower.calls += 1
             return torch.tensor([[float(len(text))] for text in texts])
@@ -449,8 +453,11 @@ def test_text_files_and_the_tower_cache(tmp_path, monkeypatch):
 
 def test_a_tower_of_other_weights_or_texts_is_asked_again(tmp_path, monkeypatch):
     class Tower:
-        def __init__(self, number):
-            self.fingerprint, self.number = str(number), float(number)
+        def __init__(self, number):  # the vision tower is the same
+            self.fingerprint, self.number = "vision", float(number)
+
+        def text_tower(self):
+            return SimpleNamespace(fingerprint=str(self.number))
 
         def text(self, texts):
             return torch.tensor([[self.number, len(text)] for text in texts])
@@ -608,7 +615,7 @@ def test_a_figure_without_denominator_is_none_with_its_reason_and_no_part_of_a_m
     marks = ev.segmentation(train, less, per_class=True)["teacher/a"]
     assert marks["per_class"][3] is None and marks["value"] > 0 and "per_class" in marks["reason"]
     assert ev.scale_variance([[torch.ones(2, 2, 3)]] * 2)["value"] is None
-    table = ev.format_rows("t", rows | {"none": row}, ("fidelity",))
+    table = ev.format_rows("t", rows | {"none": row})
     assert "       -   " in table and "says the same of all" in table
     json.dumps([rows, marks], allow_nan=False)
 
@@ -973,7 +980,7 @@ def workplace(tmp_path_factory):
             sample = Pictures(count, seed=seed).load(i)
             (root / side / sample.label).mkdir(parents=True, exist_ok=True)
             Image.fromarray(sample.image).save(root / side / sample.label / f"{side}{i}.png")
-    heads = [HeadSpec("tiny-dense", 24, 24, split=True, bias=True)]
+    heads = [AdapterSpec("tiny-dense", 24, 24, split=True, bias=True)]
     save_student(Student(with_heads(MODELS["test"], heads)), root / "student.pt")
     return root
 

@@ -30,10 +30,10 @@ import model
 import train
 from model import (
     MODELS,
-    HeadSpec,
     Layout,
     ModelConfig,
     MoE,
+    RadioSpec,
     Student,
     attention,
     load_student,
@@ -55,7 +55,7 @@ TINY = {
     "amoe": MODELS["test"],
     "radio": dataclasses.replace(
         RADIO, dim=48, n_layers=2, n_heads=2, head_dim=16, ffn_dim=64,
-        heads=(HeadSpec("a", 24, 24, "v2", hidden=32), HeadSpec("b", 32, 32, "v2", token=1)),
+        heads=(RadioSpec("a", 24, 24, hidden=32), RadioSpec("b", 32, 32, token=1)),
     ),
 }  # fmt: skip
 both_forms = pytest.mark.parametrize("form", ["amoe", "radio"])

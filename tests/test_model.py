@@ -2,10 +2,12 @@
 
 import argparse
 import dataclasses
+import hashlib
 import math
 import os
 import pickle
 import re
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -21,10 +23,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import model
 from model import (
     MODELS,
+    AdapterSpec,
     FixedGrid,
-    HeadSpec,
     Layout,
     ModelConfig,
+    RadioSpec,
     Student,
     attention,
     count_parameters,
@@ -53,9 +56,9 @@ def lively(config: ModelConfig, seed: int = 0) -> Student:
 
 def radio_config(**changes) -> ModelConfig:
     heads = (
-        HeadSpec("clip", 12, 20, kind="v2", hidden=16, inner=1, summary_hidden=24, upsample=2),
-        HeadSpec("sam", 8, None, kind="v1", hidden=16, inner=1, token=1, in_trunk_summary=False),
-        HeadSpec("dino", 8, 8, kind="v1", hidden=16, summary_inner=1, token=2),
+        RadioSpec("clip", 12, 20, kind="v2", hidden=16, inner=1, summary_hidden=24, upsample=2),
+        RadioSpec("sam", 8, None, kind="v1", hidden=16, inner=1, token=1, in_trunk_summary=False),
+        RadioSpec("dino", 8, 8, kind="v1", hidden=16, summary_inner=1, token=2),
     )
     config = ModelConfig("radio", 32, 2, 2, 16, 64, heads, cls_tokens=3, registers=2,
                          gated_ffn=False, final_norm=False, position_grid=8)  # fmt: skip
@@ -335,7 +338,7 @@ def test_a_student_is_saved_whole_or_not_at_all(tmp_path, monkeypatch):
     before = path.read_bytes()
 
     def dies(_, target):
-        Path(target).write_bytes(b"half of it")
+        target.write(b"half of it")
         raise OSError("No space left on device")
 
     monkeypatch.setattr(model.torch, "save", dies)
@@ -355,6 +358,42 @@ def test_top_k_of_our_own_files_can_be_chosen_and_other_versions_are_refused(tmp
         load_student(tmp_path / "s.pt")
 
 
+@pytest.mark.parametrize("config", [MODELS["test"], radio_config()], ids=["amoe", "radio"])
+def test_files_of_the_time_of_one_spec_for_all_heads_load(config, tmp_path):
+    """Each head named the fields of both kinds and pre_norm, and the table had another name."""
+    student = lively(config)
+    save_student(student, tmp_path / "s.pt")
+    content = torch.load(tmp_path / "s.pt", weights_only=True)
+    both = dict.fromkeys(("registers", "pool", "split", "bias", "pre_norm"), False)
+    both |= dict.fromkeys(("inner", "summary_inner", "token"), 0)
+    both |= {"kind": "adapter", "summary_hidden": 1024, "upsample": 1, "in_trunk_summary": True}
+    heads = [both | head for head in content["config"]["heads"]]
+    content["config"]["heads"] = [{k: v for k, v in h.items() if k != "pool_eps"} for h in heads]
+    state = content["state_dict"]
+    if "positions.pos_embed" in state:
+        state["positions.table_GGD"] = state.pop("positions.pos_embed")
+    torch.save(content, tmp_path / "s.pt")
+    again = load_student(tmp_path / "s.pt")
+    assert again.config == config
+    for name, x in student.state_dict().items():
+        assert torch.equal(again.state_dict()[name], x)
+    heads[0]["no_such_field"] = 1
+    torch.save(content | {"config": content["config"] | {"heads": heads}}, tmp_path / "s.pt")
+    with pytest.raises(ValueError, match=r"s\.pt.*no_such_field"):
+        load_student(tmp_path / "s.pt")
+
+
+def test_the_hash_of_weights_by_hand():
+    """Names, shapes and bytes in the order of the names, after what was hashed before."""
+    module = torch.nn.Linear(2, 1)
+    module.weight.data = torch.tensor([[1.0, -2.0]])
+    module.bias.data = torch.tensor([0.5], dtype=torch.float16)
+    content = b"bias (1,)" + struct.pack("<e", 0.5) + b"weight (1, 2)" + struct.pack("<2f", 1, -2)
+    assert model.hash_weights(module) == hashlib.sha256(content).hexdigest()
+    found = model.hash_weights(module, hashlib.sha256(b"facts"))
+    assert found == hashlib.sha256(b"facts" + content).hexdigest()
+
+
 # ------------------------------------------------------------------------ pretrained trunks
 
 
@@ -362,9 +401,9 @@ def test_a_table_of_another_size_keeps_its_corners_and_its_slope():
     """A plane stays a plane with the corners in the corners, as bicubic with aligned ones gives."""
     given, student = lively(radio_config()), lively(radio_config(position_grid=15), seed=1)
     y, x = torch.meshgrid(torch.arange(8.0), torch.arange(8.0), indexing="ij")
-    given.positions.table_GGD.data = (10 * y + x)[..., None].expand(8, 8, 32).clone()
-    model.adopt(student, given)
-    table = student.positions.table_GGD.detach()
+    given.positions.pos_embed.data = (10 * y + x)[..., None].expand(8, 8, 32).clone()
+    model.load_pretrained(student, given)
+    table = student.positions.pos_embed.detach()
     assert table.shape == (15, 15, 32)
     for (i, j), value in {(0, 0): 0, (0, 14): 7, (14, 0): 70, (14, 14): 77, (7, 7): 38.5}.items():
         torch.testing.assert_close(table[i, j], torch.full((32,), float(value)))
@@ -376,7 +415,7 @@ def test_a_pretrained_trunk_brings_its_heads_and_each_its_own_cls_token():
     narrow = dataclasses.replace(sam, dim=6)  # of another width: it stays as it was
     student = lively(with_heads(given.config, (dino, clip, narrow)), seed=1)
     before = {name: x.clone() for name, x in student.state_dict().items()}
-    assert model.adopt(student, given) == {"dino", "clip"}
+    assert model.load_pretrained(student, given) == {"dino", "clip"}
     assert [head.token for head in student.config.heads] == [0, 1, 2]
     ours, theirs = student.prefix_RD, given.prefix_RD
     assert torch.equal(ours[0], theirs[2]) and torch.equal(ours[1], theirs[0])
@@ -394,13 +433,13 @@ def test_one_cls_token_starts_them_all_and_what_does_not_fit_is_named():
     given = lively(radio_config(cls_tokens=1, heads=()))
     student = lively(radio_config(registers=1), seed=1)
     last = student.prefix_RD[3].clone()
-    assert model.adopt(student, given) == set()
+    assert model.load_pretrained(student, given) == set()
     expected = torch.cat([given.prefix_RD[:1].expand(3, -1), given.prefix_RD[1:2]])
     assert torch.equal(student.prefix_RD, expected) and not torch.equal(student.prefix_RD[3], last)
     with pytest.raises(ValueError, match=r"embed\.weight is \[32, 768\].*\[32, 192\]"):
-        model.adopt(lively(radio_config(patch=8)), given)
+        model.load_pretrained(lively(radio_config(patch=8)), given)
     with pytest.raises(ValueError, match=r"lacks blocks\.2\."):
-        model.adopt(lively(radio_config(n_layers=3, cls_tokens=1, heads=())), given)
+        model.load_pretrained(lively(radio_config(n_layers=3, cls_tokens=1, heads=())), given)
 
 
 # ------------------------------------------------------------------------------ sizes
@@ -443,7 +482,7 @@ def test_parameters_of_the_test_student_by_hand():
 
 def test_training_bytes_by_hand():
     """Float32 weights, gradients and two moments: 16 bytes each, and 4 for what is frozen."""
-    config = with_heads(MODELS["test"], (HeadSpec("s", 32, 32, pool=True, pool_hidden=8),))
+    config = with_heads(MODELS["test"], (AdapterSpec("s", 32, 32, pool=True, pool_hidden=8),))
     counts = count_parameters(config)
     state = 16 * (counts["total"] - counts["frozen"]) + 4 * counts["frozen"]
     pool = 32 + 96 * 32 + 96 + 32 * 32 + 32 + 2 * 32 + 32 * 8 + 8 + 8 * 32 + 32
@@ -457,7 +496,7 @@ def test_training_bytes_by_hand():
 
 def test_flops_by_hand_where_attention_is_half_of_them():
     """256 patches and 5 prefix tokens, 40 wide: two per weight and token, 4 N^2 D for attention."""
-    config = ModelConfig("amoe", 40, 3, 2, 20, 8, (HeadSpec("a", 6, 6),))
+    config = ModelConfig("amoe", 40, 3, 5, 8, 8, (AdapterSpec("a", 6, 6),))
     weights = 3 * (3 * 40 * 40 + 40 * 40 + 3 * 8 * 40)
     expected = 2 * 261 * weights + 3 * 4 * 261**2 * 40
     expected += 2 * 256 * (768 * 40 + 40 * 6 + 6 * 6)  # the embedding, and the head
@@ -474,16 +513,24 @@ def test_size_table_prints_every_model(capsys):
 def test_config_contradictions_name_both_values():
     with pytest.raises(ValueError, match=r"top_k=5.*experts=4"):
         dataclasses.replace(MODELS["test"], top_k=5)
-    with pytest.raises(ValueError, match=r"head_dim=18.*multiple of 4"):
+    with pytest.raises(ValueError, match=r"head_dim=18.*multiple of 8"):
         dataclasses.replace(MODELS["test"], head_dim=18)
     with pytest.raises(ValueError, match="beyond cls_tokens=2"):
         radio_config(cls_tokens=2)
+    with pytest.raises(ValueError, match=r"got 'amoe', cls_tokens=2"):
+        dataclasses.replace(MODELS["test"], cls_tokens=2)
+    with pytest.raises(ValueError, match=r"got 'radio', cls_tokens=3, position_grid=0"):
+        radio_config(position_grid=0)
+    with pytest.raises(ValueError, match="got 'vit'"):
+        dataclasses.replace(MODELS["test"], form="vit")
+    with pytest.raises(ValueError, match="head x: kind 'v3' is not v1 or v2"):
+        RadioSpec("x", 4, 5, kind="v3")
     with pytest.raises(ValueError, match="head names repeat"):
         radio_config(heads=radio_config().heads[:1] * 2)
     with pytest.raises(ValueError, match="patch is 8 px, ours 16"):
         Student(MODELS["test"])(pack([(2, 2)], patch=8))
     with pytest.raises(ValueError, match=r"summary_dim=5.*dim=4"):
-        HeadSpec("x", 4, 5)
+        AdapterSpec("x", 4, 5)
 
 
 # ------------------------------------------------------------------------------ packing
@@ -537,7 +584,7 @@ def test_radio_training_windows_are_random_and_reproducible():
 def test_windows_of_the_table_by_hand():
     """Corners of the window lie on the corner patches; without positions the patches are alone."""
     positions = lively(radio_config()).positions
-    table, layout = positions.table_GGD.detach(), Layout.of([(3, 4)], 5, torch.device("cpu"))
+    table, layout = positions.pos_embed.detach(), Layout.of([(3, 4)], 5, torch.device("cpu"))
 
     def at(*window):
         with torch.no_grad():
@@ -588,9 +635,9 @@ def test_upsampled_patches_lie_row_by_row():
 
 
 def test_position_table_is_the_resized_square_cropped():
-    """RADIO 1.2 against F.interpolate."""
+    """RADIO release: the inference rule, against F.interpolate."""
     student = lively(radio_config())
-    table = student.positions.table_GGD.detach()
+    table = student.positions.pos_embed.detach()
     for h, w in [(3, 5), (8, 2), (11, 4), (1, 1)]:
         m = max(h, w)
         square = F.interpolate(table.permute(2, 0, 1)[None], (m, m), mode="bilinear")[0]
@@ -898,7 +945,10 @@ def load_like(student: Student) -> Student:
 
 
 def test_gradients_reach_all_but_the_frozen_pool():
-    heads = (HeadSpec("s", 32, 32, pool=True, pool_hidden=8), HeadSpec("d", 16, 16, registers=True))
+    heads = (
+        AdapterSpec("s", 32, 32, pool=True, pool_hidden=8),
+        AdapterSpec("d", 16, 16, registers=True),
+    )
     student = lively(with_heads(MODELS["test"], heads))
     out = student(pack(GRIDS))
     assert out.registers["d"].shape == (6, 4, 16)
@@ -909,7 +959,7 @@ def test_gradients_reach_all_but_the_frozen_pool():
 
 def test_output_layers_are_the_last_linear():
     student = lively(MODELS["test"])
-    layers, before = student.output_layers("a"), student(pack(GRIDS))
+    layers, before = student.heads["a"].output_layers(), student(pack(GRIDS))
     layers["summary"].bias.data += 1
     layers["patches"].bias.data += 2
     after = student(pack(GRIDS))
@@ -961,7 +1011,7 @@ def test_initial_weights_of_the_radio_form():
             assert linear.weight.std().item() == pytest.approx(0.02, rel=0.1)
             assert (linear.bias == 0).all()
         assert (block.scale1 == 1e-5).all() and (block.scale2 == 1e-5).all()
-    assert student.positions.table_GGD.std().item() == pytest.approx(192**-0.5, rel=0.1)
+    assert student.positions.pos_embed.std().item() == pytest.approx(192**-0.5, rel=0.1)
 
 
 @pytest.mark.parametrize(

@@ -20,18 +20,16 @@ from sampling import (
     Rows,
     balanced_sample,
     capped_sample,
-    cost,
-    fill,
     hierarchical_kmeans,
     kmeans,
     near_duplicates,
     quota,
     rank_in_cluster,
     step,
+    water_fill,
 )
 
 ROOT = Path(__file__).parent.parent
-GB = 1e9
 
 
 def seeded(seed=0):
@@ -333,14 +331,14 @@ def test_quota_against_brute_force():
 
 
 def test_ten_thousand_quotas_at_once():
-    """`fill` serves all parents of a level in one call: 10,000 random cases against brute force."""
+    """`water_fill` serves all parents of a level in one call: here 10,000 random ones."""
     rng = np.random.default_rng(1)
     counts = rng.integers(1, 8, 10_000)
     parent_J = rng.permutation(np.repeat(np.arange(10_000), counts))
     capacity_J = rng.integers(0, 15, len(parent_J)) ** rng.integers(1, 3, len(parent_J))
     totals = np.bincount(parent_J, capacity_J, 10_000).astype(np.int64)
     target_P = (rng.random(10_000) * (totals + 1)).astype(np.int64)
-    given_J = fill(capacity_J, parent_J, target_P, seeded())
+    given_J = water_fill(capacity_J, parent_J, target_P, seeded())
     level_P = np.zeros(10_000, np.int64)  # brute force: raise every parent's level while it fits
     for x in range(1, 15**2 + 1):
         fits_P = np.bincount(parent_J, np.minimum(capacity_J, x), 10_000) <= target_P
@@ -369,7 +367,7 @@ def test_quota_edges():
 
 
 def test_weighted_shares_follow_the_weights():
-    given = fill(np.array([1000, 1000, 5]), np.zeros(3, int), np.array([305]), seeded(),
+    given = water_fill(np.array([1000, 1000, 5]), np.zeros(3, int), np.array([305]), seeded(),
                  np.array([1.0, 2.0, 9.0]))  # fmt: skip
     assert given.sum() == 305 and given[2] == 5
     assert abs(given[1] - 200) <= 1
@@ -851,28 +849,6 @@ def test_nothing_is_pickled(pool, tmp_path):
     run("cluster", pool, "--clusters", 4, "--out", tmp_path / "tree")
     for path in [*pool.glob("*.npy"), *(tmp_path / "tree").glob("*.npy")]:
         np.load(path, allow_pickle=False)
-
-
-# ------------------------------------------------------------------------------- the cost model
-
-
-def test_cost_by_hand():
-    row = cost(1000, 10, [50], 4, [[]], iterations=7, tflops=1e-6, network=1.0, disk=1.0)[0]
-    lloyd, last = 7 * 1000 * 50, 1000 * 50
-    seeds = min(1000, sampling.SEED_ROWS * 50) * 50 * (sampling.CANDIDATES + 1)
-    assert row["flops"] == 2 * 10 * (lloyd + last + seeds)
-    assert row["all_reduce_gb"] == pytest.approx(7 * 50 * 10 * 8 * 2 * 3 / 4 / GB)
-    assert row["read_gb"] == pytest.approx(8 * 1000 * 10 * 2 / 4 / GB)
-    assert row["hours"] * 3600 == pytest.approx(row["flops"] / 4e6, rel=1e-3)
-
-
-def test_plan_prints_the_published_setting(capsys):
-    run("plan", "--rows", "2.3e9", "--dim", 768, "--clusters", 20000000, 500000, 50000, 20000,
-        "--gpus", 96, "--fit-rows", "1e9", "--keep", "none", "10x10", "5x10", "3x10")  # fmt: skip
-    out = capsys.readouterr().out
-    assert "A calculation" in out and out.count("\n|") == 6 and "total" in out
-    split = cost(2.3e9, 768, [20_000_000], 96, [[]], 1e9, splits=200)[0]
-    assert split["flops"] < 0.2 * cost(2.3e9, 768, [20_000_000], 96, [[]], 1e9)[0]["flops"]
 
 
 def test_keep_is_read():

@@ -756,7 +756,7 @@ def test_the_position_table_is_not_decayed(monkeypatch):
     decayed = {id(p) for group in train.make_optimizer(cfg, student).param_groups
                for p in group["params"] if group["weight_decay"]}  # fmt: skip
     names = {name for name, p in student.named_parameters() if id(p) in decayed}
-    assert "positions.table_GGD" not in names
+    assert "positions.pos_embed" not in names
     assert {"embed.weight", "prefix_RD", "heads.dense.patches.last.weight"} <= names
 
 
