@@ -107,7 +107,7 @@ def encode(model: Any, samples: list[Sample]) -> list[Features]:
     return [Features(x, {"": y}) for x, y in zip(summaries, out.patches, strict=True)]
 
 
-# ---- kNN and zero-shot; heads are mixed by their entropy
+# ---- kNN; heads are mixed by their entropy
 
 
 def knn(train: FeatureSet, test: FeatureSet, k: int = 20, per_class: bool = False) -> Rows:
@@ -156,24 +156,6 @@ def add_ensembles(chances: dict[str, Tensor], sharpness: float = 5.0) -> dict[st
         weights = (-sharpness * torch.special.entr(stacked).sum(-1, keepdim=True)).softmax(0)
         mixed[f"{model}/ensemble"] = (weights * stacked).sum(0)
     return chances | mixed
-
-
-def zero_shot(
-    train: FeatureSet, test: FeatureSet, text: str, prompts: str = "", per_class: bool = False
-) -> Rows:
-    """Accuracy of the nearest of `class_texts`, averaged at unit length. AMoE: zero-shot"""
-    test = comparable(train, test, by_label=True)
-    names, train_N, test_N = class_ids(train, test)
-    head, embed = text_encoder(text, [sample.caption or "" for sample in train.samples])
-    texts = class_texts(prompts, names, train)
-    class_KD = torch.stack([F.normalize(embed(of_class)).mean(0) for of_class in texts])
-    scores = cosines(train, test, (class_KD, class_KD), head, embed)
-    # The ensemble compares heads by their entropy, so each needs its own temperature.
-    heat = {column: calibrate(train_NK, train_N) for column, (train_NK, _) in scores.items()}
-    chances = {c: (test_NK / heat[c]).softmax(1) for c, (_, test_NK) in scores.items()}
-    hits = {c: x_NK.argmax(1) == test_N for c, x_NK in add_ensembles(chances).items()}
-    shown = names if per_class else ()
-    return {c: accuracy(x, test_N, shown) | {"temperature": heat.get(c)} for c, x in hits.items()}
 
 
 # ---- Fidelity to the teachers
@@ -348,9 +330,27 @@ def by_class(figures: dict[Any, float]) -> dict[str, Any]:
     return {"per_class": found} | (reason if None in found.values() else {})
 
 
-# ---- Texts, and retrieval
+# ---- Zero-shot, texts, and retrieval
 
 TextEncoder = Callable[[Sequence[str]], Tensor]  # n strings -> (n, D)
+
+
+def zero_shot(
+    train: FeatureSet, test: FeatureSet, text: str, prompts: str = "", per_class: bool = False
+) -> Rows:
+    """Accuracy of the nearest of `class_texts`, averaged at unit length. AMoE: zero-shot"""
+    test = comparable(train, test, by_label=True)
+    names, train_N, test_N = class_ids(train, test)
+    head, embed = text_encoder(text, [sample.caption or "" for sample in train.samples])
+    texts = class_texts(prompts, names, train)
+    class_KD = torch.stack([F.normalize(embed(of_class)).mean(0) for of_class in texts])
+    scores = cosines(train, test, (class_KD, class_KD), head, embed)
+    # The ensemble compares heads by their entropy, so each needs its own temperature.
+    heat = {column: calibrate(train_NK, train_N) for column, (train_NK, _) in scores.items()}
+    chances = {c: (test_NK / heat[c]).softmax(1) for c, (_, test_NK) in scores.items()}
+    hits = {c: x_NK.argmax(1) == test_N for c, x_NK in add_ensembles(chances).items()}
+    shown = names if per_class else ()
+    return {c: accuracy(x, test_N, shown) | {"temperature": heat.get(c)} for c, x in hits.items()}
 
 
 def retrieval(train: FeatureSet, test: FeatureSet, text: str) -> Rows:

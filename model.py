@@ -173,14 +173,6 @@ class ModelConfig:
         return tuple(dict.fromkeys(head.token for head in read if head.in_trunk_summary))
 
 
-def with_heads(config: ModelConfig, heads: Sequence[Any]) -> ModelConfig:
-    """The same trunk with other teacher heads; RADIO with a CLS per teacher gets one for each."""
-    if config.cls_tokens > 1:
-        heads = [replace(head, token=i) for i, head in enumerate(heads)]
-        return replace(config, heads=tuple(heads), cls_tokens=max(1, len(heads)))
-    return replace(config, heads=tuple(heads))
-
-
 def _demo(*teachers):
     return tuple(AdapterSpec(name, dim, dim, split=True, bias=True) for name, dim in teachers)
 
@@ -1503,6 +1495,17 @@ def fold_spectral(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
                 scale = F.softplus(scale) + 0.05
             chunks.append(w * scale / (u @ w @ v))
         yield base + ".weight", torch.cat(chunks)
+
+
+# ---- Other heads on the same trunk
+
+
+def with_heads(config: ModelConfig, heads: Sequence[Any]) -> ModelConfig:
+    """The same trunk with other teacher heads; RADIO with a CLS per teacher gets one for each."""
+    if config.cls_tokens > 1:
+        heads = [replace(head, token=i) for i, head in enumerate(heads)]
+        return replace(config, heads=tuple(heads), cls_tokens=max(1, len(heads)))
+    return replace(config, heads=tuple(heads))
 
 
 # ---- Starting from pretrained weights

@@ -448,17 +448,6 @@ def fit_spaces(
     return spaces
 
 
-def is_taught(name: str, streams: Streams) -> list[bool]:
-    """Of each stream: does the teacher supervise it?"""
-    return [not stream.teachers or name in stream.teachers for stream in streams]
-
-
-def supervised(name: str, streams: Streams, batch: PackedBatch) -> list[int]:
-    """The pictures whose stream a teacher supervises; all where it supervises none."""
-    taught = is_taught(name, streams)
-    return [i for i, s in enumerate(batch.stream_B) if taught[s] or not any(taught)]
-
-
 @torch.no_grad()
 def carry_heads(state: State, fitted: Spaces, trained_heads: set[str] | None) -> None:
     """Move heads and their running means into new spaces: they answer as before (a collective).
@@ -489,17 +478,6 @@ def carry_heads(state: State, fitted: Spaces, trained_heads: set[str] | None) ->
                     dist.broadcast(new, 0)
                 x.copy_(spread(new, x))
     state.spaces.update(fitted)
-
-
-def ask(teacher: Teacher, batch: PackedBatch, chosen: Sequence[int]) -> TeacherOutput:
-    """A teacher's own features of some of a batch's pictures, from what the loader made."""
-    if teacher.name in batch.pixels:
-        pictures = batch.seen(teacher.name)
-        out = teacher.features([pictures[i] for i in chosen])
-    else:
-        given: Any = batch.samples, batch.sizes, batch.boxes(teacher.name)
-        out = teacher.targets(*(x and [x[i] for i in chosen] for x in given))
-    return out.to(batch.patches_MX.device)
 
 
 def targets_of(teachers: Teachers, spaces: Spaces, batch: PackedBatch) -> Targets:
@@ -666,12 +644,6 @@ def trained(student: Student) -> Iterator[tuple[str, nn.Parameter]]:
     return ((name, p) for name, p in student.named_parameters() if p.requires_grad)
 
 
-def is_decayed(name: str, p: Tensor) -> bool:
-    """Matrices decay, several learned tokens among them; vectors, scalars, one token and the
-    position table (RADIO release) do not."""
-    return p.ndim >= 2 and p.shape[0] > 1 and not name.startswith("positions.")
-
-
 def make_optimizer(cfg: TrainConfig, student: Student) -> torch.optim.Optimizer:
     """AdamW or LAMB over four groups: trunk and heads, what decays and what does not."""
     kinds = {p: (n.startswith("heads."), is_decayed(n, p)) for n, p in trained(student)}
@@ -683,41 +655,6 @@ def make_optimizer(cfg: TrainConfig, student: Student) -> torch.optim.Optimizer:
     if cfg.optimizer == "lamb":
         return Lamb(groups, lr=cfg.lr, betas=(0.9, cfg.beta2))
     return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, cfg.beta2), fused=True)
-
-
-class Lamb(torch.optim.Optimizer):
-    """Adam whose step in each decayed tensor is as long as lr times the tensor itself.
-
-    What does not decay takes Adam's plain step, as usual.
-    You et al. 2020, arXiv 1904.00962, Algorithm 2; RADIOv2.5: LAMB
-    """
-
-    def __init__(self, groups: Any, lr: float, betas: tuple[float, float], eps: float = 1e-6):
-        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps})
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        del closure
-        for group in self.param_groups:
-            for p in (p for p in group["params"] if p.grad is not None):
-                self._update(p, self.state[p], group)
-
-    def _update(self, p: Tensor, state: dict, group: dict) -> None:
-        if not state:
-            state["step"] = torch.zeros(())
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
-        state["step"] += 1
-        beta1, beta2 = group["betas"]
-        mean = state["exp_avg"].lerp_(p.grad, 1 - beta1)
-        square = state["exp_avg_sq"].mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
-        steps = float(state["step"])
-        scale = (square / (1 - beta2**steps)).sqrt_().add_(group["eps"])
-        change = mean / (1 - beta1**steps) / scale
-        if group["weight_decay"]:
-            change = change.add_(p, alpha=group["weight_decay"])
-            length, moved = p.norm(), change.norm()
-            change = change * torch.where((length > 0) & (moved > 0), length / moved, 1.0)
-        p.add_(change, alpha=-group["lr"])
 
 
 def distribute(cfg: TrainConfig, student: Student, group: Group) -> Any:
@@ -912,6 +849,31 @@ def save(job: Job, state: State, report: StepReport) -> None:
         job.stop.release()
 
 
+# ---- What teachers are asked, and what for
+
+
+def ask(teacher: Teacher, batch: PackedBatch, chosen: Sequence[int]) -> TeacherOutput:
+    """A teacher's own features of some of a batch's pictures, from what the loader made."""
+    if teacher.name in batch.pixels:
+        pictures = batch.seen(teacher.name)
+        out = teacher.features([pictures[i] for i in chosen])
+    else:
+        given: Any = batch.samples, batch.sizes, batch.boxes(teacher.name)
+        out = teacher.targets(*(x and [x[i] for i in chosen] for x in given))
+    return out.to(batch.patches_MX.device)
+
+
+def supervised(name: str, streams: Streams, batch: PackedBatch) -> list[int]:
+    """The pictures whose stream a teacher supervises; all where it supervises none."""
+    taught = is_taught(name, streams)
+    return [i for i, s in enumerate(batch.stream_B) if taught[s] or not any(taught)]
+
+
+def is_taught(name: str, streams: Streams) -> list[bool]:
+    """Of each stream: does the teacher supervise it?"""
+    return [not stream.teachers or name in stream.teachers for stream in streams]
+
+
 # ---- What ranks share
 
 
@@ -984,6 +946,50 @@ def packs_in_memory(state: State, tokens: int, count: int, device: torch.device)
         )
     say(f"{int(fits)} of {count} packs in one forward")
     return int(fits)
+
+
+# ---- Which weights decay, and LAMB
+
+
+def is_decayed(name: str, p: Tensor) -> bool:
+    """Matrices decay, several learned tokens among them; vectors, scalars, one token and the
+    position table (RADIO release) do not."""
+    return p.ndim >= 2 and p.shape[0] > 1 and not name.startswith("positions.")
+
+
+class Lamb(torch.optim.Optimizer):
+    """Adam whose step in each decayed tensor is as long as lr times the tensor itself.
+
+    What does not decay takes Adam's plain step, as usual.
+    You et al. 2020, arXiv 1904.00962, Algorithm 2; RADIOv2.5: LAMB
+    """
+
+    def __init__(self, groups: Any, lr: float, betas: tuple[float, float], eps: float = 1e-6):
+        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        del closure
+        for group in self.param_groups:
+            for p in (p for p in group["params"] if p.grad is not None):
+                self._update(p, self.state[p], group)
+
+    def _update(self, p: Tensor, state: dict, group: dict) -> None:
+        if not state:
+            state["step"] = torch.zeros(())
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+        state["step"] += 1
+        beta1, beta2 = group["betas"]
+        mean = state["exp_avg"].lerp_(p.grad, 1 - beta1)
+        square = state["exp_avg_sq"].mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
+        steps = float(state["step"])
+        scale = (square / (1 - beta2**steps)).sqrt_().add_(group["eps"])
+        change = mean / (1 - beta1**steps) / scale
+        if group["weight_decay"]:
+            change = change.add_(p, alpha=group["weight_decay"])
+            length, moved = p.norm(), change.norm()
+            change = change * torch.where((length > 0) & (moved > 0), length / moved, 1.0)
+        p.add_(change, alpha=-group["lr"])
 
 
 # ---- Pretrained weights to start from

@@ -128,7 +128,6 @@ def test_the_shipped_student_can_be_tried_before_any_training():
 # ------------------------------------------------------------------------------ house rules
 
 PART_2 = "# ---- Part II"
-merging = pytest.mark.xfail(strict=False, reason="other modules are still being shortened")
 
 
 def text_of(module: str) -> str:
@@ -145,19 +144,17 @@ def length(node: ast.stmt) -> int:
     return node.end_lineno - node.lineno + 1
 
 
-@merging
 def test_the_product_has_so_many_lines():
-    assert sum(len(text_of(module).splitlines()) for module in MODULES) <= 7400
+    """It may only shrink: 6,800 is the aim."""
+    assert sum(len(text_of(module).splitlines()) for module in MODULES) <= 8800
 
 
-@merging
 def test_the_papers_part_has_so_many_lines():
     heads = [text_of(module).partition(f"\n{PART_2}") for module in MODULES]
     assert all(mark for _, mark, _ in heads), "a module without a second part"
     assert sum(len(head.splitlines()) for head, _, _ in heads) <= 3000
 
 
-@merging
 def test_layouts_by_hand_are_tables():
     assert sum(text_of(module).count("fmt: skip") for module in MODULES) <= 15
 
@@ -175,13 +172,12 @@ def test_the_run_is_on_one_page_and_calls_five_names_of_the_plumbing():
     assert len(names & plumbing) <= 5, names & plumbing
 
 
-@pytest.mark.parametrize("module", [pytest.param(m, marks=merging) for m in MODULES])
+@pytest.mark.parametrize("module", MODULES)
 def test_functions_are_short(module):
     longest = {name: length(node) for name, node in functions(module).items() if length(node) > 60}
     assert [name for name in longest if not name.startswith("train.train:")] == []
 
 
-@merging
 def test_citations_are_of_what_a_reader_can_open():
     """Sections of a digest of ours mean nothing to a reader: "(paper) 2.1", "(paper) Sec. 2.1"."""
     paths = [
