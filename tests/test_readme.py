@@ -47,6 +47,29 @@ def test_named_tests_exist(name):
     assert f"def {function}(" in (ROOT / "tests" / file).read_text()
 
 
+QUESTIONS = {  # what a reader of the papers looks for -> where the table sends him
+    "its gradient": "model.FlashSinkAttention",
+    "image's weight is set": "train.image_weights",
+    "sees all ranks": "train.relation_gradients",
+    "estimated and folded": "losses.TargetSpace",
+    "bias balances and when": "model.Student.update_router",
+    "before step 1": "train.fit_spaces",
+    "partition reaches the loss": "packing.PackedBatch",
+    "directions are made": "model.golden_frequencies",
+    "quota is computed": "sampling.water_fill",
+    "small picture": "packing.mosaic",
+    "you add one": "losses.KINDS",
+    "finds its place": "train.resume",
+}
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_a_readers_questions_have_a_row(question):
+    """The rows' names themselves are resolved by `test_named_code_exists`."""
+    (row,) = [line for line in README.splitlines() if line.startswith("|") and question in line]
+    assert f"`{QUESTIONS[question]}`" in row
+
+
 def test_named_flags_exist():
     known = subprocess.run(
         [sys.executable, "train.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
