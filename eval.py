@@ -43,8 +43,6 @@ from model import Features, Student, hash_weights, load_student, merge_tokens
 from packing import Sample, Subset, rank_and_world, resize
 from teachers import load_teacher, parse_teacher
 
-LARGEST = 1024  # px, about; teachers and `encode` see no more pixels than its square
-VOID = 255  # mask value of a pixel without a label, the field's convention
 Rows = dict[str, dict[str, Any]]  # name -> {"value", "low", "high", "n", ...}
 
 
@@ -210,6 +208,9 @@ class Fidelity:
 
 
 # ---- Part II: the plumbing
+
+LARGEST = 1024  # px, about; teachers and `encode` see no more pixels than its square
+
 # ---- Pictures, classes and heads that are compared
 
 
@@ -504,6 +505,8 @@ def read_prompts(path: str) -> list[str]:
 
 
 # ---- Linear probes, and segmentation
+
+VOID = 255  # mask value of a pixel without a label, the field's convention
 
 
 class Probe(NamedTuple):
