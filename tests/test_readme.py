@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,11 @@ def test_imports_go_one_way(module):
     text = (ROOT / f"{module}.py").read_text()
     found = set(re.findall(rf"^\s*(?:from|import) ({'|'.join(MODULES)})\b", text, re.M))
     assert found <= ALLOWED[module], found - ALLOWED[module]
+
+
+def test_nothing_is_installed_under_a_name_as_common_as_model():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert project["tool"]["setuptools"]["py-modules"] == []
 
 
 def test_presets_are_named_by_their_key():
