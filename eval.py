@@ -35,7 +35,6 @@ import torch.nn.functional as F
 from einops import rearrange, reduce, repeat
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import packing
 from losses import resize_map
@@ -75,8 +74,8 @@ def extract(
     has_map = set(packing.evenly(n, n if dense is None else dense))
     at_least = size if isinstance(size, tuple) else (size or LARGEST,) * 2
     mine, records, skipped = range(rank, n, world), {}, dict[str, str]()
-    hidden = None if title and not rank else True  # None: shown where there is a terminal
-    for start in tqdm(range(0, len(mine), chunk), title, disable=hidden):
+    starts = range(0, len(mine), chunk)
+    for start in packing.progress(starts, title, unit="chunk") if title else starts:
         pictures = packing.readable(source, mine[start : start + chunk], skipped, at_least)
         found = {i: at_size(sample, size) for i, sample in pictures}
         outputs = encode(encoder, list(found.values())) if found else []
@@ -1143,7 +1142,7 @@ TASKS: dict[str, tuple[str, Callable[..., tuple[Rows, dict[str, str]]]]] = {
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Score encoders; the last line is JSON.")
+    parser = packing.Parser(description="Score encoders; the last line is JSON.")
     add = parser.add_argument
     add("task", choices=TASKS)
     add("--student", help="a checkpoint: ours, a released SigLino .pt or RADIO .pth.tar")

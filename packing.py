@@ -15,9 +15,11 @@ flattened (row, column, channel). Sizes are (height, width), in pixels unless ca
 
 from __future__ import annotations
 
+import argparse
 import bisect
 import colorsys
 import contextlib
+import difflib
 import glob
 import hashlib
 import importlib.util
@@ -28,6 +30,7 @@ import math
 import os
 import re
 import stat
+import sys
 import tarfile
 import unicodedata
 import warnings
@@ -37,7 +40,7 @@ from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, Protocol
+from typing import Any, BinaryIO, NamedTuple, NoReturn, Protocol
 
 import numpy as np
 import PIL
@@ -48,6 +51,7 @@ from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
 Record = dict[str, Any]  # a line of an index
 Skipped = dict[str, str]  # key or file -> reason
@@ -1312,6 +1316,98 @@ def readable(
             yield i, source.load(i, at_least)
         except BadImage as error:
             skipped[source.key(i)] = str(error)
+
+
+# ---- What the three commands share: numbers in their range, flags that exist, a bar or lines
+
+
+@dataclass(frozen=True)
+class Number:
+    """What a flag takes: finite numbers of a `kind` from `low` to `high`, both included.
+
+    Args: above: the lowest one is left out; below: the highest one is; zero: what 0 means, where
+        it lies outside of the range and yet is taken.
+    """
+
+    kind: type = int
+    low: float = -math.inf
+    high: float = math.inf
+    above: bool = False
+    below: bool = False
+    zero: str = ""
+
+    def __str__(self) -> str:
+        low, high = self.low, self.high
+        ends = [f"above {low:g}" if self.above else f"at least {low:g}"] * (low > -math.inf)
+        ends += [f"below {high:g}" if self.below else f"at most {high:g}"] * (high < math.inf)
+        what = "a whole number" if self.kind is int else "a finite number"
+        return " ".join([what, " and ".join(ends)]).strip() + f", or 0: {self.zero}" * bool(
+            self.zero
+        )
+
+    def __contains__(self, value: Any) -> bool:
+        kinds = (int,) if self.kind is int else (int, float)
+        if isinstance(value, bool) or not isinstance(value, kinds):
+            return False
+        low = value > self.low if self.above else value >= self.low
+        high = value < self.high if self.below else value <= self.high
+        return math.isfinite(value) and ((low and high) or (value == 0 and bool(self.zero)))
+
+    def __call__(self, text: str) -> Any:
+        """Read a flag's text (argparse's `type`); 1e9 is a count, too."""
+        try:
+            value = float(text)
+            value = int(value) if self.kind is int and value == int(value) else value
+        except (ValueError, OverflowError):
+            value = math.nan
+        if value not in self:
+            raise argparse.ArgumentTypeError(f"{text} must be {self}")
+        return self.kind(value)
+
+
+class Parser(argparse.ArgumentParser):
+    """Flags by their whole names; a mistake is one line, which names the nearest flag."""
+
+    def __init__(self, **how: Any):
+        super().__init__(allow_abbrev=False, **how)
+
+    def flags(self) -> set[str]:
+        """Its own and those of its commands."""
+        parts = [a.choices.values() for a in self._actions if isinstance(a.choices, dict)]
+        own = {flag for action in self._actions for flag in action.option_strings}
+        return own.union(*(p.flags() for p in itertools.chain(*parts) if isinstance(p, Parser)))
+
+    def error(self, message: str) -> NoReturn:
+        unknown = re.search(r"unrecognized arguments: .*?(--[\w-]+)", message)
+        near = difflib.get_close_matches(unknown[1], self.flags(), 1) if unknown else []
+        hint = f"; did you mean {near[0]}?" if near else f"; {self.prog} --help lists all flags"
+        self.exit(2, f"{self.prog}: {message.removeprefix('argument ')}{hint}\n")
+
+
+class _Lines:
+    """A file for tqdm's bars where there is no terminal: each refresh is a line of its own."""
+
+    def write(self, text: str) -> None:
+        if text := text.strip("\r\n \x1b[A"):
+            sys.stderr.write(text + "\n")
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+
+def progress(
+    items: Any = None, title: str = "", total: int | None = None, unit: str = "it", initial: int = 0
+) -> tqdm:
+    """On rank 0, what is done and how long the rest takes: a bar in a terminal, else a line each
+    half minute.
+    """
+    how: dict[str, Any] = {"dynamic_ncols": True}
+    if not sys.stderr.isatty():
+        count = "{desc}: {n_fmt}/{total_fmt} {unit}, {elapsed}<{remaining}, {rate_fmt}{postfix}"
+        how = {"file": _Lines(), "mininterval": 30, "maxinterval": 30, "miniters": 1, "delay": 20}
+        how["bar_format"] = count
+    silent = int(os.environ.get("RANK", "0")) > 0  # there before the process group is, too
+    return tqdm(items, title, total, unit=unit, initial=initial, disable=silent, **how)
 
 
 # ---- The loader and the process group

@@ -37,8 +37,10 @@ from tqdm import tqdm
 
 from packing import (
     Group,
+    Parser,
     left_out,
     open_source,
+    progress,
     read_index,
     readable,
     relative_to,
@@ -772,7 +774,7 @@ def embed(args: argparse.Namespace, group: Group) -> None:
     plan = [(s, a) for s in sources for a in range(0, len(s), args.part_rows)]
     paths = [args.out / f"part-{n:05d}" for n in range(len(plan))]
     mine = range(group.rank, len(plan), group.world)
-    for n in tqdm(mine, "embed", disable=None if group.rank == 0 else True, unit="part"):
+    for n in progress(mine, "embed", unit="part"):
         source, start = plan[n]
         rows = range(start, min(start + args.part_rows, len(source)))
         made_of = f"2 {teacher.fingerprint} {source.fingerprint()} {rows}"  # 2: the version
@@ -872,7 +874,7 @@ def cluster(args: argparse.Namespace, group: Group) -> None:
             k, inertia = len(tree[-1].centroids), tree[-1].inertia
             print(f"level {len(tree)}: {k} clusters, inertia {inertia:.6g}")
 
-    bar = tqdm(desc="cluster", disable=None if group.rank == 0 else True, unit="pass")
+    bar = progress(title="cluster", unit="pass")
     limits = {name: settings[name] for name in ("fit_rows", "splits", "iterations", "tolerance")}
     limits |= {"dtype": getattr(torch, args.scores), "bar": bar}
     hierarchical_kmeans(pool, args.clusters, args.seed, keep, group, done, on_level, **limits)
@@ -1019,7 +1021,7 @@ def parse_cosine(text: str) -> float:
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Choose the data; see the README.")
+    parser = Parser(description="Choose the data; see the README.")
     commands = parser.add_subparsers(dest="command", required=True)
     parts = [commands.add_parser(f.__name__, help=f.__doc__) for f in COMMANDS]
     to_embed, to_cluster, to_sample, to_assign = (part.add_argument for part in parts)

@@ -37,7 +37,6 @@ import torch.distributed as dist
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from model import CLIP_RGB, HALF_RGB, autocast, hash_weights, load_student, read_checkpoint
 from packing import (
@@ -46,6 +45,7 @@ from packing import (
     Source,
     cache_home,
     mosaic,
+    progress,
     rank_and_world,
     readable,
     resize,
@@ -314,11 +314,16 @@ class TeacherSpec:
 
 
 def parse_teacher(text: str) -> TeacherSpec:
-    """Read `NAME=PATH[@layer]`."""
-    match = re.fullmatch(r"([\w-]+)=(.+?)(?:@(\d+))?", text)
-    if not match:
-        raise TeacherError(f"teacher {text!r} is not NAME=PATH[@layer], e.g. vit=builtin:vit-s@11")
-    name, path, layer = match.groups()
+    """Read `NAME=PATH[@layer]`, or PATH alone: its last part is then the name."""
+    match = re.fullmatch(r"(?:([\w-]+)=)?(.+?)(?:@(\d+))?", text)
+    name, path, layer = match.groups() if match else (None, "", None)
+    if not name and ("=" not in path or Path(path).exists()):
+        last = re.split(r"[/:\\]", path.rstrip("/\\"))[-1].removesuffix(".pt")
+        name = re.sub(r"[^\w-]+", "-", last).strip("-")
+    if not name:
+        raise TeacherError(
+            f"teacher {text!r} is not NAME=PATH[@layer] nor PATH, e.g. vit=builtin:vit-s@11"
+        )
     return TeacherSpec(name, path, None if layer is None else int(layer))
 
 
@@ -810,11 +815,10 @@ def fill_caches(caches: list[CachedTeacher], source: Source) -> dict[str, str]:
     sizes = {i: [cache.size_for(*source.size(i)) for cache in caches] for i in mine}
     mine.sort(key=sizes.__getitem__)  # equal sizes side by side make full batches
     label = f"{', '.join(cache.name for cache in caches)} features"
-    hidden = True if rank else None  # None: hidden unless on a terminal
     skipped: dict[str, str] = {}
     keys: dict[str, str] = {}  # of the pictures for the next shards, key -> digest
     waiting: list[dict[str, Tensor]] = [{} for _ in caches]  # digest -> prepared picture
-    for i in tqdm(mine, desc=label, unit="image", disable=hidden):
+    for i in progress(mine, label, unit="image"):
         height, width = map(max, zip(*sizes[i], strict=True))  # for the teacher that sees most
         for _, sample in readable(source, [i], skipped, (height, width)):
             keys[sample.key] = sample.digest

@@ -52,7 +52,18 @@ from eval import (
     random_control,
 )
 from model import MODELS, ModelConfig, Student, StudentOutput, load_student
-from packing import Group, PackedBatch, Source, Stage, StepData, Stream, Subset, rank_and_world
+from packing import (
+    Group,
+    PackedBatch,
+    Parser,
+    Source,
+    Stage,
+    StepData,
+    Stream,
+    Subset,
+    progress,
+    rank_and_world,
+)
 from teachers import (
     CachedTeacher,
     Teacher,
@@ -766,7 +777,7 @@ def resume(job: Job, state: State, stages: list[StepData]) -> int:
         note_registers(state.student.config, job.teachers)
         say(describe(state.optimizer))
         begin_metrics(job, stages)
-    job.bar = progress(None, job.cfg.preset, total=job.cfg.steps, initial=step)
+    job.bar = progress(None, job.cfg.preset, job.cfg.steps, "step", initial=step)
     job.began = time.monotonic() - job.record["seconds"]
     job.marked = time.monotonic(), job.record["tokens"]
     return step
@@ -1272,12 +1283,6 @@ def describe(optimizer: torch.optim.Optimizer) -> str:
     return "\n".join(lines)
 
 
-def progress(items, name: str, **kwargs):
-    """A tqdm bar on rank 0 and a terminal only."""
-    hidden = not is_main() or not sys.stderr.isatty()
-    return tqdm(items, desc=name, disable=hidden, dynamic_ncols=True, **kwargs)
-
-
 # ---- Evaluation
 
 
@@ -1602,10 +1607,10 @@ def run(
 
 def parse_args(argv: list[str] | None = None) -> TrainConfig:
     """Build the command line from `TrainConfig`, the preset's values being the defaults."""
-    first = argparse.ArgumentParser(add_help=False)
+    first = Parser(add_help=False)
     first.add_argument("--preset", default="demo", choices=PRESETS, help="named configuration")
     preset = PRESETS[first.parse_known_args(argv)[0].preset]
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], parents=[first])
+    parser = Parser(description=(__doc__ or "").split("\n")[0], parents=[first])
     for item in dataclasses.fields(TrainConfig):
         if item.name == "preset" or not item.metadata.get("flag", True):
             continue

@@ -3,6 +3,7 @@
 The rows of the project's fault table that concern pictures, shards and folders are here.
 """
 
+import argparse
 import gzip
 import io
 import itertools
@@ -1673,3 +1674,56 @@ def test_photographs_of_a_megapixel_read_as_webdataset_reads_them(tmp_path):
         assert tars.key(i) == sample["__key__"] == folder.key(i).removesuffix(".jpg")
         assert packing._read(tars.record(i)) == sample["jpg"] == packing._read(folder.record(i))
     assert not tars.lost + folder.lost and tars.size(7) == folder.size(7) == (864, 1152)
+
+
+# --------------------------------------------------------------- what the three commands share
+
+
+@pytest.mark.parametrize(
+    ("number", "taken", "refused"),
+    [
+        (packing.Number(int, 1), ["1", "1e9", "7.0"], ["0", "-1", "1.5", "nan", "inf", "x", ""]),
+        (packing.Number(int, 1, zero="off"), ["0", "3"], ["-1"]),
+        (packing.Number(float, 0, 1), ["0", "1", ".5"], ["-1e-9", "1.01", "nan", "-inf"]),
+        (packing.Number(float, 0, 1, above=True), ["1", "1e-9"], ["0"]),
+        (packing.Number(float, 0, 1, below=True), ["0", ".99"], ["1"]),
+    ],
+)
+def test_a_number_is_of_its_kind_and_range(number, taken, refused):
+    assert [number(text) for text in taken] == [number.kind(float(text)) for text in taken]
+    for text in refused:
+        with pytest.raises(argparse.ArgumentTypeError, match="number"):
+            number(text)
+    assert str(packing.Number(int, 1, 8, zero="off")) == (
+        "a whole number at least 1 and at most 8, or 0: off"
+    )
+
+
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [
+        (["go", "--tagret"], "tool: unrecognized arguments: --tagret; did you mean --target?\n"),
+        (["go", "--targ"], "tool: unrecognized arguments: --targ; did you mean --target?\n"),
+        (["go", "--target", "0"], "tool go: --target: 0 must be a whole number at least 1; "
+         "tool go --help lists all flags\n"),
+    ],
+)  # fmt: skip
+def test_a_mistyped_flag_is_one_line_with_the_nearest(argv, line, capsys):
+    parser = packing.Parser(prog="tool")
+    parser.add_subparsers().add_parser("go").add_argument("--target", type=packing.Number(int, 1))
+    with pytest.raises(SystemExit) as stopped:
+        parser.parse_args(argv)
+    assert stopped.value.code == 2 and capsys.readouterr().err == line
+
+
+def test_without_a_terminal_progress_is_lines_on_rank_0(capsys, monkeypatch):
+    with packing.progress(range(3), "embed", unit="part") as bar:
+        bar.delay = bar.mininterval = 0
+        for _ in bar:
+            pass
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-1].startswith("embed: 3/3 part, 00:00<00:00") and not any(
+        "\r" in x for x in lines
+    )
+    monkeypatch.setenv("RANK", "1")
+    assert packing.progress(range(3), "embed").disable

@@ -118,13 +118,17 @@ def colours(rule, name="t", stats=teachers.NONE):
         ("vit=builtin:vit-s@9", TeacherSpec("vit", "builtin:vit-s", 9)),
         ("d=facebook/dinov2-base@11", TeacherSpec("d", "facebook/dinov2-base", 11)),
         ("a_b-c=/tmp/x=y@z/w", TeacherSpec("a_b-c", "/tmp/x=y@z/w")),
+        ("builtin:vit-s@9", TeacherSpec("vit-s", "builtin:vit-s", 9)),
+        ("docs/student.pt", TeacherSpec("student", "docs/student.pt")),
+        ("runs/demo/", TeacherSpec("demo", "runs/demo/")),
+        ("google/siglip2-v1.5", TeacherSpec("siglip2-v1-5", "google/siglip2-v1.5")),
     ],
 )
 def test_spec_is_name_path_layer(text, spec):
     assert parse_teacher(text) == spec
 
 
-@pytest.mark.parametrize("text", ["vit", "=path", "vit=", "a.b=path", "a b=path", "../x=path"])
+@pytest.mark.parametrize("text", ["", "/", "=path", "vit=", "a.b=path", "a b=path", "../x=path"])
 def test_bad_spec_is_refused(text):
     with pytest.raises(TeacherError, match="NAME=PATH"):
         parse_teacher(text)
