@@ -185,8 +185,9 @@ def run_arkd(run: Run) -> Figures:
     if run.arm == "teacher":
         return read_by_text(teacher_summaries(run.scale)[1], run.scale)
     student = student_of(run)
-    head = heads(student, 64, run.scale)["vit-s"]
-    return explained(student, (64,), run.scale) | read_by_text(head, run.scale)
+    said = student_maps(student, data(run.scale)[1].samples, 64)
+    head_NC = torch.stack([x["vit-s summary"].flatten() for x in said])
+    return explained(student, (64,), run.scale) | read_by_text(head_NC, run.scale)
 
 
 ARKD = Claim(
@@ -249,7 +250,7 @@ BALANCE = Claim(
     ),
     run_balance,
     rates=NEAR,
-    common={"steps": 80, "stages": (Stage(1.0, (_MIXED,)),), "max_images": 64},
+    common={"steps": 80, "stages": (Stage(1.0, (_MIXED,)),)},
 )
 
 
@@ -271,11 +272,9 @@ def run_sampling(run: Run) -> Figures:
         picks = picked(run.arm, tree, label_N, n // 5, 1000 * run.seed + draw)
         cosine_MK = F.normalize(test_MC) @ F.normalize(x_NC[picks]).T
         is_hit_M = torch.from_numpy(label_N[picks])[cosine_MK.argmax(1)] == test_M
-        rows.append({
-            "tail 1-NN": blocks(is_hit_M[test_M >= tail]), "1-NN": blocks(is_hit_M),
-            "tail share": float((label_N[picks] >= tail).mean()),
-            "characters": len(set(label_N[picks].tolist())),
-        })  # fmt: skip
+        hits = {"tail 1-NN": blocks(is_hit_M[test_M >= tail]), "1-NN": blocks(is_hit_M)}
+        share, characters = (label_N[picks] >= tail).mean(), len(set(label_N[picks].tolist()))
+        rows.append(hits | {"tail share": float(share), "characters": characters})
     return {name: np.mean([row[name] for row in rows], 0).tolist() for name in rows[0]}
 
 
@@ -324,36 +323,28 @@ def run_modes(run: Run) -> Figures:
     """
     student = student_of(run, 128)
     found = explained(student, (48, 128), run.scale)
-    more = explained(student, (64, 96), run.scale)
-    for name, keys in {"EV lacked": ("EV 128 vit-s", "EV 48 mobilenet"),
-                       "EV own": ("EV 48 vit-s", "EV 128 mobilenet")}.items():  # fmt: skip
-        found[name] = np.mean([found[key] for key in keys], 0).tolist()
-    curve_TS = [[np.mean((found | more)[f"EV {side} {t} patches"]) for side in (48, 64, 96, 128)]
-                for t in TEACHERS]  # fmt: skip
-    found["jump"] = float(np.abs(np.diff(curve_TS)).max(1).mean())
-    return found
+    found["EV lacked"] = joined(found, "EV 128 vit-s", "EV 48 mobilenet")
+    found["EV own"] = joined(found, "EV 48 vit-s", "EV 128 mobilenet")
+    curve = found | explained(student, (64, 96), run.scale)
+    keys = [f"EV {side} {name} patches" for name in TEACHERS for side in (48, 64, 96, 128)]
+    steps_TS = np.diff(np.reshape([np.mean(curve[key]) for key in keys], (2, 4)))
+    return found | {"jump": float(np.abs(steps_TS).max(1).mean())}
 
 
+_SPLIT = squares(48, 32, teachers=("vit-s",)), squares(128, 20, teachers=("mobilenet",))
 MODES = Claim(
     "all teachers at all resolutions against one resolution a teacher",
-    {
-        "all": {},
-        "split": {"stages": (Stage(1.0, (squares(48, 32, teachers=("vit-s",)),
-                                         squares(128, 20, teachers=("mobilenet",)))),)},
-        "base": BASE,
-    },
+    {"all": {}, "split": {"stages": (Stage(1.0, _SPLIT),)}, "base": BASE},
     (
-        Effect("EV lacked", "all", "split", 0.01, "zero-shot .829 at 512, .013 at 768 px without "
-               "(RADIOv2.1)", True),
+        Effect("EV lacked", "all", "split", 0.01, ".829, else .013 zero-shot (RADIOv2.1)", True),
         Effect("EV own", "all", "split", 0.005),
         Effect("jump", "split", "all", 0.01, "no mode switch (RADIOv2.5)"),
     ),
     run_modes,
     premise=Premise("EV own", "split", "base", 0.0),
     rates=NEAR,
-    common={"steps": 80, "stages": (Stage(1.0, (squares(48, 16), squares(128, 10))),),
-            "max_images": 64},
-)  # fmt: skip
+    common={"steps": 80, "stages": (Stage(1.0, (squares(48, 16), squares(128, 10))),)},
+)
 
 
 # ---- RADIOv2.5: mosaic augmentation
@@ -385,12 +376,12 @@ MOSAIC = Claim(
     "a mosaic against one canvas a picture",
     {arm: {} for arm in ("mosaic", "alone", "enlarged", "own", "constant")},
     (
-        Effect("log cost", "alone", "mosaic", float(np.log(2)), "k^2 (RADIOv2.5: mosaic)", True),
+        Effect("log cost", "alone", "mosaic", 0.69, "k^2 (RADIOv2.5: mosaic)", True),
         Effect("IoU", "mosaic", "alone", 0.02, "quality no worse (RADIOv2.5: mosaic)"),
         Effect("IoU", "mosaic", "enlarged", 0.02),
     ),
     run_mosaic,
-)  # fmt: skip
+)
 
 
 # ---- PHI-S: balance
@@ -483,9 +474,8 @@ SHIFT = Claim(
     run_shift,
     premise=Premise("pattern", "plain", "base", 0.5),
     rates=NEAR,
-    common={"steps": 100, "stages": (Stage(1.0, (squares(96, 20),)),), "max_images": 32,
-            "teachers": ("vit-s",)},
-)  # fmt: skip
+    common={"steps": 100, "stages": (Stage(1.0, (squares(96, 20),)),), "teachers": ("vit-s",)},
+)
 
 
 # ---- RADIOv2.5: token merging
@@ -536,30 +526,36 @@ MERGING = Claim(
     seeds=20,
 )
 
-CLAIMS = {"merging": MERGING, "mosaic": MOSAIC, "arkd": ARKD, "balance": BALANCE, "modes": MODES,
-          "sampling": SAMPLING, "shift": SHIFT, "phis": PHIS}  # fmt: skip
+CLAIMS = {
+    **{"merging": MERGING, "mosaic": MOSAIC, "arkd": ARKD, "balance": BALANCE},
+    **{"modes": MODES, "sampling": SAMPLING, "shift": SHIFT, "phis": PHIS},
+}
 
 
 # ---- The verdict
 
 
+def by_seed(rows: Sequence[dict], arm: str, figure: str) -> dict[int, np.ndarray]:
+    """A figure of an arm, the runs of the tuning left out: seed -> its blocks."""
+    of_arm = [row for row in rows if row["arm"] == arm and row["seed"] != TUNING]
+    figures = {row["seed"]: row["figures"] for row in of_arm}
+    return {seed: np.atleast_1d(x[figure]) for seed, x in figures.items() if figure in x}
+
+
 def measure(effect: Effect, rows: Sequence[dict]) -> dict[str, Any]:
     """An effect, paired by seed: mean, 95 % interval by Student's t, p, each base's mean, and the
     deviation that other test pictures would bring (from ten blocks of them)."""
-    by_arm = [{r["seed"]: np.atleast_1d(r["figures"][effect.figure])
-               for r in rows if r["arm"] == arm and effect.figure in r["figures"]}
-              for arm in (effect.arm, effect.other)]  # fmt: skip
-    seeds = sorted((by_arm[0].keys() & by_arm[1].keys()) - {TUNING})
-    if len(seeds) < 2:
-        return {"n": len(seeds)}
-    blocks_SB = np.stack([by_arm[0][s] - by_arm[1][s] for s in seeds])
-    found = student_t(blocks_SB.mean(1)) | {"arm": 0.0, "other": 0.0}
-    for name, values in zip(("arm", "other"), by_arm, strict=True):
-        found[name] = float(np.mean([values[s] for s in seeds]))
-    blocks = blocks_SB.mean(0)
-    found["pictures"] = float(blocks.std(ddof=1) / len(blocks) ** 0.5) if len(blocks) > 1 else None
-    halves = [[d for s, d in zip(seeds, blocks_SB, strict=True) if base_of(s) == b] for b in (0, 1)]
-    return found | {"bases": [float(np.mean(x)) if x else None for x in halves]}
+    new, old = (by_seed(rows, arm, effect.figure) for arm in (effect.arm, effect.other))
+    differences = {seed: new[seed] - old[seed] for seed in sorted(new.keys() & old.keys())}
+    if len(differences) < 2:
+        return {"n": len(differences)}
+    found = student_t([x.mean() for x in differences.values()])
+    for base in (0, 1):
+        of_base = [x.mean() for seed, x in differences.items() if base_of(seed) == base]
+        found[f"base {base}"] = float(np.mean(of_base)) if of_base else None
+    blocks = np.mean(list(differences.values()), 0)
+    error = blocks.std(ddof=1) / len(blocks) ** 0.5 if len(blocks) > 1 else None
+    return found | {"pictures": error}
 
 
 def student_t(values: Any) -> dict[str, Any]:
@@ -614,19 +610,16 @@ def verdict(claim: Claim, effect: Effect, rows: Sequence[dict], adjusted: float)
 
 def premise_value(premise: Premise, rows: Sequence[dict]) -> float:
     """Its figure's mean, less that of `other`; nan without runs."""
-    means = []
-    for arm in filter(None, (premise.arm, premise.other)):
-        of_arm = [r for r in rows if r["arm"] == arm and r["seed"] != TUNING]
-        means.append(np.mean([r["figures"][premise.figure] for r in of_arm] or [np.nan]))
-    return float(means[0] - sum(means[1:]))
+    arms = (premise.arm, premise.other) if premise.other else (premise.arm,)
+    first, *rest = (list(by_seed(rows, arm, premise.figure).values()) or [np.nan] for arm in arms)
+    return float(np.mean(first) - sum(map(np.mean, rest)))
 
 
 def above_floor(claim: Claim, effect: Effect, arm: str, rows: Sequence[dict]) -> bool:
     """Is an arm's figure above the floor's by more than its own 95 % interval?"""
     if claim.floor:
         return measure(replace(effect, arm=arm, other=claim.floor), rows).get("low", -1.0) > 0
-    values = [np.mean(r["figures"][effect.figure]) for r in rows
-              if r["arm"] == arm and r["seed"] != TUNING]  # fmt: skip
+    values = [x.mean() for x in by_seed(rows, arm, effect.figure).values()]
     return effect.figure.startswith("log") or student_t(values)["low"] > 0
 
 
@@ -816,14 +809,9 @@ def blocks(*values: Tensor) -> list[float]:
     return np.mean(parts, 0).tolist()
 
 
-def heads(student: Student, side: int, scale: Scale) -> dict[str, Tensor]:
-    """A student's summaries of all held-out drawings, as squares -> head -> (N, C)."""
-    said: dict[str, list[Tensor]] = {}
-    for some in batches(data(scale)[1].samples):
-        for out in student.encode([to_float(s.image, (side, side)) for s in some]):
-            for name, x_C in out.summary.items():
-                said.setdefault(name, []).append(x_C)
-    return {name: torch.stack(rows) for name, rows in said.items()}
+def joined(found: Figures, *names: str) -> list[float]:
+    """The mean of some figures, block by block."""
+    return np.mean([found[name] for name in names], 0).tolist()
 
 
 def batches(samples: list, size: int = 32) -> list[list]:
@@ -849,26 +837,20 @@ def explained(
     Args: factors: of the teachers' features in training, which the heads answer with.
     """
     found: Figures = dict(getattr(student, "course", {}))
+    names = [name for name in TEACHERS if name in student.heads]
     for side in sides:
         said = student_maps(student.eval(), held_out(scale, side), side)
-        for name in [n for n in TEACHERS if n in student.heads]:
+        for name in names:
             known, factor = reference(scale, side, name), (factors or {}).get(name, 1.0)
             summaries = [x_C[None, None] for x_C in known.summary_NC]
             for part, theirs in (("summary", summaries), ("patches", known.maps)):
                 key = name if part == "patches" else f"{name} summary"
                 pairs = [same_grid(x[key] / factor, y) for x, y in zip(said, theirs, strict=True)]
                 found[f"EV {side} {name} {part}"] = blocks(ev(known.measures[part], pairs))
-            found[f"EV {side} {name}"] = joined_parts(found, f"EV {side} {name}")
-        found[f"EV {side}"] = joined_parts(found, f"EV {side}")
-    return found | {"EV": joined_parts(found, "EV")}
-
-
-def joined_parts(found: Figures, prefix: str) -> list[float]:
-    parts = [v for k, v in found.items() if k.startswith(prefix) and k.split()[-1] in PARTS]
-    return np.mean(parts, 0).tolist()
-
-
-PARTS = ("summary", "patches")
+            both = (f"EV {side} {name} {part}" for part in ("summary", "patches"))
+            found[f"EV {side} {name}"] = joined(found, *both)
+        found[f"EV {side}"] = joined(found, *(f"EV {side} {name}" for name in names))
+    return found | {"EV": joined(found, *(f"EV {side}" for side in sides))}
 
 
 def ev(measure: Fidelity, pairs: Sequence[Sequence[Tensor]]) -> Tensor:
@@ -931,11 +913,9 @@ def read_by_text(head_NC: Tensor, scale: Scale) -> Figures:
     said_N = (head_NC @ F.normalize(means_KC).T).argmax(1)
     some = evenly(len(test_N), 500)
     majority = train_N.bincount().argmax()
-    return {
-        "text R@10": blocks(*hits), "zero-shot": blocks(said_N == test_N),
-        "majority class": float((test_N == majority).double().mean()),
-        "relation": relation(teacher_test_NC[some], head_NC[some]),
-    }  # fmt: skip
+    found = {"text R@10": blocks(*hits), "zero-shot": blocks(said_N == test_N)}
+    found["relation"] = relation(teacher_test_NC[some], head_NC[some])
+    return found | {"majority class": float((test_N == majority).double().mean())}
 
 
 def relation(teacher_NC: Tensor, student_NC: Tensor) -> float:
@@ -955,10 +935,11 @@ def pool_of(seed: int, scale: Scale) -> tuple:
     character_N = np.array([s.key.split("-")[-1] for s in source.samples])
     names = sorted(set(character_N))
     chosen = np.random.default_rng(seed).permutation(names)[: scale.concepts].tolist()
-    wanted = [(view, name, rank) for rank, name in enumerate(chosen)
-              for view in range(1, 1 + max(1, scale.largest // (rank + 1)))]  # fmt: skip
-    x_NC = view_features([(view, name) for view, name, _ in wanted], scale)
-    label_N = np.array([rank for *_, rank in wanted])
+    counts = [max(1, scale.largest // (rank + 1)) for rank in range(len(chosen))]
+    label_N = np.repeat(range(len(chosen)), counts)
+    pairs = zip(chosen, counts, strict=True)
+    views = [view_of(view, name, scale) for name, n in pairs for view in range(1, 1 + n)]
+    x_NC = torch.stack(views)
     rank_of = {name: rank for rank, name in enumerate(chosen)}
     test = [i for i, name in enumerate(character_N) if name in rank_of]
     test_M = torch.tensor([rank_of[character_N[i]] for i in test])
@@ -967,26 +948,18 @@ def pool_of(seed: int, scale: Scale) -> tuple:
     return x_NC, label_N, teacher_summaries(scale)[0][test], test_M, tree
 
 
-VIEWS: dict[tuple, Tensor] = {}  # (scale, view, character) -> the ViT's summary
-
-
-def view_features(wanted: list[tuple[int, str]], scale: Scale) -> Tensor:
-    """The ViT's summaries of views of characters, drawn by other seeds than those of `data`."""
-    vit = load_teacher(parse_teacher(scale.teachers[0]))
-    new = [pair for pair in wanted if (scale, *pair) not in VIEWS]
-    for some in batches(new):
-        samples = [all_characters(view)[name] for view, name in some]
-        images = [to_float(load().image) for load in samples]
-        VIEWS.update(zip([(scale, *pair) for pair in some], vit(images).summary_BC, strict=True))
-    return torch.stack([VIEWS[scale, view, name] for view, name in wanted])
-
-
 @cache
-def all_characters(view: int) -> dict[str, Callable[[], Sample]]:
-    """Character -> how its drawing of that view is made."""
-    source = open_source("openmoji:train:1054", view)
-    keys = [source.key(i).split("-")[-1] for i in range(len(source))]
-    return {key: lambda i=i: source.load(i) for i, key in enumerate(keys)}
+def view_of(view: int, character: str, scale: Scale) -> Tensor:
+    """The ViT's summary of another drawing of a character than those of `data`."""
+    source = open_source("openmoji:train:1054", view)  # each character once
+    if view not in PLACES:
+        keys = [source.key(i).split("-")[-1] for i in range(len(source))]
+        PLACES[view] = {key: i for i, key in enumerate(keys)}
+    image = to_float(source.load(PLACES[view][character]).image)
+    return teachers(scale)["vit-s"]([image]).summary_BC[0]  # type: ignore[index]
+
+
+PLACES: dict[int, dict[str, int]] = {}  # view -> character -> its place
 
 
 # ---- A teacher with a canvas
@@ -1142,8 +1115,8 @@ def answered(hits_NQ: Tensor, test_NQ: Tensor) -> list[float]:
 def patch_hits(sides: list[FeatureSet], maps: list[list[Tensor]]) -> list[float]:
     """Single tokens tell the mask's class of their place by 20-NN, among 5,000 of training; every
     fifth of a test picture is asked."""
-    (bank_MC, bank_M), (test_MC, test_M) = (
-        token_labels(m, mask_of(found)) for m, found in zip(maps, sides, strict=True))  # fmt: skip
+    bank_MC, bank_M = token_labels(maps[0], masks_of(sides[0]))
+    test_MC, test_M = token_labels(maps[1], masks_of(sides[1]))
     bank = torch.randperm(len(bank_M), generator=torch.Generator().manual_seed(0))[:5_000]
     n = len(maps[1])
     asked = torch.arange(len(test_M)).view(n, -1)[:, ::5].flatten()
@@ -1153,12 +1126,12 @@ def patch_hits(sides: list[FeatureSet], maps: list[list[Tensor]]) -> list[float]
 
 def constant_hits(sides: list[FeatureSet]) -> list[float]:
     """The same figure of saying the commonest class everywhere."""
-    labels = [token_labels(x.patches["student/trunk"], mask_of(x))[1] for x in sides]
+    labels = [token_labels(x.patches["student/trunk"], masks_of(x))[1] for x in sides]
     is_hit_M = labels[1] == labels[0].mode().values
     return blocks(is_hit_M.view(len(sides[1].samples), -1).double().mean(1))
 
 
-def mask_of(found: FeatureSet) -> list[Tensor]:
+def masks_of(found: FeatureSet) -> list[Tensor]:
     return [torch.from_numpy(np.array(sample.mask)) for sample in found.samples]
 
 
@@ -1241,8 +1214,8 @@ def run_claim(name: str, seeds: Sequence[int], folder: Path = FOLDER, scale: Sca
 def verdicts(folder: Path = FOLDER, scale: Scale = FULL) -> dict[tuple[str, Effect], str]:
     """What each primary effect says, all of them corrected together."""
     rows = {name: rows_of(name, folder, scale) for name in CLAIMS}
-    found = {(name, e): measure(e, rows[name])
-             for name, claim in CLAIMS.items() for e in claim.effects if e.is_primary}  # fmt: skip
+    keys = [(name, e) for name, claim in CLAIMS.items() for e in claim.effects if e.is_primary]
+    found = {(name, effect): measure(effect, rows[name]) for name, effect in keys}
     ready = [key for key, one in found.items() if "p" in one]
     adjusted = holm([found[key]["p"] for key in ready])
     said = dict.fromkeys(found, "not run yet")
@@ -1258,48 +1231,40 @@ def table(name: str, said: dict, folder: Path = FOLDER, scale: Scale = FULL) -> 
     figures = list(dict.fromkeys(effect.figure for effect in claim.effects))
     lines = [f"| arm | rate | {' | '.join(figures)} | runs |", "|---" * (len(figures) + 3) + "|"]
     for arm in claim.arms:
-        of_arm = [r["figures"] for r in rows if r["arm"] == arm and r["seed"] != TUNING]
-        means = [np.mean([np.mean(f[k]) for f in of_arm if k in f] or [np.nan]) for k in figures]
-        shown = ["" if np.isnan(x) else f"{x:.3f}" for x in means]
+        values = [list(by_seed(rows, arm, figure).values()) for figure in figures]
+        shown = [f"{np.mean(x):.3f}" if x else "" for x in values]
+        runs = max(map(len, values))
         best = chosen_rate(claim, arm, rows)
         rate = f"{best:.1e}" if best else ""
-        lines.append(f"| {arm} | {rate} | {' | '.join(shown)} | {len(of_arm)} |")
-    lines += ["", "| effect | paper | difference, 95 % interval | p | base 0 / 1 | other pictures "
-              "| seeds | verdict |", "|---" * 8 + "|"]  # fmt: skip
-    for effect in claim.effects:
-        found = measure(effect, rows)
-        lines.append(f"| {effect.figure}: {effect.arm} - {effect.other} | {effect.paper} | "
-                     f"{interval(found)} | {said.get((name, effect), '')} |")  # fmt: skip
-    return "\n".join(lines)
+        lines.append(f"| {arm} | {rate} | {' | '.join(shown)} | {runs} |")
+    own = [effect_line(name, effect, measure(effect, rows), said) for effect in claim.effects]
+    return "\n".join([*lines, "", EFFECTS, "|---" * 8 + "|", *own])
 
 
-def interval(found: dict[str, Any]) -> str:
-    """The cells of a measured effect."""
-    if "low" not in found:
-        return f"not run yet | | | | {found['n']}"
-    bases = " / ".join("" if x is None else f"{x:+.3f}" for x in found["bases"])
-    pictures = "" if found["pictures"] is None else f"± {found['pictures']:.3f}"
-    spread = "{value:+.4f} [{low:+.4f}, {high:+.4f}] | {p:.2g}".format(**found)
-    return f"{spread} | {bases} | {pictures} | {found['n']}"
+EFFECTS = "| effect | paper | difference, 95 % interval | p | base 0, 1 | pictures | n | verdict |"
 
 
-def summary(said: dict, folder: Path = FOLDER, scale: Scale = FULL) -> str:
-    """A row for each primary effect, for the README."""
-    lines = ["| claim | primary effect | paper | ours, 95 % interval | seeds | verdict |",
-             "|---|---|---|---|---|---|"]  # fmt: skip
-    for (name, effect), what in said.items():
-        found = measure(effect, rows_of(name, folder, scale))
-        ours = "{value:+.3f} [{low:+.3f}, {high:+.3f}]".format(**found) if "low" in found else ""
-        lines.append(f"| `{name}` | {effect.figure}: {effect.arm} - {effect.other} "
-                     f"| {effect.paper} | {ours} | {found['n']} | {what} |")  # fmt: skip
-    return "\n".join(lines)
+def effect_line(name: str, effect: Effect, found: dict[str, Any], said: dict) -> str:
+    """A row of the table: "pictures" is the deviation of the mean over other test pictures."""
+    cells = [f"`{name}` {effect.figure}: {effect.arm} - {effect.other}", effect.paper]
+    if "p" in found:
+        cells += ["{value:+.4f} [{low:+.4f}, {high:+.4f}]".format(**found), f"{found['p']:.1g}"]
+        bases = (found[base] for base in ("base 0", "base 1"))
+        cells += [", ".join("" if x is None else f"{x:+.3f}" for x in bases)]
+        cells += ["" if found["pictures"] is None else f"± {found['pictures']:.3f}"]
+    else:
+        cells += ["", "", "", ""]
+    return f"| {' | '.join(cells)} | {found['n']} | {said.get((name, effect), '')} |"
 
 
 def write_tables(page: Path, folder: Path = FOLDER, scale: Scale = FULL) -> str:
     """Put the tables into a page, each behind the line <!-- NAME -->; returns the summary."""
     said, text = verdicts(folder, scale), page.read_text()
     tables = {name: table(name, said, folder, scale) for name in CLAIMS}
-    tables["summary"] = summary(said, folder, scale)
+    primary = [
+        effect_line(*key, measure(key[1], rows_of(key[0], folder, scale)), said) for key in said
+    ]
+    tables["summary"] = "\n".join([EFFECTS, "|---" * 8 + "|", *primary])
     for name, rows in tables.items():
         text = re.sub(rf"<!-- {name} -->\n(\|.*\n|\n(?=\|))*", f"<!-- {name} -->\n{rows}\n", text)
     page.write_text(text)
