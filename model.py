@@ -977,16 +977,23 @@ def choose_attention(q_NHA: Tensor) -> str:
     is_half = q_NHA.dtype in (torch.bfloat16, torch.float16)
     if q_NHA.device.type == "cuda":
         return "varlen" if is_half else "efficient"
-    if q_NHA.device.type != "cpu" or (is_half and q_NHA.requires_grad):
-        return "explicit"  # the CPU flash backward gains nothing from bfloat16
-    return "flash"
+    return "flash" if q_NHA.device.type == "cpu" else "explicit"
 
 
 def cpu_flash(*qkv_BHNA: Tensor):
-    """torch's CPU flash kernel on images of equal length: output, log-sum-exp, its backward."""
-    out_BHNA, lse_BHN = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*qkv_BHNA)
-    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-    return out_BHNA, lse_BHN, lambda *saved: backward(*saved, 0.0, False)
+    """torch's CPU flash kernel on images of equal length: output, log-sum-exp, its backward.
+
+    In float32 always: in bfloat16 its backward takes longer.
+    """
+    forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    out_BHNA, lse_BHN = forward(*(x.float() if x.dtype.itemsize == 2 else x for x in qkv_BHNA))
+
+    def backward(*saved: Tensor) -> list[Tensor]:
+        run = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        grads = run(*(x.float() if x.dtype.itemsize == 2 else x for x in saved), 0.0, False)
+        return [grad.to(saved[0].dtype) for grad in grads]
+
+    return out_BHNA.to(qkv_BHNA[0].dtype), lse_BHN, backward
 
 
 def cuda_efficient(*qkv_BHNA: Tensor):
@@ -1029,57 +1036,65 @@ def cuda_varlen(layout: Layout, *qkv_1HNA: Tensor):
 
 def run_sorted(moe: MoE, x_ND: Tensor, gates_NK, chosen_NK, counts_E: Tensor) -> Tensor:
     """`MoE.run_dense`, each expert on the tokens that chose it alone."""
-    order_S = chosen_NK.flatten().argsort(stable=True)  # pairs sorted by expert
     dtype, device = x_ND.dtype, x_ND.device.type
     if torch.is_autocast_enabled(device):  # it does not know grouped_mm
         dtype = torch.get_autocast_dtype(device)  # before the gather: K rows of each are kept
-    x_SD = Dispatch.apply(x_ND.to(dtype), order_S, moe.top_k)
-    gates_S1 = gates_NK.flatten().index_select(0, order_S)[:, None].to(dtype)
-    y_SD = run_experts(moe, x_SD, gates_S1, counts_E)
-    return collect(y_SD, order_S, moe.top_k).to(x_ND.dtype)
+    chosen_S, rows_E = chosen_NK.flatten(), counts_E
+    pair_R = chosen_S.argsort(stable=True)  # which (token, choice) each row is of, by expert
+    number_S = torch.arange(len(pair_R), device=pair_R.device)
+    place_S = torch.empty_like(pair_R).scatter_(0, pair_R, number_S)  # and the row of each
+    if device == "cpu" and dtype.itemsize == 2:
+        # oneDNN builds a kernel for each number of rows that it has not met yet: let it meet few.
+        # The rows between two experts' runs are copies that nobody collects.
+        rows_E = (counts_E + 15) // 16 * 16
+        added_E = rows_E - counts_E
+        place_S += (added_E.cumsum(0) - added_E)[chosen_S]
+        pair_R = pair_R.new_zeros(int(rows_E.sum())).scatter_(0, place_S, number_S)
+    x_RD = Dispatch.apply(x_ND.to(dtype), pair_R, place_S, moe.top_k)
+    gates_R = gates_NK.new_zeros(len(pair_R)).scatter(0, place_S, gates_NK.flatten())
+    y_RD = run_experts(moe, x_RD, gates_R[:, None].to(dtype), rows_E)
+    return collect(y_RD, place_S, moe.top_k).to(x_ND.dtype)
 
 
 @torch.compiler.disable  # torch 2.13 traces grouped_mm in bfloat16 only
-def run_experts(moe: MoE, x_SD: Tensor, gates_S1: Tensor, counts_E: Tensor) -> Tensor:
+def run_experts(moe: MoE, x_RD: Tensor, gates_R1: Tensor, rows_E: Tensor) -> Tensor:
     """Every expert on its own run of rows, weighed by the gates.
 
     The gate belongs after the expert; w2 is linear, so before w2 is the same and narrower.
     """
-    width = 16 // x_SD.element_size()  # grouped_mm wants rows of whole 16 bytes
+    width = 16 // x_RD.element_size()  # grouped_mm wants rows of whole 16 bytes
     aligned = not (moe.w1_EGD.shape[2] % width or moe.w2_EDF.shape[2] % width)
     if moe.backend == "grouped" or (moe.backend == "auto" and aligned):
-        ends_E = counts_E.cumsum(0).to(torch.int32)
-        w1_EDG, w2_EFD = moe.w1_EGD.to(x_SD.dtype).mT, moe.w2_EDF.to(x_SD.dtype).mT
-        hidden_SF = gated(F.grouped_mm(x_SD, w1_EDG, offs=ends_E))
-        return F.grouped_mm(hidden_SF * gates_S1, w2_EFD, offs=ends_E)
+        ends_E = rows_E.cumsum(0).to(torch.int32)
+        w1_EDG, w2_EFD = moe.w1_EGD.to(x_RD.dtype).mT, moe.w2_EDF.to(x_RD.dtype).mT
+        hidden_RF = gated(F.grouped_mm(x_RD, w1_EDG, offs=ends_E))
+        return F.grouped_mm(hidden_RF * gates_R1, w2_EFD, offs=ends_E)
     # unbind once: w[e] in a loop would allocate a full-size gradient for every expert
-    w1s, w2s, counts = moe.w1_EGD.unbind(0), moe.w2_EDF.unbind(0), counts_E.tolist()
-    runs = zip(x_SD.split(counts), gates_S1.split(counts), w1s, w2s, strict=True)
+    w1s, w2s, counts = moe.w1_EGD.unbind(0), moe.w2_EDF.unbind(0), rows_E.tolist()
+    runs = zip(x_RD.split(counts), gates_R1.split(counts), w1s, w2s, strict=True)
     return torch.cat([F.linear(gated(F.linear(x, w1)) * gate, w2) for x, gate, w1, w2 in runs])
 
 
-def collect(y_SD: Tensor, order_S: Tensor, top_k: int) -> Tensor:
-    """Sum the K rows of each token, which lie sorted by expert: without atomics, in a fixed order.
+def collect(y_RD: Tensor, place_S: Tensor, top_k: int) -> Tensor:
+    """Sum the K rows of each token, without atomics, in a fixed order.
 
-    Args: order_S: which (token, choice) pair, counted row by row, each row is of.
+    Args: place_S: the row of each (token, choice) pair.
     """
-    place_S = torch.empty_like(order_S)
-    place_S.scatter_(0, order_S, torch.arange(len(order_S), device=order_S.device))
-    return y_SD.index_select(0, place_S).unflatten(0, (-1, top_k)).sum(1)
+    return y_RD.index_select(0, place_S).unflatten(0, (-1, top_k)).sum(1)
 
 
 class Dispatch(torch.autograd.Function):
     """Copy each token's row to its K experts; the gradient of that is `collect`."""
 
     @staticmethod
-    def forward(ctx, x_ND, order_S, top_k):
-        ctx.save_for_backward(order_S)
+    def forward(ctx, x_ND, pair_R, place_S, top_k):
+        ctx.save_for_backward(place_S)
         ctx.top_k = top_k
-        return x_ND.index_select(0, order_S // top_k)
+        return x_ND.index_select(0, pair_R // top_k)
 
     @staticmethod
-    def backward(ctx, grad_SD):
-        return collect(grad_SD, *ctx.saved_tensors, ctx.top_k), None, None
+    def backward(ctx, grad_RD):
+        return collect(grad_RD, *ctx.saved_tensors, ctx.top_k), None, None, None
 
 
 def autocast(device: torch.device, precision: str = "auto") -> Any:
