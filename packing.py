@@ -6,7 +6,7 @@ function of (seed, step) and of the sizes in the file headers: no rank, worker o
 enters it, so a run resumes from one integer, at any number of processes. A picture that does not
 decode is dropped from its pack and named; nothing else moves.
 
-Read: `fit_size`, `patchify`, `mosaic`; `PackedBatch`; `pack`; `Stream`, `Stage`; `Packs` (what
+Read: `fit_grids`, `patchify`, `mosaic`; `PackedBatch`; `pack`; `Stream`, `Stage`; `Packs` (what
 fills a pack); `StepData` (what a rank gets). Part II: views, files, processes, drawings.
 
 Legend: B images, M patches of a pack, P patches of an image, X = 3 * patch**2 numbers of a patch,
@@ -63,22 +63,25 @@ Box = tuple[float, float, float, float]  # top, left, bottom, right, as shares o
 # ---- Part I, the papers: from a picture's size to packs of patches
 
 
-def fit_size(height: float, width: float, patch: int, max_area: float | None = None) -> Size:
-    """The size a picture is resized to: each side the nearest multiple of the patch, at least one.
+def fit_grids(sizes_N2: np.ndarray, patch: int, max_area: float | None = None) -> np.ndarray:
+    """Sizes in pixels -> grids in patches: each side the nearest whole number, at least one.
 
-    Above `max_area` pixels it shrinks; the aspect is kept as far as whole patches allow.
+    Above `max_area` pixels a picture shrinks; its aspect is kept as far as whole patches allow.
     Source: AMoE release, image_processor.py.
     """
-    sides = height / patch, width / patch
-    h, w = (max(math.floor(side + 0.5), 1) for side in sides)  # a half goes up, as theirs does
-    if max_area is not None and h * w * patch**2 > max_area:
+    sides_N2 = sizes_N2 / patch
+    grids_N2 = np.maximum(np.floor(sides_N2 + 0.5), 1)  # a half goes up, as theirs does
+    is_large_N = grids_N2.prod(1) * patch**2 > (max_area or math.inf)
+    if max_area is not None and is_large_N.any():
         most = max(max_area / patch**2, 1)
-        scale = math.sqrt(most / (sides[0] * sides[1]))
+        large_N2 = sides_N2[is_large_N]
+        scale_N1 = np.sqrt(most / large_N2.prod(1, keepdims=True))
         # rounded down, so that the limit holds; what is whole but for rounding errors stays so
-        h, w = (max(math.floor(side * scale + 1e-6), 1) for side in sides)
-        longest = int(most / min(h, w))  # a side that was less than a patch grew: the other pays
-        h, w = min(h, longest), min(w, longest)
-    return h * patch, w * patch
+        small_N2 = np.maximum(np.floor(large_N2 * scale_N1 + 1e-6), 1)
+        # a side that was less than a patch grew: the other pays
+        longest_N1 = np.floor(most / small_N2.min(1, keepdims=True))
+        grids_N2[is_large_N] = np.minimum(small_N2, longest_N1)
+    return grids_N2.astype(np.int64)
 
 
 def patchify(image_CHW: Tensor, patch: int) -> Tensor:
@@ -200,23 +203,30 @@ def pack(
     Source: AMoE: token-balanced batching; the paper has no algorithm, we chose this one.
     """
     refuse_unpackable(lengths, budget, lookahead, max_images)
-    arriving = iter([(length, -i) for i, length in enumerate(lengths)])
-    # sorted by length; among equal ones the last, with the smallest index, is the oldest
+    # each is one number, length * 2**bits - index: among equal lengths the oldest is the last
+    bits = len(lengths).bit_length() + 1
+    pictures = ((np.asarray(lengths, np.int64) << bits) - np.arange(len(lengths))).tolist()
+    arriving, below, packs = iter(pictures), (1 << bits) - 1, []
     waiting = sorted(itertools.islice(arriving, lookahead))
-    is_packed, packs = bytearray(len(lengths)), []
-    for oldest, length in enumerate(lengths):
+    is_packed = bytearray(len(lengths))
+    for oldest, picture in enumerate(pictures):
         if is_packed[oldest]:  # some earlier pack had room for it
             continue
         members: list[int] = []
-        room, at = budget, bisect.bisect_left(waiting, (length, -oldest))
+        room, at = budget << bits, bisect.bisect_left(waiting, picture)
         while at >= 0:
-            taken, minus_i = waiting.pop(at)
-            room -= taken
-            members.append(-minus_i)
-            is_packed[-minus_i] = True
-            for next_one in itertools.islice(arriving, 1):  # so that as many wait as before
+            taken = waiting.pop(at)
+            index = -taken & below
+            room -= taken + index
+            members.append(index)
+            is_packed[index] = True
+            for next_one in arriving:  # so that as many wait as before
                 bisect.insort(waiting, next_one)
-            at = best_fit(waiting, room, (max_images or len(lengths)) - len(members))
+                break
+            places = (max_images or len(lengths)) - len(members)
+            at = bisect.bisect_right(waiting, room) - 1 if places else -1
+            if at > 0 and places > 1 and room <= 2 * (waiting[at] + below):
+                at = of_best_pair(waiting, at, room, below)
         packs.append(members)
     return packs
 
@@ -242,13 +252,14 @@ class Stream:
     teachers: tuple[str, ...] = ()  # those that supervise it; () all (AM-RADIO had each on one)
     data: tuple[int, ...] = ()  # which of the --data SOURCEs, counted from 0; () all
 
-    def fit(self, height: int, width: int, patch: int, draw: float) -> Size:
-        """Size of a picture; `draw` in [0, 1) picks one of the choices."""
+    def fit(self, sizes_N2: np.ndarray, patch: int, draw_N: np.ndarray) -> np.ndarray:
+        """Grids (N, 2) of pictures, in patches; a draw in [0, 1) picks one of the choices."""
         if not self.choices:
-            return fit_size(height, width, patch, self.max_side**2)
+            return fit_grids(sizes_N2, patch, self.max_side**2)
+        chosen_N = np.array(self.choices)[(draw_N * len(self.choices)).astype(int)]
         # no picture grows beyond its own area: there is nothing to see that it doesn't hold
-        side = min(self.choices[int(draw * len(self.choices))], math.sqrt(height * width))
-        return fit_size(side, side, patch)
+        side_N = np.minimum(chosen_N, np.sqrt(sizes_N2.prod(1)))
+        return fit_grids(np.stack([side_N, side_N], 1), patch)
 
 
 @dataclass(frozen=True)
@@ -261,12 +272,16 @@ class Stage:
 
 @dataclass
 class Packs:
-    """The endless row of packs of one stream, planned an epoch at a time: what fills a pack.
+    """The endless row of packs of one stream, planned a window at a time: what fills a pack.
 
-    Each source gives its share of the epoch's pictures (`_share`); each picture gets its size, and
-    all are shuffled (`_pictures`); they are packed in that order (`plan`). A step takes the next
-    `stream.packs` of them; the last ones, if too few for a step, are left out. A pack is an array
-    of (source, index, h, w), the grid in patches.
+    An epoch has as many pictures as the stream's sources together, each source its share of them
+    (`shares`). They are mixed and cut into windows; a window's pictures get their sizes
+    (`_pictures`) and are packed in that order. A step takes the next `stream.packs` of the packs,
+    and what is too few for a step is left out.
+
+    A window is a pure function of the seed, the epoch, the window's number, the stream, the patch,
+    the prefix, max_images, and the sources' weights, lengths and sizes: its cost grows neither with
+    the number of pictures nor with the steps before it.
     """
 
     stream: Stream
@@ -278,68 +293,63 @@ class Packs:
 
     def __post_init__(self) -> None:
         self.sources = sources_of(self.stream, self.sources)
-        self._plans: dict[int, list[np.ndarray]] = {}
-        self._starts = [0]  # first step of each epoch known so far
+        self._planned: dict[Size, list[np.ndarray]] = {}
+        self.calendar = Calendar(self)
 
-    def _random(self, epoch: int, *purpose: object) -> torch.Generator:
-        # by name, not by number: a stream's order stays when another one is added
-        return keyed_generator(self.seed, epoch, self.stream.name, *purpose)
+    def shares(self, epoch: int) -> list[tuple[int, int]]:
+        """Start and stop of each source's part of an epoch, on an endless row of its permutations.
 
-    def _share(self, number: int, epoch: int) -> list[int]:
-        """A source's pictures in an epoch: a window on an endless row of its permutations.
-
-        An epoch has as many pictures as all sources together. A source whose weight is in
-        proportion to its size, and so any single one, is passed over exactly once.
+        A source whose weight is in proportion to its size, and so any single one, is passed over
+        exactly once. No counter has to be saved.
         """
-        count, weights = len(self.sources[number][0]), [weight for _, weight in self.sources]
-        quota = weights[number] * sum(len(source) for source, _ in self.sources) / sum(weights)
-        # the window of an epoch, a pure function of its number: no counter has to be saved
-        start, stop = int(epoch * quota), int((epoch + 1) * quota)
-        row, first = list[int](), start // count
-        for turn in range(first, -(-stop // count)):  # each pass over the source is another order
-            row += torch.randperm(count, generator=self._random(turn, number, "order")).tolist()
-        return row[start - first * count : stop - first * count]
+        counts = [len(source) for source, _ in self.sources]
+        each = sum(counts) / sum(weight for _, weight in self.sources)
+        quotas = [weight * each for _, weight in self.sources]
+        return [(round(epoch * quota), round((epoch + 1) * quota)) for quota in quotas]
 
-    def _pictures(self, epoch: int) -> np.ndarray:
-        """All pictures of an epoch, shuffled: rows of (source, index, h, w)."""
-        rows = []
-        for number, (source, _) in enumerate(self.sources):
-            # a draw for each picture of the source, so that it depends on the picture alone
-            generator = self._random(epoch, number, "size")
-            draws = torch.rand(len(source), generator=generator, dtype=torch.float64).tolist()
-            for i in self._share(number, epoch):
-                height, width = self.stream.fit(*source.size(i), self.patch, draws[i])
-                rows.append((number, i, height // self.patch, width // self.patch))
-        # or all of one source would stand together
-        mixed = torch.randperm(len(rows), generator=self._random(epoch, "mix"))
-        return np.array(rows)[mixed.numpy()]
+    def _pictures(self, epoch: int, window: int) -> np.ndarray:
+        """The pictures of a window: rows of (source, index, h, w), the grid in patches."""
+        # by name, not by number: a stream's order stays when another one is added
+        shares, key = self.shares(epoch), (self.seed, self.stream.name)
+        total, count = sum(stop - start for start, stop in shares), self.calendar.windows_in(epoch)
+        places_N = np.arange(window * total // count, (window + 1) * total // count)
+        # the shares stand one after the other; unmixed, all of one source would come together
+        mixed_N = permuted(places_N, total, *key, epoch, "mix")
+        rows_N4, first = np.empty((len(places_N), 4), np.int64), 0
+        for number, ((source, _), (start, stop)) in enumerate(
+            zip(self.sources, shares, strict=True)
+        ):
+            mine_N = (mixed_N >= first) & (mixed_N < first + stop - start)
+            turns_M, at_M = np.divmod(mixed_N[mine_N] - first + start, len(source))
+            for turn in np.unique(turns_M):  # each pass over the source is another order
+                order = *key, int(turn), number, "order"
+                at_M[turns_M == turn] = permuted(at_M[turns_M == turn], len(source), *order)
+            # a draw of its own for each picture, whatever its place
+            draws_M = uniform(at_M, *key, epoch, number, "size")
+            grids_M2 = self.stream.fit(source.sizes(at_M), self.patch, draws_M)
+            rows_N4[mine_N] = np.column_stack([np.full_like(at_M, number), at_M, grids_M2])
+            first += stop - start
+        return rows_N4
 
-    def plan(self, epoch: int) -> list[np.ndarray]:
-        """All packs of an epoch."""
-        if epoch not in self._plans:
-            pictures = self._pictures(epoch)
-            lengths = pictures[:, 2] * pictures[:, 3] + self.prefix
-            refuse_too_long(self, pictures, lengths)
-            packs = pack(lengths.tolist(), self.stream.budget, max_images=self.max_images)
-            refuse_too_few(self.stream, len(pictures), len(packs))
-            self._plans.pop(epoch - 2, None)  # a loader looks at two epochs at most
-            self._plans[epoch] = [pictures[members] for members in packs]
-        return self._plans[epoch]
-
-    def steps_in(self, epoch: int) -> int:
-        return len(self.plan(epoch)) // self.stream.packs
-
-    def locate(self, step: int) -> tuple[int, int]:
-        """The epoch of a global step, and the step's number in it."""
-        # how many steps an epoch has is only known by packing it, so they are counted from 0 on
-        while self._starts[-1] <= step:
-            self._starts.append(self._starts[-1] + self.steps_in(len(self._starts) - 1))
-        epoch = bisect.bisect_right(self._starts, step) - 1
-        return epoch, step - self._starts[epoch]
+    def window(self, epoch: int, number: int) -> list[np.ndarray]:
+        """All packs of a window, each an array of (source, index, h, w)."""
+        if (epoch, number) not in self._planned:
+            pictures_N4 = self._pictures(epoch, number)
+            lengths_N = pictures_N4[:, 2] * pictures_N4[:, 3] + self.prefix
+            refuse_too_long(self, pictures_N4, lengths_N)
+            packs = pack(lengths_N, self.stream.budget, max_images=self.max_images)
+            refuse_too_few(self.stream, len(pictures_N4), len(packs))
+            rows_N4 = pictures_N4[list(itertools.chain(*packs))]
+            ends = itertools.accumulate(map(len, packs), initial=0)
+            plan = [rows_N4[start:stop] for start, stop in itertools.pairwise(ends)]
+            newest = list(self._planned.items())[-1:]  # a loader looks at two windows at most
+            self._planned = dict([*newest, ((epoch, number), plan)])
+        return self._planned[epoch, number]
 
     def packs_at(self, step: int) -> list[np.ndarray]:
-        (epoch, step), each = self.locate(step), self.stream.packs
-        return self.plan(epoch)[step * each : (step + 1) * each]
+        """The packs of a global step."""
+        (first, *place), each = self.calendar.locate(step), self.stream.packs
+        return self.window(*place)[(step - first) * each : (step - first + 1) * each]
 
 
 @dataclass(eq=False)
@@ -380,17 +390,19 @@ class StepData(Dataset):
         """This rank's packs of a global step."""
         return [load_pack(self, step, s, members) for s, members in self.packs_at(step)[self.mine]]
 
-    def steps_in(self, epoch: int) -> int:
-        """Steps in an epoch of the first stream."""
-        return self.packs[0].steps_in(epoch)
-
-    def dropped(self, epoch: int) -> int:
-        """Pictures of an epoch, over all streams, in the last packs that do not fill a step."""
-        return sum(left_over(row, epoch) for row in self.packs)
+    def steps_in(self, epoch: int, most: float = math.inf) -> int:
+        """Steps in an epoch of the first stream, counted up to `most` of them."""
+        return self.packs[0].calendar.steps_in(epoch, most)
 
 
 # ---- Part II: the plumbing
 # ---- The order: keys, a stream's sources, and what cannot be packed
+
+
+def fit_size(height: float, width: float, patch: int, max_area: float | None = None) -> Size:
+    """`fit_grids` of one picture, in pixels."""
+    h, w = (fit_grids(np.array([[height, width]]), patch, max_area)[0] * patch).tolist()
+    return h, w
 
 
 def keyed_seed(*key: object) -> int:
@@ -401,6 +413,39 @@ def keyed_seed(*key: object) -> int:
 def keyed_generator(*key: object) -> torch.Generator:
     """Random generator of a key such as (seed, epoch, sample, purpose)."""
     return torch.Generator().manual_seed(keyed_seed(*key))
+
+
+def scrambled(x_N: np.ndarray, key: int) -> np.ndarray:
+    """A hash of each of some uint64 (splitmix64), another one for each key."""
+    x_N = (x_N + np.uint64(key)) * np.uint64(0x9E3779B97F4A7C15)  # wraps, as it must
+    x_N = (x_N ^ (x_N >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x_N = (x_N ^ (x_N >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x_N ^ (x_N >> np.uint64(31))
+
+
+def uniform(numbers_N: np.ndarray, *key: object) -> np.ndarray:
+    """A float64 in (0, 1) for each number, a function of the number and the key alone."""
+    hash_N = scrambled(numbers_N.astype(np.uint64), keyed_seed(*key))
+    return ((hash_N >> np.uint64(11)) + 0.5) / 2**53
+
+
+def permuted(places_N: np.ndarray, count: int, *key: object) -> np.ndarray:
+    """What stands at some places of a random order of range(count), without making that order.
+
+    A Feistel network on (row, column) of a table with `count` cells or a few more; what falls
+    outside of the count is permuted again, until it falls inside.
+    """
+    height = np.uint64(math.isqrt(count - 1) + 1)
+    width, seeds = np.uint64(-(-count // int(height))), [keyed_seed(*key, i) for i in range(3)]
+    cells_N, away_M = places_N.astype(np.uint64), np.arange(len(places_N))
+    while len(away_M):
+        row_M, column_M = np.divmod(cells_N[away_M], width)
+        for seed in seeds:
+            row_M = (row_M + scrambled(column_M, seed)) % height
+            column_M = (column_M + scrambled(row_M, ~seed & 2**63 - 1)) % width
+        cells_N[away_M] = row_M * width + column_M
+        away_M = away_M[cells_N[away_M] >= count]
+    return cells_N.astype(np.int64)
 
 
 def sources_of(stream: Stream, mix: Sequence[Weighted]) -> list[Weighted]:
@@ -419,8 +464,11 @@ def sources_of(stream: Stream, mix: Sequence[Weighted]) -> list[Weighted]:
 
 def large_enough(source: Source, side: int) -> Subset:
     """The pictures with an area of side^2 px or more."""
-    areas = [math.prod(source.size(i)) for i in range(len(source))]
-    return Subset(source, [i for i, area in enumerate(areas) if area >= side**2])
+    found = [np.zeros(0, np.int64)]
+    for start in range(0, len(source), 2**20):
+        ids = np.arange(start, min(start + 2**20, len(source)))
+        found.append(ids[source.sizes(ids).prod(1, dtype=np.int64) >= side**2])
+    return Subset(source, np.concatenate(found))
 
 
 def refuse_unpackable(
@@ -428,9 +476,10 @@ def refuse_unpackable(
 ) -> None:
     if lookahead < 1 or (max_images is not None and max_images < 1):
         raise ValueError(f"{lookahead=} and {max_images=} must be at least 1")
-    for i, length in enumerate(lengths):
-        if not 0 < length <= budget:
-            raise ValueError(f"picture {i} has {length} tokens, but a pack holds 1 to {budget=}")
+    lengths_N = np.asarray(lengths)
+    if (is_bad_N := (lengths_N < 1) | (lengths_N > budget)).any():
+        i = int(is_bad_N.argmax())
+        raise ValueError(f"picture {i} has {lengths[i]} tokens, but a pack holds 1 to {budget=}")
 
 
 def refuse_too_long(packs: Packs, pictures: np.ndarray, lengths: np.ndarray) -> None:
@@ -451,23 +500,82 @@ def refuse_too_few(stream: Stream, pictures: int, packs: int) -> None:
         )
 
 
-def left_over(packs: Packs, epoch: int) -> int:
-    """Pictures of an epoch in the last packs of a stream, which don't fill a step."""
-    used = packs.steps_in(epoch) * packs.stream.packs
-    return sum(map(len, packs.plan(epoch)[used:]))
+WINDOW, STEPS = 65_536, 64  # of a window: about so many pictures, or steps if that is more
+ORDER = 2  # its version: another one is another run
 
 
-def best_fit(waiting: list[tuple[int, int]], room: int, places: int) -> int:
-    """Position in the sorted list of the length to take next, -1 for none."""
-    at = bisect.bisect_right(waiting, (room, 1)) - 1 if places else -1
-    if at < 1 or places < 2 or room > 2 * waiting[at][0]:  # more than a pair will fit
+class Calendar:
+    """Which window of a stream has a step."""
+
+    def __init__(self, packs: Packs):
+        self.packs = packs
+        self._starts = [(0, 0, 0)]  # of the windows known so far: first step, epoch, window
+
+    def windows_in(self, epoch: int) -> int:
+        pictures = sum(stop - start for start, stop in self.packs.shares(epoch))
+        least = STEPS * self.packs.stream.packs * (self.packs.max_images or 16)
+        return max(1, round(pictures / max(WINDOW, least)))
+
+    def _steps(self, epoch: int, window: int) -> int:
+        return len(self.packs.window(epoch, window)) // self.packs.stream.packs
+
+    def steps_in(self, epoch: int, most: float) -> int:
+        """Steps in an epoch, counted up to `most` of them."""
+        steps, windows = 0, iter(range(self.windows_in(epoch)))
+        while steps < most and (window := next(windows, None)) is not None:
+            steps += self._steps(epoch, window)
+        return int(min(steps, most))
+
+    def locate(self, step: int) -> tuple[int, int, int]:
+        """(first step of its window, epoch, window) of a global step."""
+        if step < self._starts[0][0]:
+            self._starts = [(0, 0, 0)]
+        # how many steps a window has is only known by packing it, so they are counted
+        while self._starts[-1][0] <= step:
+            first, epoch, window = self._starts[-1]
+            first += self._steps(epoch, window)
+            is_last = window + 1 == self.windows_in(epoch)
+            self._starts.append((first, epoch + is_last, 0 if is_last else window + 1))
+        return self._starts[bisect.bisect_right(self._starts, (step, math.inf)) - 1]
+
+    def start_at(self, place: Sequence[int]) -> None:
+        """Count from a place that `locate` gave, and not from step 0."""
+        first, epoch, window = place
+        self._starts = [(first, epoch, window)]
+
+
+def place_of(data: StepData, step: int) -> list[list[int]]:
+    """Where each stream is at a step, for a checkpoint."""
+    return [list(row.calendar.locate(step)) for row in data.packs]
+
+
+def start_at(data: StepData, place: Sequence[Sequence[int]]) -> None:
+    """Go on from a `place_of`, so that a resume costs one window."""
+    for row, start in zip(data.packs, place, strict=True):
+        row.calendar.start_at(start)
+
+
+def left_over(data: StepData) -> list[float]:
+    """Share of each stream's pictures that an epoch's steps leave out, by its first window."""
+    found = [(list(map(len, row.window(0, 0))), row.stream.packs) for row in data.packs]
+    return [1 - sum(n[: len(n) // each * each]) / sum(n) for n, each in found]
+
+
+def of_best_pair(waiting: list[int], at: int, room: int, below: int) -> int:
+    """The larger of the two numbers of a sorted list whose sum is the largest within `room`, by its
+    position up to `at`; or `at` if alone it is more. What is less than `below` does not count."""
+    best, high = waiting[at], at
+    if waiting[0] + waiting[1] > room:
         return at
-    best, low, high = waiting[at][0], 0, at
-    while low < high and best < room:  # two fingers on a sorted list find the largest sum
-        total = waiting[low][0] + waiting[high][0]
-        if best < total <= room:
-            best, at = total, high
-        low, high = (low + 1, high) if total <= room else (low, high - 1)
+    low = max(bisect.bisect_right(waiting, room - best, 0, high) - 1, 0)
+    while low < high and best < room - below:  # two fingers find the largest sum
+        total = waiting[low] + waiting[high]
+        if total > room:
+            high -= 1
+        else:
+            if total > best:
+                best, at = total, high
+            low += 1
     return at
 
 
@@ -517,7 +625,7 @@ def shifted_views(
 def load_pack(data: StepData, step: int, number: int, members: np.ndarray) -> PackedBatch:
     """A pack of a stream, decoded, and resized to what the student and each teacher sees."""
     row, patch, teachers = data.packs[number], data.patch, data.teachers or {}
-    epoch, names, skipped = row.locate(step)[0], ("", *teachers), Skipped()
+    epoch, names, skipped = row.calendar.locate(step)[1], ("", *teachers), Skipped()
     images, samples = [], []
     views: dict[str, list[View]] = {name: [] for name in names if data.shift}
     pixels: dict[str, list[Tensor]] = {name: [] for name in teachers}
@@ -762,6 +870,11 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
     def size(self, i: int) -> Size: ...
+
+    def sizes(self, indices_M: np.ndarray) -> np.ndarray:
+        """(M, 2): height and width of some pictures."""
+        return np.array([self.size(i) for i in indices_M.tolist()]).reshape(-1, 2)
+
     def record(self, i: int) -> Record: ...
     def load(self, i: int, at_least: Size | None = None) -> Sample: ...
     def fingerprint(self) -> str: ...
@@ -808,6 +921,12 @@ class IndexSource(Source):
         height, width = self._sizes[i].tolist()
         return height, width
 
+    def sizes(self, indices_M: np.ndarray) -> np.ndarray:
+        order_M = np.argsort(indices_M)  # as they lie in their file
+        sizes_M2 = np.empty((len(indices_M), 2), np.int64)
+        sizes_M2[order_M] = self._sizes[indices_M[order_M]]
+        return sizes_M2
+
     def record(self, i: int) -> Record:
         start = self._starts[i]
         line = self._lines[start : self._lines.index(b"\n", start)]
@@ -835,8 +954,9 @@ class IndexSource(Source):
 class Subset(Source):
     """Some pictures of a source, in the order of `indices`."""
 
-    def __init__(self, source: Source, indices: Sequence[int]):
-        self.source, self.indices = source, list(indices)
+    def __init__(self, source: Source, indices: Sequence[int] | np.ndarray):
+        self.source = source
+        self.indices = np.asarray(indices, np.min_scalar_type(len(source)))
         self.name, self.skipped = source.name, source.skipped
         self.lost = getattr(source, "lost", 0)  # a user's source may not know
 
@@ -844,16 +964,21 @@ class Subset(Source):
         return len(self.indices)
 
     def size(self, i: int) -> Size:
-        return self.source.size(self.indices[i])
+        return self.source.size(int(self.indices[i]))
+
+    def sizes(self, indices_M: np.ndarray) -> np.ndarray:
+        return self.source.sizes(self.indices[indices_M])
 
     def record(self, i: int) -> Record:
-        return self.source.record(self.indices[i])
+        return self.source.record(int(self.indices[i]))
 
     def load(self, i: int, at_least: Size | None = None) -> Sample:
-        return self.source.load(self.indices[i], at_least)
+        return self.source.load(int(self.indices[i]), at_least)
 
     def fingerprint(self) -> str:
-        return hashlib.sha256(f"{self.source.fingerprint()} {self.indices}".encode()).hexdigest()
+        hashed = hashlib.sha256(self.source.fingerprint().encode())
+        hashed.update(self.indices.tobytes())
+        return hashed.hexdigest()
 
 
 def hold_out(source: Source, fraction: float, seed: int = 0) -> tuple[Subset, Subset]:
