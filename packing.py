@@ -36,6 +36,7 @@ import unicodedata
 import warnings
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import cache, lru_cache
@@ -464,11 +465,7 @@ def sources_of(stream: Stream, mix: Sequence[Weighted]) -> list[Weighted]:
 
 def large_enough(source: Source, side: int) -> Subset:
     """The pictures with an area of side^2 px or more."""
-    found = [np.zeros(0, np.int64)]
-    for start in range(0, len(source), 2**20):
-        ids = np.arange(start, min(start + 2**20, len(source)))
-        found.append(ids[source.sizes(ids).prod(1, dtype=np.int64) >= side**2])
-    return Subset(source, np.concatenate(found))
+    return subset(source, lambda ids_M: source.sizes(ids_M).prod(1) >= side**2)
 
 
 def refuse_unpackable(
@@ -703,16 +700,8 @@ FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 SUFFIXES = {"apng", "avif", "bmp", "gif", "jfif", "jpe", "jpeg", "jpg", "pbm", "pgm", "png", "pnm",
             "ppm", "tif", "tiff", "webp"}  # fmt: skip
 SIDECARS = ("txt", "json", "cls", "mask.png")  # caption, {caption, label}, label, class ids
-UNREAD = {
-    "HEIC": "heic heif hif", "JPEG XL": "jxl", "SVG": "svg svgz", "a film": "mov mp4 m4v avi webm",
-    "camera raw": "dng cr2 cr3 nef arw orf rw2 raf", "another format": "psd pdf eps exr jp2 ico",
-}  # fmt: skip
-MAGIC = {  # what a broken file is, by a word near its start
-    b"ftyphe": "HEIC", b"ftypmif1": "HEIC", b"\xff\n": "JPEG XL", b"jxl ": "JPEG XL",
-    b"<svg": "SVG", b"<!doctype": "a web page", b"<html": "a web page",
-    b"\x1f\x8b": "compressed: gunzip it first", b"bzh": "compressed: bunzip2 it first",
-    b"\xfd7zxz": "compressed: unxz it first", b"\x28\xb5/\xfd": "compressed: unzstd it first",
-}  # fmt: skip
+UNREAD = {"heic", "heif", "jxl", "svg", "dng", "cr2", "cr3", "nef", "arw", "psd", "mov", "mp4"}
+COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5/\xfd")  # gzip, bzip2, xz, zstd
 JUNK = {"__MACOSX", "@eaDir", ".ipynb_checkpoints", ".DS_Store", "Thumbs.db", "desktop.ini"}
 SCAN_VERSION = 2  # of what a kept scan means
 
@@ -736,17 +725,11 @@ def _opened(file: Any, name: str) -> Iterator[Image.Image]:
                 del image.info["xmp"]  # Pillow would search it, as text, for an orientation
             yield image
     except UnidentifiedImageError as error:
-        head = file.getvalue()[:64] if isinstance(file, io.BytesIO) else b""
-        raise BadImage(f"{name}: {_inside(head) or 'not a picture'}") from error
+        raise BadImage(f"{name}: not a picture that we read") from error
     except Exception as error:  # a decoder of hostile bytes may raise anything
         may_pass = isinstance(error, MemoryError) or getattr(error, "errno", None)
         why = f"{name}: {str(error) or type(error).__name__}"
         raise (Unreadable if may_pass else BadImage)(why) from error
-
-
-def _inside(head: bytes) -> str:
-    """What a file is that is not what its name says, or nothing."""
-    return next((what for word, what in MAGIC.items() if word in head.lower()), "")
 
 
 def _orientation(image: Image.Image) -> int:
@@ -879,6 +862,10 @@ class Source(Protocol):
     def load(self, i: int, at_least: Size | None = None) -> Sample: ...
     def fingerprint(self) -> str: ...
 
+    def contents(self, indices_M: np.ndarray) -> np.ndarray:
+        """(M,) uint64: copies have the same number, other pictures another one."""
+        return np.array([content_of(self.record(i)) for i in indices_M.tolist()], np.uint64)
+
     def key(self, i: int) -> str:
         return self.record(i)["key"]
 
@@ -887,50 +874,35 @@ class Source(Protocol):
 
 
 class IndexSource(Source):
-    """The pictures of index lines, in their order.
+    """The pictures of a table, in its order."""
 
-    The lines stay bytes, and one is parsed when asked for: a million as objects take gigabytes.
-    """
-
-    def __init__(self, name: str, lines: bytes, root: Path, skipped: Skipped, lost: int = 0):
-        self.name, self.skipped, self.lost, self._lines = name, dict(skipped), lost, lines
+    def __init__(self, name: str, table: Table, root: Path):
+        self.name, self.table = name, table
+        self.skipped, self.lost = table.header["skipped"], table.header["lost"]
         self.root = Path(os.path.abspath(root))  # an index file may name its pictures elsewhere
-        starts, sizes, seen, start = array("q"), array("i"), set[str](), 0
-        stream = io.BytesIO(lines)
-        while chunk := stream.readlines(2**20):  # parsed together they take half the time
-            try:
-                records = json.loads(b"[" + b",".join(chunk) + b"]")
-                found = [(r["key"], r["height"], r["width"]) for r in records]
-                for line, (key, height, width) in zip(chunk, found, strict=True):
-                    if key in seen:
-                        self.skipped[key] = "a key seen before"
-                        self.lost += 1
-                    else:
-                        seen.add(key)
-                        starts.append(start)
-                        sizes.extend((height, width))
-                    start += len(line)
-            except (ValueError, TypeError, KeyError) as error:
-                raise ValueError(f"{name}: not index lines: {error!r}") from error
-        self._starts, self._sizes = np.array(starts), np.array(sizes).reshape(-1, 2)
 
     def __len__(self) -> int:
-        return len(self._starts)
+        return len(self.table)
 
     def size(self, i: int) -> Size:
-        height, width = self._sizes[i].tolist()
-        return height, width
+        return int(self.table["height"][i]), int(self.table["width"][i])
 
     def sizes(self, indices_M: np.ndarray) -> np.ndarray:
         order_M = np.argsort(indices_M)  # as they lie in their file
         sizes_M2 = np.empty((len(indices_M), 2), np.int64)
-        sizes_M2[order_M] = self._sizes[indices_M[order_M]]
+        for axis, name in enumerate(("height", "width")):
+            sizes_M2[order_M, axis] = self.table[name][indices_M[order_M]]
         return sizes_M2
 
+    def contents(self, indices_M: np.ndarray) -> np.ndarray:
+        found_M = np.array(self.table["content"][indices_M])
+        for at in np.flatnonzero(found_M == 0):  # nobody knows it before the picture is read
+            found_M[at] = content_of(self.record(int(indices_M[at])))
+        return found_M
+
     def record(self, i: int) -> Record:
-        start = self._starts[i]
-        line = self._lines[start : self._lines.index(b"\n", start)]
-        return with_paths({"source": self.name, **json.loads(line)}, self.root, os.path.join)
+        record = {"source": self.name, **self.table.record(i)}
+        return with_paths(record, self.root, os.path.join)
 
     def load(self, i: int, at_least: Size | None = None) -> Sample:
         record = self.record(i)
@@ -948,7 +920,7 @@ class IndexSource(Source):
         return Sample(key, digest, image, record.get("label"), record.get("caption"), ids)
 
     def fingerprint(self) -> str:
-        return hashlib.sha256(self._lines).hexdigest()
+        return self.table.header["sha256"]
 
 
 class Subset(Source):
@@ -969,6 +941,9 @@ class Subset(Source):
     def sizes(self, indices_M: np.ndarray) -> np.ndarray:
         return self.source.sizes(self.indices[indices_M])
 
+    def contents(self, indices_M: np.ndarray) -> np.ndarray:
+        return self.source.contents(self.indices[indices_M])
+
     def record(self, i: int) -> Record:
         return self.source.record(int(self.indices[i]))
 
@@ -981,15 +956,22 @@ class Subset(Source):
         return hashed.hexdigest()
 
 
+def subset(source: Source, is_chosen: Callable[[np.ndarray], np.ndarray]) -> Subset:
+    """The pictures for which a function of their numbers (M,) is true; it gets a million a time."""
+    parts = np.split(np.arange(len(source)), range(2**20, len(source), 2**20))
+    return Subset(source, np.concatenate([ids_M[is_chosen(ids_M)] for ids_M in parts]))
+
+
 def hold_out(source: Source, fraction: float, seed: int = 0) -> tuple[Subset, Subset]:
     """Split into (train, test); the side of a picture depends on its content alone.
 
     So copies are on one side, also those in another source.
     """
-    contents = (content_of(source.record(i)) for i in range(len(source)))
-    is_test = [keyed_seed(seed, content) < fraction * 2**63 for content in contents]
-    train, test = ([i for i, held in enumerate(is_test) if held == part] for part in (False, True))
-    return Subset(source, train), Subset(source, test)
+
+    def is_test(ids_M: np.ndarray) -> np.ndarray:
+        return uniform(source.contents(ids_M), "held out", seed) < fraction
+
+    return subset(source, lambda ids_M: ~is_test(ids_M)), subset(source, is_test)
 
 
 def left_out(skipped: Skipped, most: int = 10) -> Iterator[str]:
@@ -1004,12 +986,20 @@ def left_out(skipped: Skipped, most: int = 10) -> Iterator[str]:
         yield f"{count}{', '.join(name for name, _ in found[:most])}{more}: {found[0][1]}"
 
 
-def content_of(record: Record) -> str:
-    """What tells a picture from others: its digest, or its key where it cannot be read."""
+def hash64(text: str | bytes) -> int:
+    """The first half of a sha256's first half: of 200 million, two agree by chance in 1 of 900."""
+    data = text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass")
+    return int(hashlib.sha256(data).hexdigest()[:16], 16)
+
+
+def content_of(record: Record) -> int:
+    """What tells a picture from others: of its digest, or of its key where it cannot be read."""
+    if "digest" in record:
+        return int(record["digest"][:16], 16)
     with contextlib.suppress(BadImage):
-        if "digest" not in record and "path" in record:
-            return hashlib.sha256(_read(record)).hexdigest()
-    return str(record.get("digest", record["key"]))
+        if "path" in record:
+            return hash64(_read(record))
+    return hash64(record["key"])
 
 
 def open_source(spec: str, seed: int = 0) -> Source:
@@ -1025,18 +1015,11 @@ def open_source(spec: str, seed: int = 0) -> Source:
         return OpenMoji(split or "train", int(count) if count else None, seed)
     path, *more = paths = _find(spec)
     if not more and path.is_file() and not {".tar", ".tgz"} & set(path.suffixes):
-        header, lines = read_index(path)
-        source = IndexSource(path.stem, lines, path.parent, header.get("skipped", {}))
+        source = IndexSource(path.stem, kept_table([path]), path.parent)
     else:
         root = path if path.is_dir() else Path(os.path.commonpath([p.parent for p in paths]))
-        names = [os.path.relpath(path, root) for path in paths]
-        rank, world = rank_and_world()
-        mine = {path: _scan(path, root) for path in paths[rank::world]}
-        if world > 1:
-            dist.barrier()  # then the others' scans are kept
-        found = [mine.get(path) or _scan(path, root) for path in paths]
-        scans = dict(zip(names, found, strict=True))
-        source = _join(scans, path.resolve().name if path.is_dir() else path.stem, root)
+        name = path.resolve().name if path.is_dir() else path.stem
+        source = IndexSource(name, scanned(paths, root), root)
     if not len(source):
         hint = f"; for tars pass '{path / '*.tar'}'" if list(path.glob("*.tar")) else ""
         why = "; ".join(left_out(source.skipped)) or "it is empty"
@@ -1064,24 +1047,6 @@ def _find(spec: str) -> list[Path]:
     if len(names) == 1 and not Path(found[0]).exists():
         raise ValueError(f"{spec}: no such folder, file or glob; without files there is 'openmoji'")
     return [Path(path) for path in dict.fromkeys(found)]
-
-
-def _join(scans: dict[str, Scan], name: str, root: Path) -> IndexSource:
-    """One source of several shards; keys carry their shard if two shards have the same ones."""
-    skipped = Skipped()
-    for shard, scan in scans.items():
-        in_shard = f"{shard}/" if len(scans) > 1 else ""
-        skipped |= {n if n == shard else in_shard + n: why for n, why in scan.skipped.items()}
-    counts = [scan.count for scan in scans.values() if scan.is_whole]
-    usual = sum(counts) / len(counts) if counts else max(scan.count for scan in scans.values())
-    lost = sum(scan.lost for scan in scans.values())
-    lost += sum(max(1, round(usual) - s.count) for s in scans.values() if not s.is_whole)
-    source = IndexSource(name, b"".join(s.lines for s in scans.values()), root, skipped, lost)
-    if source.lost > lost:
-        lines = ((shard, json.loads(x)) for shard, s in scans.items() for x in s.lines.splitlines())
-        records = (r | {"key": f"{os.path.splitext(shard)[0]}/{r['key']}"} for shard, r in lines)
-        source = IndexSource(name, _to_lines(records), root, skipped, lost)
-    return source
 
 
 def with_paths(record: Record, root: Path | str, change: Callable[..., str]) -> Record:
@@ -1115,17 +1080,192 @@ def write_index(path: str | Path, records: Iterable[Record] | bytes, **header: A
     write_whole(path, _to_lines([header]) + lines)
 
 
+def _chunks(part: Path | bytes) -> Iterator[list[bytes]]:
+    """The header of an index file, then its lines, a megabyte at a time; see `read_index`."""
+    with io.BytesIO(part) if isinstance(part, bytes) else open(part, "rb") as file:
+        first = b"" if isinstance(part, bytes) else file.readline(2**24)
+        header, hashed, found = _object(first), hashlib.sha256(), 0
+        if header.get("format") != "amoe-index" and isinstance(part, Path):
+            raise ValueError(f"{part}: not an index file")
+        yield [first]
+        while chunk := file.readlines(2**20):
+            hashed.update(b"".join(chunk))
+            found += len(chunk)
+            yield chunk
+    if first and (header["version"] != 1 or header["sha256"] != hashed.hexdigest()):
+        raise ValueError(
+            f"{part!s}: cut or changed; {header['count']} pictures, {found} lines found"
+        )
+
+
 def read_index(path: str | Path) -> tuple[Record, bytes]:
     """Header and lines of an index file; ValueError if it is none, cut or changed."""
-    with open(path, "rb") as file:
-        first, lines = file.readline(2**24), file.read()
-    header = _object(first)
-    if header.get("format") != "amoe-index":
-        raise ValueError(f"{path}: not an index file")
-    if header["version"] != 1 or header["sha256"] != hashlib.sha256(lines).hexdigest():
-        found = lines.count(b"\n")
-        raise ValueError(f"{path}: cut or changed; {header['count']} pictures, {found} lines found")
-    return header, lines
+    (first,), *chunks = _chunks(Path(path))
+    return _object(first), b"".join(itertools.chain(*chunks))
+
+
+# ---- What is asked of all pictures of an index
+
+COLUMNS = {"start": "q", "content": "Q", "key": "Q", "height": "i", "width": "i", "origin": "i"}
+
+
+class Table:
+    """Columns of numbers, one row a picture, mapped where they lie in a file; and the index files,
+    or lines in memory, that hold the rest, of which a line is read when it is asked for.
+
+    start: of the line in its file. content: `content_of`; 0: not known yet. key: its `hash64`.
+    origin: which of `header["origins"]`, or -1 where the line names no source.
+    """
+
+    def __init__(self, header: Record, columns: dict[str, np.ndarray], parts: Sequence[Any]):
+        self.header, self.columns, self.parts = header, columns, parts
+        self.kept: tuple[Path, str] | None = None
+
+    def __len__(self) -> int:
+        return len(self.columns["start"])
+
+    def __getitem__(self, column: str) -> np.ndarray:
+        return self.columns[column]
+
+    def __reduce__(self) -> Any:  # another process maps it, too
+        if self.kept:
+            return read_table, self.kept
+        return Table, (self.header, self.columns, self.parts)
+
+    def part_of(self, i: int) -> int:
+        """In which of the index files a picture is."""
+        return bisect.bisect_right(self.header["firsts"], i) - 1
+
+    def record(self, i: int) -> Record:
+        """What the line of a picture says."""
+        number = self.part_of(i)
+        part = self.parts[number]
+        with io.BytesIO(part) if isinstance(part, bytes) else open(part, "rb") as file:
+            file.seek(self.columns["start"][i])
+            record = _object(file.readline())
+        record["key"] = f"{self.header['prefixes'][number]}{record.get('key')}"
+        if hash64(record["key"]) != self.columns["key"][i]:
+            raise ValueError(f"{part!s}: changed since it was opened; start again")
+        return record
+
+
+def make_table(
+    parts: Sequence[Path | bytes], names: Sequence[str] = (), skipped: Skipped | None = None
+) -> Table:
+    """The table of some index files, or lines in memory, one after the other.
+
+    Where keys come twice, all of them get the `names` of their files in front; without names, the
+    first counts. skipped: None for what the files' headers say.
+    """
+    table = _parsed(parts, [""] * len(parts))
+    first_N = np.unique(table["key"], return_index=True)[1]
+    if len(first_N) < len(table) and names:
+        table = _parsed(parts, names)
+        first_N = np.unique(table["key"], return_index=True)[1]
+    header, double_N = table.header, np.delete(np.arange(len(table)), first_N)
+    header["skipped"] = header["skipped"] if skipped is None else skipped
+    header["skipped"] |= {table.record(int(i))["key"]: "a key seen before" for i in double_N}
+    header["lost"] = len(double_N)
+    columns = {name: np.delete(column, double_N) for name, column in table.columns.items()}
+    firsts = np.searchsorted(np.sort(first_N), header["firsts"]).tolist()
+    return Table(header | {"firsts": firsts}, columns, parts)
+
+
+def _parsed(parts: Sequence[Path | bytes], prefixes: Sequence[str]) -> Table:
+    """All lines of the parts, whose keys get the prefixes."""
+    columns = {name: array(code) for name, code in COLUMNS.items()}
+    firsts, origins, prints, skipped = list[int](), dict[str, int](), list[str](), Skipped()
+    for part, prefix in zip(parts, prefixes, strict=True):
+        firsts.append(len(columns["start"]))
+        chunks = _chunks(part)
+        (first,) = next(chunks)
+        start, header = len(first), _object(first)
+        prints.append(header.get("sha256") or hashlib.sha256(part).hexdigest())  # type: ignore[arg-type]
+        skipped |= header.get("skipped", {})
+        for chunk in chunks:
+            try:
+                # parsed together they take half the time
+                records = json.loads(b"[" + b",".join(chunk) + b"]")
+                for line, r in zip(chunk, records, strict=True):
+                    columns["start"].append(start)
+                    start += len(line)
+                    key = hash64(prefix + r["key"])
+                    is_known = "digest" in r or "path" not in r
+                    columns["key"].append(key)
+                    columns["content"].append(content_of(r) if is_known else 0)
+                    columns["height"].append(r["height"])
+                    columns["width"].append(r["width"])
+                    origin = origins.setdefault(r["source"], len(origins)) if "source" in r else -1
+                    columns["origin"].append(origin)
+                if min(*columns["height"][-len(chunk) :], *columns["width"][-len(chunk) :]) < 1:
+                    raise ValueError("a picture of no size")
+            except (ValueError, TypeError, KeyError, OverflowError) as error:
+                for _ in chunks:  # to its end, where it may be found cut
+                    pass
+                raise ValueError(f"{part!s}: not index lines: {error!r}") from error
+    alone = hashlib.sha256(repr((prints, *prefixes)).encode()).hexdigest()
+    facts = {"firsts": firsts, "prefixes": list(prefixes), "origins": list(origins)}
+    facts |= {"sha256": prints[0] if len(parts) == 1 else alone, "skipped": skipped}
+    return Table(facts, {n: np.array(c, c.typecode) for n, c in columns.items()}, parts)
+
+
+def _status(path: str | Path) -> list[int]:
+    """What tells whether a file is still the one that it was."""
+    status = os.stat(path)
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+
+
+def keep_table(table: Table, path: Path, state: str) -> Table:
+    """Write a table that `read_table` finds; returns it as it lies there."""
+    with contextlib.suppress(OSError):  # it only saves time: a full disk must not end the run
+        path.parent.mkdir(parents=True, exist_ok=True)
+        parts = [[os.path.abspath(part), _status(part)] for part in table.parts]
+        facts = table.header | {"state": state, "parts": parts, "count": len(table)}
+        head = json.dumps(facts).encode()
+        arrays = (table[name].data for name in COLUMNS)
+        start = head + b" " * (-(len(head) + 1) % 8) + b"\n"  # numbers lie at multiples of 8 bytes
+        write_whole(path, lambda file: file.writelines([start, *arrays]))
+    return read_table(path, state) or table
+
+
+def read_table(path: Path, state: str) -> Table | None:
+    """The table kept at a path, mapped: its length costs nothing.
+
+    None where there is none of this state, it is damaged, or its index files changed.
+    """
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        with open(path, "rb") as file:
+            header = _object(file.readline(2**30))
+            start = file.tell()
+        ends = np.cumsum(
+            [0, *(header["count"] * array(code).itemsize for code in COLUMNS.values())]
+        )
+        is_whole = path.stat().st_size == start + ends[-1] and header["count"] >= 0
+        if (
+            header["state"] == state
+            and is_whole
+            and all(_status(p) == x for p, x in header["parts"])
+        ):
+            data = (
+                np.memmap(path, np.uint8, "r", start) if header["count"] else np.zeros(0, np.uint8)
+            )
+            spans = zip(COLUMNS.items(), itertools.pairwise(ends), strict=True)
+            columns = {n: data[a:b].view(code) for (n, code), (a, b) in spans}
+            table = Table(header, columns, [Path(part) for part, _ in header["parts"]])
+            table.kept = path, state
+            return table
+    return None
+
+
+def kept_table(paths: Sequence[Path]) -> Table:
+    """The table of some index files, made once while they are as they are."""
+    state = hash_of(1, [_status(path) for path in paths])
+    place = cache_home() / "tables" / f"{hash_of(list(map(os.path.abspath, paths)))}.table"
+    return read_table(place, state) or keep_table(make_table(paths), place, state)
+
+
+def hash_of(*what: object) -> str:
+    return hashlib.sha256(repr(what).encode("utf-8", "surrogateescape")).hexdigest()[:32]
 
 
 def _read(place: Record, root: Path | str = "") -> bytes:
@@ -1197,7 +1337,7 @@ def _tar_members(path: Path, root: Path) -> tuple[dict[str, Record], Skipped, Ex
     places, skipped, head = dict[str, Record](), Skipped(), b""
     try:
         with open(path, "rb") as file:
-            head = file.read(64)
+            head = file.read(8)
         with tarfile.open(path, "r:") as tar:
             for member in tar:
                 if member.name in places:
@@ -1216,8 +1356,10 @@ def _tar_members(path: Path, root: Path) -> tuple[dict[str, Record], Skipped, Ex
         if tail.strip(b"\0"):
             raise tarfile.ReadError("more behind its end: unpack tars that were joined by cat")
     except Exception as error:  # tarfile raises many kinds
-        what = _inside(head) if isinstance(error, tarfile.ReadError) and not places else ""
-        return places, skipped, tarfile.ReadError(what) if what else error
+        if places or not isinstance(error, tarfile.ReadError):
+            return places, skipped, error
+        why = "compressed: unpack it first" if head.startswith(COMPRESSED) else "no tar, or damaged"
+        return places, skipped, tarfile.ReadError(why)
     return places, skipped, None
 
 
@@ -1236,9 +1378,8 @@ def _why_no_picture(name: str) -> str:
     base, suffix = name.rpartition("/")[2], name.rpartition(".")[2].lower()
     if _is_junk(name):
         return "left by a computer or a tool, no picture"
-    for form, suffixes in UNREAD.items():
-        if suffix in suffixes.split():
-            return f"{form}, which we don't read"
+    if suffix in UNREAD:
+        return "a format that we don't read: convert it to JPEG"
     if suffix in ("tar", "tgz") or ".tar." in base:
         return "a tar in a folder or tar: pass tars as 'DIR/*.tar'"
     return "neither a picture by its name nor a sidecar of one"
@@ -1308,29 +1449,29 @@ def _group(names: Iterable[str], in_tar: bool) -> tuple[dict[str, tuple[str, Rec
     return chosen, lost
 
 
-@dataclass
-class Scan:
+class Scan(NamedTuple):
     """What is in a folder or shard."""
 
-    lines: bytes  # of an index
+    part: Path | bytes  # an index file, or its lines where they can't be kept
+    pictures: int
     skipped: Skipped
     lost: int  # pictures among them
     is_whole: bool = True  # False: a damaged shard, whose other pictures nobody knows
-
-    @property
-    def count(self) -> int:
-        return self.lines.count(b"\n")
+    may_pass: bool = False  # something could not be read for a reason that may pass
 
 
-def _to_records(places: dict[str, Record], root: Path, in_tar: bool) -> tuple[Scan, bool]:
+def _to_records(
+    places: dict[str, Record], root: Path, in_tar: bool
+) -> tuple[list[Record], Skipped, int, bool]:
     """Records of the pictures among some files, from their bytes and the files beside them.
 
-    The first level of a folder is the label if no file has one. Returns also if a reading failed
-    for a reason that may pass.
+    The first level of a folder is the label if no file has one. Returns also what is left out, how
+    many pictures are among that, and if a reading failed for a reason that may pass.
     """
     chosen, lost = _group(places, in_tar)
     records, used, may_pass = [], set[str](), False
-    for name in (name for name in places if name in chosen):
+    names = [name for name in places if name in chosen]
+    for name in names if in_tar else progress(names, f"scan {root}", unit="file"):
         key, beside = chosen[name]
         used |= {name, *beside.values()}
         record = {"key": _printable(key), **places[name]}
@@ -1351,54 +1492,116 @@ def _to_records(places: dict[str, Record], root: Path, in_tar: bool) -> tuple[Sc
             may_pass |= isinstance(error, Unreadable)
     others = {name: _why_no_picture(name) for name in places.keys() - used - lost.keys()}
     skipped = {_printable(name): why for name, why in sorted((others | lost).items())}
-    return Scan(_to_lines(records), skipped, len(lost)), may_pass
+    return records, skipped, len(lost), may_pass
 
 
-def _scan(path: Path, root: Path) -> Scan:
+Files = tuple[dict[str, os.stat_result], Skipped]  # below a folder, or the shard; see `_walk`
+
+
+def _look(path: Path, root: Path) -> Files:
+    """What a folder, or a place of a shard, has; nothing is opened."""
+    if path == root:
+        return _walk(path)
+    try:
+        return {path.name: path.stat()}, {}
+    except OSError as error:
+        return {}, {os.path.relpath(path, root): str(error.strerror)}
+
+
+def _state(path: Path, root: Path, files: Files) -> str:
+    """Of the names, sizes and times of files, and of the rules here."""
+    rules = SCAN_VERSION, PIL.__version__, FORMATS, sorted(SUFFIXES), MAX_PIXELS
+    found, odd = files
+    times = [(n, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for n, s in found.items()]
+    return hash_of(rules, os.path.relpath(path, root), times, sorted(odd))
+
+
+def scanned(paths: Sequence[Path], root: Path) -> Table:
+    """The table of a folder or of shards below it, kept while they stay as they are.
+
+    Each shard has an index of its own, kept too; several threads scan what is new, and under
+    torchrun each process its part.
+    """
+    looks = [_look(path, root) for path in paths]
+    names = [os.path.relpath(path, root) for path in paths]
+    state = hash_of([_state(path, root, look) for path, look in zip(paths, looks, strict=True)])
+    place = cache_home() / "tables" / f"{hash_of(str(root.resolve()), names)}.table"
+    table = read_table(place, state)
+
+    def scan(numbers: range) -> list[Scan]:
+        with ThreadPoolExecutor(min(8, len(paths))) as threads:
+            found = threads.map(lambda n: _scan(paths[n], root, looks[n]), numbers)
+            title = f"scan {root}"
+            return list(progress(found, title, len(numbers), "tar") if len(paths) > 1 else found)
+
+    rank, world = rank_and_world()
+    lacking: list[Any] = [table is None] * world
+    if world > 1:
+        dist.all_gather_object(lacking, table is None)
+        if any(lacking):
+            scan(range(rank, len(paths), world))
+            dist.barrier()  # then the others' scans are kept
+    if table is None:
+        scans = scan(range(len(paths)))
+        table = _join(dict(zip(names, scans, strict=True)))
+        if not any(one.may_pass for one in scans):
+            table = keep_table(table, place, state)
+    return table
+
+
+def _join(scans: dict[str, Scan]) -> Table:
+    """One table of several shards; keys carry their shard if two shards have the same ones."""
+    skipped, parts = Skipped(), [scan.part for scan in scans.values()]
+    for shard, scan in scans.items():
+        in_shard = f"{shard}/" if len(scans) > 1 else ""
+        skipped |= {n if n == shard else in_shard + n: why for n, why in scan.skipped.items()}
+    counts = [scan.pictures for scan in scans.values() if scan.is_whole]
+    usual = sum(counts) / len(counts) if counts else max(scan.pictures for scan in scans.values())
+    lost = sum(scan.lost for scan in scans.values())
+    lost += sum(max(1, round(usual) - s.pictures) for s in scans.values() if not s.is_whole)
+    prefixes = [f"{os.path.splitext(shard)[0]}/" for shard in scans] if len(scans) > 1 else []
+    table = make_table(parts, prefixes, skipped)
+    table.header["lost"] += lost
+    return table
+
+
+def _scan(path: Path, root: Path, files: Files) -> Scan:
     """Index lines and skipped files of the folder `root`, or of a shard below it.
 
-    They are kept while the names, sizes and times of the files are the same, and the rules here;
-    what failed for a reason that may pass is not kept.
+    They are kept; what failed for a reason that may pass is not.
     """
-    is_folder, odd, damage = path == root, Skipped(), None
-    try:
-        files, odd = _walk(path) if is_folder else ({path.name: path.stat()}, odd)
-    except OSError as error:
-        return Scan(b"", {os.path.relpath(path, root): str(error.strerror)}, 0, False)
+    found, odd = files
     unseen = sum(why.startswith(UNSEEN) for why in odd.values())
-    rules = SCAN_VERSION, PIL.__version__, FORMATS, sorted(SUFFIXES), MAX_PIXELS
-    times = [(n, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for n, s in files.items()]
-    state = hashlib.sha256(repr((rules, os.path.relpath(path, root), times)).encode()).hexdigest()
-    name = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:32]
-    kept, before = cache_home() / "scans" / f"{name}.jsonl", 0
+    if path != root and not found:
+        return Scan(b"", 0, odd, 0, False, True)
+    state = _state(path, root, files)
+    kept = cache_home() / "scans" / f"{hash_of(str(path.resolve()))}.jsonl"
     with contextlib.suppress(OSError, ValueError):
-        header, lines = read_index(kept)
-        before = header["count"]
+        header = read_index(kept)[0]
         if header["state"] == state:
-            lost = header["lost"] + unseen
-            return Scan(lines, odd | header["skipped"], lost, header["is_whole"])
-    if is_folder:
-        places = {name: {"path": name, "size": status.st_size} for name, status in files.items()}
+            rest = header["skipped"] | odd, header["lost"] + unseen, header["is_whole"]
+            return Scan(kept, header["count"], *rest, bool(unseen))
+    others, damage = Skipped(), None
+    if path == root:
+        places: dict[str, Record] = {n: {"path": n, "size": s.st_size} for n, s in found.items()}
     else:
         places, others, damage = _tar_members(path, root)
-    scan, may_pass = _to_records(places, root, in_tar=not is_folder)
-    if not is_folder:
-        scan.skipped |= {_printable(name): why for name, why in others.items()}
-        scan.lost += sum(_is_picture(n) and "seen before" in why for n, why in others.items())
+    records, skipped, lost, may_pass = _to_records(places, root, in_tar=path != root)
+    skipped |= {_printable(name): why for name, why in others.items()}
+    lost += sum(_is_picture(n) and "seen before" in why for n, why in others.items())
     if damage:
-        found = f"; {len(places)} files found before it" if places else ""
-        scan.skipped[os.path.relpath(path, root)] = f"{damage}{found}"
-        scan.is_whole, may_pass = False, may_pass or isinstance(damage, OSError | Unreadable)
+        count = f"; {len(places)} files found before it" if places else ""
+        skipped[os.path.relpath(path, root)] = f"{damage}{count}"
+        may_pass |= isinstance(damage, OSError | Unreadable)
+    part: Any = _to_lines(records)
     if not may_pass:
-        facts = {"state": state, **vars(scan)}
-        lines = facts.pop("lines")
+        facts = {"state": state, "skipped": skipped, "lost": lost, "is_whole": damage is None}
         with contextlib.suppress(OSError):  # it only saves time: a full disk must not end the run
             kept.parent.mkdir(parents=True, exist_ok=True)
-            write_index(kept, lines, **facts)
-    if scan.count < before:
-        scan.skipped[str(path)] = f"{before} pictures at the last scan, {scan.count} now"
-    scan.skipped, scan.lost = odd | scan.skipped, scan.lost + unseen
-    return scan
+            write_index(kept, part, **facts)
+            part = kept
+    failed = may_pass or bool(unseen)
+    return Scan(part, len(records), skipped | odd, lost + unseen, damage is None, failed)
 
 
 # ---- What every module needs: whole files, ranks, an even spread
@@ -1751,7 +1954,7 @@ class OpenMoji(IndexSource):
             raise ValueError(f"openmoji:{split}:{count} is not openmoji:{'|'.join(COUNTS)}[:COUNT]")
         spec = {"spec": f"openmoji:{split}:{self.count}", "seed": seed}
         rows = (_begin(split, seed, i)[1] | spec | {"item": i} for i in range(self.count))
-        super().__init__(f"openmoji:{split}", _to_lines(rows), Path(), {})
+        super().__init__(f"openmoji:{split}", make_table([_to_lines(rows)]), Path())
 
     def fingerprint(self) -> str:
         font = hashlib.sha256(Path(str(_font(32).path)).read_bytes()).hexdigest()

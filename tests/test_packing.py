@@ -451,10 +451,11 @@ def test_a_scan_is_cached_until_the_folder_changes(tmp_path, monkeypatch):
     (root / "class0" / "0000.png").unlink()
     changed = open_source(str(root))
     assert len(changed) == 4 and changed.fingerprint() != source.fingerprint()
-    assert "5 pictures at the last scan, 4 now" in changed.skipped[str(root)]
-    for cached in (packing.cache_home() / "scans").iterdir():  # a damaged cache is scanned again
-        cached.write_bytes(cached.read_bytes()[:-30])
-    assert open_source(str(root)).fingerprint() == changed.fingerprint()
+    for cached in packing.cache_home().rglob("*.*"):  # a damaged cache is made anew
+        whole = cached.read_bytes()
+        cached.write_bytes(whole[:-30])
+        assert open_source(str(root)).fingerprint() == changed.fingerprint()
+        assert len(cached.read_bytes()) == len(whole)
 
 
 BITMAPS = {size: encoded(random_pixels(*size), "BMP") for size in ((32, 64), (64, 32), (48, 48))}
@@ -614,8 +615,7 @@ def test_cut_and_odd_shards_are_named_and_counted(tmp_path):
     assert len(open_source(str(tmp_path / "boundary.tar"))) == 27
     open_source(str(tmp_path / "whole.tar"))
     (tmp_path / "whole.tar").write_bytes(whole[: cuts["boundary"]])
-    shorter = open_source(str(tmp_path / "whole.tar"))
-    assert "50 pictures at the last scan, 27 now" in str(shorter.skipped)
+    assert len(open_source(str(tmp_path / "whole.tar"))) == 27
     flipped = bytearray(whole)
     flipped[members[30].offset + 20] ^= 0xFF  # a damaged header: tarfile stops there in silence
     (tmp_path / "flipped.tar").write_bytes(flipped)
@@ -1602,7 +1602,7 @@ def test_keys_carry_their_shard_where_shards_share_them(tmp_path):
         (tmp_path / f"{k:05d}.tar").write_text("<!DOCTYPE html><html>404</html>" + " " * 600)
     source = open_source(str(tmp_path / "*.tar"))
     assert len(source) == 20 and source.lost == 180 and source.key(3) == "0003"
-    reasons = {f"{k:05d}.tar": "a web page" for k in range(1, 10)}
+    reasons = {f"{k:05d}.tar": "no tar, or damaged" for k in range(1, 10)}
     assert {name: source.skipped[name] for name in reasons} == reasons
     source = open_source(str(tmp_path / "{{00000..00001},missing}.tar"))
     assert len(source) == 20 and source.lost == 40  # one of three can be read
@@ -1620,16 +1620,15 @@ def test_what_a_computer_leaves_is_no_picture_and_not_lost(tmp_path):
     source = open_source(str(root))
     assert len(source) == 3 and source.lost == 0 and len(source.skipped) == 9
     lines = sorted(packing.left_out(source.skipped))
-    assert len(lines) == 5 and lines[0].startswith("5 files: ") and "__MACOSX/0000.png" in lines[0]
-    for name, form in {"a.HEIC": "HEIC", "b.svg": "SVG", "c.jxl": "JPEG XL"}.items():
-        assert source.skipped[name] == f"{form}, which we don't read"
+    assert len(lines) == 2 and lines[1].startswith("5 files: ") and "__MACOSX/0000.png" in lines[1]
+    assert lines[0].startswith("4 files: a.HEIC, b.svg, c.jxl, d.MOV: a format that we don't read")
     shard = {name: RED for name in ("._a.jpg", "a.jpg", "__MACOSX/._b.jpg", "b.jpg")}
     source = open_source(str(write_shard(tmp_path / "mac.tar", shard)))
     assert list(records_of(source)) == ["a", "b"] and source.lost == 0
     (root / "e.jpg").write_bytes(b"\0\0\0\x18ftypheic" + bytes(99))  # as phones send it
     (root / "f.jpg").write_bytes(b"")
     source = open_source(str(root))
-    assert source.lost == 2 and source.skipped["e.jpg"] == "e.jpg: HEIC"
+    assert source.lost == 2 and source.skipped["e.jpg"] == "e.jpg: not a picture that we read"
 
 
 def test_links_are_followed_each_real_file_and_folder_once(tmp_path):
@@ -1670,7 +1669,7 @@ def test_compressed_shards_and_folders_of_shards_name_the_way_out(tmp_path):
     packed = gzip.compress(write_shard(tmp_path / "a.tar", {"a.jpg": RED}).read_bytes())
     for name in ("b.tar", "b.tar.gz", "b.tgz"):
         (tmp_path / name).write_bytes(packed)
-        with pytest.raises(ValueError, match=rf"{name}: compressed: gunzip it first"):
+        with pytest.raises(ValueError, match=rf"{name}: compressed: unpack it first"):
             open_source(str(tmp_path / name))
     with pytest.raises(ValueError, match=r"for tars pass '.*/\*\.tar'"):
         open_source(str(tmp_path))
