@@ -1106,6 +1106,7 @@ def read_index(path: str | Path) -> tuple[Record, bytes]:
 
 # ---- What is asked of all pictures of an index
 
+TABLE_VERSION = 1
 COLUMNS = {"start": "q", "content": "Q", "key": "Q", "height": "i", "width": "i", "origin": "i"}
 
 
@@ -1150,18 +1151,22 @@ class Table:
 
 
 def make_table(
-    parts: Sequence[Path | bytes], names: Sequence[str] = (), skipped: Skipped | None = None
+    parts: Sequence[Path | bytes],
+    names: Sequence[str] = (),
+    skipped: Skipped | None = None,
+    are_distinct: bool = True,
 ) -> Table:
     """The table of some index files, or lines in memory, one after the other.
 
     Where keys come twice, all of them get the `names` of their files in front; without names, the
-    first counts. skipped: None for what the files' headers say.
+    first counts, unless they need not be distinct. skipped: None for what the files' headers say.
     """
     table = _parsed(parts, [""] * len(parts))
     first_N = np.unique(table["key"], return_index=True)[1]
     if len(first_N) < len(table) and names:
         table = _parsed(parts, names)
         first_N = np.unique(table["key"], return_index=True)[1]
+    first_N = first_N if are_distinct else np.arange(len(table))
     header, double_N = table.header, np.delete(np.arange(len(table)), first_N)
     header["skipped"] = header["skipped"] if skipped is None else skipped
     header["skipped"] |= {table.record(int(i))["key"]: "a key seen before" for i in double_N}
@@ -1257,11 +1262,13 @@ def read_table(path: Path, state: str) -> Table | None:
     return None
 
 
-def kept_table(paths: Sequence[Path]) -> Table:
+def kept_table(paths: Sequence[Path], are_distinct: bool = True) -> Table:
     """The table of some index files, made once while they are as they are."""
-    state = hash_of(1, [_status(path) for path in paths])
-    place = cache_home() / "tables" / f"{hash_of(list(map(os.path.abspath, paths)))}.table"
-    return read_table(place, state) or keep_table(make_table(paths), place, state)
+    state = hash_of(TABLE_VERSION, [_status(path) for path in paths])
+    name = hash_of([os.path.abspath(path) for path in paths], are_distinct)
+    place = cache_home() / "tables" / f"{name}.table"
+    table = read_table(place, state)
+    return table or keep_table(make_table(paths, are_distinct=are_distinct), place, state)
 
 
 def hash_of(*what: object) -> str:
@@ -1510,7 +1517,7 @@ def _look(path: Path, root: Path) -> Files:
 
 def _state(path: Path, root: Path, files: Files) -> str:
     """Of the names, sizes and times of files, and of the rules here."""
-    rules = SCAN_VERSION, PIL.__version__, FORMATS, sorted(SUFFIXES), MAX_PIXELS
+    rules = SCAN_VERSION, TABLE_VERSION, PIL.__version__, FORMATS, sorted(SUFFIXES), MAX_PIXELS
     found, odd = files
     times = [(n, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for n, s in found.items()]
     return hash_of(rules, os.path.relpath(path, root), times, sorted(odd))
