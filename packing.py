@@ -1121,6 +1121,7 @@ class Table:
     def __init__(self, header: Record, columns: dict[str, np.ndarray], parts: Sequence[Any]):
         self.header, self.columns, self.parts = header, columns, parts
         self.kept: tuple[Path, str] | None = None
+        self._last: tuple[int, Any] = (-1, None)  # the index file read last
 
     def __len__(self) -> int:
         return len(self.columns["start"])
@@ -1139,11 +1140,17 @@ class Table:
 
     def record(self, i: int) -> Record:
         """What the line of a picture says."""
-        number = self.part_of(i)
+        number, start, size = self.part_of(i), int(self.columns["start"][i]), 4096
         part = self.parts[number]
-        with io.BytesIO(part) if isinstance(part, bytes) else open(part, "rb") as file:
-            file.seek(self.columns["start"][i])
-            record = _object(file.readline())
+        if isinstance(part, bytes):
+            line = part[start : part.index(b"\n", start)]
+        else:
+            last, file = self._last  # a thread may still read what another one replaces
+            if last != number:
+                self._last = number, (file := io.FileIO(part))
+            while b"\n" not in (line := os.pread(file.fileno(), size, start)) and len(line) == size:
+                size *= 16
+        record = _object(line.partition(b"\n")[0])
         record["key"] = f"{self.header['prefixes'][number]}{record.get('key')}"
         if hash64(record["key"]) != self.columns["key"][i]:
             raise ValueError(f"{part!s}: changed since it was opened; start again")
