@@ -438,7 +438,7 @@ def fit_spaces(
     Raises: Standstill where nothing can be read, or features are not finite.
     """
     spaces = new_spaces(cfg, teachers, device)
-    steps = min(cfg.stats_steps, data.steps_in(0))
+    steps = data.steps_in(0, cfg.stats_steps)
     loader = packing.make_loader(data, 0, steps, cfg.workers, device.type == "cuda")
     counts = torch.zeros(1 + len(teachers), dtype=torch.int64)  # broken; seen by each
     for packs in progress(loader, "teacher statistics", total=steps):
@@ -721,6 +721,7 @@ class Job:
     stop: StopSignal
     bar: Any = None
     began: float = 0.0
+    stages: Sequence[StepData] = ()
     marked: tuple[float, int] = (0.0, 0)  # time and tokens at the last line of metrics.jsonl
 
     @property
@@ -757,10 +758,12 @@ def open_run(
     need("matplotlib", "curves.png")
     group = start_process(cfg)
     folder, identity = choose_checkpoint(cfg, group), cfg.identity()
+    identity["order"] = packing.ORDER
     identity["sources"] = [source.fingerprint() for source in sources]
     identity["fingerprints"] = {teacher.name: teacher.fingerprint for teacher in teachers}
     skipped = {key: reason for source in sources for key, reason in source.skipped.items()}
     record = {"step": 0, "seconds": 0.0, "images": 0, "tokens": 0, "bad": 0, "skipped": skipped}
+    record["place"] = []  # in the data of the stage that goes on
     return Job(cfg, group, teachers, sources, held_out, folder, identity, record, StopSignal())
 
 
@@ -771,6 +774,9 @@ def resume(job: Job, state: State, stages: list[StepData]) -> int:
         refuse_changes(job.folder, saved["identity"], job.identity)
         load_state(state, saved)
         job.record = {name: saved[name] for name in job.record}
+    job.stages = stages
+    for data, _ in going_on(job):
+        packing.start_at(data, job.record["place"])
     step = job.record["step"]
     if job.group.rank == 0:
         set_aside(job.cfg, step)
@@ -781,6 +787,12 @@ def resume(job: Job, state: State, stages: list[StepData]) -> int:
     job.began = time.monotonic() - job.record["seconds"]
     job.marked = time.monotonic(), job.record["tokens"]
     return step
+
+
+def going_on(job: Job) -> list[tuple[StepData, int]]:
+    """The stage that the record's step is within, if it is, and the step's number in it."""
+    step, bounds = job.record["step"], zip(job.stages, job.cfg.stage_bounds(), strict=True)
+    return [(data, step - first) for data, (first, last) in bounds if first < step < last]
 
 
 def settle(
@@ -1071,6 +1083,7 @@ def save_folded(state: State, saved: dict[str, Any], path: Path) -> None:
 
 def write_step(job: Job, state: State) -> None:
     """Write step_NNNNNN on rank 0, redraw the curves, drop the checkpoints that are not kept."""
+    job.record["place"] = [x for here in going_on(job) for x in packing.place_of(*here)]
     saved = {**job.record, "identity": job.identity, **state_dict(state)}
     if job.group.rank == 0:
         write_checkpoint(job.newest, state, saved)
@@ -1210,11 +1223,11 @@ def refuse_changes(folder: Path, saved: dict, current: dict) -> None:
 def begin_metrics(job: Job, stages: list[StepData]) -> None:
     """metrics.jsonl: a header line, then the old run's lines up to the step that it goes on from.
 
-    "left over" are, by stage, the pictures of the first epoch in packs that do not fill a step.
+    "left over" is, by stage and stream, the share of pictures in packs that do not fill a step.
     """
     header = {"config": job.cfg.identity(), "version": VERSION, "torch": torch.__version__}
     header |= {"device": str(job.group.device), "world": job.group.world}
-    header["left over"] = [data.dropped(0) for data in stages]
+    header["left over"] = [packing.left_over(data) for data in stages]
     path, kept = job.out / "metrics.jsonl", []
     if path.exists():
         lines = [line for line in path.read_text().splitlines()[1:] if line.endswith("}")]

@@ -1177,6 +1177,22 @@ def test_another_teachers_shard_is_refused_by_name(tmp_path):
         CachedTeacher(tiny(SEMANTIC), tmp_path)
 
 
+def test_a_cache_that_does_not_fit_is_refused_before_any_work(tmp_path, monkeypatch):
+    """By the bytes that three of its pictures take, which are of three sizes."""
+    caches = [CachedTeacher(tiny(text), tmp_path) for text in (DENSE, SEMANTIC)]
+    fill_caches(caches, Pictures(3))
+    bytes_of_three = sum(2 * len(cache._look_up(sample)[0]) for cache in caches
+                         for sample in Pictures(3).samples())  # fmt: skip
+    pictures, space = Pictures(300, seed=1), shutil.disk_usage(tmp_path)
+    free = [100 * bytes_of_three - 1]
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: space._replace(free=free[0]))
+    with pytest.raises(TeacherError, match=r"300 pictures.*0\.0 GB.*--cache none.*live"):
+        fill_caches(caches, pictures)
+    assert pictures.loads == 0
+    free[0] += 1
+    fill_caches(caches, pictures)
+
+
 def test_a_picture_that_was_never_cached_is_named(tmp_path):
     cached = CachedTeacher(tiny(), tmp_path)
     cached.fill(Pictures(6))
