@@ -20,7 +20,6 @@ import math
 import re
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -39,8 +38,8 @@ from torch import Tensor, nn
 import packing
 from losses import resize_map
 from model import Features, Student, hash_weights, load_student, merge_tokens
-from packing import Sample, Subset, rank_and_world, resize
-from teachers import load_teacher, parse_teacher
+from packing import Number, Sample, Subset, rank_and_world, resize
+from teachers import TINY, WHEELS, TeacherSpec, load_teacher, load_text, parse_teacher
 
 Rows = dict[str, dict[str, Any]]  # name -> {"value", "low", "high", "n", ...}
 
@@ -107,7 +106,7 @@ def encode(model: Any, samples: list[Sample]) -> list[Features]:
 # ---- kNN; heads are mixed by their entropy
 
 
-def knn(train: FeatureSet, test: FeatureSet, k: int = 20, per_class: bool = False) -> Rows:
+def knn(train: FeatureSet, test: FeatureSet, k: int = 20) -> Rows:
     """kNN accuracy of every column, of each model's heads together, and of the largest class.
 
     "concat" joins the heads at unit length; "ensemble" mixes their votes. AMoE: kNN
@@ -126,8 +125,7 @@ def knn(train: FeatureSet, test: FeatureSet, k: int = 20, per_class: bool = Fals
     chances = add_ensembles({column: votes(column) for column in test.summary})
     chances |= {f"{m}/concat": votes(*heads) for m, heads in head_groups(test.summary).items()}
     chances["majority class"] = train_N.bincount().expand(len(test_N), -1)
-    shown = names if per_class else ()
-    return {c: accuracy(x_NK.argmax(1) == test_N, test_N, shown) for c, x_NK in chances.items()}
+    return {column: accuracy(x_NK.argmax(1) == test_N) for column, x_NK in chances.items()}
 
 
 def knn_votes(
@@ -227,10 +225,23 @@ def take(found: FeatureSet, places: list[int]) -> FeatureSet:
 def known(found: FeatureSet, what: str, side: str) -> list[Any]:
     """A field of every sample; samples without it are an error that names them."""
     values = [getattr(sample, what) for sample in found.samples]
-    bare = [s.key for s, value in zip(found.samples, values, strict=True) if value is None]
-    if bare or not values:
-        raise ValueError(f"{side}: {len(bare)} of {len(values)} have no {what}: {bare[:5]}")
+    refuse([s.key for s, x in zip(found.samples, values, strict=True) if x is None], what, side)
+    if not values:
+        raise ValueError(f"{side}: no picture, so no {what}")
     return values
+
+
+def refuse(bare: Sequence[str], what: str, side: str) -> None:
+    """Pictures that lack what a task cannot do without are an error."""
+    if bare:
+        raise ValueError(f"{side}: {len(bare)} pictures have no {what}: {list(bare[:5])}")
+
+
+def require(source: Any, what: str, side: str) -> None:
+    """`refuse` by the source's records alone, before anything is decoded or encoded."""
+    records = map(source.record, range(len(source)))
+    # a drawing's record says how it is drawn; its mask comes of that
+    refuse([r["key"] for r in records if what not in r and "spec" not in r], what, side)
 
 
 def comparable(train: FeatureSet, test: FeatureSet, by_label: bool = False) -> FeatureSet:
@@ -314,63 +325,63 @@ def bootstrap(
     return finite({"value": value, "low": low, "high": high, "n": n}, value=why)
 
 
-def accuracy(hits_N: Tensor, targets_N: Tensor | None = None, names: Sequence[str] = ()) -> dict:
-    """Share of hits with its interval; with names, per class too."""
-    row = bootstrap(hits_N.double()[:, None], lambda means: means[..., 0])
-    if names and targets_N is not None:
-        hits = [hits_N[targets_N == i].double().mean() for i in range(len(names))]
-        row |= by_class(dict(zip(names, map(float, hits), strict=True)))
-    return row
-
-
-def by_class(figures: dict[Any, float]) -> dict[str, Any]:
-    """What a row says of each class, None for those without a test picture."""
-    found = finite(figures)
-    reason = {"reason": "per_class: null where no test picture is of the class"}
-    return {"per_class": found} | (reason if None in found.values() else {})
+def accuracy(hits_N: Tensor) -> dict[str, Any]:
+    """Share of hits with its interval."""
+    return bootstrap(hits_N.double()[:, None], lambda means: means[..., 0])
 
 
 # ---- Zero-shot, texts, and retrieval
 
-TextEncoder = Callable[[Sequence[str]], Tensor]  # n strings -> (n, D)
+
+class Words(NamedTuple):
+    """A text tower."""
+
+    embed: Callable[[list[str]], Tensor]  # n strings -> (n, D)
+    head: str | None = None  # whose summaries lie in the texts' space, if those of any head do
 
 
-def zero_shot(
-    train: FeatureSet, test: FeatureSet, text: str, prompts: str = "", per_class: bool = False
-) -> Rows:
+def zero_shot(train: FeatureSet, test: FeatureSet, words: Words, prompts: str = "") -> Rows:
     """Accuracy of the nearest of `class_texts`, averaged at unit length. AMoE: zero-shot"""
     test = comparable(train, test, by_label=True)
     names, train_N, test_N = class_ids(train, test)
-    head, embed = text_encoder(text, [sample.caption or "" for sample in train.samples])
     texts = class_texts(prompts, names, train)
-    class_KD = torch.stack([F.normalize(embed(of_class)).mean(0) for of_class in texts])
-    scores = cosines(train, test, (class_KD, class_KD), head, embed)
-    # The ensemble compares heads by their entropy, so each needs its own temperature.
-    heat = {column: calibrate(train_NK, train_N) for column, (train_NK, _) in scores.items()}
-    chances = {c: (test_NK / heat[c]).softmax(1) for c, (_, test_NK) in scores.items()}
-    hits = {c: x_NK.argmax(1) == test_N for c, x_NK in add_ensembles(chances).items()}
-    shown = names if per_class else ()
-    return {c: accuracy(x, test_N, shown) | {"temperature": heat.get(c)} for c, x in hits.items()}
+    class_KD = torch.stack([F.normalize(words.embed(of_class)).mean(0) for of_class in texts])
+    chances, heat = {}, {}
+    for column, sides in in_text_space(train, test, words).items():
+        train_NK, test_NK = (x_ND @ F.normalize(class_KD).T for x_ND in sides)
+        # The ensemble compares heads by their entropy, so each needs its own temperature.
+        heat[column] = calibrate(train_NK, train_N)
+        chances[column] = (test_NK / heat[column]).softmax(1)
+    chances = add_ensembles(chances)
+    chances["majority class"] = train_N.bincount().expand(len(test_N), -1)
+    rows = {column: accuracy(x_NK.argmax(1) == test_N) for column, x_NK in chances.items()}
+    return {c: row | {"temperature": heat[c]} if c in heat else row for c, row in rows.items()}
 
 
-def retrieval(train: FeatureSet, test: FeatureSet, text: str) -> Rows:
+def retrieval(train: FeatureSet, test: FeatureSet, words: Words) -> Rows:
     """R@1, 5, 10 of captions by images and of images by captions. AMoE: image-text retrieval
 
-    An ensemble weighs its heads by their entropy over what is searched, in either direction.
+    An ensemble weighs its heads by their entropy over what is searched, in either direction. The
+    "floor" is what a random order finds.
     """
     test = comparable(train, test)
     if test.broken:
         raise ValueError(f"--test: captions without a readable picture: {test.broken[:5]}")
-    train_texts, is_train = caption_pairs(train, "--train")
-    texts, is_pair = caption_pairs(test, "--test")
-    head, embed = text_encoder(text, train_texts)
-    scores = cosines(train, test, (embed(train_texts), embed(texts)), head, embed)
+    pairs = [caption_pairs(train, "--train"), caption_pairs(test, "--test")]
+    texts_KD = [F.normalize(words.embed(texts)) for texts, _ in pairs]
+    scores = {
+        column: [x_ND @ text_KD.T for x_ND, text_KD in zip(sides, texts_KD, strict=True)]
+        for column, sides in in_text_space(train, test, words).items()
+    }
     rows: Rows = {}
+    is_train, is_pair = (is_pair_NK for _, is_pair_NK in pairs)
     for way in ("texts by images", "images by texts"):
         first_N = is_train.int().argmax(1)
         chances = {c: (y / calibrate(x, first_N)).softmax(1) for c, (x, y) in scores.items()}
         for (column, chance), k in product(add_ensembles(chances).items(), (1, 5, 10)):
             rows[f"{column} {way} R@{k}"] = accuracy(recall_hits(chance, is_pair, k))
+        for k in (1, 5, 10):
+            rows[f"floor {way} R@{k}"] = accuracy(recall_floor(is_pair, k))
         scores = {column: [side.T for side in sides] for column, sides in scores.items()}
         is_train, is_pair = is_train.T, is_pair.T
     return rows
@@ -392,39 +403,60 @@ def recall_hits(scores_NK: Tensor, is_pair_NK: Tensor, k: int) -> Tensor:
     return ((scores_NK >= best_N1) & ~is_pair_NK).sum(1) < k
 
 
-def cosines(
-    train: FeatureSet, test: FeatureSet, texts: Sequence[Tensor], head: str, embed: TextEncoder
-) -> dict[str, list[Tensor]]:
-    """Per column, the cosines (N, K) of the training and the test images with their texts.
+def recall_floor(is_pair_NK: Tensor, k: int) -> Tensor:
+    """(N,) how probably a pair is among the first k of a random order."""
+    count, wrong_N1 = is_pair_NK.shape[1], (~is_pair_NK).sum(1, keepdim=True)
+    drawn_k = torch.arange(min(k, count))
+    return 1 - ((wrong_N1 - drawn_k).clamp_min(0) / (count - drawn_k)).prod(1)
 
-    All heads but `head`, which lives in the texts' space, are mapped there by `aligned`.
+
+def in_text_space(train: FeatureSet, test: FeatureSet, words: Words) -> dict[str, list[Tensor]]:
+    """Per column, the summaries of both sides in the texts' space, at unit length.
+
+    The head `words.head` lives there. Any other takes the map of the teacher of its name, fitted on
+    that teacher's features alone: "student/vit-s" is read as "teacher/vit-s" is, without having
+    met a text. A column without a teacher in the run gets a map of its own: that is a probe, and
+    it is called "probe student/trunk". Pictures without captions can teach no map: then only
+    `words.head` is scored.
     """
+    can_map = all(sample.caption is not None for sample in train.samples)
+    own = [column for column in train.summary if column.partition("/")[2] == words.head]
+    maps: dict[str, Callable[[Tensor], Tensor]] = {}
     found = {}
-    for column, x_NC in train.summary.items():
-        sides = [x_NC, test.summary[column]]
-        if not head or column.rpartition("/")[2] != head:
-            captions = [caption.splitlines()[0] for caption in known(train, "caption", "--train")]
-            sides = list(map(aligned(x_NC, embed(captions)), sides))
-        both = zip(sides, texts, strict=True)
-        found[column] = [F.normalize(x_NC) @ F.normalize(text_KC).T for x_NC, text_KC in both]
+    for column in train.summary if can_map or not own else own:
+        head, name = column.partition("/")[2], column
+        sides = [train.summary[column], test.summary[column]]
+        if column not in own:
+            source = f"teacher/{head}" if f"teacher/{head}" in train.summary else column
+            if source not in maps:
+                captions = [x.partition("\n")[0] for x in known(train, "caption", "--train")]
+                text_ND = F.normalize(words.embed(captions))
+                maps[source] = fit_text_map(train.summary[source], text_ND)
+            sides = [maps[source](side) for side in sides]
+            name = column if source.startswith("teacher/") else f"probe {column}"
+        found[name] = [F.normalize(side) for side in sides]
     return found
 
 
-def aligned(x_NC: Tensor, text_ND: Tensor) -> Callable[[Tensor], Tensor]:
-    """A ridge map from image features to texts, for columns that never met the texts (we chose)."""
-    mean_C, mean_D = x_NC.mean(0).double(), text_ND.mean(0).double()
-    x_NC, text_ND = x_NC.double() - mean_C, text_ND.double() - mean_D
+def fit_text_map(image_NC: Tensor, text_ND: Tensor) -> Callable[[Tensor], Tensor]:
+    """A map (M, C) -> (M, D) from image features to embeddings of their captions: ridge regression.
+
+    The penalty is the best of five on a fifth of the pairs; the map is then of all pairs (we
+    chose).
+    """
+    mean_C, mean_D = image_NC.double().mean(0), text_ND.double().mean(0)
+    x_NC, y_ND = image_NC.double() - mean_C, text_ND.double() - mean_D
 
     def solve(rows: Any, penalty: float) -> Tensor:
         gram = x_NC[rows].T @ x_NC[rows]
         gram.diagonal().add_(penalty * gram.diagonal().mean() + 1e-12)
-        return torch.linalg.solve(gram, x_NC[rows].T @ text_ND[rows])
+        return torch.linalg.solve(gram, x_NC[rows].T @ y_ND[rows])
 
     fit, held = split(len(x_NC))
     penalties = (1e-2, 1e-1, 1.0, 1e1, 1e2)
-    error = [(x_NC[held] @ solve(fit, p) - text_ND[held]).square().sum() for p in penalties]
+    error = [(x_NC[held] @ solve(fit, p) - y_ND[held]).square().sum() for p in penalties]
     map_CD = solve(slice(None), penalties[int(torch.stack(error).argmin())])
-    return lambda y_NC: ((y_NC.double() - mean_C) @ map_CD + mean_D).float()
+    return lambda x_MC: ((x_MC.double() - mean_C) @ map_CD + mean_D).float()
 
 
 def calibrate(scores_NK: Tensor, targets_N: Tensor) -> float:
@@ -433,64 +465,17 @@ def calibrate(scores_NK: Tensor, targets_N: Tensor) -> float:
     return min(grid, key=lambda t: float(F.cross_entropy(scores_NK / t, targets_N)))
 
 
-def text_encoder(spec: str, captions: Sequence[str]) -> tuple[str, TextEncoder]:
-    """(name of the head that lives in the texts' space, encoder).
-
-    Args: spec: NAME=PATH of a teacher with a text tower; [NAME=]FILE.npz with arrays `texts` and
-        `embeddings`; or "bow", a bag of words over the training captions.
-    """
-    name, _, path = spec.rpartition("=")
-    if spec == "bow":
-        return "", bag_of_words(captions)
-    if not path.endswith(".npz"):
-        return name, partial(_cached_text, load_teacher(parse_teacher(spec)))
-    with np.load(path) as file:
-        table = dict(zip(file["texts"].tolist(), torch.from_numpy(file["embeddings"]), strict=True))
-
-    def look_up(texts: Sequence[str]) -> Tensor:
-        if missing := [text for text in texts if text not in table]:
-            raise ValueError(f"{path} has no embedding of {len(missing)} texts: {missing[:3]}")
-        return torch.stack([table[text] for text in texts]).float()
-
-    return name, look_up
-
-
-def _cached_text(teacher: Any, texts: Sequence[str]) -> Tensor:
-    """A tower's embeddings, kept on disk under the hash of its weights and the texts."""
-    facts = [teacher.fingerprint, teacher.text_tower().fingerprint, list(texts)]
-    key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-    path = packing.cache_home() / "text" / f"{key}.npy"
-    if not path.exists():
-        rows = [teacher.text(list(texts[i : i + 256])).cpu() for i in range(0, len(texts), 256)]
-        write_array(path, torch.cat(rows))
-    return torch.from_numpy(np.load(path))
-
-
-def bag_of_words(captions: Sequence[str]) -> TextEncoder:
-    """Words weighted by their rareness in the captions; an unknown word counts nothing."""
-
-    def words_of(text: str) -> set[str]:
-        return set(re.findall(r"\w+", text.lower()))
-
-    counts = Counter(word for caption in captions for word in words_of(caption))
-    place = {word: i for i, word in enumerate(sorted(counts))}
-
-    def embed(texts: Sequence[str]) -> Tensor:
-        rows = torch.zeros(len(texts), len(place))
-        for row, text in zip(rows, texts, strict=True):
-            for word in words_of(text) & place.keys():
-                row[place[word]] = math.log(1 + len(captions) / counts[word])
-        return F.normalize(rows)
-
-    return embed
-
-
 def class_texts(prompts: str, names: Sequence[str], train: FeatureSet) -> list[list[str]]:
-    """What stands for each class: a file's templates, or "captions", those of its pictures."""
+    """What stands for each class: a file's templates, or "captions", those of its pictures.
+
+    A name is read as a folder's: `red_fox` is a red fox. What more a tower's makers do to a text
+    (lower case, no punctuation) the tower does to all texts.
+    """
     if prompts == "captions":
-        return [[x.caption or "" for x in train.samples if x.label == name] for name in names]
+        owned = list(zip(train.samples, known(train, "caption", "--train"), strict=True))
+        return [[caption for x, caption in owned if x.label == name] for name in names]
     templates = read_prompts(prompts) if prompts else ["a photo of a {}."]
-    return [[template.format(name) for template in templates] for name in names]
+    return [[t.format(name.replace("_", " ")) for t in templates] for name in names]
 
 
 def read_prompts(path: str) -> list[str]:
@@ -519,7 +504,7 @@ class Probe(NamedTuple):
         return torch.einsum("mc,gck->gmk", x.float(), self.weight_GCK) + self.bias_GK[:, None]
 
 
-def linear(train: FeatureSet, test: FeatureSet, per_class: bool = False) -> Rows:
+def linear(train: FeatureSet, test: FeatureSet) -> Rows:
     """Accuracy of a logistic probe on summaries, its L2 chosen on a split of the training set."""
     test = comparable(train, test, by_label=True)
     names, train_N, test_N = class_ids(train, test)
@@ -532,8 +517,8 @@ def linear(train: FeatureSet, test: FeatureSet, per_class: bool = False) -> Rows
         hits_G = (probe(x_NC[held]).argmax(-1) == train_N[held]).double().mean(1)
         l2 = penalties[int(hits_G.argmax())]
         final = fit_probe(x_NC, train_N, len(names), rates[:1], [l2])
-        hits_N = final(test.summary[column])[0].argmax(-1) == test_N
-        rows[column] = accuracy(hits_N, test_N, names if per_class else ()) | {"l2": l2}
+        rows[column] = accuracy(final(test.summary[column])[0].argmax(-1) == test_N) | {"l2": l2}
+    rows["majority class"] = accuracy(train_N.bincount().argmax() == test_N)
     return rows
 
 
@@ -571,9 +556,7 @@ def fit_probe(
     return Probe(weight_GCK, bias_GK)
 
 
-def segmentation(
-    train: FeatureSet, test: FeatureSet, foreground: bool = False, per_class: bool = False
-) -> Rows:
+def segmentation(train: FeatureSet, test: FeatureSet, foreground: bool = False) -> Rows:
     """mIoU of a linear probe on frozen patches, over the classes present, at the masks' own size.
 
     foreground: every class but 0 is one, and the figure is its IoU. AMoE: segmentation, but
@@ -591,8 +574,6 @@ def segmentation(
         probe, settings = choose_probe(maps, masks, classes, score)
         sums_NP = overlaps(probe, test.patches[column], test_masks, classes)[:, 0]
         rows[column] = bootstrap(sums_NP, score, why="no mask has this class") | settings
-        if per_class:
-            rows[column] |= by_class(dict(enumerate(iou(sums_NP.sum(0), classes).tolist())))
     return rows
 
 
@@ -707,25 +688,21 @@ def same_grid(*maps: Tensor) -> list[Tensor]:
     return [resize_map(x.to(torch.promote_types(x.dtype, torch.float)), (h, w)) for x in maps]
 
 
-def resolution(sets: Mapping[int, FeatureSet], out: str = "") -> Rows:
+def resolution(sets: Mapping[int, FeatureSet]) -> Rows:
     """Mode-switch curve and scale equivariance of the patches. RADIOv2.5: mode switching
 
     `sets` are features of the same pictures by their size in px. A jump of a head's cosine error or
-    fidelity from one size to the next is a mode switch. `out` is a PNG to draw, or empty.
+    fidelity from one size to the next is a mode switch.
     """
     columns = next(iter(sets.values())).patches
     maps = {column: [found.patches[column] for found in sets.values()] for column in columns}
     rows = {f"{column} scale variance": scale_variance(x) for column, x in maps.items()}
-    curves: dict[str, list[dict]] = {}
     for size, found in sets.items():
         for name, row in fidelity(found, found).items():
             head, _, part = name.rpartition(" ")
             if part == "patches":
                 more = {key: row[key] for key in ("fidelity", "reason") if key in row}
                 rows[f"{head} cosine error {size} px"] = {"value": 1 - row["cosine"]} | more
-                curves.setdefault(head, []).append(rows[f"{head} cosine error {size} px"])
-    if out:
-        plot_curves(list(sets), curves, out)
     return rows
 
 
@@ -745,20 +722,6 @@ def scale_variance(maps_by_size: Sequence[Sequence[Tensor]]) -> dict:
         return means[..., 0] / (means[..., 1] - means[..., 2:].square().mean(-1))
 
     return bootstrap(torch.stack(parts), share, why="the features are the same everywhere")
-
-
-def plot_curves(sizes: Sequence[int], curves: Mapping[str, Sequence[dict]], out: str) -> None:
-    """Cosine error and fidelity against the input's size, a line per head."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3.5), layout="constrained")
-    titles = {"value": "cosine error", "fidelity": "fidelity"}
-    for (key, title), axis in zip(titles.items(), figure.subplots(1, 2), strict=True):
-        for head, points in curves.items():
-            axis.plot(sizes, [point[key] for point in points], marker="o", label=head)
-        axis.set(xlabel="input size, px", title=title)
-    axis.legend()
-    figure.savefig(out, dpi=150)
 
 
 # ---- Token merging
@@ -1102,13 +1065,22 @@ def format_rows(title: str, rows: Rows) -> str:
 # ---- Command line
 
 
+class Task(NamedTuple):
+    """What a task cannot do without, and how it runs."""
+
+    options: str
+    fields: str  # of every picture
+    # (args, models, sources of training and test) -> rows and what was left out, key -> reason
+    run: Callable[..., tuple[Rows, dict[str, str]]]
+
+
 def on_features(protocol: Callable[..., Rows], dense: int | None = 0) -> Callable[..., tuple]:
-    """A protocol on (args, feature sets) as a task; see TASKS."""
+    """A protocol on (args, feature sets) as a task's `run`."""
 
     def run(args: argparse.Namespace, models: Any, train: Any, test: Any) -> tuple:
-        needs = TASKS[args.task][0]
-        sizes = args.sizes if "sizes" in needs else [args.size]
-        asked = product([train, test] if "train" in needs else [test], sizes)
+        options = TASKS[args.task].options
+        sizes = args.sizes if "sizes" in options else [args.size]
+        asked = product([train, test] if "train" in options else [test], sizes)
         sets = [extract(models, x, dense, px, title=f"{x.name} {px or ''}") for x, px in asked]
         rows = protocol(args, *sets)
         return rows, {key: why for found in sets for key, why in found.skipped.items()}
@@ -1123,67 +1095,116 @@ def run_pca(args: argparse.Namespace, models: Any, _: Any, test: Any) -> tuple:
     return {out: {"value": len(pictures)}}, skipped
 
 
-# name -> (the options that it needs, (args, models, train source, test source) -> rows and what
-# was left out, key -> reason)
-TASKS: dict[str, tuple[str, Callable[..., tuple[Rows, dict[str, str]]]]] = {
-    "knn": ("train test", on_features(lambda a, x, y: knn(x, y, a.k, a.per_class))),
-    "linear": ("train test", on_features(lambda a, x, y: linear(x, y, a.per_class))),
-    "zero-shot": ("train test text", on_features(
-        lambda a, x, y: zero_shot(x, y, a.text, a.prompts, a.per_class))),
-    "retrieval": ("train test text", on_features(lambda a, x, y: retrieval(x, y, a.text))),
-    "segmentation": ("train test", on_features(
-        lambda a, x, y: segmentation(x, y, a.foreground, a.per_class), dense=None)),
-    "pca": ("test", run_pca),
-    "resolution": ("test sizes", on_features(
-        lambda a, *x: resolution(dict(zip(a.sizes, x, strict=True)), a.out), dense=None)),
-    "merging": ("train test size", on_features(lambda _, x, y: merging(x, y), dense=None)),
-    "features": ("test out", lambda a, m, _, test: write_features(m, test, a.out, a.maps, a.size)),
+TASKS = {
+    "knn": Task("train test", "label", on_features(lambda a, x, y: knn(x, y, a.k))),
+    "linear": Task("train test", "label", on_features(lambda _, x, y: linear(x, y))),
+    "zero-shot": Task("train test text", "label", on_features(
+        lambda a, x, y: zero_shot(x, y, a.words, a.prompts))),
+    "retrieval": Task("train test text", "caption", on_features(
+        lambda a, x, y: retrieval(x, y, a.words))),
+    "segmentation": Task("train test", "mask", on_features(
+        lambda a, x, y: segmentation(x, y, a.foreground), dense=None)),
+    "pca": Task("test", "", run_pca),
+    "resolution": Task("test sizes", "", on_features(
+        lambda a, *x: resolution(dict(zip(a.sizes, x, strict=True))), dense=None)),
+    "merging": Task("train test size", "mask", on_features(
+        lambda _, x, y: merging(x, y), dense=None)),
+    "features": Task("test out", "", lambda a, m, _, test: write_features(
+        m, test, a.out, a.maps, a.size)),
 }  # fmt: skip
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = packing.Parser(description="Score encoders; the last line is JSON.")
+    parser, count, pixels = (
+        packing.Parser(description=__doc__),
+        Number(low=1),
+        Number(low=1, high=2**14),
+    )
     add = parser.add_argument
     add("task", choices=TASKS)
-    add("--student", help="a checkpoint: ours, a released SigLino .pt or RADIO .pth.tar")
-    add("--teacher", action="append", default=[], help="NAME=PATH[@layer] or a built-in")
+    add("--student", help="[NAME=]PATH of a checkpoint (ours or a release), a folder, a built-in")
+    add("--teacher", action="append", default=[], help="[NAME=]PATH[@layer], e.g. builtin:vit-s")
     add("--train", help="SOURCE of the training pictures")
     add("--test", help="SOURCE of the pictures to score, draw or encode")
     add("--no-controls", action="store_true", help="leave out the random student and raw pixels")
-    add("--size", type=int, help="pictures get the area of a square of this side, px")
-    add("--sizes", type=int, nargs="+", default=[], help="several of them (pca, resolution)")
-    add("--k", type=int, default=20, help="neighbours")
-    add("--text", default="", help="[NAME=]FILE.npz, NAME=PATH of a two-tower teacher, or bow")
+    add("--size", type=pixels, help="pictures get the area of a square of this side, px")
+    add("--sizes", type=pixels, nargs="+", default=[], help="several of them (pca, resolution)")
+    add("--k", type=count, default=20, help="neighbours")
+    add("--text", default="", help="builtin:minilm, or [NAME=]PATH of a teacher with a text tower")
     add("--prompts", default="", help="file of templates, or 'captions' of the training pictures")
     add("--foreground", action="store_true", help="segmentation: every class but 0 is one")
-    add("--per-class", action="store_true", help="figures of each class too")
     add("--maps", action="store_true", help="features: write the patch maps too")
-    add("--count", type=int, default=8, help="pca: pictures")
+    add("--count", type=count, default=8, help="pca: pictures")
     add("--out", default="", help="folder or picture to write")
-    add("--seed", type=int, default=0, help="of the random student and built-in drawings")
+    add("--seed", type=Number(low=0, high=2**63 - 1), default=0, help="of random student, drawings")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to compute")
     args = parser.parse_args(argv)
-    if missing := [name for name in TASKS[args.task][0].split() if not getattr(args, name)]:
+    if missing := [x for x in TASKS[args.task].options.split() if not getattr(args, x)]:
         parser.error(f"{args.task} needs {' and '.join(f'--{name}' for name in missing)}")
     if not args.student and not args.teacher:
-        parser.error("nothing to score: pass --student CHECKPOINT, --teacher NAME=PATH or both")
+        parser.error("nothing to score: pass --student PATH, --teacher PATH or both")
     if args.task == "merging":  # squares, so that all grids are equal
         args.size = (args.size, args.size)
     return args
 
 
 def load_models(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    specs = [t if "=" in t else f"{t}=builtin:{t}" for t in args.teacher]
+    """Model by the first part of its columns' names: teachers, the student, its controls."""
+    specs = [f"builtin:{t}" if t in {*WHEELS, *TINY} else t for t in args.teacher]
     teachers = [load_teacher(parse_teacher(spec), device) for spec in specs]
     for teacher in teachers:
         teacher.precision = "auto"  # as the students: bf16 on CUDA
     models: dict[str, Any] = {"teacher": {t.name: t for t in teachers}} if teachers else {}
     controls = not args.no_controls and args.task not in ("pca", "features", "merging")
     if args.student:
-        models["student"] = load_student(args.student, device=str(device))
-        if controls:
-            models["random"] = random_control(models["student"], args.seed)
+        spec = parse_teacher(args.student)
+        name = spec.name if args.student.startswith(f"{spec.name}=") else "student"
+        if name in ("teacher", "random", "pixels"):
+            raise ValueError(
+                f"--student {args.student}: columns of another model are called {name}"
+            )
+        models[name] = load_encoder(spec, device)
+        if controls and isinstance(models[name], Student):
+            models["random"] = random_control(models[name], args.seed)
     return models | ({"pixels": RawPixels()} if controls else {})
+
+
+def load_encoder(spec: TeacherSpec, device: torch.device) -> Any:
+    """A student where PATH is a checkpoint or a run's folder, else a teacher."""
+    path = Path(spec.path)
+    path = path / "model.pt" if (path / "model.pt").is_file() else path
+    if path.is_file() and path.suffix != ".onnx":
+        return load_student(path, device=str(device))
+    teacher = load_teacher(spec, device)
+    teacher.precision = "auto"
+    return teacher
+
+
+def load_words(text: str) -> Words:
+    """The text tower that --text names."""
+    spec = parse_teacher(text)
+    tower = load_text(spec)
+
+    @torch.no_grad()
+    def embed(texts: list[str]) -> Tensor:
+        return torch.cat([tower(texts[i : i + 256]) for i in range(0, len(texts), 256)]).float()
+
+    return Words(embed, spec.name)
+
+
+def check_fields(args: argparse.Namespace, models: Any, train: Any, test: Any) -> None:
+    """What a task cannot do without is missed before anything is encoded."""
+    if what := TASKS[args.task].fields:
+        require(train, what, "--train")
+        require(test, what, "--test")
+    if args.task == "zero-shot":
+        heads = set(models.get("teacher", {}))
+        for student in models.values():
+            heads |= (
+                {h.name for h in student.config.heads} if isinstance(student, Student) else set()
+            )
+        if args.prompts == "captions" or args.words.head not in heads:
+            require(train, "caption", "--train")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -1191,7 +1212,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         group = packing.setup_distributed(device=args.device)
         sources = [x and packing.open_source(x, args.seed) for x in (args.train, args.test)]
-        rows, skipped = TASKS[args.task][1](args, load_models(args, group.device), *sources)
+        models = load_models(args, group.device)
+        args.words = load_words(args.text) if "text" in TASKS[args.task].options else None
+        check_fields(args, models, *sources)
+        rows, skipped = TASKS[args.task].run(args, models, *sources)
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"eval.py {args.task}: {error}")
     if group.rank == 0:
