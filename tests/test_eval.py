@@ -2,9 +2,11 @@
 
 import itertools
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -1066,6 +1068,27 @@ def test_command_names_what_it_needs(capsys):
         with pytest.raises(SystemExit):
             ev.main(flags)
         assert message in capsys.readouterr().err
+
+
+MODULES = "losses model packing teachers sampling eval train"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", MODULES.split())
+def test_a_module_imports_the_core_packages_alone(module):
+    """What more some task needs (transformers, matplotlib, onnx, ...) waits until it is needed."""
+    listed = f"import sys, {module}; print(*{{name.partition('.')[0] for name in sys.modules}})"
+    run = subprocess.run(
+        [sys.executable, "-c", listed],
+        capture_output=True, text=True, check=True, timeout=100, cwd=Path(ev.__file__).parent,
+    )  # fmt: skip
+    core, needed = {"torch", "numpy", "PIL", "einops", "tqdm"}, metadata.requires("torch") or []
+    names = {
+        re.match(r"[\w-]+", line)[0].replace("-", "_") for line in needed if "extra" not in line
+    }
+    of_torch = names | {"torchgen", "functorch", "mpmath", "cython_runtime"}  # mpmath is of sympy
+    found = {name for name in run.stdout.split() if not name.startswith(("_", "nvidia"))}
+    assert found - core - of_torch - set(MODULES.split()) <= set(sys.stdlib_module_names)
 
 
 @pytest.mark.slow
