@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import islice, product
+from itertools import accumulate, islice, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +31,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange, reduce, repeat
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, nn
 
 import packing
@@ -830,9 +830,9 @@ def pca_sheet(
     path: Any,
     pictures: Sequence[Sample],
     encoders: Any,
-    sizes: Sequence[Any] = (None,),
+    sizes: Any = (None,),
     cell=160,
-    largest: int = LARGEST,
+    largest=LARGEST,
 ) -> None:
     """Write a sheet: a row per picture, a column per map of `encoders` and input size (`at_size`).
 
@@ -849,8 +849,17 @@ def pca_sheet(
             head = name if name.endswith("trunk") else name.rpartition("/")[2]
             if head not in axes:
                 axes[head] = main_axes(maps)
-            columns[f"{name} {size or ''}"] = pca_pictures(maps, axes[head], 3 * cell)
-    _draw_sheet(columns, cell).save(path)
+            columns[f"{name} {size or ''}"] = pca_pictures(maps, axes[head])
+    gap, font = 8, ImageFont.load_default(size=15)
+    shapes = [ImageOps.contain(x, (cell, cell * 5 // 4)).size for x in columns["picture"]]
+    tops = list(accumulate((height + gap for _, height in shapes), initial=34))
+    sheet = Image.new("RGB", (gap + len(columns) * (cell + gap), tops[-1]), "white")
+    for column, (title, images) in enumerate(columns.items()):
+        x = gap + column * (cell + gap)
+        ImageDraw.Draw(sheet).text((x + cell // 2, 17), title.strip(), "black", font, anchor="mm")
+        for (width, height), y, image in zip(shapes, tops[:-1], images, strict=True):
+            sheet.paste(image.resize((width, height)), (x + (cell - width) // 2, y))
+    sheet.save(path)
 
 
 def main_axes(maps: Sequence[Tensor]) -> Tensor:
@@ -859,37 +868,13 @@ def main_axes(maps: Sequence[Tensor]) -> Tensor:
     return torch.linalg.eigh(covariance_CC).eigenvectors[:, -3:].flip(1)
 
 
-def pca_pictures(maps: Sequence[Tensor], axes_C3: Tensor, width: int) -> list[Image.Image]:
-    """Maps in colour, robustly scaled over the set."""
-    scores = [map_hwC @ axes_C3 for map_hwC in maps]
-    ends = torch.tensor([0.02, 0.98])
-    low_3, high_3 = torch.cat([x.flatten(0, 1) for x in scores]).quantile(ends, dim=0)
-    pictures = []
-    for x_hw3 in scores:  # a collapsed student has no range
-        rgb = rearrange((x_hw3 - low_3) / (high_3 - low_3).clamp_min(1e-6), "h w c -> 1 c h w")
-        height = round(width * x_hw3.shape[0] / x_hw3.shape[1])
-        smooth = F.interpolate(rgb.clamp(0, 1), (height, width), mode="bicubic").clamp(0, 1)
-        pixels = rearrange(smooth[0] * 255, "c h w -> h w c").byte()
-        pictures.append(Image.fromarray(pixels.numpy()))
-    return pictures
-
-
-def _draw_sheet(columns: dict[str, list[Image.Image]], cell: int) -> Image.Image:
-    """Columns under their titles; a row is as high as its picture, 1.25 cells at the most."""
-    gap, top, first = 8, 34, next(iter(columns.values()))
-    heights = [min(round(cell * image.height / image.width), cell * 5 // 4) for image in first]
-    size = (gap + len(columns) * (cell + gap), top + sum(heights) + gap * len(heights))
-    sheet, font = Image.new("RGB", size, "white"), ImageFont.load_default(size=15)
-    for c, (title, images) in enumerate(columns.items()):
-        x, y = gap + c * (cell + gap), top
-        middle = (x + cell // 2, top // 2)
-        ImageDraw.Draw(sheet).text(middle, title.strip(), "black", font, anchor="mm")
-        for height, picture, image in zip(heights, first, images, strict=True):
-            width = min(cell, round(height * picture.width / picture.height))
-            shown = image.resize((width, height), Image.Resampling.LANCZOS)
-            sheet.paste(shown, (x + (cell - width) // 2, y))
-            y += height + gap
-    return sheet
+def pca_pictures(maps: Sequence[Tensor], axes_C3: Tensor) -> list[Image.Image]:
+    """Maps in colour, a pixel a token, robustly scaled over the set."""
+    scores_M3 = torch.cat([x.flatten(0, 1) for x in maps]) @ axes_C3
+    low_3, high_3 = scores_M3.quantile(torch.tensor([0.02, 0.98]), dim=0)
+    scale_3 = 255 / (high_3 - low_3).clamp_min(1e-6)  # a collapsed student has no range
+    colours = [((x @ axes_C3 - low_3) * scale_3).clamp(0, 255) for x in maps]
+    return [Image.fromarray(x_hw3.byte().numpy()) for x_hw3 in colours]
 
 
 # ---- Features on disk

@@ -870,7 +870,13 @@ def test_pca_sheet_has_a_column_for_each_map(tmp_path):
     pictures = [Pictures(4, side=(64, 96)).load(i) for i in range(4)]
     ev.pca_sheet(tmp_path / "pca.png", pictures, models(), cell=80)
     sheet = Image.open(tmp_path / "pca.png")
-    assert sheet.width == 8 + 7 * 88  # picture, two teachers, two heads, pixels, trunk
+    sides = [np.array(x.image.shape[:2]) for x in pictures]
+    boxes = [(s * min(80 / s[1], 100 / s[0])).round().astype(int) for s in sides]
+    # picture, two teachers, two heads, pixels, trunk
+    assert sheet.size == (8 + 7 * 88, 34 + sum(high + 8 for high, _ in boxes))
+    (high, wide), x = boxes[0], 8 + (80 - boxes[0][1]) // 2
+    shown = np.asarray(sheet)[34 : 34 + high, x : x + wide].mean((0, 1))
+    np.testing.assert_allclose(shown, pictures[0].image.mean((0, 1)), atol=2)
 
 
 def test_pca_draws_every_token_by_the_three_main_axes():
@@ -880,7 +886,7 @@ def test_pca_draws_every_token_by_the_three_main_axes():
     map_hwC = torch.stack([9 * x, 4 * y, x * y], dim=2) @ basis.T + 5
     axes = ev.main_axes([map_hwC])
     torch.testing.assert_close((axes.T @ basis).abs(), torch.eye(3), atol=1e-4, rtol=0)
-    (image,) = ev.pca_pictures([map_hwC], axes, 8)
+    (image,) = ev.pca_pictures([map_hwC], axes)
     drawn = np.asarray(image).astype(float)
     for channel, want in enumerate((x, y, x * y)):
         assert abs(np.corrcoef(drawn[..., channel].ravel(), want.numpy().ravel())[0, 1]) > 0.98
@@ -889,8 +895,8 @@ def test_pca_draws_every_token_by_the_three_main_axes():
 
 def test_pca_of_a_collapsed_student_is_drawn():
     maps = [torch.full((3, 2, 6), 0.7), torch.full((1, 1, 6), 0.7)]
-    drawn = ev.pca_pictures(maps, ev.main_axes(maps), 20)
-    assert [image.size for image in drawn] == [(20, 30), (20, 20)]
+    drawn = ev.pca_pictures(maps, ev.main_axes(maps))
+    assert [image.size for image in drawn] == [(2, 3), (1, 1)]
 
 
 def test_pca_draws_a_student_in_its_teachers_axes():
@@ -898,8 +904,8 @@ def test_pca_draws_a_student_in_its_teachers_axes():
     found = ev.encode({"teacher": {"a": Teacher(0)}}, pictures)
     maps = [features.patches["teacher/a"] for features in found]
     axes = ev.main_axes(maps)
-    once = ev.pca_pictures(maps, axes, 40)
-    twice = ev.pca_pictures([2 * x + 1 for x in maps], axes, 40)
+    once = ev.pca_pictures(maps, axes)
+    twice = ev.pca_pictures([2 * x + 1 for x in maps], axes)
     for one, two in zip(once, twice, strict=True):  # scaled by itself: a shrunken student shows
         assert np.abs(np.asarray(one, int) - np.asarray(two, int)).max() <= 1
 
