@@ -41,7 +41,7 @@ from packing import Number, Sample, Subset, rank_and_world, resize
 from teachers import TINY, WHEELS, load_teacher, load_text, parse_teacher
 
 Rows = dict[str, dict[str, Any]]  # name -> {"value", "low", "high", "n", ...}
-LARGEST = 1024  # px: `encode` sees no more pixels of a picture than its square, by default
+LARGEST = 1024  # px: a JPEG is not decoded much larger
 
 
 # ---- Part I, the papers: features of every column, once
@@ -59,7 +59,7 @@ class FeatureSet:
 
 
 def extract(
-    encoder: Any, source: Any, dense: int | None = None, size: Any = None, chunk=32, largest=LARGEST
+    encoder: Any, source: Any, dense: int | None = None, size: Any = None, chunk: int = 32
 ) -> FeatureSet:
     """Run an encoder, in any form that `encode` takes, once over a source; ranks share the work.
 
@@ -67,7 +67,6 @@ def extract(
         dense: keep patch maps of only so many pictures, evenly spread (None: all, 0: none).
         size: see `at_size`.
         chunk: pictures encoded together; changes speed, not figures.
-        largest: students see at most the square of it in pixels.
     """
     n, (rank, world) = len(source), rank_and_world()
     has_map = set(packing.evenly(n, n if dense is None else dense))
@@ -76,7 +75,7 @@ def extract(
     for start in packing.progress(range(0, len(mine), chunk), source.name, unit="chunk"):
         pictures = packing.readable(source, mine[start : start + chunk], skipped, at_least)
         found = {i: at_size(sample, size) for i, sample in pictures}
-        outputs = encode(encoder, list(found.values()), largest) if found else []
+        outputs = encode(encoder, list(found.values())) if found else []
         for (i, sample), out in zip(found.items(), outputs, strict=True):
             summary = {name: x.float().cpu() for name, x in out.summary.items()}
             # Half precision: the maps of a thousand pictures are gigabytes.
@@ -86,20 +85,17 @@ def extract(
 
 
 @torch.no_grad()
-def encode(model: Any, samples: list[Sample], largest: int = LARGEST) -> list[Features]:
+def encode(model: Any, samples: list[Sample]) -> list[Features]:
     """Features of pictures by any encoder: a teacher (has `targets`; live or looked up in a cache),
     or what has `encode(images)` (a student, `RawPixels`), or a mapping of names to models, which
     nests: {"teacher": {"vit": ...}, "student": ...} gives "teacher/vit", "student/trunk".
     """
     if isinstance(model, Mapping):
-        parts = {name: encode(part, samples, largest) for name, part in model.items()}
+        parts = {name: encode(part, samples) for name, part in model.items()}
         return [_join({name: part[i] for name, part in parts.items()}) for i in range(len(samples))]
-    shapes = [sample.image.shape for sample in samples]
-    sizes = [packing.fit_size(height, width, 1, largest**2) for height, width, _ in shapes]
     if not hasattr(model, "targets"):
-        seen = zip(samples, sizes, strict=True)
-        return model.encode([packing.to_float(sample.image, size) for sample, size in seen])
-    out = model.targets(samples, sizes)
+        return model.encode([packing.to_float(sample.image) for sample in samples])
+    out = model.targets(samples)
     none: list[dict] = [{}] * len(samples)  # SAM, for one, has no summary
     summaries = none if out.summary_BC is None else [{"": x_C} for x_C in out.summary_BC]
     return [Features(x, {"": y}) for x, y in zip(summaries, out.patches, strict=True)]
@@ -827,12 +823,7 @@ def first_pictures(source: Any, count: int) -> tuple[list[Sample], dict[str, str
 
 
 def pca_sheet(
-    path: Any,
-    pictures: Sequence[Sample],
-    encoders: Any,
-    sizes: Any = (None,),
-    cell=160,
-    largest=LARGEST,
+    path: Any, pictures: Sequence[Sample], encoders: Any, sizes: Any = (None,), cell: int = 160
 ) -> None:
     """Write a sheet: a row per picture, a column per map of `encoders` and input size (`at_size`).
 
@@ -843,7 +834,7 @@ def pca_sheet(
     columns = {"picture": [Image.fromarray(sample.image) for sample in pictures]}
     axes: dict[str, Tensor] = {}
     for size in sizes:
-        features = encode(encoders, [at_size(sample, size) for sample in pictures], largest)
+        features = encode(encoders, [at_size(sample, size) for sample in pictures])
         for name in sorted(features[0].patches, key=lambda name: name.endswith("trunk")):
             maps = [f.patches[name].float().cpu() for f in features]
             head = name if name.endswith("trunk") else name.rpartition("/")[2]
@@ -934,30 +925,21 @@ def _write_shard(found: FeatureSet, index: Path, made_from: str) -> None:
 
 
 def final_report(
-    student: Any,
-    control: Any,
-    teachers: Any,
-    train_source: Any,
-    test_source: Any,
-    limit: int = 1500,
-    largest: int = LARGEST,
+    student: Any, control: Any, teachers: Any, train_source: Any, test_source: Any, limit=1500
 ) -> dict[str, Any]:
     """What a training run shows: kNN, fidelity and foreground IoU on held-out pictures.
 
     `control` is a `random_control` of the student. Teachers go by the names of its heads; cached
-    ones must hold both sources. `limit` pictures of each source at most are used, evenly spread;
-    students see at most `largest`^2 pixels of each.
+    ones must hold both sources. `limit` pictures of each source at most are used, evenly spread.
     """
     if not len(test_source):
         return {"left out": {"the report": "no picture is held out"}, "skipped": {}}
     models = {"teacher": teachers, "student": student, "random": control, "pixels": RawPixels()}
     some = [Subset(s, packing.evenly(len(s), limit)) for s in (train_source, test_source)]
     # Maps of 200 training pictures are plenty for the foreground probe and patch statistics.
-    train, test = (
-        extract(models, *x, largest=largest) for x in zip(some, (200, None), strict=True)
-    )
+    train, test = extract(models, some[0], 200), extract(models, some[1])
     foreground = partial(segmentation, foreground=True)
-    report: dict[str, Any] = {"left out": {}, "largest": largest}
+    report: dict[str, Any] = {"left out": {}}
     for name, protocol in (("knn", knn), ("foreground", foreground), ("fidelity", fidelity)):
         try:
             report[name] = protocol(train, comparable(train, test))

@@ -8,7 +8,6 @@ import sys
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -73,8 +72,7 @@ class Network:
 
 
 class Teacher(Network):
-    def targets(self, samples, sizes):
-        self.sizes = sizes  # at which the student sees them
+    def targets(self, samples):
         maps = [self.map(to_float(sample.image)) for sample in samples]
         return TeacherOutput(torch.stack([x.mean((0, 1)) for x in maps]), maps)
 
@@ -190,18 +188,6 @@ def test_at_size():
     assert abs(height * width - 1e4) < 150 and abs(height / width - h / w) < 0.03
     assert ev.at_size(sample, (32, 48)).image.shape == (32, 48, 3)
     assert ev.at_size(sample, None) is sample
-
-
-@pytest.mark.parametrize(("side", "largest", "size"), [(64, 1024, (64, 128)), (64, 32, (22, 45)),
-                                                       (1024, 1024, (724, 1448))])  # fmt: skip
-def test_students_see_at_most_the_largest_size_and_teachers_what_they_take(side, largest, size):
-    """22 x 45 of 32^2 pixels, 724 x 1448 of 1024^2; the teacher has patches of 8 px."""
-    image, seen = np.full((side, 2 * side, 3), 90, np.uint8), []
-    student = SimpleNamespace(encode=lambda images: seen.extend(images) or [Features({}, {})])
-    teacher = Teacher()
-    (found,) = ev.encode({"t": teacher, "s": student}, [Sample("a", "b", image)], largest)
-    assert [x.shape for x in seen] == [(3, *size)] and teacher.sizes == [size]
-    assert found.patches["t"].shape[:2] == (side // 8, side // 4)
 
 
 def test_a_picture_in_both_sets_is_refused(sets):
