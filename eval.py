@@ -91,8 +91,12 @@ def encode(model: Any, samples: list[Sample]) -> list[Features]:
     nests: {"teacher": {"vit": ...}, "student": ...} gives "teacher/vit", "student/trunk".
     """
     if isinstance(model, Mapping):
-        parts = {name: encode(part, samples) for name, part in model.items()}
-        return [_join({name: part[i] for name, part in parts.items()}) for i in range(len(samples))]
+        found = [Features({}, {}) for _ in samples]
+        for name, part in model.items():
+            for joined, one in zip(found, encode(part, samples), strict=True):
+                joined.summary |= {f"{name}/{x}".rstrip("/"): y for x, y in one.summary.items()}
+                joined.patches |= {f"{name}/{x}".rstrip("/"): y for x, y in one.patches.items()}
+        return found
     if not hasattr(model, "targets"):
         return model.encode([packing.to_float(sample.image) for sample in samples])
     out = model.targets(samples)
@@ -774,15 +778,6 @@ def random_control(student: Student, seed: int = 0) -> Student:
             if weight.ndim > 1 and not weight.any():
                 nn.init.trunc_normal_(weight, std=weight.shape[-1] ** -0.5)
     return control.eval().to(next(student.parameters()).device)
-
-
-def _join(parts: dict[str, Features]) -> Features:
-    """One Features whose names carry the models' names in front."""
-    joined = Features({}, {})
-    for model, part in parts.items():
-        joined.summary |= {f"{model}/{name}".rstrip("/"): x for name, x in part.summary.items()}
-        joined.patches |= {f"{model}/{name}".rstrip("/"): x for name, x in part.patches.items()}
-    return joined
 
 
 def _gather(records: dict[int, tuple], skipped: dict, at_scan: dict) -> FeatureSet:
