@@ -1094,8 +1094,10 @@ def autocast(device: torch.device, precision: str = "auto") -> Any:
 
 def read_image(image: Any, name: str) -> Tensor:
     """An image of any kind that `encode` takes, as float32 (3, H, W) in [0, 1]."""
-    if isinstance(image, Image.Image):
-        image = to_rgb(ImageOps.exif_transpose(image))
+    try:
+        image = to_rgb(ImageOps.exif_transpose(image)) if isinstance(image, Image.Image) else image
+    except OSError as error:
+        raise ValueError(f"{name}: does not decode ({error}); leave it out") from error
     is_bytes = isinstance(image, np.ndarray) and image.dtype == np.uint8
     is_float = isinstance(image, Tensor) and image.is_floating_point()
     shape = tuple(getattr(image, "shape", ()))
@@ -1106,27 +1108,34 @@ def read_image(image: Any, name: str) -> Tensor:
             "image, uint8 array (H, W, 3) or float tensor (3, H, W) in [0, 1], or is empty"
         )
     if is_bytes:
-        return to_float(image)
+        return to_float(np.ascontiguousarray(image))  # img[..., ::-1] is a view, going backwards
     image = image.float()
     low, high = image.min().item(), image.max().item()
     if not (low >= 0 and high <= 1):  # also false for NaN
-        raise ValueError(f"{name}: values from {low} to {high}, expected finite numbers in [0, 1]")
+        raise ValueError(
+            f"{name}: values from {low} to {high}, expected finite numbers in [0, 1]: "
+            "not normalised, and 0..255 as uint8 or divided by 255"
+        )
     return image
+
+
+def read_images(images: Sequence[Any], name: str = "image") -> Iterator[Tensor]:
+    """The one check behind `encode`, `Teacher` and `FixedGrid`: kind, shape, range, finite."""
+    if isinstance(images, Image.Image | np.ndarray | Tensor):
+        raise ValueError(f"{name}s: not a list of images, but one {type(images).__name__}")
+    return (read_image(image, f"{name} {index}") for index, image in enumerate(images))
 
 
 def packs_of(
     images: Sequence[Any], config: ModelConfig, max_tokens: int | None, budget: int
 ) -> Iterator[list[Tensor]]:
     """Images resized to whole patches, together as many as the budget of tokens allows."""
-    if isinstance(images, Image.Image | np.ndarray | Tensor):
-        raise ValueError(f"encode takes a list of images, got one {type(images).__name__}")
     if max_tokens is not None and max_tokens < 1:
         raise ValueError(f"max_tokens={max_tokens} leaves no patch")
     max_area = max_tokens and max_tokens * config.patch**2
     pack: list[Tensor] = []
     tokens = 0
-    for index, image in enumerate(images):
-        pixels = read_image(image, f"image {index}")
+    for pixels in read_images(images):
         height, width = fit_size(pixels.shape[1], pixels.shape[2], config.patch, max_area=max_area)
         length = height * width // config.patch**2 + config.prefix
         if pack and tokens + length > budget:
