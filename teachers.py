@@ -33,7 +33,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -51,6 +50,7 @@ from packing import (
     resize,
     to_device,
     to_float,
+    wait_for_all,
     write_whole,
 )
 
@@ -832,8 +832,7 @@ def fill_caches(caches: list[CachedTeacher], source: Source) -> dict[str, str]:
                     cache.store(origin, keys, pictures)
                 pictures.clear()
             keys.clear()
-    if world > 1:
-        dist.barrier()
+    wait_for_all()
     for cache in caches:
         cache.refresh()
     return skipped

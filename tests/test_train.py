@@ -57,7 +57,7 @@ def run(out: Path, *flags: str) -> list[dict]:
 
 
 def rows_of(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()[1:]]
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 def assert_same(one, two) -> None:
@@ -139,9 +139,10 @@ def test_flags_change_the_preset():
         (["--teachers", "a=builtin:tiny-dense", "a=builtin:tiny-semantic"], "a"),
         (["--data-weights", "1", "2"], "2"),
         (["--steps", "0"], "steps"),
-        (["--clip", "inf"], "clip=inf"),
         (["--shift", "0.5", "--cache", "auto"], "pass --cache none"),
-        (["--shift", "-1"], "shift=-1.0"),
+        (["--shift", "6", "--cache", "none"], "--shift 6.0 is beyond the 6 patches"),
+        (["--frozen-steps", "7"], "--frozen-steps 7 is beyond --steps 6"),
+        (["--stepz", "7"], "did you mean --steps?"),
         (["--relation", "nonsense"], "nonsense"),
         (["--resume", "/no/such/checkpoint"], "/no/such/checkpoint"),
     ],
@@ -354,7 +355,12 @@ class Run:
     stages: list = field(default_factory=list)
     weights: list[dict] = field(default_factory=list)  # of the student, before and after each step
     reports: list[train.StepReport] = field(default_factory=list)
-    stop = SimpleNamespace(poll=lambda: 0)
+
+    out = Path("no such folder")
+
+    @property
+    def origin(self) -> train.TrainConfig:
+        return self.cfg
 
     def go(self) -> "Run":
         HERE.run = self
@@ -470,21 +476,11 @@ def test_wrong_batches_are_refused_with_both_numbers():
         dataclasses.replace(cfg, global_tokens=1_000_000)
     twice = dataclasses.replace(cfg, global_tokens=2 * 1_625_536)
     assert train.times(twice, twice.stages[0]) == 2
-    radio = train.PRESETS["radio-stage3"].stages[0]
-    for images, times in ((16 * 64 + 2 * 64, 1), (3 * (16 * 64 + 2 * 64), 3)):
-        by_images = dataclasses.replace(train.PRESETS["radio-stage3"], global_images=images)
-        assert train.times(by_images, radio, 16, 8) == times
-    with pytest.raises(ValueError, match="global_images=1000 is not a multiple of the 1152 images"):
-        train.times(dataclasses.replace(by_images, global_images=1000), radio, 16, 8)
-    with pytest.raises(ValueError, match="stream low hold pictures of many sizes"):
-        train.times(dataclasses.replace(cfg, global_images=1024), cfg.stages[0])
-    with pytest.raises(ValueError, match="pass one of them"):
-        dataclasses.replace(twice, global_images=1024)
     with pytest.raises(ValueError, match="report is scored on openmoji:test"):
         train.open_sources(dataclasses.replace(cfg, data=("openmoji:all",)))
     with pytest.raises(ValueError, match="SOURCE number 1, but --data has 1"):
         dataclasses.replace(train.PRESETS["amoe-stage2"], data=("photos",))
-    with pytest.raises(ValueError, match="micro_packs=3"):
+    with pytest.raises(ValueError, match=r"--micro-packs 3 [*] 1 processes"):
         train_for(dataclasses.replace(DEBUG, micro_packs=3))
 
 
@@ -1549,12 +1545,24 @@ def test_a_stop_at_the_end_of_an_epoch_changes_no_bit(tmp_path, monkeypatch):
     assert totals(run(tmp_path / "cut", *flags)) == expected
 
 
-def test_a_new_run_in_a_used_folder_sets_the_old_checkpoints_aside(tmp_path, reference):
-    run(tmp_path, "--steps", "8", "--seed", "1")
-    assert totals(run(tmp_path, "--resume", "none")) == totals(rows_of(reference))
-    assert [path.name for path in train.checkpoints(tmp_path)] == [
+def tree(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_new_run_in_a_used_folder_moves_the_old_one_aside(tmp_path, reference, capsys):
+    out = tmp_path / "out"
+    olds = []
+    for seed in ("1", "2"):
+        run(out, "--resume", "none", "--steps", "2", "--seed", seed)
+        (out / "summary.json").write_text("{}")
+        olds.append(tree(out))
+    assert totals(run(out, "--resume", "none")) == totals(rows_of(reference))
+    assert [path.name for path in train.checkpoints(out)] == [
         "step_000002", "step_000004", "step_000006"]  # fmt: skip
-    assert (tmp_path / "old_step_000008").is_dir()
+    assert [tree(tmp_path / "out.1"), tree(tmp_path / "out.2")] == olds
+    assert f"{out} is now in {tmp_path / 'out.2'}" in capsys.readouterr().err
+    assert not (out / "summary.json").exists() and not (out / "lock").exists()
 
 
 def test_checkpoints_are_in_the_order_of_their_steps(tmp_path):
@@ -1566,9 +1574,9 @@ def test_checkpoints_are_in_the_order_of_their_steps(tmp_path):
 def test_a_restart_by_the_launcher_goes_on_whatever_resume_says(tmp_path, monkeypatch):
     run(tmp_path, "--steps", "2")
     cfg = train.parse_args([*QUICK, "--out", str(tmp_path), "--resume", "none"])
-    assert train.newest_checkpoint(cfg) is None
+    assert train.find_start(cfg, {}) is None
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert train.newest_checkpoint(cfg) == tmp_path / "step_000002"
+    assert train.find_start(cfg, {}) == tmp_path / "step_000002"
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "no manifest", "other student"])
@@ -1603,7 +1611,10 @@ def test_a_pickle_payload_is_refused(tmp_path, reference):
     for name in ("model.pt", "state.pt"):
         torch.save(Evil(), folder / name, pickle_module=pickle)
     manifest = {n: train.sha256_of(folder / n) for n in ("model.pt", "state.pt")}
-    (folder / "manifest.json").write_text(json.dumps({"version": 1, "sha256": manifest}))
+    cfg = train.parse_args(QUICK)
+    identity = train.identity_of(cfg, train.open_sources(cfg)[0], load_teachers(cfg))
+    manifest = {"version": 2, "sha256": manifest, "identity": identity}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(SystemExit, match=re.escape("state.pt")):
         run(tmp_path, "--resume", str(folder))
     assert not (tmp_path / "PWNED").exists()
@@ -1617,29 +1628,29 @@ def test_another_run_is_refused_with_the_difference(tmp_path, reference, monkeyp
             run(tmp_path)
     with pytest.raises(SystemExit, match="lr"):
         run(tmp_path, "--lr", "1e-4")
-    with pytest.raises(SystemExit, match="data"):
+    with pytest.raises(SystemExit, match=r"sources: .'24 pictures.*'25 pictures"):
         run(tmp_path, "--data", "openmoji:train:25")
     assert totals(run(tmp_path)) == totals(rows_of(reference))
     assert_same_end(tmp_path, reference)
 
 
 # Fields that decide how a run goes, not what it computes (but for rounding).
-CONTROLS = {"out", "resume", "save_every", "keep", "keep_every", "log_every", "evaluate_every",
+CONTROLS = {"preset", "data", "teachers", "init", "cache",  # by their content, see below
+            "out", "resume", "save_every", "keep", "keep_every", "log_every", "evaluate_every",
             "workers", "threads", "pg_timeout", "max_bad_frac", "micro_packs", "parallel",
             "device", "deterministic", "recompute", "compile"}  # fmt: skip
 
 
 def test_every_field_but_the_controls_is_in_a_runs_identity():
-    cfg = dataclasses.replace(DEBUG, data_weights=(2.0,), init="x=y", model="test")
+    cfg = dataclasses.replace(DEBUG, data_weights=(2.0,), model="test")
     identity = cfg.identity()
     assert identity.keys() == {item.name for item in dataclasses.fields(cfg)} - CONTROLS
     assert json.loads(json.dumps(identity)) == identity
     assert identity["stages"][0]["streams"][0]["max_side"] == 96
     for name, value in identity.items():
-        if name not in ("stages", "data", "data_weights", "teachers"):
+        if name not in ("stages", "data_weights"):
             assert value == getattr(cfg, name)
-    assert (identity["data"], identity["data_weights"]) == (["openmoji:train:96"], [2.0])
-    assert identity["teachers"] == list(cfg.teachers)
+    assert identity["data_weights"] == [2.0]
 
 
 def stopped_run(out: Path, monkeypatch, *flags: str) -> None:
@@ -1683,7 +1694,7 @@ def test_changed_pictures_or_teachers_are_refused_on_resume(tmp_path, reference,
     flags = ("--data", str(pictures), "--teachers", f"a={teacher}", "--held-out", "0")
     stopped_run(tmp_path / "out", monkeypatch, *flags)
     shutil.copy(reference / "step_000006" / "model.pt", teacher)
-    with pytest.raises(SystemExit, match=r"another run\. fingerprints: "):
+    with pytest.raises(SystemExit, match=r"another run\. teachers: "):
         run(tmp_path / "out", *flags)
     shutil.copy(reference / "step_000002" / "model.pt", teacher)
     Image.new("RGB", (64, 48)).save(pictures / "023.jpg")
@@ -1691,20 +1702,31 @@ def test_changed_pictures_or_teachers_are_refused_on_resume(tmp_path, reference,
         run(tmp_path / "out", *flags)
 
 
-def test_a_finished_run_says_so_and_another_is_refused(tmp_path, reference, monkeypatch, capsys):
-    out = shutil.copytree(reference, tmp_path / "out")
-    cfg = train.parse_args([*QUICK, "--out", str(out)])
-    summary = {"steps": 6, "config": cfg.identity(), "report": {"left out": {"knn": "no labels"}}}
-    (out / "summary.json").write_text(json.dumps(summary))
+def test_a_finished_run_says_so_and_another_is_refused(tmp_path, monkeypatch, capsys):
+    """Also where the pictures have changed since, or more steps are asked for."""
+    out, pictures = tmp_path / "out", tmp_path / "pictures"
+    make_pictures(pictures, good=24, bad=0)
+    flags = ("--data", str(pictures), "--held-out", "0")
+    run(out, *flags)
+    identity = json.loads((out / "config.json").read_text())["identity"]
+    report = {"left out": {"knn": "no labels"}}
+    (out / "summary.json").write_text(
+        json.dumps({"steps": 6, "identity": identity, "report": report})
+    )
+    kept = tree(out)
     with monkeypatch.context() as patch:
-        patch.setattr(train, "start_process", lambda _: pytest.fail("a finished run was opened"))
-        train.main([*QUICK, "--out", str(out)])
+        patch.setattr(train, "train", lambda *_: pytest.fail("a finished run was opened"))
+        run(out, *flags)
         text = capsys.readouterr().out
         assert "is finished (6 steps)" in text and "no labels" in text
         with pytest.raises(SystemExit, match="seed: 0 in the checkpoint, 1 now"):
-            train.main([*QUICK, "--out", str(out), "--seed", "1"])
-    run(out, "--resume", "none", "--steps", "2")  # the old report is not that of the new run
-    assert not (out / "summary.json").exists()
+            run(out, *flags, "--seed", "1")
+        with pytest.raises(SystemExit, match=r"steps: 6 .*, 8 now.*--init NAME=.*model\.pt"):
+            run(out, *flags, "--steps", "8")
+        Image.new("RGB", (64, 48)).save(pictures / "023.jpg")
+        with pytest.raises(SystemExit, match=r"another run\. sources: "):
+            run(out, *flags)
+    assert tree(out) == kept
 
 
 def test_the_log_is_cut_back_to_the_checkpoint(tmp_path, monkeypatch):
@@ -1806,7 +1828,6 @@ def test_a_checkpoint_is_flushed_before_it_appears(tmp_path, monkeypatch):
 
 def test_a_run_whose_launcher_is_gone_stops(monkeypatch):
     stop = train.StopSignal()
-    stop.release()
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     monkeypatch.setattr(train, "LAUNCHER", -1)  # no parent of ours
     assert stop.poll() == 0
@@ -1990,7 +2011,7 @@ for attempt in range(20):
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     unfinished += any(out.glob("*.tmp"))
-    newest = train.newest_checkpoint(cfg)
+    newest = train.find_start(cfg, {{}})
     assert newest is not None and newest == train.checkpoints(out)[-1], newest
     assert train.read_state(newest)["step"] == int(newest.name[5:])
     first = int(newest.name[5:]) + 1
@@ -2040,7 +2061,7 @@ def test_a_frozen_or_dead_rank_ends_the_run_without_orphans(number, tmp_path):
     while any(map(is_alive, ranks)) and time.monotonic() < end:
         time.sleep(0.2)
     assert not any(map(is_alive, ranks))
-    assert train.broken(train.newest_checkpoint(train.parse_args(["--out", str(tmp_path)]))) is None
+    assert train.broken(train.checkpoints(tmp_path)[-1]) is None
 
 
 @pytest.mark.slow
