@@ -16,6 +16,7 @@ flattened (row, column, channel). Sizes are (height, width), in pixels unless ca
 from __future__ import annotations
 
 import argparse
+import atexit
 import bisect
 import colorsys
 import contextlib
@@ -37,6 +38,7 @@ import tarfile
 import threading
 import unicodedata
 import warnings
+import weakref
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -1437,9 +1439,19 @@ def make_loader(
     options: Any = {"sampler": range(start, stop), "num_workers": workers, "pin_memory": pin}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)  # no moment without a handler
     try:
-        return iter(DataLoader(data, batch_size=None, worker_init_fn=serve_parent, **options))
+        loader = iter(DataLoader(data, batch_size=None, worker_init_fn=serve_parent, **options))
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    if workers:  # Python would terminate them, which they ignore, and then wait for them
+        atexit.register(end_workers, weakref.ref(loader))
+    return loader
+
+
+def end_workers(loader: Any) -> None:
+    if kept := loader():
+        kept._shutdown_workers()
+        for worker in kept._workers:
+            worker.kill()
 
 
 @dataclass(frozen=True)
