@@ -324,6 +324,8 @@ def parse_teacher(text: str) -> TeacherSpec:
         raise TeacherError(
             f"teacher {text!r} is not NAME=PATH[@layer] nor PATH, e.g. vit=builtin:vit-s@11"
         )
+    if (Path(path) / "model.pt").is_file():  # a run's folder, or one of its checkpoints'
+        path = str(Path(path) / "model.pt")
     return TeacherSpec(name, path, None if layer is None else int(layer))
 
 
@@ -692,6 +694,13 @@ def write_shard(path: Path, blobs: list[bytes], index: dict[str, Any]) -> None:
         raise TeacherError(f"can't write the feature cache {path}: {error.strerror}") from error
 
 
+def lost_in_half(tokens_MC: Tensor) -> int:
+    """The channels whose values lie so close together, far from 0, that fp16 rounds them away."""
+    std_C = tokens_MC.std(0, correction=0)
+    error_C = (tokens_MC.half().float() - tokens_MC).square().mean(0).sqrt()
+    return int(((error_C > 0.2 * std_C) & (std_C > 1e-3 * std_C.mean())).sum())
+
+
 def read_shard(path: Path, fingerprint: str) -> tuple[np.ndarray, dict[str, Any]]:
     """Map a shard's bytes and read its index; refuses a cut, damaged or another teacher's file."""
     try:
@@ -749,6 +758,12 @@ class CachedTeacher(Teacher):
         """
         output = self.features(list(prepared.values()), share_canvas=False)
         vectors = [x for x in (output.summary_BC, output.registers_BRC) if x is not None]
+        lost = lost_in_half(torch.cat([x.flatten(0, 1) for x in output.patches]))
+        if lost:
+            raise TeacherError(
+                f"teacher {self.name}: {lost} of {self.dim} channels vary too little beside their "
+                "mean for the fp16 of the cache; pass --cache none"
+            )
         blobs: list[bytes] = []
         records, offset = {}, 0
         for row, (digest, patches_hwC) in enumerate(zip(prepared, output.patches, strict=True)):

@@ -1120,9 +1120,9 @@ def write_files(job: Job, state: State, saved: dict[str, Any]) -> None:
         if not job.cfg.keep_every or int(old.name[5:]) % job.cfg.keep_every:
             with spared("an old checkpoint"):
                 shutil.rmtree(old)
-    rows = [row for row in read_rows(job.out) if "loss/total" in row]
-    with spared("curves.png"):
-        draw_curves(rows, job.out / "curves.png", job.cfg)
+    if rows := [row for row in read_rows(job.out) if "loss/total" in row]:
+        with spared("curves.png"):
+            draw_curves(rows, job.out / "curves.png", job.cfg)
 
 
 @contextmanager
@@ -1330,8 +1330,7 @@ def identity_of(cfg: TrainConfig, sources: list[Source], teachers: Teachers = ()
     """
     found = cfg.identity()
     found["sources"] = [f"{len(s)} pictures, {s.fingerprint()[:32]}" for s in sources]
-    if cfg.init:
-        found["init"] = content_of(cfg.init)
+    found["init"] = content_of(cfg.init) if cfg.init else ""
     for t in teachers:
         how = ", cached in fp16" if isinstance(t, CachedTeacher) else ""
         found.setdefault("teachers", {})[t.name] = t.fingerprint[:32] + how
@@ -1354,7 +1353,7 @@ def refuse_changes(folder: Path, saved: dict, current: dict) -> None:
     changed = {
         key: f"{key}: {saved.get(key)!r} in the checkpoint, {value!r} now. "
         for key, value in current.items()
-        if value != saved.get(key) and (key, value) != ("init", None)
+        if value != saved.get(key) and not (key == "init" and value is None and saved.get(key))
     }
     advice = "Pass the old values, another --out, or --resume none"
     if [*changed] == ["steps"]:
@@ -1405,27 +1404,32 @@ def metrics_row(job: Job, report: StepReport, tokens_per_s: float) -> dict:
 def draw_curves(rows: list[dict], path: Path, cfg: TrainConfig) -> None:
     """Losses per teacher and part, expert load and learning rate over the steps, as one picture.
 
-    Vertical lines are where a stage ends.
+    Thick lines are means over some thirtieth of the steps before, vertical ones the stages' ends.
     """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 3.6), layout="constrained")
     left, middle, right = axes = figure.subplots(1, 3)
-    steps = [row["step"] for row in rows]
-    for name in [key for key in rows[-1] if key.startswith("loss/") and key != "loss/total"]:
-        axis = middle if name.endswith("/relation") else left
-        label = name[5:] + (" (raw)" if name.endswith("/registers") else "")
-        axis.plot(steps, [row[name] for row in rows], label=label)
+    steps, count = [row["step"] for row in rows], max(1, len(rows) // 30)
+
+    def draw(axis: Any, label: str, key: str, unit: float = 1.0) -> None:
+        values = [math.nan if row[key] is None else row[key] / unit for row in rows]
+        parts = [values[max(0, i - count + 1) : i + 1] for i in range(len(values))]
+        (line,) = axis.plot(steps, [sum(part) / len(part) for part in parts], label=label)
+        axis.plot(steps, values, color=line.get_color(), alpha=0.25, linewidth=1)
+
+    for key in [key for key in rows[-1] if key.startswith("loss/") and key != "loss/total"]:
+        raw = " (raw)" if key.endswith("/registers") else ""
+        draw(middle if key.endswith("/relation") else left, key[5:] + raw, key)
     kinds = cfg.patch_loss, cfg.summary_loss
     if cfg.normalizer in ("phis", "channel") and kinds in (("mse", "mse"), ("mse", "angle")):
         left.set(title="feature loss (1: whoever answers the stage's mean)", ylim=(0, 1.2))
     else:
         left.set(title=f"feature loss ({', '.join(kinds)} of {cfg.normalizer})", yscale="log")
     middle.set(title="relational loss")
-    right.plot(steps, [row["moe/max_load"] for row in rows], label="busiest expert / mean")
-    right.plot(steps, [row["grad_norm"] for row in rows], label="gradient norm", alpha=0.5)
-    peak = max(row["lr"] for row in rows)
-    right.plot(steps, [row["lr"] / peak for row in rows], label="learning rate / its peak")
+    draw(right, "busiest expert / mean", "moe/max_load")
+    draw(right, "gradient norm", "grad_norm")
+    draw(right, "learning rate / its peak", "lr", max(row["lr"] for row in rows))
     right.set(title="experts, gradients, learning rate", yscale="log")
     for axis in axes:
         axis.set(xlabel="step")

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import io
 import json
 import os
 import pickle
@@ -153,6 +154,42 @@ def test_wrong_flags_are_one_clear_line(flags, names, tmp_path, capsys):
     text = str(stop.value.code) if isinstance(stop.value.code, str) else capsys.readouterr().err
     assert stop.value.code != 0
     assert names in text
+
+
+RANGES = {  # outside of them: one clear line that names the flag
+    "steps": (0, -1, 1.5), "seed": (-1,), "save_every": (0,), "keep": (0,), "keep_every": (-1,),
+    "log_every": (0,), "evaluate_every": (-1,), "workers": (-1,), "threads": (-1,),
+    "pg_timeout": (0, -1, "nan"), "max_bad_frac": (-0.1, 2), "held_out": (-0.1, 1),
+    "max_images": (0,), "global_tokens": (-512,), "micro_packs": (-1,), "shift": (-1, "inf"),
+    "relation_weight": (-1, "nan"), "stats_steps": (0,), "frozen_steps": (-1,),
+    "lr": (0, -1, "nan"), "trunk_lr": (-1, "nan"), "min_lr": (-1, 5), "warmup": (-5,),
+    "weight_decay": (-1,), "beta2": (-0.1, 1.0), "clip": (-1, "nan", "inf"), "ema": (-0.1, 1),
+    "router_rate": (-1, "nan"), "head_hidden": (-3,), "data_weights": (0, -1, "nan", "inf"),
+}  # fmt: skip
+
+
+def test_every_number_has_a_range_for_flags_and_for_python(capsys):
+    numbers = {f.name for f in dataclasses.fields(DEBUG)
+               if type(getattr(DEBUG, f.name)) in (int, float)} | {"data_weights"}  # fmt: skip
+    assert numbers == RANGES.keys()
+    for name, values in RANGES.items():
+        for value in values:
+            given = (float(value),) if name == "data_weights" else float(value)
+            given = value if isinstance(value, int) and name != "data_weights" else given
+            with pytest.raises(ValueError, match=f"^{train.flag(name)} .*must be"):
+                dataclasses.replace(DEBUG, **{name: given})
+            with pytest.raises(SystemExit):
+                train.parse_args([*QUICK, f"{train.flag(name)}={value}"])
+            line = capsys.readouterr().err
+            assert train.flag(name) in line and str(value) in line and line.count("\n") == 1
+    with pytest.raises(ValueError, match="--average"):
+        dataclasses.replace(DEBUG, average="images")
+
+
+def test_clip_0_is_off():
+    gradients = [gradients_of(train_for(dataclasses.replace(DEBUG, clip=clip, stats_steps=1), 1))
+                 for clip in (0.0, 1e9)]  # fmt: skip
+    assert_same(*gradients)
 
 
 @pytest.mark.parametrize("content", [None, "notes.txt"])
@@ -1729,6 +1766,164 @@ def test_a_finished_run_says_so_and_another_is_refused(tmp_path, monkeypatch, ca
     assert tree(out) == kept
 
 
+@pytest.mark.parametrize(
+    "flags",
+    ["--teachers a=/no/such.pt", "--lr 1", "--data /no/such", "--init x=/no/such.pt",
+     "--resume none --init x=/no/such.pt"],
+)  # fmt: skip
+def test_a_refused_command_writes_nothing(flags, tmp_path, stopped):
+    out = shutil.copytree(stopped, tmp_path / "a" / "out")
+    kept = tree(out)
+    for folder in (out, tmp_path / "b" / "new"):
+        if folder == out or flags != "--lr 1":
+            with pytest.raises(SystemExit) as stop:
+                run(folder, *flags.split())
+            assert "train.py: " in str(stop.value.code)
+    assert tree(out) == kept and [p.name for p in (tmp_path / "a").iterdir()] == ["out"]
+    assert not (tmp_path / "b" / "new").exists()
+
+
+@pytest.mark.slow
+def test_one_run_at_a_time_in_a_folder(tmp_path, monkeypatch):
+    """The lock dies with its process, and says whose it is."""
+    out = tmp_path / "out"
+    code = f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); import train; from pathlib import"
+    code += f" Path; train.own(Path({str(out)!r})); print('owned', flush=True); time.sleep(99)"
+    other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    other.stdout.readline()
+    before = tree(out)
+    monkeypatch.setattr(train.time, "sleep", lambda _: None)
+    with pytest.raises(SystemExit) as stop:
+        run(out)
+    found = re.search(r"in use by process (\d+) on (\S+) since (\d{4}-\S+ \S+); ", stop.value.code)
+    assert int(found[1]) == other.pid and found[2] == train.platform.node()
+    assert abs(time.mktime(time.strptime(found[3], "%Y-%m-%d %H:%M:%S")) - time.time()) < 60
+    assert tree(out) == before
+    other.kill()
+    other.wait()
+    monkeypatch.undo()
+    train.own(out)
+    train.disown(out)
+    assert not out.exists()
+
+
+def test_damaged_checkpoints_only_stop_the_run_with_the_way_out(tmp_path, stopped):
+    out = shutil.copytree(stopped, tmp_path / "out")
+    (out / "step_000002" / "state.pt").write_bytes(b"x")
+    kept = tree(out)
+    with pytest.raises(SystemExit, match=r"no checkpoint in .* is whole: .*SHA-256.*--resume none"):
+        run(out)
+    assert tree(out) == kept
+
+
+def test_another_spelling_and_another_place_are_the_same_run(tmp_path, reference, monkeypatch):
+    """Pictures, the weights it started from, and a teacher are known by their content."""
+    place = tmp_path / "here"
+    make_pictures(place / "pics", good=24, bad=0)
+    for name, step in (("init.pt", 2), ("teacher.pt", 4)):
+        shutil.copy(reference / f"step_00000{step}" / "model.pt", place / name)
+
+    def flags(root: str, cache: str) -> list[str]:
+        return ["--data", f"{root}/pics", "--init", f"x={root}/init.pt", "--held-out", "0",
+                "--teachers", f"a={root}/teacher.pt", "--cache", str(tmp_path / cache)]  # fmt: skip
+
+    expected = totals(run(tmp_path / "whole", *flags(str(place), "cache")))
+    monkeypatch.chdir(tmp_path)
+    stopped_run(tmp_path / "out", monkeypatch, *flags("here", "cache"))
+    with monkeypatch.context() as patch:
+        interrupt_before(5, patch)
+        with pytest.raises(Interrupted):
+            run(tmp_path / "out", *flags("./here/", "cache"))
+    shutil.copy(reference / "step_000006" / "model.pt", place / "init.pt")
+    with pytest.raises(SystemExit, match=r"another run\. init: "):
+        run(tmp_path / "out", *flags("here", "cache"))
+    (place / "init.pt").unlink()  # the checkpoint has all weights
+    shutil.move("here", "there")
+    shutil.move("cache", "moved")
+    assert totals(run(tmp_path / "out", *flags("there", "moved"))) == expected
+
+
+def test_resume_from_a_folder_goes_on_in_its_own(tmp_path, stopped, reference, monkeypatch):
+    flags, out = ("--resume", str(stopped / "step_000002")), tmp_path / "out"
+    before = tree(stopped)
+    with monkeypatch.context() as patch:
+        interrupt_before(6, patch)
+        with pytest.raises(Interrupted):
+            run(out, *flags)
+    with monkeypatch.context() as patch:
+        seen = watch_steps(patch)
+        assert totals(run(out, *flags)) == totals(rows_of(reference))
+    assert [step for step, _, _ in seen] == [5, 6] and tree(stopped) == before
+    # back in the same folder: the run so far moves aside
+    kept = tree(out)
+    assert totals(run(out, "--resume", str(out / "step_000004"))) == totals(rows_of(reference))
+    assert tree(tmp_path / "out.1") == kept
+    assert [path.name for path in train.checkpoints(out)] == ["step_000006"]
+
+
+@pytest.mark.parametrize("damage", ["torn", "nul", "bad line", "utf8", "empty", "gone"])
+def test_a_damaged_log_loses_the_damaged_lines_alone(damage, tmp_path, stopped):
+    out = shutil.copytree(stopped, tmp_path / "out")
+    path = out / "metrics.jsonl"
+    first, second = path.read_bytes().splitlines(keepends=True)
+    text = {"torn": first + second[:-40], "nul": first + b"\0" * 300, "empty": b"",
+            "bad line": first + b"{'a\n", "utf8": first + second.replace(b"lr", b"\xff\xfe"),
+            }.get(damage)  # fmt: skip
+    path.unlink() if text is None else path.write_bytes(text)
+    kept = {"empty": [], "gone": []}.get(damage, [1])
+    assert [row["step"] for row in run(out)] == [*kept, 3, 4, 5, 6]
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, monkeypatch):
+    whole = train.update_average
+
+    def broken(state: train.State, step: int) -> None:
+        whole(state, step)
+        if step == 4:
+            next(iter(state.student.parameters())).data[0] = float("nan")
+
+    monkeypatch.setattr(train, "update_average", broken)
+    with pytest.raises(SystemExit, match=r"step 4: not finite: prefix_RD.*step_000002/model\.pt"):
+        run(tmp_path)
+    assert [path.name for path in train.checkpoints(tmp_path)] == ["step_000002"]
+
+
+def test_small_troubles_do_not_end_a_run(tmp_path, reference, monkeypatch, capsys):
+    """An old checkpoint that stays, a disk without room for a line of the log, no hard links."""
+
+    def refuse(*_: Any, ignore_errors: bool = False) -> None:
+        if not ignore_errors:
+            raise OSError("no")
+
+    real = Path.open
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    monkeypatch.setattr(os, "link", refuse)
+    monkeypatch.setattr(Path, "open", lambda self, mode="r", **how: (
+        refuse() if mode == "ab" else real(self, mode, **how)))  # fmt: skip
+    train.main([*QUICK, "--out", str(tmp_path), "--keep", "1"])
+    monkeypatch.undo()
+    text = capsys.readouterr().err
+    assert "an old checkpoint: no; the run goes on" in text
+    assert "metrics.jsonl: no; the run goes on" in text
+    assert_same_end(tmp_path, reference)
+    newest = train.checkpoints(tmp_path)[-1] / "model.pt"
+    assert (tmp_path / "model.pt").read_bytes() == newest.read_bytes()
+
+
+def test_a_full_disk_leaves_no_half_line(tmp_path, monkeypatch, capsys):
+    class Small(io.FileIO):
+        def write(self, data: bytes) -> int:
+            return super().write(data[: min(len(data), 30)])
+
+    job = SimpleNamespace(group=CPU, out=tmp_path)
+    train.write_metrics(job, {"step": 1})
+    monkeypatch.setattr(Path, "open", lambda self, *_, **__: Small(self, "a"))
+    train.write_metrics(job, {"step": 2, "loss/total": 1.0, "lr": 0.1})
+    monkeypatch.undo()
+    assert rows_of(tmp_path) == [{"step": 1}]
+    assert "no room for a line at step 2" in capsys.readouterr().err
+
+
 def test_the_log_is_cut_back_to_the_checkpoint(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         interrupt_before(6, patch)
@@ -1837,6 +2032,21 @@ def test_a_run_whose_launcher_is_gone_stops(monkeypatch):
     assert stop.poll() == 0
 
 
+@pytest.mark.parametrize("number", packing.STOPPING)
+def test_a_signal_ends_a_run_that_has_nothing_to_save_and_waits_for_a_step(number, capsys):
+    stop, before = train.StopSignal(), signal.getsignal(number)
+    with pytest.raises(SystemExit) as left, stop:
+        os.kill(os.getpid(), number)
+        time.sleep(1)
+    assert left.value.code == 128 + number
+    assert capsys.readouterr().err.count("told to stop") == 1
+    with stop:
+        stop.is_awaited = True
+        os.kill(os.getpid(), number)
+        assert stop.poll() == number
+    assert signal.getsignal(number) == before
+
+
 def test_too_many_bad_pictures_stop_the_run(tmp_path):
     make_pictures(tmp_path / "pictures", good=30, bad=30)
     with pytest.raises(SystemExit, match="max_bad_frac"):
@@ -1876,20 +2086,82 @@ def test_two_processes_equal_one(relation, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_once_and_the_run_goes_on(number, tmp_path):
-    flags = ("--steps", "4000", "--save-every", "4000")
+@pytest.mark.parametrize("number", packing.STOPPING)
+@pytest.mark.parametrize("launch", ["python", "torchrun"])
+def test_a_signal_saves_once_and_the_run_goes_on(launch, number, tmp_path):
+    """Sent to the whole group, with workers: they must not die before the step is saved."""
+    flags = ("--steps", "4000", "--save-every", "4000", "--workers", "2")
     line = [sys.executable, "train.py", *QUICK, "--out", str(tmp_path), *flags]
-    process = subprocess.Popen(
-        line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    if launch == "torchrun":
+        line[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1"]
+    process = subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                               text=True, start_new_session=True)  # fmt: skip
     wait_for_step(tmp_path, 5)
-    process.send_signal(number)
+    began = time.monotonic()
+    os.killpg(process.pid, number)
     code, text = finished(process)
-    assert code == train.EXIT_SIGNALLED + number, text
+    assert time.monotonic() - began < 20, "torchrun kills what does not leave"
+    assert code == (1 if launch == "torchrun" else train.EXIT_SIGNALLED + number), text
+    assert text.count("told to stop") == 1
+    assert launch == "torchrun" or "Traceback" not in text
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)  # no worker is left
     assert len(train.checkpoints(tmp_path)) == 1
     step = train.read_state(train.checkpoints(tmp_path)[0])["step"]
     assert rows_of(tmp_path)[-1]["step"] == step
+
+
+@pytest.mark.slow
+def test_a_signal_before_the_first_step_is_one_line(tmp_path):
+    make_pictures(tmp_path / "pictures", good=24, bad=0)
+    line = [sys.executable, "train.py", *QUICK, "--out", str(tmp_path / "out"), "--stats-steps",
+            "99999", "--data", "openmoji:train:2000"]  # fmt: skip
+    process = subprocess.Popen(
+        line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    while not (tmp_path / "out" / "lock").exists():
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    code, text = finished(process)
+    lines = [x for x in text.splitlines() if "step," not in x]  # no lines of the bar
+    assert code == 128 + signal.SIGTERM and len(lines) == 1 and "told to stop" in lines[0], text
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux' /proc")
+def test_workers_end_with_a_killed_parent(tmp_path):
+    line = [sys.executable, "train.py", *QUICK, "--out", str(tmp_path), "--steps", "4000",
+            "--save-every", "4000", "--workers", "3"]  # fmt: skip
+    process = subprocess.Popen(line, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
+    wait_for_step(tmp_path, 2)
+    workers = children_of(process.pid)
+    assert len(workers) == 3
+    process.kill()
+    process.wait()
+    end = time.monotonic() + 10
+    while any(map(is_alive, workers)) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not any(map(is_alive, workers))
+
+
+@pytest.mark.slow
+def test_spawned_workers_load_what_the_run_itself_does(tmp_path, reference):
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport multiprocessing, train\n"
+    code += "train.finish = lambda *_: None\n"
+    code += "if __name__ == '__main__':\n    multiprocessing.set_start_method('spawn')\n"
+    code += f"    train.main({[*QUICK, '--out', str(tmp_path / 'out'), '--workers', '2']!r})\n"
+    (tmp_path / "spawned.py").write_text(code)
+    done = subprocess.run([sys.executable, str(tmp_path / "spawned.py")], capture_output=True,
+                          text=True, timeout=200)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert totals(rows_of(tmp_path / "out")) == totals(rows_of(reference))
+
+
+@pytest.mark.slow
+def test_an_error_of_all_ranks_is_one_line(tmp_path):
+    code, text = finished(command(tmp_path / "out", "--teachers", "a=/no/such.pt", processes=2))
+    assert code != 0
+    assert text.count("train.py: ") == 1, text
 
 
 @pytest.mark.slow
