@@ -698,7 +698,8 @@ def lost_in_half(tokens_MC: Tensor) -> int:
     """The channels whose values lie so close together, far from 0, that fp16 rounds them away."""
     std_C = tokens_MC.std(0, correction=0)
     error_C = (tokens_MC.half().float() - tokens_MC).square().mean(0).sqrt()
-    return int(((error_C > 0.2 * std_C) & (std_C > 1e-3 * std_C.mean())).sum())
+    is_lost_C = (error_C > 0.2 * std_C) & (std_C > 1e-3 * std_C.mean()) & error_C.isfinite()
+    return int(is_lost_C.sum())
 
 
 def read_shard(path: Path, fingerprint: str) -> tuple[np.ndarray, dict[str, Any]]:
