@@ -4,6 +4,7 @@ Ours is on the left, what it replaces on the right, in turns; whatever is timed 
 is the model's arithmetic over what this device reaches in one large bf16 matrix product.
 """
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -43,7 +44,10 @@ def timed(*ways: Callable[[], object], repeats: int) -> list[float]:
 
         return run
 
-    return [1e3 * seconds for seconds in interleaved(*map(waited, ways), repeats=repeats)]
+    return [
+        1e3 * seconds
+        for seconds in interleaved(*map(waited, ways), repeats=repeats, clock=time.perf_counter)
+    ]
 
 
 def peak_memory(way: Callable[[], object]) -> float:
