@@ -29,6 +29,7 @@ import json
 import math
 import os
 import re
+import shutil
 import stat
 import sys
 import tarfile
@@ -39,7 +40,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, NoReturn, Protocol
 
@@ -1027,26 +1028,12 @@ def open_source(spec: str, seed: int = 0) -> Source:
     return source
 
 
-def expand_braces(pattern: str) -> list[str]:
-    """The names that a shell makes of {0000..0099} and {a,b}."""
-    match = re.fullmatch(r"(.*?)\{([^{}]*)\}(.*)", pattern, re.DOTALL)
-    if not match:
-        return [pattern]
-    inside = match[2].split(",")
-    if ends := re.fullmatch(r"(\d+)\.\.(\d+)", match[2]):
-        inside = [f"{n:0{len(ends[1])}d}" for n in range(int(ends[1]), int(ends[2]) + 1)]
-    return [name for x in inside for name in expand_braces(f"{match[1]}{x}{match[3]}")]
-
-
 def _find(spec: str) -> list[Path]:
-    """What a SOURCE names: a folder or file, or all that its braces and wildcards stand for."""
-    if Path(spec).exists():
-        return [Path(spec)]
-    names = expand_braces(spec)
-    found = [path for name in names for path in sorted(glob.glob(name)) or [name]]
-    if len(names) == 1 and not Path(found[0]).exists():
+    """What a SOURCE names: a folder or file, or all that its wildcards stand for."""
+    found = [spec] if Path(spec).exists() else sorted(glob.glob(spec))
+    if not found:
         raise ValueError(f"{spec}: no such folder, file or glob; without files there is 'openmoji'")
-    return [Path(path) for path in dict.fromkeys(found)]
+    return [Path(path) for path in found]
 
 
 def with_paths(record: Record, root: Path | str, change: Callable[..., str]) -> Record:
@@ -1118,9 +1105,8 @@ class Table:
     origin: which of `header["origins"]`, or -1 where the line names no source.
     """
 
-    def __init__(self, header: Record, columns: dict[str, np.ndarray], parts: Sequence[Any]):
-        self.header, self.columns, self.parts = header, columns, parts
-        self.kept: tuple[Path, str] | None = None
+    def __init__(self, header: Record, columns: Any, parts: Sequence[Any], folder: Any = None):
+        self.header, self.columns, self.parts, self.folder = header, columns, parts, folder
         self._last: tuple[int, Any] = (-1, None)  # the index file read last
 
     def __len__(self) -> int:
@@ -1130,9 +1116,8 @@ class Table:
         return self.columns[column]
 
     def __reduce__(self) -> Any:  # another process maps it, too
-        if self.kept:
-            return read_table, self.kept
-        return Table, (self.header, self.columns, self.parts)
+        known = Table, (self.header, self.columns, self.parts)
+        return (read_table, (self.folder,)) if self.folder else known
 
     def part_of(self, i: int) -> int:
         """In which of the index files a picture is."""
@@ -1227,55 +1212,50 @@ def _status(path: str | Path) -> list[int]:
     return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
 
 
-def keep_table(table: Table, path: Path, state: str) -> Table:
-    """Write a table that `read_table` finds; returns it as it lies there."""
+def keep_table(table: Table, folder: Path) -> Table:
+    """Write a table that `read_table` finds, in place of an older one; returns it as it lies there.
+
+    The name of the folder ends in the state that it is of, so that no column is of another.
+    """
     with contextlib.suppress(OSError):  # it only saves time: a full disk must not end the run
-        path.parent.mkdir(parents=True, exist_ok=True)
+        for old in folder.parent.glob(f"{folder.stem}.*"):
+            shutil.rmtree(old, ignore_errors=True)
+        folder.mkdir(parents=True)
+        for name in COLUMNS:
+            write_whole(folder / f"{name}.npy", partial(np.save, arr=table[name]))
         parts = [[os.path.abspath(part), _status(part)] for part in table.parts]
-        facts = table.header | {"state": state, "parts": parts, "count": len(table)}
-        head = json.dumps(facts).encode()
-        arrays = (table[name].data for name in COLUMNS)
-        start = head + b" " * (-(len(head) + 1) % 8) + b"\n"  # numbers lie at multiples of 8 bytes
-        write_whole(path, lambda file: file.writelines([start, *arrays]))
-    return read_table(path, state) or table
+        facts = table.header | {"parts": parts, "count": len(table)}
+        write_whole(folder / "table.json", json.dumps(facts).encode())
+    return read_table(folder) or table
 
 
-def read_table(path: Path, state: str) -> Table | None:
-    """The table kept at a path, mapped: its length costs nothing.
+def read_table(folder: Path) -> Table | None:
+    """The table kept in a folder, mapped: its length costs nothing.
 
-    None where there is none of this state, it is damaged, or its index files changed.
+    None where there is none, it is damaged, or its index files changed.
     """
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        with open(path, "rb") as file:
-            header = _object(file.readline(2**30))
-            start = file.tell()
-        ends = np.cumsum(
-            [0, *(header["count"] * array(code).itemsize for code in COLUMNS.values())]
-        )
-        is_whole = path.stat().st_size == start + ends[-1] and header["count"] >= 0
-        if (
-            header["state"] == state
-            and is_whole
-            and all(_status(p) == x for p, x in header["parts"])
-        ):
-            data = (
-                np.memmap(path, np.uint8, "r", start) if header["count"] else np.zeros(0, np.uint8)
-            )
-            spans = zip(COLUMNS.items(), itertools.pairwise(ends), strict=True)
-            columns = {n: data[a:b].view(code) for (n, code), (a, b) in spans}
-            table = Table(header, columns, [Path(part) for part, _ in header["parts"]])
-            table.kept = path, state
-            return table
+        header = _object((folder / "table.json").read_bytes())
+        columns = {}
+        for name, code in COLUMNS.items():
+            columns[name] = np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+            if columns[name].shape != (header["count"],) or columns[name].dtype != code:
+                return None
+        if all(_status(part) == status for part, status in header["parts"]):
+            return Table(header, columns, [Path(part) for part, _ in header["parts"]], folder)
     return None
 
 
 def kept_table(paths: Sequence[Path], are_distinct: bool = True) -> Table:
     """The table of some index files, made once while they are as they are."""
-    state = hash_of(TABLE_VERSION, [_status(path) for path in paths])
-    name = hash_of([os.path.abspath(path) for path in paths], are_distinct)
-    place = cache_home() / "tables" / f"{name}.table"
-    table = read_table(place, state)
-    return table or keep_table(make_table(paths, are_distinct=are_distinct), place, state)
+    names, state = [os.path.abspath(path) for path in paths], [_status(path) for path in paths]
+    folder = table_folder([names, are_distinct], state)
+    return read_table(folder) or keep_table(make_table(paths, are_distinct=are_distinct), folder)
+
+
+def table_folder(place: object, state: object) -> Path:
+    name = f"{hash_of(place)}.{hash_of(TABLE_VERSION, state)}"
+    return cache_home() / "tables" / name
 
 
 def hash_of(*what: object) -> str:
@@ -1389,12 +1369,12 @@ def _is_junk(name: str) -> bool:
 
 def _why_no_picture(name: str) -> str:
     """Why a file that belongs to no picture is none by its name, in folders and in tars."""
-    base, suffix = name.rpartition("/")[2], name.rpartition(".")[2].lower()
     if _is_junk(name):
         return "left by a computer or a tool, no picture"
-    if suffix in UNREAD:
+    suffixes = name.rpartition("/")[2].lower().split(".")[1:]
+    if not UNREAD.isdisjoint(suffixes):
         return "a format that we don't read: convert it to JPEG"
-    if suffix in ("tar", "tgz") or ".tar." in base:
+    if not {"tar", "tgz"}.isdisjoint(suffixes):
         return "a tar in a folder or tar: pass tars as 'DIR/*.tar'"
     return "neither a picture by its name nor a sidecar of one"
 
@@ -1524,7 +1504,7 @@ def _look(path: Path, root: Path) -> Files:
 
 def _state(path: Path, root: Path, files: Files) -> str:
     """Of the names, sizes and times of files, and of the rules here."""
-    rules = SCAN_VERSION, TABLE_VERSION, PIL.__version__, FORMATS, sorted(SUFFIXES), MAX_PIXELS
+    rules = SCAN_VERSION, PIL.__version__, FORMATS, sorted(SUFFIXES), MAX_PIXELS
     found, odd = files
     times = [(n, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for n, s in found.items()]
     return hash_of(rules, os.path.relpath(path, root), times, sorted(odd))
@@ -1538,9 +1518,9 @@ def scanned(paths: Sequence[Path], root: Path) -> Table:
     """
     looks = [_look(path, root) for path in paths]
     names = [os.path.relpath(path, root) for path in paths]
-    state = hash_of([_state(path, root, look) for path, look in zip(paths, looks, strict=True)])
-    place = cache_home() / "tables" / f"{hash_of(str(root.resolve()), names)}.table"
-    table = read_table(place, state)
+    state = [_state(path, root, look) for path, look in zip(paths, looks, strict=True)]
+    folder = table_folder([str(root.resolve()), names], state)
+    table = read_table(folder)
 
     def scan(numbers: range) -> list[Scan]:
         with ThreadPoolExecutor(min(8, len(paths))) as threads:
@@ -1559,7 +1539,7 @@ def scanned(paths: Sequence[Path], root: Path) -> Table:
         scans = scan(range(len(paths)))
         table = _join(dict(zip(names, scans, strict=True)))
         if not any(one.may_pass for one in scans):
-            table = keep_table(table, place, state)
+            table = keep_table(table, folder)
     return table
 
 

@@ -451,7 +451,8 @@ def test_a_scan_is_cached_until_the_folder_changes(tmp_path, monkeypatch):
     (root / "class0" / "0000.png").unlink()
     changed = open_source(str(root))
     assert len(changed) == 4 and changed.fingerprint() != source.fingerprint()
-    for cached in packing.cache_home().rglob("*.*"):  # a damaged cache is made anew
+    kept = [path for path in packing.cache_home().rglob("*.*") if path.is_file()]
+    for cached in kept:  # what is damaged is made anew
         whole = cached.read_bytes()
         cached.write_bytes(whole[:-30])
         assert open_source(str(root)).fingerprint() == changed.fingerprint()
@@ -1593,18 +1594,18 @@ def test_keys_carry_their_shard_where_shards_share_them(tmp_path):
     for k in range(10):
         members = {f"{i:04d}.png": encoded(random_pixels(8, 8, seed=20 * k + i)) for i in range(20)}
         write_shard(tmp_path / f"{k:05d}.tar", members)
-    for spec in ("*.tar", "{00000..00009}.tar", "{00000,0000{1..9}}.tar"):
-        source = open_source(str(tmp_path / spec))
-        assert len(source) == 200 and source.lost == 0 and not source.skipped
-        assert source.key(25) == "00001/0005"
-        assert (source.load(25).image == random_pixels(8, 8, seed=25)).all()
+    source = open_source(str(tmp_path / "*.tar"))
+    assert len(source) == 200 and source.lost == 0 and not source.skipped
+    assert source.key(25) == "00001/0005"
+    assert (source.load(25).image == random_pixels(8, 8, seed=25)).all()
     for k in range(1, 10):
         (tmp_path / f"{k:05d}.tar").write_text("<!DOCTYPE html><html>404</html>" + " " * 600)
     source = open_source(str(tmp_path / "*.tar"))
     assert len(source) == 20 and source.lost == 180 and source.key(3) == "0003"
     reasons = {f"{k:05d}.tar": "no tar, or damaged" for k in range(1, 10)}
     assert {name: source.skipped[name] for name in reasons} == reasons
-    source = open_source(str(tmp_path / "{{00000..00001},missing}.tar"))
+    (tmp_path / "missing.tar").symlink_to(tmp_path / "nowhere")
+    source = open_source(str(tmp_path / "[0m]*[01g].tar"))
     assert len(source) == 20 and source.lost == 40  # one of three can be read
 
 
