@@ -32,7 +32,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
-from PIL import Image
 from torch import Generator, Tensor
 from tqdm import tqdm
 
@@ -924,7 +923,7 @@ def assign(args: argparse.Namespace, group: Group) -> None:
 
 
 def sample(args: argparse.Namespace, group: Group) -> None:
-    """Pool + tree -> an index file for `train.py --data`, a report and a contact sheet."""
+    """Pool + tree -> an index file for `train.py --data`, and a report."""
     pool, (tree, settings) = Pool(args.pool, group), load_tree(args.tree)
     if settings["pool"] != pool.fingerprint:
         raise ValueError(f"{args.tree} is a tree of another pool than {args.pool}; assign it first")
@@ -969,7 +968,7 @@ def set_aside(args: argparse.Namespace, pool: Pool, tree: Tree) -> tuple[np.ndar
 
 
 def report(out: Path, tree: Tree, ids: np.ndarray, counts: dict[str, Any]) -> None:
-    """OUT.report.json (sizes per level, ten largest clusters), printed too, and .png."""
+    """OUT.report.json (sizes per level, ten largest clusters), printed too."""
     levels, path_N = [], tree[0].assignment
     for t, level in enumerate(tree):
         path_N = path_N if t == 0 else level.assignment[path_N]
@@ -982,21 +981,6 @@ def report(out: Path, tree: Tree, ids: np.ndarray, counts: dict[str, Any]) -> No
     content = counts | {"levels": levels, "largest": rows}
     write_json(out.with_suffix(".report.json"), content)
     print(json.dumps(content, allow_nan=False))
-    if len(ids):
-        contact_sheet(out, [np.flatnonzero(path_N[ids] == c)[:10] for c in largest])
-
-
-def contact_sheet(index: Path, places: list[np.ndarray], side: int = 64) -> None:
-    """One line of up to ten drawn pictures per cluster, the largest first; blank if missing."""
-    source = open_source(str(index))
-    sheet = Image.new("RGB", (10 * side, len(places) * side), "white")
-    for line, members in enumerate(places):
-        for i, found in packing.readable(source, members.tolist(), {}, (side, side)):
-            picture = Image.fromarray(found.image)
-            picture.thumbnail((side - 4, side - 4))
-            column = members.tolist().index(i)
-            sheet.paste(picture, (column * side + 2, line * side + 2))
-    sheet.save(index.with_suffix(".report.png"))
 
 
 def parse_keep(text: str) -> list[int] | None:
