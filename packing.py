@@ -1154,18 +1154,23 @@ def make_table(
     first counts, unless they need not be distinct. skipped: None for what the files' headers say.
     """
     table = _parsed(parts, [""] * len(parts))
-    first_N = np.unique(table["key"], return_index=True)[1]
-    if len(first_N) < len(table) and names:
+    if names and has_doubles(table["key"]):
         table = _parsed(parts, names)
-        first_N = np.unique(table["key"], return_index=True)[1]
-    first_N = first_N if are_distinct else np.arange(len(table))
-    header, double_N = table.header, np.delete(np.arange(len(table)), first_N)
-    header["skipped"] = header["skipped"] if skipped is None else skipped
-    header["skipped"] |= {table.record(int(i))["key"]: "a key seen before" for i in double_N}
-    header["lost"] = len(double_N)
-    columns = {name: np.delete(column, double_N) for name, column in table.columns.items()}
-    firsts = np.searchsorted(np.sort(first_N), header["firsts"]).tolist()
-    return Table(header | {"firsts": firsts}, columns, parts)
+    header = table.header
+    header |= {"skipped": header["skipped"] if skipped is None else skipped, "lost": 0}
+    if are_distinct and has_doubles(table["key"]):
+        first_N = np.sort(np.unique(table["key"], return_index=True)[1])
+        for i in np.setdiff1d(np.arange(len(table)), first_N).tolist():
+            header["skipped"][table.record(i)["key"]] = "a key seen before"
+        header["lost"] = len(table) - len(first_N)
+        header["firsts"] = np.searchsorted(first_N, header["firsts"]).tolist()
+        table.columns = {name: column[first_N] for name, column in table.columns.items()}
+    return table
+
+
+def has_doubles(numbers_N: np.ndarray) -> bool:
+    ordered_N = np.sort(numbers_N)
+    return bool((ordered_N[1:] == ordered_N[:-1]).any())
 
 
 def _parsed(parts: Sequence[Path | bytes], prefixes: Sequence[str]) -> Table:
@@ -1203,7 +1208,7 @@ def _parsed(parts: Sequence[Path | bytes], prefixes: Sequence[str]) -> Table:
     alone = hashlib.sha256(repr((prints, *prefixes)).encode()).hexdigest()
     facts = {"firsts": firsts, "prefixes": list(prefixes), "origins": list(origins)}
     facts |= {"sha256": prints[0] if len(parts) == 1 else alone, "skipped": skipped}
-    return Table(facts, {n: np.array(c, c.typecode) for n, c in columns.items()}, parts)
+    return Table(facts, {n: np.frombuffer(c, c.typecode) for n, c in columns.items()}, parts)
 
 
 def _status(path: str | Path) -> list[int]:
