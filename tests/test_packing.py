@@ -10,6 +10,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import resource
 import signal
 import struct
@@ -714,6 +715,71 @@ def test_index_files_that_are_cut_changed_or_double(tmp_path):
     write_index(path, [{"key": "a"}])
     with pytest.raises(ValueError, match="height"):
         open_source(str(path))
+
+
+def test_an_index_opens_again_without_its_lines_and_is_the_same(tmp_path, monkeypatch):
+    folder = open_source(str(write_folder(tmp_path / "data", 40)))
+    write_index(tmp_path / "i.jsonl", [folder.record(i) for i in range(40)])
+    first = open_source(str(tmp_path / "i.jsonl"))
+    monkeypatch.setattr(packing, "_parsed", lambda *_: pytest.fail("parsed again"))
+    for again in (open_source(str(tmp_path / "i.jsonl")), pickle.loads(pickle.dumps(first))):
+        ids = np.array([39, 0, 7])
+        assert again.sizes(ids).tolist() == [list(folder.size(i)) for i in ids.tolist()]
+        digests = [int(folder.record(i)["digest"][:16], 16) for i in ids.tolist()]
+        assert again.contents(ids).tolist() == folder.contents(ids).tolist() == digests
+        assert again.record(7) == folder.record(7) and again.fingerprint() == first.fingerprint()
+        assert isinstance(again.table["height"], np.memmap)
+    assert len(pickle.dumps(first)) < 2000  # a worker that is spawned maps the file, too
+    os.utime(tmp_path / "i.jsonl")
+    with pytest.raises(pytest.fail.Exception, match="parsed again"):  # it may be another one
+        open_source(str(tmp_path / "i.jsonl"))
+
+
+def column(name: str, change) -> None:
+    """Change a kept column."""
+    (path,) = packing.cache_home().glob(f"tables/*/{name}.npy")
+    np.save(path, change(np.load(path)))
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("height", lambda x: x[:-1]),
+        ("height", lambda x: x.astype(np.float64)),
+        ("width", lambda x: np.array([print] * len(x), object)),  # a pickle
+        ("start", lambda x: x + 7),
+        ("start", lambda x: x * 0 + 10**15),
+        ("start", lambda x: x[::-1]),
+    ],
+)
+def test_a_kept_table_is_not_trusted(tmp_path, name, change):
+    """It is made anew where its form is wrong, and refused where its lines are others."""
+    source = OpenMoji("test", 6)
+    write_index(tmp_path / "i.jsonl", [source.record(i) for i in range(6)])
+    open_source(str(tmp_path / "i.jsonl"))
+    column(name, change)
+    again = open_source(str(tmp_path / "i.jsonl"))
+    assert (
+        len(again) == 6
+        and again.sizes(np.arange(6)).tolist() == source.sizes(np.arange(6)).tolist()
+    )
+    if name == "start":
+        with pytest.raises(ValueError, match=r"i\.jsonl: changed since it was opened"):
+            again.record(0)
+    else:
+        assert again.record(5)["key"] == source.key(5)
+
+
+def test_one_more_shard_is_scanned_alone(tmp_path, monkeypatch):
+    for n in range(3):
+        write_shard(tmp_path / f"s-{n}.tar", shard_members(3, start=3 * n))
+    open_source(str(tmp_path / "s-*.tar"))
+    write_shard(tmp_path / "s-3.tar", shard_members(2, start=9))
+    scanned, real = [], packing._tar_members
+    monkeypatch.setattr(packing, "_tar_members", lambda *a: scanned.append(a[0].name) or real(*a))
+    source = open_source(str(tmp_path / "s-*.tar"))
+    assert scanned == ["s-3.tar"] and [source.key(i) for i in (0, 9)] == ["dir/00000", "dir/00009"]
+    assert source.load(10).caption == "caption 10"
 
 
 def test_hold_out_depends_on_the_keys_alone():

@@ -852,6 +852,21 @@ def test_lamb_is_its_algorithm():
         torch.testing.assert_close(x.detach().double(), y, rtol=1e-5, atol=1e-6)
 
 
+def test_a_checkpoint_says_in_which_window_its_data_are(tmp_path, monkeypatch):
+    monkeypatch.setattr(packing, "WINDOW", 25)
+    monkeypatch.setattr(packing, "STEPS", 1)
+    run(tmp_path, "--steps", "6", "--save-every", "4", "--data", "openmoji:train:60")
+    places = [train.read_state(folder)["place"] for folder in train.checkpoints(tmp_path)]
+    assert len(places) == 2 and not places[1]  # the stage has ended
+    ((first, epoch, window),) = places[0]
+    assert 0 < first <= 4 and (epoch, window) != (0, 0)
+    shutil.rmtree(train.checkpoints(tmp_path)[-1])
+    started, real = [], packing.start_at
+    monkeypatch.setattr(packing, "start_at", lambda *a: started.append(a[1]) or real(*a))
+    run(tmp_path, "--steps", "6", "--save-every", "4", "--data", "openmoji:train:60")
+    assert started == [places[0]]
+
+
 def test_the_running_mean_is_what_is_saved(tmp_path):
     """A mean that starts at the untrained weights must soon forget them, or it is what is saved."""
     flags = ("--steps", "3", "--save-every", "1", "--lr", "0.1", "--warmup", "1")
