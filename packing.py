@@ -804,7 +804,9 @@ def decode_mask(data: bytes, name: str) -> np.ndarray:
     return ids
 
 
-def to_float(image_u8: np.ndarray, size: Size | None = None, box: Box | None = None) -> Tensor:
+def to_float(
+    image_u8: np.ndarray, size: Size | None = None, box: Box | None = None, mode: str = "bicubic"
+) -> Tensor:
     """uint8 (H, W, 3) -> float32 (3, H, W) in [0, 1].
 
     With `size` it is resized in 8 bits before: 6 times as fast as `resize`, equal to 55 dB. With
@@ -814,20 +816,20 @@ def to_float(image_u8: np.ndarray, size: Size | None = None, box: Box | None = N
         ends = np.array(box) * (image_u8.shape[:2] * 2)
         height, width = size or np.maximum(np.rint(ends[2:] - ends[:2]), 1).astype(int).tolist()
         part = Image.fromarray(image_u8).resize(
-            (width, height), Image.Resampling.BICUBIC, box=tuple(ends[[1, 0, 3, 2]].tolist())
+            (width, height), Image.Resampling[mode.upper()], box=tuple(ends[[1, 0, 3, 2]].tolist())
         )
         return to_float(np.array(part))
     image_1CHW = rearrange(torch.tensor(image_u8), "h w c -> 1 c h w")
     if size is not None and tuple(size) != image_u8.shape[:2]:
-        image_1CHW = F.interpolate(image_1CHW, size, mode="bicubic", antialias=True)
+        image_1CHW = F.interpolate(image_1CHW, size, mode=mode, antialias=True)
     return image_1CHW[0].contiguous().float().div_(255)
 
 
-def resize(image_CHW: Tensor, size: Size) -> Tensor:
-    """Antialiased bicubic resize to `size`, clamped to [0, 1]."""
+def resize(image_CHW: Tensor, size: Size, mode: str = "bicubic") -> Tensor:
+    """Antialiased bicubic (or bilinear) resize to `size`, clamped to [0, 1]."""
     if tuple(image_CHW.shape[1:]) == tuple(size):
         return image_CHW
-    return F.interpolate(image_CHW[None], size, mode="bicubic", antialias=True)[0].clamp(0, 1)
+    return F.interpolate(image_CHW[None], size, mode=mode, antialias=True)[0].clamp(0, 1)
 
 
 # ---- Sources: folders, tar shards and index files all become lines of an index

@@ -70,11 +70,9 @@ from teachers import (
     TeacherOutput,
     fill_caches,
     load_backbone,
-    load_network,
     load_teacher,
     need,
     parse_teacher,
-    pretrained,
     sha256_of,
 )
 
@@ -364,19 +362,29 @@ def build_student(cfg: TrainConfig, teachers: Teachers) -> tuple[Student, set[st
     """
     given = read_init(cfg) if cfg.init else None
     base = given.config if given and cfg.model == "init" else MODELS[cfg.model]
-    if given and cfg.model == "init" and not given.heads:
-        base = dataclasses.replace(base, cls_tokens=2)  # with_heads: one for each (RADIOv2.5)
+    heads = [head_spec(cfg, base, teacher, given) for teacher in teachers]
     torch.manual_seed(cfg.seed)
-    student = Student(model.with_heads(base, [head_spec(cfg, base, t) for t in teachers]))
+    if given and cfg.model == "init" and given.heads:  # other teachers, the same network
+        config = model.with_other_heads(base, heads)
+    else:  # RADIOv2.5: a CLS token for each
+        base = dataclasses.replace(base, cls_tokens=2) if given and cfg.model == "init" else base
+        config = model.with_heads(base, heads)
+    student = Student(config)
     for teacher in teachers:
         if student.heads[teacher.name].spec.pool:
             model.copy_pool(student.heads[teacher.name].pool, teacher.backbone.network.head)
     return student, model.load_pretrained(student, given) if given else set()
 
 
-def head_spec(cfg: TrainConfig, base: ModelConfig, teacher: Teacher) -> model.HeadSpec:
-    """The head for a teacher: AMoE's adapter with foldable outputs, or RADIO's two MLPs."""
+def head_spec(
+    cfg: TrainConfig, base: ModelConfig, teacher: Teacher, given: Student | None = None
+) -> model.HeadSpec:
+    """The head for a teacher: that of --init if it fits, else AMoE's adapter with foldable outputs,
+    or RADIO's two MLPs."""
     name, dim, summary_dim = teacher.name, teacher.dim, teacher.summary_dim
+    for spec in given.config.heads if given and given.config.form == base.form else ():
+        if (spec.name, spec.dim, spec.summary_dim) == (name, dim, summary_dim):
+            return model.foldable(spec)
     kind: dict[str, Any] = {"hidden": cfg.head_hidden or 1024}
     if base.form == "radio":
         kind |= {"summary_hidden": kind["hidden"], "in_trunk_summary": summary_dim is not None}
@@ -1019,15 +1027,11 @@ class Lamb(torch.optim.Optimizer):
 
 
 def read_init(cfg: TrainConfig) -> Student:
-    """What --init names, as a student: one of our checkpoints, or a ViT of transformers."""
+    """What --init names, as a student: one of our own, a release, or a ViT of transformers."""
     spec = parse_teacher(cfg.init)
     path = Path(spec.path)
-    if path.is_file() and path.suffix != ".onnx":
+    if model.is_student(path):
         return load_student(path)
-    is_folder = path.is_dir() or not (path.is_file() or spec.path.startswith("builtin:"))
-    if is_folder and pretrained(spec, "AutoConfig").model_type == "vit":  # no teacher: a classifier
-        vit = load_network(spec, "ViTModel", add_pooling_layer=False)
-        return model.read_vit(vit, spec.layer, model.HALF_RGB)
     backbone = load_backbone(spec)
     try:
         return model.read_vit(backbone.network, spec.layer or backbone.layer, backbone.stats)
