@@ -2,9 +2,9 @@
 
 Pictures of any size become one sequence of patches (AMoE: token-balanced batching), and streams of
 several resolutions share a step (RADIOv2.5: partitions). Which pictures a step sees is a pure
-function of (seed, step) and of the sizes in the file headers: no rank, worker or earlier step
-enters it, so a run resumes from one integer, at any number of processes. A picture that does not
-decode is dropped from its pack and named; nothing else moves.
+function of the seed, of where it is (epoch, window, step in the window) and of the sizes in the
+file headers: no rank, worker or earlier step enters it. A picture that does not decode is dropped
+from its pack and named; nothing else moves.
 
 Read: `fit_grids`, `patchify`, `mosaic`; `PackedBatch`; `pack`; `Stream`, `Stage`; `Packs` (what
 fills a pack); `StepData` (what a rank gets). Part II: views, files, processes, drawings.
@@ -222,9 +222,8 @@ def pack(
             room -= taken + index
             members.append(index)
             is_packed[index] = True
-            for next_one in arriving:  # so that as many wait as before
+            if (next_one := next(arriving, None)) is not None:  # so that as many wait as before
                 bisect.insort(waiting, next_one)
-                break
             places = (max_images or len(lengths)) - len(members)
             at = bisect.bisect_right(waiting, room) - 1 if places else -1
             if at > 0 and places > 1 and room <= 2 * (waiting[at] + below):
@@ -276,10 +275,9 @@ class Stage:
 class Packs:
     """The endless row of packs of one stream, planned a window at a time: what fills a pack.
 
-    An epoch has as many pictures as the stream's sources together, each source its share of them
-    (`shares`). They are mixed and cut into windows; a window's pictures get their sizes
-    (`_pictures`) and are packed in that order. A step takes the next `stream.packs` of the packs,
-    and what is too few for a step is left out.
+    An epoch has as many pictures as all sources together (`shares`), mixed and cut into windows. A
+    window's pictures get their sizes (`_pictures`) and are packed in that order; a step takes the
+    next `stream.packs` of the packs, and what is too few for a step is left out.
 
     A window is a pure function of the seed, the epoch, the window's number, the stream, the patch,
     the prefix, max_images, and the sources' weights, lengths and sizes: its cost grows neither with
@@ -298,29 +296,26 @@ class Packs:
         self._planned: dict[Size, list[np.ndarray]] = {}
         self.calendar = Calendar(self)
 
-    def shares(self, epoch: int) -> list[tuple[int, int]]:
-        """Start and stop of each source's part of an epoch, on an endless row of its permutations.
+    def shares(self, epoch: int) -> list[tuple[Source, int, int]]:
+        """Each source, and start and stop of its part of an epoch on an endless row of its orders.
 
-        A source whose weight is in proportion to its size, and so any single one, is passed over
-        exactly once. No counter has to be saved.
+        One whose weight is in proportion to its size, so any single one, comes exactly once.
         """
-        counts = [len(source) for source, _ in self.sources]
-        each = sum(counts) / sum(weight for _, weight in self.sources)
-        quotas = [weight * each for _, weight in self.sources]
-        return [(round(epoch * quota), round((epoch + 1) * quota)) for quota in quotas]
+        each = sum(len(x) for x, _ in self.sources) / sum(weight for _, weight in self.sources)
+        quotas = [(source, weight * each) for source, weight in self.sources]
+        return [(x, round(epoch * quota), round((epoch + 1) * quota)) for x, quota in quotas]
 
     def _pictures(self, epoch: int, window: int) -> np.ndarray:
         """The pictures of a window: rows of (source, index, h, w), the grid in patches."""
         # by name, not by number: a stream's order stays when another one is added
-        shares, key = self.shares(epoch), (self.seed, self.stream.name)
-        total, count = sum(stop - start for start, stop in shares), self.calendar.windows_in(epoch)
+        shares, key, first = self.shares(epoch), (self.seed, self.stream.name), 0
+        total = sum(stop - start for _, start, stop in shares)
+        count = self.calendar.windows_in(epoch)
         places_N = np.arange(window * total // count, (window + 1) * total // count)
         # the shares stand one after the other; unmixed, all of one source would come together
         mixed_N = permuted(places_N, total, *key, epoch, "mix")
-        rows_N4, first = np.empty((len(places_N), 4), np.int64), 0
-        for number, ((source, _), (start, stop)) in enumerate(
-            zip(self.sources, shares, strict=True)
-        ):
+        rows_N4 = np.empty((len(places_N), 4), np.int64)
+        for number, (source, start, stop) in enumerate(shares):
             mine_N = (mixed_N >= first) & (mixed_N < first + stop - start)
             turns_M, at_M = np.divmod(mixed_N[mine_N] - first + start, len(source))
             for turn in np.unique(turns_M):  # each pass over the source is another order
@@ -344,12 +339,11 @@ class Packs:
             rows_N4 = pictures_N4[list(itertools.chain(*packs))]
             ends = itertools.accumulate(map(len, packs), initial=0)
             plan = [rows_N4[start:stop] for start, stop in itertools.pairwise(ends)]
-            newest = list(self._planned.items())[-1:]  # a loader looks at two windows at most
-            self._planned = dict([*newest, ((epoch, number), plan)])
+            # a loader looks at two windows at most
+            self._planned = dict([*list(self._planned.items())[-1:], ((epoch, number), plan)])
         return self._planned[epoch, number]
 
     def packs_at(self, step: int) -> list[np.ndarray]:
-        """The packs of a global step."""
         (first, *place), each = self.calendar.locate(step), self.stream.packs
         return self.window(*place)[(step - first) * each : (step - first + 1) * each]
 
@@ -359,8 +353,7 @@ class StepData(Dataset):
     """The packs of each global step of a stage that belong to one rank.
 
     The packs of all streams stand in one row, and each rank has an equal, contiguous part: many
-    ranks form low- and high-resolution groups, and one rank has micro-batches of one step. Every
-    stream goes through its own epochs.
+    ranks form low- and high-resolution groups, one rank has micro-batches. Streams have own epochs.
     """
 
     streams: Sequence[Stream]
@@ -510,7 +503,7 @@ class Calendar:
         self._starts = [(0, 0, 0)]  # of the windows known so far: first step, epoch, window
 
     def windows_in(self, epoch: int) -> int:
-        pictures = sum(stop - start for start, stop in self.packs.shares(epoch))
+        pictures = sum(stop - start for _, start, stop in self.packs.shares(epoch))
         least = STEPS * self.packs.stream.packs * (self.packs.max_images or 16)
         return max(1, round(pictures / max(WINDOW, least)))
 
