@@ -1223,9 +1223,9 @@ def keep_table(table: Table, folder: Path) -> Table:
         return table
     with contextlib.suppress(OSError):  # it only saves time: a full disk must not end the run
         parts = [[os.path.abspath(part), _status(part)] for part in table.parts]
-        for old in folder.parent.glob(f"{folder.stem}.*"):
+        for old in set(folder.parent.glob(f"{folder.stem}.*")) - {folder}:
             shutil.rmtree(old, ignore_errors=True)
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         for name in COLUMNS:
             write_whole(folder / f"{name}.npy", partial(np.save, arr=table[name]))
         facts = table.header | {"parts": parts, "count": len(table)}
@@ -1532,19 +1532,22 @@ def scanned(paths: Sequence[Path], root: Path) -> Table:
             title = f"scan {root}"
             return list(progress(found, title, len(numbers), "tar") if len(paths) > 1 else found)
 
+    def make() -> Table:
+        scans = scan(range(len(paths)))
+        made = _join(dict(zip(names, scans, strict=True)))
+        return made if any(one.may_pass for one in scans) else keep_table(made, folder)
+
     rank, world = rank_and_world()
-    lacking: list[Any] = [table is None] * world
     if world > 1:
+        lacking: list[Any] = [None] * world
         dist.all_gather_object(lacking, table is None)
         if any(lacking):
             scan(range(rank, len(paths), world))
-            dist.barrier()  # then the others' scans are kept
-    if table is None:
-        scans = scan(range(len(paths)))
-        table = _join(dict(zip(names, scans, strict=True)))
-        if not any(one.may_pass for one in scans):
-            table = keep_table(table, folder)
-    return table
+            dist.barrier()  # then the scans of all are kept
+            table = (table or make()) if rank == 0 else table
+            dist.barrier()  # then their table is, too
+            table = table or read_table(folder)
+    return table or make()
 
 
 def _join(scans: dict[str, Scan]) -> Table:
