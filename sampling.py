@@ -1026,7 +1026,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     to_sample("--exclude", type=Path, help=words + "is near it")
     to_sample("--cap", type=parse_cap, nargs="+", default=[], help="SOURCE=COUNT")
     for add in (to_cluster, to_sample):
-        add("--seed", type=Number(int, 0), default=0, help="decides every random choice")
+        add("--seed", type=Number(int, 0, 2**32), default=0, help="decides every random choice")
     return parser.parse_args(argv)
 
 

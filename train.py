@@ -791,7 +791,7 @@ def resume(job: Job, state: State, stages: list[StepData]) -> int:
 
     All that can be refused has been by now: here the run folder is written to for the first time.
     """
-    # by stage, the pictures of the first epoch in packs that do not fill a step
+    # by stage and stream, the share of pictures in packs that do not fill a step
     about = {"left over": [packing.left_over(data) for data in stages]}
     if job.folder:
         saved = read_state(job.folder)
