@@ -392,14 +392,15 @@ def similarities(
     heads = {column: column.partition("/")[2] for column in train.summary}
     if words.head in heads.values() and any(x.caption is None for x in train.samples):
         heads = {column: head for column, head in heads.items() if head == words.head}
+    if any(head != words.head for head in heads.values()):
+        captions = [x.partition("\n")[0] for x in known(train, "caption", "--train")]
+        text_ND = F.normalize(words.embed(captions))
     maps, found = dict[str, Callable[[Tensor], Tensor]](), {}
     for column, head in heads.items():
         sides, name = [train.summary[column], test.summary[column]], column
         if head != words.head:
             source = f"teacher/{head}" if f"teacher/{head}" in heads else column
             if source not in maps:
-                captions = [x.partition("\n")[0] for x in known(train, "caption", "--train")]
-                text_ND = F.normalize(words.embed(captions))
                 maps[source] = fit_text_map(train.summary[source], text_ND)
             sides = [maps[source](x_NC) for x_NC in sides]
             name = column if source.startswith("teacher/") else f"probe {column}"
