@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 import packing
 from losses import resize_map
-from model import Features, Student, hash_weights, load_student, merge_tokens
+from model import Features, Student, hash_weights, is_student, load_student, merge_tokens
 from packing import Number, Sample, Subset, rank_and_world, resize
 from teachers import TINY, WHEELS, load_teacher, load_text, parse_teacher
 
@@ -1008,7 +1008,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = packing.Parser(description="Score encoders; the last line is JSON.")
     add, pixels = parser.add_argument, Number(low=1, high=2**14)
     add("task", choices=NEEDS)
-    add("--student", help="[NAME=]PATH: a checkpoint, a run's folder, or as --teacher")
+    add("--student", help="[NAME=]PATH of a file or folder; what is no student is as --teacher")
     add("--teacher", action="append", default=[], help="[NAME=]PATH[@layer], e.g. builtin:vit-s")
     add("--train", help="SOURCE of the training pictures")
     add("--test", help="SOURCE of the pictures to score, draw or encode")
@@ -1046,10 +1046,8 @@ def load_models(args: argparse.Namespace, device: torch.device) -> dict[str, Any
     controls = not args.no_controls and args.task not in ("pca", "features")
     if args.student:
         spec = parse_teacher(args.student)
-        of_run = Path(spec.path, "model.pt")
-        path = of_run if of_run.is_file() else Path(spec.path)
-        if path.is_file() and path.suffix != ".onnx":
-            models["student"] = load_student(path, device=str(device))
+        if is_student(Path(spec.path)):
+            models["student"] = load_student(spec.path, device=str(device))
             if controls:
                 models["random"] = random_control(models["student"], args.seed)
         else:

@@ -978,14 +978,17 @@ def workplace(tmp_path_factory):
     (root / "bare").mkdir()
     Image.fromarray(Pictures(1).load(0).image).save(root / "bare" / "x.png")
     heads = [AdapterSpec("tiny-dense", 24, 24, split=True, bias=True)]
-    save_student(Student(with_heads(MODELS["test"], heads)), root / "student.pt")
+    (root / "run").mkdir()
+    for name in ("student.pt", "run/model.pt"):
+        save_student(Student(with_heads(MODELS["test"], heads)), root / name)
     return root
 
 
 def command(root, task, *more):
-    flags = ["--student", str(root / "student.pt"), "--teacher", "tiny-dense"]
-    flags += ["--train", str(root / "train"), "--test", str(root / "test"), *more]
-    return [task, *flags]
+    flags = ["--student", str(root / "student.pt"), *more]
+    if "--teacher" not in more:
+        flags += ["--teacher", "tiny-dense"]
+    return [task, "--train", str(root / "train"), "--test", str(root / "test"), *flags]
 
 
 def test_command_prints_json_last(workplace, capsys, monkeypatch):
@@ -1000,6 +1003,30 @@ def test_command_prints_json_last(workplace, capsys, monkeypatch):
     assert {"teacher/tiny-dense", "student/tiny-dense", "majority class"} <= rows.keys()
     ev.main(command(workplace, "pca", "--out", str(workplace / "x.png"), "--sizes", "32", "48"))
     assert (workplace / "x.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "columns"),
+    [
+        ("{root}/student.pt", "{root}/student.pt", ("student/trunk", "teacher/student")),
+        ("mine={root}/run", "t={root}/run", ("student/trunk", "teacher/t")),
+        ("builtin:tiny-dense", "builtin:tiny-dense", ("student", "teacher/tiny-dense")),
+        pytest.param(
+            "{root}/vit", "{root}/vit", ("student", "teacher/vit"), marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_students_and_teachers_are_named_alike(workplace, student, teacher, columns, capsys):
+    """A file, a run's folder, a built-in, a folder of transformers; students teach by the trunk."""
+    if student.endswith("/vit"):
+        transformers = pytest.importorskip("transformers")
+        shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+        config = transformers.Dinov2Config(**shape, image_size=28)
+        transformers.Dinov2Model(config).save_pretrained(workplace / "vit")
+    ev.main(command(workplace, "knn", "--no-controls", "--student", student.format(root=workplace),
+                    "--teacher", teacher.format(root=workplace)))  # fmt: skip
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert rows[columns[0]] == rows[columns[1]]
 
 
 def test_the_last_line_is_json_also_where_a_figure_is_missing(workplace, capsys, monkeypatch):
@@ -1056,6 +1083,12 @@ def test_command_names_what_it_needs(capsys):
         (["zero-shot", "--student", "x", "--train", "y", "--test", "z"], "zero-shot needs --text"),
         (["knn", "--train", "y", "--test", "z"], "nothing to score"),
         (["sing"], "invalid choice"),
+        (["knn", "--k", "0"], "--k: 0 must be a whole number at least 1"),
+        (["knn", "--k", "2.5"], "--k: 2.5 must be"),
+        (["knn", "--size", "-7"], "--size: -7 must be a whole number at least 1 and at most 16384"),
+        (["resolution", "--sizes", "64", "0"], "--sizes: 0 must be"),
+        (["knn", "--seed", "nan"], "--seed: nan must be"),
+        (["knn", "--sedd", "1"], "did you mean --seed?"),
     ):
         with pytest.raises(SystemExit):
             ev.main(flags)
