@@ -715,6 +715,7 @@ def merging(train: FeatureSet, test: FeatureSet) -> Rows:
             name = f"{column} {h * w // side**2} tokens, {way}"
             foreground = segmentation(few, few_test, foreground=True)
             rows[f"{name}: foreground IoU"] = foreground[column]
+            rows["one class everywhere: foreground IoU"] = foreground["one class everywhere"]
             rows[f"{name}: patch kNN"] = patch_knn(few, few_test, column)
     return rows
 
@@ -741,12 +742,14 @@ def reduce_map(map_hwC: Tensor, way: str, side: int) -> tuple[Tensor, Tensor]:
 
 
 def patch_knn(train: FeatureSet, test: FeatureSet, column: str) -> dict:
-    """Accuracy of single tokens in telling the mask's classes, against 10,000 training tokens."""
+    """Accuracy of single tokens in telling the mask's classes, against 10,000 training tokens; and
+    of always saying the largest class, "majority"."""
     bank_MC, bank_M = token_labels(train.patches[column], _masks(train, "--train"))
     test_MC, test_M = token_labels(test.patches[column], _masks(test, "--test"))
     picks = torch.randperm(len(bank_M), generator=torch.Generator().manual_seed(0))[:10_000]
     hits_M = knn_votes(bank_MC[picks], bank_M[picks], test_MC, VOID + 1).argmax(1) == test_M
-    return accuracy(rearrange(hits_M.double(), "(n p) -> n p", n=len(test.dense)).mean(1))
+    row = accuracy(rearrange(hits_M.double(), "(n p) -> n p", n=len(test.dense)).mean(1))
+    return row | {"majority": float((test_M == bank_M.mode().values).double().mean())}
 
 
 # ---- Controls, and features of all ranks

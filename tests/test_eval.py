@@ -695,6 +695,19 @@ def test_overlap_keeps_settings_apart():
     assert ev.overlap(said, mask, 2).tolist() == want
 
 
+def test_what_one_class_everywhere_scores():
+    """All foreground: its share of the pixels. All of the commonest class: a quarter of its IoU."""
+    sources, square = (Pictures(12), Pictures(9, seed=1)), {"size": (32, 32)}
+    train, test = (ev.extract({"teacher": {"a": Teacher()}}, x, **square) for x in sources)
+    masks = np.concatenate([s.mask.ravel() for s in test.samples])
+    rows = [ev.segmentation(train, test, foreground)["one class everywhere"]["value"]
+            for foreground in (True, False)]  # fmt: skip
+    assert rows == pytest.approx([(masks > 0).mean(), (masks == 0).mean() / 4])
+    found = ev.patch_knn(train, test, "teacher/a")
+    _, labels = ev.token_labels(test.patches["teacher/a"], ev._masks(test, "--test"))
+    assert found["majority"] == pytest.approx(float((labels == 0).double().mean()))
+
+
 def test_segmentation_finds_the_squares(sets):
     gap = only(sets, "teacher/a")  # class 4 instead of 1: no picture has that one
     for side in gap:
@@ -770,7 +783,8 @@ def test_merging_fills_its_table():
         return ev.extract(parts, Pictures(count, seed=seed), size=(side, side))
 
     rows = ev.merging(square(32, 36, 0), square(32, 18, 1))
-    assert len(rows) == 7 * 2  # the control has no rows
+    assert len(rows) == 7 * 2 + 1  # pixels have no rows
+    assert rows["one class everywhere: foreground IoU"]["value"] < 0.5
     assert rows["student/trunk 4 tokens, merge: patch kNN"]["value"] > 0.5
     with pytest.raises(ValueError, match="5x5, no multiple of 4"):
         ev.merging(square(40, 4, 0), square(40, 4, 1))
