@@ -699,24 +699,21 @@ def scale_variance(maps_by_size: Sequence[Sequence[Tensor]]) -> dict:
 
 
 def merging(train: FeatureSet, test: FeatureSet) -> Rows:
-    """What is left of a map when few tokens stand for it. RADIOv2.5: token merging
+    """Foreground IoU where few tokens stand for a map. RADIOv2.5: token merging
 
-    Ways: "all" tokens, "merge" (ToMe), pixel "unshuffle" and "average", at 1/4 and 1/16 of them.
-    Figures: patch kNN and segmentation with each token copied back to its places. All grids of a
-    column are the same, of multiples of 4.
+    Ways: "all" tokens, "merge" (ToMe), pixel "unshuffle" and "average", at 1/4 and 1/16 of them,
+    each copied back to its places. All grids of a column are the same, of multiples of 4.
     """
-    test, rows = comparable(train, test), {}
+    test, rows = comparable(train, test), Rows()
     for column in [c for c in train.patches if c.startswith("teacher/") or c.endswith("/trunk")]:
         h, w = train.patches[column][0].shape[:2]
         if h % 4 or w % 4:
             raise ValueError(f"{column} has a grid of {h}x{w}, no multiple of 4; change --size")
         for way, side in [("all", 1), *product(("merge", "unshuffle", "average"), (2, 4))]:
             few, few_test = (with_few_tokens(x, column, way, side) for x in (train, test))
-            name = f"{column} {h * w // side**2} tokens, {way}"
-            foreground = segmentation(few, few_test, foreground=True)
-            rows[f"{name}: foreground IoU"] = foreground[column]
-            rows["one class everywhere: foreground IoU"] = foreground["one class everywhere"]
-            rows[f"{name}: patch kNN"] = patch_knn(few, few_test, column)
+            scores = segmentation(few, few_test, foreground=True)
+            rows[f"{column} {h * w // side**2} tokens, {way}"] = scores[column]
+            rows["one class everywhere"] = scores["one class everywhere"]
     return rows
 
 
@@ -739,17 +736,6 @@ def reduce_map(map_hwC: Tensor, way: str, side: int) -> tuple[Tensor, Tensor]:
     else:
         cells = reduce(map_hwC.float(), "(h a) (w b) c -> (h w) c", "mean", a=side, b=side)
     return cells.float(), index_hw.flatten()
-
-
-def patch_knn(train: FeatureSet, test: FeatureSet, column: str) -> dict:
-    """Accuracy of single tokens in telling the mask's classes, against 10,000 training tokens; and
-    of always saying the largest class, "majority"."""
-    bank_MC, bank_M = token_labels(train.patches[column], _masks(train, "--train"))
-    test_MC, test_M = token_labels(test.patches[column], _masks(test, "--test"))
-    picks = torch.randperm(len(bank_M), generator=torch.Generator().manual_seed(0))[:10_000]
-    hits_M = knn_votes(bank_MC[picks], bank_M[picks], test_MC, VOID + 1).argmax(1) == test_M
-    row = accuracy(rearrange(hits_M.double(), "(n p) -> n p", n=len(test.dense)).mean(1))
-    return row | {"majority": float((test_M == bank_M.mode().values).double().mean())}
 
 
 # ---- Controls, and features of all ranks

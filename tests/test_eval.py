@@ -703,9 +703,6 @@ def test_what_one_class_everywhere_scores():
     rows = [ev.segmentation(train, test, foreground)["one class everywhere"]["value"]
             for foreground in (True, False)]  # fmt: skip
     assert rows == pytest.approx([(masks > 0).mean(), (masks == 0).mean() / 4])
-    found = ev.patch_knn(train, test, "teacher/a")
-    _, labels = ev.token_labels(test.patches["teacher/a"], ev._masks(test, "--test"))
-    assert found["majority"] == pytest.approx(float((labels == 0).double().mean()))
 
 
 def test_segmentation_finds_the_squares(sets):
@@ -783,9 +780,9 @@ def test_merging_fills_its_table():
         return ev.extract(parts, Pictures(count, seed=seed), size=(side, side))
 
     rows = ev.merging(square(32, 36, 0), square(32, 18, 1))
-    assert len(rows) == 7 * 2 + 1  # pixels have no rows
-    assert rows["one class everywhere: foreground IoU"]["value"] < 0.5
-    assert rows["student/trunk 4 tokens, merge: patch kNN"]["value"] > 0.5
+    assert len(rows) == 7 + 1  # pixels have no rows
+    floor = rows["one class everywhere"]["value"]
+    assert rows["student/trunk 4 tokens, merge"]["value"] > floor + 0.1
     with pytest.raises(ValueError, match="5x5, no multiple of 4"):
         ev.merging(square(40, 4, 0), square(40, 4, 1))
 
