@@ -758,8 +758,8 @@ class RawPixels:
 def random_control(student: Student, seed: int = 0) -> Student:
     """Control without training: the student's network with random weights, none of them zero.
 
-    As training starts, its blocks are the identity: it would say the same of every picture, and its
-    20-NN be the order of ties. Matrices of zeros are drawn with deviation 1 / sqrt(inputs).
+    As training starts its blocks are the identity, so that it says the same of every picture.
+    Matrices of zeros are drawn with deviation 1 / sqrt(inputs).
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -866,7 +866,8 @@ def write_features(
     Returns a row per shard, and the pictures left out, key -> reason.
     """
     rows, skipped = {}, dict[str, str]()
-    state = [source.fingerprint(), *map(identity, models.values()), maps, size, shard]
+    hashes = [getattr(x, "fingerprint", None) or hash_weights(x) for x in models.values()]
+    state = [source.fingerprint(), *models, *hashes, maps, size, shard]
     made_from = hashlib.sha256(repr(state).encode()).hexdigest()
     for start in range(0, len(source), shard):
         index = Path(out, f"{start // shard:05d}.json")
@@ -881,13 +882,6 @@ def write_features(
         rows[index.name] = {"value": len(found.samples), "skipped": len(found.skipped)}
         skipped |= found.skipped
     return rows, skipped
-
-
-def identity(model: Any) -> str:
-    """A hash of all weights of a model, or of a mapping of models."""
-    if isinstance(model, Mapping):
-        return " ".join(f"{name} {identity(part)}" for name, part in model.items())
-    return getattr(model, "fingerprint", None) or hash_weights(model)
 
 
 def _write_shard(found: FeatureSet, index: Path, made_from: str) -> None:
@@ -910,19 +904,18 @@ def _write_shard(found: FeatureSet, index: Path, made_from: str) -> None:
 
 
 def final_report(
-    student: Any, control: Any, teachers: Any, train_source: Any, test_source: Any, limit=1500
+    student: Any, control: Any, teachers: Any, train_source: Any, test_source: Any
 ) -> dict[str, Any]:
     """What a training run shows: kNN, fidelity and foreground IoU on held-out pictures.
 
     `control` is a `random_control` of the student. Teachers go by the names of its heads; cached
-    ones must hold both sources. `limit` pictures of each source at most are used, evenly spread.
+    ones must hold both sources.
     """
     if not len(test_source):
         return {"left out": {"the report": "no picture is held out"}, "skipped": {}}
     models = {"teacher": teachers, "student": student, "random": control, "pixels": RawPixels()}
-    some = [Subset(s, packing.evenly(len(s), limit)) for s in (train_source, test_source)]
     # Maps of 200 training pictures are plenty for the foreground probe and patch statistics.
-    train, test = extract(models, some[0], 200), extract(models, some[1])
+    train, test = extract(models, train_source, 200), extract(models, test_source)
     foreground = partial(segmentation, foreground=True)
     report: dict[str, Any] = {"left out": {}}
     for name, protocol in (("knn", knn), ("foreground", foreground), ("fidelity", fidelity)):
@@ -1024,14 +1017,12 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def load_models(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """The first part of columns' names -> encoder: teachers, a student, its controls."""
-    teachers: dict[str, Any] = {}
+    models: dict[str, Any] = {}
     for text in args.teacher:
         spec = parse_teacher(f"builtin:{text}" if text in {*WHEELS, *TINY} else text)
-        if spec.name in teachers:
+        if f"teacher/{spec.name}" in models:
             raise ValueError(f"two teachers are called {spec.name}: pass OTHER={spec.path}")
-        teachers[spec.name] = load_teacher(spec, device)
-        teachers[spec.name].precision = "auto"  # as the students: bf16 on CUDA
-    models: dict[str, Any] = {"teacher": teachers} if teachers else {}
+        models[f"teacher/{spec.name}"] = load_teacher(spec, device)
     controls = not args.no_controls and args.task not in ("pca", "features")
     if args.student:
         spec = parse_teacher(args.student)
@@ -1041,7 +1032,8 @@ def load_models(args: argparse.Namespace, device: torch.device) -> dict[str, Any
                 models["random"] = random_control(models["student"], args.seed)
         else:
             models["student"] = load_teacher(spec, device)
-            models["student"].precision = "auto"
+    for model in models.values():
+        model.precision = "auto"  # bf16 on CUDA
     return models | ({"pixels": RawPixels()} if controls else {})
 
 
@@ -1059,7 +1051,7 @@ def load_words(text: str) -> Words:
 
 def check_fields(args: argparse.Namespace, models: Any, train: Any, test: Any) -> None:
     """What a task cannot do without is missed before anything is decoded or encoded."""
-    field, heads = NEEDS[args.task][1], {*models.get("teacher", {})}
+    field, heads = NEEDS[args.task][1], {name.removeprefix("teacher/") for name in models}
     needs = [("--train", train, field), ("--test", test, field)] if field else []
     if isinstance(student := models.get("student"), Student):
         heads |= {head.name for head in student.config.heads}

@@ -791,8 +791,8 @@ def test_merging_fills_its_table():
 
 
 def test_features_resume_and_refuse_another_source(tmp_path):
-    parts = {"teacher": {"a": Teacher(0)}, "pixels": ev.RawPixels()}
-    for part in (*parts["teacher"].values(), parts["pixels"]):
+    parts = {"teacher/a": Teacher(0), "pixels": ev.RawPixels()}
+    for part in parts.values():
         part.fingerprint = "fixed"
     source, out = Pictures(7, bad=(2,)), str(tmp_path)
     rows, skipped = ev.write_features(parts, source, out, True, None, shard=3)
@@ -852,12 +852,14 @@ def test_features_are_written_whole_or_not_at_all(broken, tmp_path, monkeypatch)
     assert ev.write_features({"pixels": pixels}, Pictures(3), str(tmp_path), True, None)[0]
 
 
-def test_identity_sees_every_weight():
+def test_features_are_of_every_weight(tmp_path):
     student = Student(MODELS["test"])
-    before = ev.identity({"student": student})
+    given = {"student": student}, Pictures(2), str(tmp_path), False, None
+    assert ev.write_features(*given)[0] and not ev.write_features(*given)[0]
     with torch.no_grad():
         next(student.heads.parameters()).view(-1)[0] += 1
-    assert ev.identity({"student": student}) != before
+    with pytest.raises(ValueError, match="change --out"):
+        ev.write_features(*given)
 
 
 # ------------------------------------------------------------------- pictures and report
@@ -920,7 +922,7 @@ def test_pictures_for_a_sheet_are_those_that_decode(tmp_path):
 def test_final_report_has_every_row():
     teachers, student = models()["teacher"], models()["student"]
     control, sources = Heads(a=Network(3), b=Network(4)), (Pictures(42), Pictures(18, seed=1))
-    report = ev.final_report(student, control, teachers, *sources, limit=30)
+    report = ev.final_report(student, control, teachers, *sources)
     assert report["knn"]["pixels"]["n"] == 18
     rows = {"teacher/a", "student/a", "student/concat", "random/b", "pixels", "majority class"}
     assert rows <= report["knn"].keys() and report["left out"] == {}
