@@ -821,45 +821,34 @@ class Layout:
     cu_seqlens: Tensor  # B + 1 int32: start of the first sorted image, end of each
 
     @classmethod
-    def of(cls, grids: list[tuple[int, int]], prefix: int, device: torch.device) -> Layout:
-        """Lay out images of these grids, each with `prefix` tokens before its patches."""
-        grid_B2 = torch.tensor(grids, dtype=torch.int64).reshape(-1, 2)
-        patches_B = grid_B2.prod(1)
-        order_B = torch.argsort(patches_B, stable=True)
-        rank_B = order_B.argsort()
-        lengths = (patches_B[order_B] + prefix).tolist()
-        cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
+    def of(
+        cls, grids: list[tuple[int, int]], prefix: int, device: torch.device, count: int = 1
+    ) -> Layout:
+        """Lay out images of these grids, each with `prefix` tokens before its patches.
+
+        count: one grid for so many images, which may be a symbol of torch.export.
+        """
+        grid_B2 = torch.tensor(grids, dtype=torch.int64).reshape(-1, 2).repeat(count, 1)
+        patches_B, image_B = grid_B2.prod(1), torch.arange(len(grids) * count)
+        row_M = torch.arange(count * sum(h * w for h, w in grids))
+        if len(grids) == 1:  # nothing to sort, and ONNX has no stable sort
+            order_B, image_M = image_B, row_M // (grids[0][0] * grids[0][1])
+        else:
+            order_B = torch.argsort(patches_B, stable=True)
+            image_M = torch.repeat_interleave(image_B, patches_B)
+        rank_B = torch.empty_like(order_B).scatter_(0, order_B, image_B)
+        cu_seqlens = F.pad((patches_B[order_B] + prefix).cumsum(0), (1, 0))
         start_B = cu_seqlens[rank_B]  # first sorted row of each image
-        image_M = torch.repeat_interleave(torch.arange(len(grids)), patches_B)
-        nth_M = torch.arange(len(image_M)) - (patches_B.cumsum(0) - patches_B)[image_M]
+        nth_M = row_M - (patches_B.cumsum(0) - patches_B)[image_M]
         columns_M = grid_B2[image_M, 1]
         prefix_BR = start_B[:, None] + torch.arange(prefix)
         patches_M = start_B[image_M] + prefix + nth_M
         rows_N = torch.cat([prefix_BR.flatten(), patches_M])
-        gather_N = torch.empty_like(rows_N).scatter_(0, rows_N, torch.arange(len(rows_N)))
+        gather_N = torch.empty_like(rows_N).scatter_(0, rows_N, torch.arange(rows_N.shape[0]))
         row_column_M2 = torch.stack([nth_M // columns_M, nth_M % columns_M], dim=1)
         places = (gather_N, prefix_BR, rank_B, patches_M, row_column_M2, image_M, grid_B2[image_M])
         tensors = [to_device(tensor, device) for tensor in (*places, cu_seqlens.int())]
-        return cls(grids, lengths, *tensors)
-
-    @classmethod
-    def same(cls, grid: tuple[int, int], count: Any, prefix: int, device: torch.device) -> Layout:
-        """`count` images of one grid; the count may be a symbol of torch.export."""
-        patches, tokens = grid[0] * grid[1], grid[0] * grid[1] + prefix
-        b_B1 = torch.arange(count, device=device)[:, None]
-        r_R, p_P = torch.arange(prefix, device=device), torch.arange(patches, device=device)
-        gather_BN = torch.cat([b_B1 * prefix + r_R, count * prefix + b_B1 * patches + p_P], dim=1)
-        row_column_P2 = torch.stack([p_P // grid[1], p_P % grid[1]], dim=1)
-        places = {
-            "prefix_BR": b_B1 * tokens + r_R,
-            "rank_B": b_B1[:, 0],
-            "patches_M": (b_B1 * tokens + prefix + p_P).flatten(),
-            "row_column_M2": row_column_P2.expand(count, -1, -1).flatten(0, 1),
-            "image_M": b_B1.expand(-1, patches).flatten(),
-            "grid_M2": torch.tensor([grid], device=device).expand(count * patches, 2),
-            "cu_seqlens": torch.arange(count + 1, device=device, dtype=torch.int32) * tokens,
-        }
-        return cls([grid], [tokens], gather_BN.flatten(), **places)
+        return cls(grids, sorted(h * w + prefix for h, w in grids), *tensors)
 
     def finer_places(self, u: int) -> Tensor:
         """Rows of u * u parts of each patch in the finer maps, image by image, in raster order."""
@@ -875,7 +864,7 @@ class Layout:
 
         One split: a slice for each would give its gradient as a full-size tensor of zeros.
         """
-        if len(self.lengths) == 1:  # of one image, or of `same`
+        if len(self.lengths) == 1:  # of one image, or of `count` alike
             return [x.unflatten(0, (-1, self.lengths[0]))]
         counts = Counter(self.lengths)  # in sorted order
         runs = x.split([length * count for length, count in counts.items()])
@@ -975,8 +964,8 @@ def cell_middles(rows: int, columns: int, keep: int) -> Tensor:
 
 # ---- Kernels of attention and experts
 
-# Float32 on CUDA goes by "efficient", as no varlen kernel takes it.
-ATTENTION = ("auto", "flash", "explicit", "varlen", "efficient")
+# Float32 on CUDA goes by the definition, as no varlen kernel takes it.
+ATTENTION = ("auto", "flash", "explicit", "varlen")
 EXPERTS = ("auto", "grouped", "sorted", "dense")
 
 
@@ -1004,8 +993,7 @@ def attention(
         if backend == "explicit":
             out_BHNA = explicit_attention(q, k, v, sinks_H)
         else:
-            kernels = {"flash": cpu_flash, "efficient": cuda_efficient}
-            kernel = kernels.get(backend, partial(cuda_varlen, layout))
+            kernel = cpu_flash if backend == "flash" else partial(cuda_varlen, layout)
             out_BHNA = FlashSinkAttention.apply(q, k, v, sinks_H, kernel)
         outputs.append(rearrange(out_BHNA, "b h n a -> (b n) h a"))
     return torch.cat(outputs)
@@ -1014,8 +1002,8 @@ def attention(
 def choose_attention(q_NHA: Tensor) -> str:
     """The fastest backend that is exact for this device and dtype."""
     is_half = q_NHA.dtype in (torch.bfloat16, torch.float16)
-    if q_NHA.device.type == "cuda":
-        return "varlen" if is_half else "efficient"
+    if q_NHA.device.type == "cuda" and is_half:
+        return "varlen"
     return "flash" if q_NHA.device.type == "cpu" else "explicit"
 
 
@@ -1033,26 +1021,6 @@ def cpu_flash(*qkv_BHNA: Tensor):
         return [grad.to(saved[0].dtype) for grad in grads]
 
     return out_BHNA.to(qkv_BHNA[0].dtype), lse_BHN, backward
-
-
-def cuda_efficient(*qkv_BHNA: Tensor):
-    """torch's memory-efficient CUDA kernel on images of equal length: the same three.
-
-    It is the one that takes float32. Rows of its log-sum-exp are padded to whole 32, with infinity.
-    """
-    ops, length = torch.ops.aten, qkv_BHNA[0].shape[2]
-    forward = ops._scaled_dot_product_efficient_attention
-    out_BHNA, padded_BHN, *rng = forward(*qkv_BHNA, None, compute_log_sumexp=True)
-
-    def backward(grad_BHNA: Tensor, *saved: Tensor):
-        *tensors, lse_BHN = saved
-        padding = (0, padded_BHN.shape[2] - length)
-        lse_BHN = F.pad(lse_BHN, padding, value=math.inf)
-        run = ops._scaled_dot_product_efficient_attention_backward
-        needed = [True, True, True, False]
-        return run(grad_BHNA, *tensors[:3], None, tensors[3], lse_BHN, *rng, 0.0, needed)[:3]
-
-    return out_BHNA, padded_BHN[..., :length], backward
 
 
 def cuda_varlen(layout: Layout, *qkv_1HNA: Tensor):
@@ -1541,9 +1509,10 @@ def radio_config(
     pattern, side = "d (c y x) -> d (y x c)", math.isqrt(table.shape[1])
     x["embed.weight"] = rearrange(x["embed.weight"], pattern, y=patch, x=patch)
     x["positions.pos_embed"] = rearrange(table, "1 (y x) d -> y x d", y=side)
-    sizes = x.sizes(n_heads, cls_tokens) | {"final_norm": "norm.weight" in x, "heads": heads}
-    sizes |= {"pixel_mean": mean, "pixel_std": std, "gated_ffn": False}
-    return ModelConfig("radio", **sizes), x
+    has = {"final_norm": "norm.weight" in x, "patch_bias": "embed.bias" in x}
+    has |= {"gated_ffn": len(x["blocks.0.ffn.w1.weight"]) > x["blocks.0.ffn.w2.weight"].shape[1]}
+    sizes = x.sizes(n_heads, cls_tokens) | has | {"pixel_mean": mean, "pixel_std": std}
+    return ModelConfig("radio", heads=heads, **sizes), x
 
 
 def radio_head(x: Weights, entry: dict[str, Any], token: int) -> RadioSpec:
@@ -1765,6 +1734,7 @@ VIT = [  # transformers' DINOv2 and ViT
     (r"\.layernorm_before\.", ".norm1."),
     (r"\.layernorm_after\.", ".norm2."),
     (r"^layernorm\.", "norm."),
+    (r"^embeddings\.patch_embeddings\.projection\.", "embed."),
     (r"\.attention\.o_proj\.", ".attn.proj."),
     (r"\.mlp\.fc([12])\.", r".ffn.w\1."),
     (r"\.mlp\.down_proj\.", ".ffn.w2."),
@@ -1782,25 +1752,20 @@ def read_vit(network: Any, layers: int | None, stats: tuple) -> Student:
     Equal to it at its own resolution. The class token's position is added to the token; the final
     norm stays, unlike in RADIO's own releases.
     """
-    file = Weights(network.state_dict()).renamed(VIT)
-    state = Weights((key, x) for key, x in file.items() if key.startswith("norm."))
-    for block in (f"blocks.{i}." for i in range(layers or network.config.num_hidden_layers)):
-        state.update((key, x) for key, x in file.items() if key.startswith(block))
+    x = Weights(network.state_dict()).renamed(VIT).without("pooler.")
+    for i in range(network.config.num_hidden_layers):
         for (ours, parts), kind in product(VIT_JOINED.items(), ("weight", "bias")):
-            state.join(f"{block}{ours}.{kind}", [f"{block}{part}.{kind}" for part in parts])
-    positions = file["embeddings.position_embeddings"][0]
-    registers = file.get("embeddings.register_tokens", positions[None, :0])[0]
-    kernel, side = file["embeddings.patch_embeddings.projection.weight"], len(positions) - 1
-    state |= {
-        "embed.weight": rearrange(kernel, "d c y x -> d (y x c)"),
-        "embed.bias": file["embeddings.patch_embeddings.projection.bias"],
-        "prefix_RD": torch.cat([file["embeddings.cls_token"][0] + positions[:1], registers]),
-        "positions.pos_embed": rearrange(positions[1:], "(h w) d -> h w d", h=math.isqrt(side)),
-    }
-    sizes = state.sizes(network.config.num_attention_heads)
-    sizes |= {"gated_ffn": "blocks.0.mlp.gate_proj.weight" in file, "patch_bias": True}
-    sizes |= {"pixel_mean": stats[0], "pixel_std": stats[1]}
-    return assemble(ModelConfig("radio", **sizes), state)
+            x.join(f"blocks.{i}.{ours}.{kind}", [f"blocks.{i}.{part}.{kind}" for part in parts])
+        if i >= (layers or i + 1):
+            x = x.without(f"blocks.{i}.")
+    positions = x["embeddings.position_embeddings"]
+    prefix = [x["embeddings.cls_token"][0] + positions[0, :1]]
+    prefix += [x["embeddings.register_tokens"][0]] if "embeddings.register_tokens" in x else []
+    x = x.without("embeddings.")
+    x |= {"prefix_RD": torch.cat(prefix), "positions.pos_embed": positions[:, 1:]}
+    x |= {"embed.weight": x["embed.weight"].flatten(1)}
+    config, x = radio_config(x, network.config.num_attention_heads, 1, ())
+    return assemble(replace(config, pixel_mean=stats[0], pixel_std=stats[1]), x)
 
 
 def load_pretrained(student: Student, given: Student) -> set[str]:
@@ -1887,7 +1852,7 @@ class FixedGrid(nn.Module):
         if not torch.compiler.is_compiling():  # an exported program can't look at values
             images_B3HW = torch.stack(list(read_images(list(images_B3HW))))
         p, grid = config.patch, (height // config.patch, width // config.patch)
-        layout = Layout.same(grid, images_B3HW.shape[0], config.prefix, images_B3HW.device)
+        layout = Layout.of([grid], config.prefix, images_B3HW.device, images_B3HW.shape[0])
         pattern = "b c (h y) (w x) -> (b h w) (y x c)"
         out = self.student.run(rearrange(images_B3HW, pattern, y=p, x=p), layout)
         summary = {"trunk": out.trunk_summary_BD, **out.summary}
