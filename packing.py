@@ -16,6 +16,7 @@ flattened (row, column, channel). Sizes are (height, width), in pixels unless ca
 from __future__ import annotations
 
 import argparse
+import atexit
 import bisect
 import colorsys
 import contextlib
@@ -27,13 +28,17 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import re
+import signal
 import stat
 import sys
 import tarfile
+import threading
 import unicodedata
 import warnings
+import weakref
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -1757,15 +1762,41 @@ def progress(
 # ---- The loader and the process group
 
 
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # what asks a run to stop
+
+
+def serve_parent(_: int) -> None:
+    """In a loader's process: signals are its parent's business, and it ends with its parent."""
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_IGN)
+    parent: Any = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
 def make_loader(
     data: StepData, start: int, stop: int, workers: int = 0, pin: bool = False
 ) -> Iterator[list[PackedBatch]]:
     """The rank's packs of steps start..stop-1, decoded ahead by `workers` processes of one thread.
 
-    A worker that dies ends the iteration with a RuntimeError that names its process id.
+    A worker that dies ends the iteration with a RuntimeError that names its process id. Signals
+    that ask the run to stop leave the workers alone; they end with their parent, however it ends.
     """
     options: Any = {"sampler": range(start, stop), "num_workers": workers, "pin_memory": pin}
-    return iter(DataLoader(data, batch_size=None, **options))
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)  # no moment without a handler
+    try:
+        loader = iter(DataLoader(data, batch_size=None, worker_init_fn=serve_parent, **options))
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    if workers:  # Python would terminate them, which they ignore, and then wait for them
+        atexit.register(end_workers, weakref.ref(loader))
+    return loader
+
+
+def end_workers(loader: Any) -> None:
+    if kept := loader():
+        kept._shutdown_workers()
+        for worker in kept._workers:
+            worker.kill()
 
 
 @dataclass(frozen=True)
@@ -1799,7 +1830,17 @@ def setup_distributed(pg_timeout: float = 600.0, device: str = "auto") -> Group:
     on_gpu = {"backend": "cpu:gloo,cuda:nccl", "device_id": group.device}
     how: Any = on_gpu if group.device.type == "cuda" else {"backend": "gloo"}
     dist.init_process_group(store=attempt, rank=rank, world_size=world, timeout=timeout, **how)
+    PATIENT[:] = [dist.new_group(timeout=timedelta(days=1), backend="gloo")]
     return group
+
+
+PATIENT: list[Any] = []  # the group that waits longer than --pg-timeout; a dead rank still ends it
+
+
+def wait_for_all() -> None:
+    """All ranks come here before one goes on, however unlike their work (a scan, a cache)."""
+    if dist.is_initialized():
+        dist.barrier(*PATIENT)
 
 
 def choose_device(device: str, processes: int) -> torch.device:

@@ -33,7 +33,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -61,6 +60,7 @@ from packing import (
     resize,
     to_device,
     to_float,
+    wait_for_all,
     write_whole,
 )
 
@@ -346,6 +346,8 @@ def parse_teacher(text: str) -> TeacherSpec:
         raise TeacherError(
             f"teacher {text!r} is not NAME=PATH[@layer] nor PATH, e.g. vit=builtin:vit-s@11"
         )
+    if (Path(path) / "model.pt").is_file():  # a run's folder, or one of its checkpoints'
+        path = str(Path(path) / "model.pt")
     return TeacherSpec(name, path, None if layer is None else int(layer))
 
 
@@ -774,6 +776,14 @@ def write_shard(path: Path, blobs: list[bytes], index: dict[str, Any]) -> None:
         raise TeacherError(f"can't write the feature cache {path}: {error.strerror}") from error
 
 
+def lost_in_half(tokens_MC: Tensor) -> int:
+    """The channels whose values lie so close together, far from 0, that fp16 rounds them away."""
+    std_C = tokens_MC.std(0, correction=0)
+    error_C = (tokens_MC.half().float() - tokens_MC).square().mean(0).sqrt()
+    is_lost_C = (error_C > 0.2 * std_C) & (std_C > 1e-3 * std_C.mean()) & error_C.isfinite()
+    return int(is_lost_C.sum())
+
+
 def read_shard(path: Path, fingerprint: str) -> tuple[np.ndarray, dict[str, Any]]:
     """Map a shard's bytes and read its index; refuses a cut, damaged or another teacher's file."""
     try:
@@ -831,6 +841,12 @@ class CachedTeacher(Teacher):
         """
         output = self.features(list(prepared.values()), share_canvas=False)
         vectors = [x for x in (output.summary_BC, output.registers_BRC) if x is not None]
+        lost = lost_in_half(torch.cat([x.flatten(0, 1) for x in output.patches]))
+        if lost:
+            raise TeacherError(
+                f"teacher {self.name}: {lost} of {self.dim} channels vary too little beside their "
+                "mean for the fp16 of the cache; pass --cache none"
+            )
         blobs: list[bytes] = []
         records, offset = {}, 0
         for row, (digest, patches_hwC) in enumerate(zip(prepared, output.patches, strict=True)):
@@ -934,8 +950,7 @@ def fill_caches(caches: list[CachedTeacher], source: Source) -> dict[str, str]:
                     cache.store(origin, keys, pictures)
                 pictures.clear()
             keys.clear()
-    if world > 1:
-        dist.barrier()
+    wait_for_all()
     for cache in caches:
         cache.refresh()
     return skipped

@@ -1396,6 +1396,8 @@ def test_each_attempt_of_torchrun_has_its_own_keys(monkeypatch):
     shared, joined = torch.distributed.HashStore(), []
     monkeypatch.setattr(packing.dist, "TCPStore", lambda *_, **__: shared)
     monkeypatch.setattr(packing.dist, "init_process_group", lambda *_, **k: joined.append(k))
+    monkeypatch.setattr(packing.dist, "new_group", lambda **_: None)
+    monkeypatch.setattr(packing, "PATIENT", [])
     env = {
         "RANK": "0",
         "WORLD_SIZE": "2",

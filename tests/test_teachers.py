@@ -1521,3 +1521,12 @@ def test_a_picture_replaced_at_equal_byte_size_is_computed(tmp_path, monkeypatch
     cached.fill(source)
     assert len(looked) == 1 and looked[0][1].mean() > 0.7
     assert_equal_targets(cached, tiny(), [source.load(i) for i in range(4)])
+
+
+def test_the_cache_refuses_channels_that_fp16_rounds_away():
+    """fp16 has 11 bits: at 4096 its step is 4, at 100 it is a sixteenth."""
+    tokens_MC = torch.randn(2000, 4, generator=torch.Generator().manual_seed(0))
+    assert teachers.lost_in_half(tokens_MC + torch.tensor([0, 10, 100, 0])) == 0
+    assert teachers.lost_in_half(tokens_MC + torch.tensor([0, 4096, 0, 4096])) == 2
+    dead = tokens_MC * torch.tensor([1, 1e-6, 1, 1]) + torch.tensor([0, 4096, 0, 0])
+    assert teachers.lost_in_half(dead) == 0  # it says nothing anyway

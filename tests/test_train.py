@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import io
 import json
 import os
 import pickle
@@ -57,7 +58,7 @@ def run(out: Path, *flags: str) -> list[dict]:
 
 
 def rows_of(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()[1:]]
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 def assert_same(one, two) -> None:
@@ -139,9 +140,10 @@ def test_flags_change_the_preset():
         (["--teachers", "a=builtin:tiny-dense", "a=builtin:tiny-semantic"], "a"),
         (["--data-weights", "1", "2"], "2"),
         (["--steps", "0"], "steps"),
-        (["--clip", "inf"], "clip=inf"),
         (["--shift", "0.5", "--cache", "auto"], "pass --cache none"),
-        (["--shift", "-1"], "shift=-1.0"),
+        (["--shift", "6", "--cache", "none"], "--shift 6.0 is beyond the 6 patches"),
+        (["--frozen-steps", "7"], "--frozen-steps 7 is beyond --steps 6"),
+        (["--stepz", "7"], "did you mean --steps?"),
         (["--relation", "nonsense"], "nonsense"),
         (["--resume", "/no/such/checkpoint"], "/no/such/checkpoint"),
     ],
@@ -152,6 +154,42 @@ def test_wrong_flags_are_one_clear_line(flags, names, tmp_path, capsys):
     text = str(stop.value.code) if isinstance(stop.value.code, str) else capsys.readouterr().err
     assert stop.value.code != 0
     assert names in text
+
+
+RANGES = {  # outside of them: one clear line that names the flag
+    "steps": (0, -1, 1.5), "seed": (-1,), "save_every": (0,), "keep": (0,), "keep_every": (-1,),
+    "log_every": (0,), "evaluate_every": (-1,), "workers": (-1,), "threads": (-1,),
+    "pg_timeout": (0, -1, "nan"), "max_bad_frac": (-0.1, 2), "held_out": (-0.1, 1),
+    "max_images": (0,), "global_tokens": (-512,), "micro_packs": (-1,), "shift": (-1, "inf"),
+    "relation_weight": (-1, "nan"), "stats_steps": (0,), "frozen_steps": (-1,),
+    "lr": (0, -1, "nan"), "trunk_lr": (-1, "nan"), "min_lr": (-1, 5), "warmup": (-5,),
+    "weight_decay": (-1,), "beta2": (-0.1, 1.0), "clip": (-1, "nan", "inf"), "ema": (-0.1, 1),
+    "router_rate": (-1, "nan"), "head_hidden": (-3,), "data_weights": (0, -1, "nan", "inf"),
+}  # fmt: skip
+
+
+def test_every_number_has_a_range_for_flags_and_for_python(capsys):
+    numbers = {f.name for f in dataclasses.fields(DEBUG)
+               if type(getattr(DEBUG, f.name)) in (int, float)} | {"data_weights"}  # fmt: skip
+    assert numbers == RANGES.keys()
+    for name, values in RANGES.items():
+        for value in values:
+            given = (float(value),) if name == "data_weights" else float(value)
+            given = value if isinstance(value, int) and name != "data_weights" else given
+            with pytest.raises(ValueError, match=f"^{train.flag(name)} .*must be"):
+                dataclasses.replace(DEBUG, **{name: given})
+            with pytest.raises(SystemExit):
+                train.parse_args([*QUICK, f"{train.flag(name)}={value}"])
+            line = capsys.readouterr().err
+            assert train.flag(name) in line and str(value) in line and line.count("\n") == 1
+    with pytest.raises(ValueError, match="--average"):
+        dataclasses.replace(DEBUG, average="images")
+
+
+def test_clip_0_is_off():
+    gradients = [gradients_of(train_for(dataclasses.replace(DEBUG, clip=clip, stats_steps=1), 1))
+                 for clip in (0.0, 1e9)]  # fmt: skip
+    assert_same(*gradients)
 
 
 @pytest.mark.parametrize("content", [None, "notes.txt"])
@@ -354,7 +392,12 @@ class Run:
     stages: list = field(default_factory=list)
     weights: list[dict] = field(default_factory=list)  # of the student, before and after each step
     reports: list[train.StepReport] = field(default_factory=list)
-    stop = SimpleNamespace(poll=lambda: 0)
+
+    out = Path("no such folder")
+
+    @property
+    def origin(self) -> train.TrainConfig:
+        return self.cfg
 
     def go(self) -> "Run":
         HERE.run = self
@@ -470,21 +513,11 @@ def test_wrong_batches_are_refused_with_both_numbers():
         dataclasses.replace(cfg, global_tokens=1_000_000)
     twice = dataclasses.replace(cfg, global_tokens=2 * 1_625_536)
     assert train.times(twice, twice.stages[0]) == 2
-    radio = train.PRESETS["radio-stage3"].stages[0]
-    for images, times in ((16 * 64 + 2 * 64, 1), (3 * (16 * 64 + 2 * 64), 3)):
-        by_images = dataclasses.replace(train.PRESETS["radio-stage3"], global_images=images)
-        assert train.times(by_images, radio, 16, 8) == times
-    with pytest.raises(ValueError, match="global_images=1000 is not a multiple of the 1152 images"):
-        train.times(dataclasses.replace(by_images, global_images=1000), radio, 16, 8)
-    with pytest.raises(ValueError, match="stream low hold pictures of many sizes"):
-        train.times(dataclasses.replace(cfg, global_images=1024), cfg.stages[0])
-    with pytest.raises(ValueError, match="pass one of them"):
-        dataclasses.replace(twice, global_images=1024)
     with pytest.raises(ValueError, match="report is scored on openmoji:test"):
         train.open_sources(dataclasses.replace(cfg, data=("openmoji:all",)))
     with pytest.raises(ValueError, match="SOURCE number 1, but --data has 1"):
         dataclasses.replace(train.PRESETS["amoe-stage2"], data=("photos",))
-    with pytest.raises(ValueError, match="micro_packs=3"):
+    with pytest.raises(ValueError, match=r"--micro-packs 3 [*] 1 processes"):
         train_for(dataclasses.replace(DEBUG, micro_packs=3))
 
 
@@ -1650,12 +1683,24 @@ def test_a_stop_at_the_end_of_an_epoch_changes_no_bit(tmp_path, monkeypatch):
     assert totals(run(tmp_path / "cut", *flags)) == expected
 
 
-def test_a_new_run_in_a_used_folder_sets_the_old_checkpoints_aside(tmp_path, reference):
-    run(tmp_path, "--steps", "8", "--seed", "1")
-    assert totals(run(tmp_path, "--resume", "none")) == totals(rows_of(reference))
-    assert [path.name for path in train.checkpoints(tmp_path)] == [
+def tree(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_new_run_in_a_used_folder_moves_the_old_one_aside(tmp_path, reference, capsys):
+    out = tmp_path / "out"
+    olds = []
+    for seed in ("1", "2"):
+        run(out, "--resume", "none", "--steps", "2", "--seed", seed)
+        (out / "summary.json").write_text("{}")
+        olds.append(tree(out))
+    assert totals(run(out, "--resume", "none")) == totals(rows_of(reference))
+    assert [path.name for path in train.checkpoints(out)] == [
         "step_000002", "step_000004", "step_000006"]  # fmt: skip
-    assert (tmp_path / "old_step_000008").is_dir()
+    assert [tree(tmp_path / "out.1"), tree(tmp_path / "out.2")] == olds
+    assert f"{out} is now in {tmp_path / 'out.2'}" in capsys.readouterr().err
+    assert not (out / "summary.json").exists() and not (out / "lock").exists()
 
 
 def test_checkpoints_are_in_the_order_of_their_steps(tmp_path):
@@ -1667,9 +1712,9 @@ def test_checkpoints_are_in_the_order_of_their_steps(tmp_path):
 def test_a_restart_by_the_launcher_goes_on_whatever_resume_says(tmp_path, monkeypatch):
     run(tmp_path, "--steps", "2")
     cfg = train.parse_args([*QUICK, "--out", str(tmp_path), "--resume", "none"])
-    assert train.newest_checkpoint(cfg) is None
+    assert train.find_start(cfg, {}) is None
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert train.newest_checkpoint(cfg) == tmp_path / "step_000002"
+    assert train.find_start(cfg, {}) == tmp_path / "step_000002"
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "no manifest", "other student"])
@@ -1704,7 +1749,10 @@ def test_a_pickle_payload_is_refused(tmp_path, reference):
     for name in ("model.pt", "state.pt"):
         torch.save(Evil(), folder / name, pickle_module=pickle)
     manifest = {n: train.sha256_of(folder / n) for n in ("model.pt", "state.pt")}
-    (folder / "manifest.json").write_text(json.dumps({"version": 1, "sha256": manifest}))
+    cfg = train.parse_args(QUICK)
+    identity = train.identity_of(cfg, train.open_sources(cfg)[0], load_teachers(cfg))
+    manifest = {"version": 2, "sha256": manifest, "identity": identity}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(SystemExit, match=re.escape("state.pt")):
         run(tmp_path, "--resume", str(folder))
     assert not (tmp_path / "PWNED").exists()
@@ -1718,29 +1766,29 @@ def test_another_run_is_refused_with_the_difference(tmp_path, reference, monkeyp
             run(tmp_path)
     with pytest.raises(SystemExit, match="lr"):
         run(tmp_path, "--lr", "1e-4")
-    with pytest.raises(SystemExit, match="data"):
+    with pytest.raises(SystemExit, match=r"sources: .'24 pictures.*'25 pictures"):
         run(tmp_path, "--data", "openmoji:train:25")
     assert totals(run(tmp_path)) == totals(rows_of(reference))
     assert_same_end(tmp_path, reference)
 
 
 # Fields that decide how a run goes, not what it computes (but for rounding).
-CONTROLS = {"out", "resume", "save_every", "keep", "keep_every", "log_every", "evaluate_every",
+CONTROLS = {"preset", "data", "teachers", "init", "cache",  # by their content, see below
+            "out", "resume", "save_every", "keep", "keep_every", "log_every", "evaluate_every",
             "workers", "threads", "pg_timeout", "max_bad_frac", "micro_packs", "parallel",
             "device", "deterministic", "recompute", "compile"}  # fmt: skip
 
 
 def test_every_field_but_the_controls_is_in_a_runs_identity():
-    cfg = dataclasses.replace(DEBUG, data_weights=(2.0,), init="x=y", model="test")
+    cfg = dataclasses.replace(DEBUG, data_weights=(2.0,), model="test")
     identity = cfg.identity()
     assert identity.keys() == {item.name for item in dataclasses.fields(cfg)} - CONTROLS
     assert json.loads(json.dumps(identity)) == identity
     assert identity["stages"][0]["streams"][0]["max_side"] == 96
     for name, value in identity.items():
-        if name not in ("stages", "data", "data_weights", "teachers"):
+        if name not in ("stages", "data_weights"):
             assert value == getattr(cfg, name)
-    assert (identity["data"], identity["data_weights"]) == (["openmoji:train:96"], [2.0])
-    assert identity["teachers"] == list(cfg.teachers)
+    assert identity["data_weights"] == [2.0]
 
 
 def stopped_run(out: Path, monkeypatch, *flags: str) -> None:
@@ -1784,7 +1832,7 @@ def test_changed_pictures_or_teachers_are_refused_on_resume(tmp_path, reference,
     flags = ("--data", str(pictures), "--teachers", f"a={teacher}", "--held-out", "0")
     stopped_run(tmp_path / "out", monkeypatch, *flags)
     shutil.copy(reference / "step_000006" / "model.pt", teacher)
-    with pytest.raises(SystemExit, match=r"another run\. fingerprints: "):
+    with pytest.raises(SystemExit, match=r"another run\. teachers: "):
         run(tmp_path / "out", *flags)
     shutil.copy(reference / "step_000002" / "model.pt", teacher)
     Image.new("RGB", (64, 48)).save(pictures / "023.jpg")
@@ -1792,20 +1840,189 @@ def test_changed_pictures_or_teachers_are_refused_on_resume(tmp_path, reference,
         run(tmp_path / "out", *flags)
 
 
-def test_a_finished_run_says_so_and_another_is_refused(tmp_path, reference, monkeypatch, capsys):
-    out = shutil.copytree(reference, tmp_path / "out")
-    cfg = train.parse_args([*QUICK, "--out", str(out)])
-    summary = {"steps": 6, "config": cfg.identity(), "report": {"left out": {"knn": "no labels"}}}
-    (out / "summary.json").write_text(json.dumps(summary))
+def test_a_finished_run_says_so_and_another_is_refused(tmp_path, monkeypatch, capsys):
+    """Also where the pictures have changed since, or more steps are asked for."""
+    out, pictures = tmp_path / "out", tmp_path / "pictures"
+    make_pictures(pictures, good=24, bad=0)
+    flags = ("--data", str(pictures), "--held-out", "0")
+    run(out, *flags)
+    identity = json.loads((out / "config.json").read_text())["identity"]
+    report = {"left out": {"knn": "no labels"}}
+    (out / "summary.json").write_text(
+        json.dumps({"steps": 6, "identity": identity, "report": report})
+    )
+    kept = tree(out)
     with monkeypatch.context() as patch:
-        patch.setattr(train, "start_process", lambda _: pytest.fail("a finished run was opened"))
-        train.main([*QUICK, "--out", str(out)])
+        patch.setattr(train, "train", lambda *_: pytest.fail("a finished run was opened"))
+        run(out, *flags)
         text = capsys.readouterr().out
         assert "is finished (6 steps)" in text and "no labels" in text
         with pytest.raises(SystemExit, match="seed: 0 in the checkpoint, 1 now"):
-            train.main([*QUICK, "--out", str(out), "--seed", "1"])
-    run(out, "--resume", "none", "--steps", "2")  # the old report is not that of the new run
-    assert not (out / "summary.json").exists()
+            run(out, *flags, "--seed", "1")
+        with pytest.raises(SystemExit, match=r"steps: 6 .*, 8 now.*--init NAME=.*model\.pt"):
+            run(out, *flags, "--steps", "8")
+        Image.new("RGB", (64, 48)).save(pictures / "023.jpg")
+        with pytest.raises(SystemExit, match=r"another run\. sources: "):
+            run(out, *flags)
+    assert tree(out) == kept
+
+
+@pytest.mark.parametrize(
+    "flags",
+    ["--teachers a=/no/such.pt", "--lr 1", "--data /no/such", "--init x=/no/such.pt",
+     "--resume none --init x=/no/such.pt"],
+)  # fmt: skip
+def test_a_refused_command_writes_nothing(flags, tmp_path, stopped):
+    out = shutil.copytree(stopped, tmp_path / "a" / "out")
+    kept = tree(out)
+    for folder in (out, tmp_path / "b" / "new"):
+        if folder == out or flags != "--lr 1":
+            with pytest.raises(SystemExit) as stop:
+                run(folder, *flags.split())
+            assert "train.py: " in str(stop.value.code)
+    assert tree(out) == kept and [p.name for p in (tmp_path / "a").iterdir()] == ["out"]
+    assert not (tmp_path / "b" / "new").exists()
+
+
+@pytest.mark.slow
+def test_one_run_at_a_time_in_a_folder(tmp_path, monkeypatch):
+    """The lock dies with its process, and says whose it is."""
+    out = tmp_path / "out"
+    code = f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); import train; from pathlib import"
+    code += f" Path; train.own(Path({str(out)!r})); print('owned', flush=True); time.sleep(99)"
+    other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    other.stdout.readline()
+    before = tree(out)
+    monkeypatch.setattr(train.time, "sleep", lambda _: None)
+    with pytest.raises(SystemExit) as stop:
+        run(out)
+    found = re.search(r"in use by process (\d+) on (\S+) since (\d{4}-\S+ \S+); ", stop.value.code)
+    assert int(found[1]) == other.pid and found[2] == train.platform.node()
+    assert abs(time.mktime(time.strptime(found[3], "%Y-%m-%d %H:%M:%S")) - time.time()) < 60
+    assert tree(out) == before
+    other.kill()
+    other.wait()
+    monkeypatch.undo()
+    train.own(out)
+    train.disown(out)
+    assert not out.exists()
+
+
+def test_damaged_checkpoints_only_stop_the_run_with_the_way_out(tmp_path, stopped):
+    out = shutil.copytree(stopped, tmp_path / "out")
+    (out / "step_000002" / "state.pt").write_bytes(b"x")
+    kept = tree(out)
+    with pytest.raises(SystemExit, match=r"no checkpoint in .* is whole: .*SHA-256.*--resume none"):
+        run(out)
+    assert tree(out) == kept
+
+
+def test_another_spelling_and_another_place_are_the_same_run(tmp_path, reference, monkeypatch):
+    """Pictures, the weights it started from, and a teacher are known by their content."""
+    place = tmp_path / "here"
+    make_pictures(place / "pics", good=24, bad=0)
+    for name, step in (("init.pt", 2), ("teacher.pt", 4)):
+        shutil.copy(reference / f"step_00000{step}" / "model.pt", place / name)
+
+    def flags(root: str, cache: str) -> list[str]:
+        return ["--data", f"{root}/pics", "--init", f"x={root}/init.pt", "--held-out", "0",
+                "--teachers", f"a={root}/teacher.pt", "--cache", str(tmp_path / cache)]  # fmt: skip
+
+    expected = totals(run(tmp_path / "whole", *flags(str(place), "cache")))
+    monkeypatch.chdir(tmp_path)
+    stopped_run(tmp_path / "out", monkeypatch, *flags("here", "cache"))
+    with monkeypatch.context() as patch:
+        interrupt_before(5, patch)
+        with pytest.raises(Interrupted):
+            run(tmp_path / "out", *flags("./here/", "cache"))
+    shutil.copy(reference / "step_000006" / "model.pt", place / "init.pt")
+    with pytest.raises(SystemExit, match=r"another run\. init: "):
+        run(tmp_path / "out", *flags("here", "cache"))
+    (place / "init.pt").unlink()  # the checkpoint has all weights
+    shutil.move("here", "there")
+    shutil.move("cache", "moved")
+    assert totals(run(tmp_path / "out", *flags("there", "moved"))) == expected
+
+
+def test_resume_from_a_folder_goes_on_in_its_own(tmp_path, stopped, reference, monkeypatch):
+    flags, out = ("--resume", str(stopped / "step_000002")), tmp_path / "out"
+    before = tree(stopped)
+    with monkeypatch.context() as patch:
+        interrupt_before(6, patch)
+        with pytest.raises(Interrupted):
+            run(out, *flags)
+    with monkeypatch.context() as patch:
+        seen = watch_steps(patch)
+        assert totals(run(out, *flags)) == totals(rows_of(reference))
+    assert [step for step, _, _ in seen] == [5, 6] and tree(stopped) == before
+    # back in the same folder: the run so far moves aside
+    kept = tree(out)
+    assert totals(run(out, "--resume", str(out / "step_000004"))) == totals(rows_of(reference))
+    assert tree(tmp_path / "out.1") == kept
+    assert [path.name for path in train.checkpoints(out)] == ["step_000006"]
+
+
+@pytest.mark.parametrize("damage", ["torn", "nul", "bad line", "utf8", "empty", "gone"])
+def test_a_damaged_log_loses_the_damaged_lines_alone(damage, tmp_path, stopped):
+    out = shutil.copytree(stopped, tmp_path / "out")
+    path = out / "metrics.jsonl"
+    first, second = path.read_bytes().splitlines(keepends=True)
+    text = {"torn": first + second[:-40], "nul": first + b"\0" * 300, "empty": b"",
+            "bad line": first + b"{'a\n", "utf8": first + second.replace(b"lr", b"\xff\xfe"),
+            }.get(damage)  # fmt: skip
+    path.unlink() if text is None else path.write_bytes(text)
+    kept = {"empty": [], "gone": []}.get(damage, [1])
+    assert [row["step"] for row in run(out)] == [*kept, 3, 4, 5, 6]
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, monkeypatch):
+    whole = train.update_average
+
+    def broken(state: train.State, step: int) -> None:
+        whole(state, step)
+        if step == 4:
+            next(iter(state.student.parameters())).data[0] = float("nan")
+
+    monkeypatch.setattr(train, "update_average", broken)
+    with pytest.raises(SystemExit, match=r"step 4: not finite: prefix_RD.*step_000002/model\.pt"):
+        run(tmp_path)
+    assert [path.name for path in train.checkpoints(tmp_path)] == ["step_000002"]
+
+
+def test_small_troubles_do_not_end_a_run(tmp_path, reference, monkeypatch, capsys):
+    """An old checkpoint that stays, a disk without room for a line of the log, no hard links."""
+
+    def refuse(*_: Any, ignore_errors: bool = False) -> None:
+        if not ignore_errors:
+            raise OSError("no")
+
+    real = Path.open
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    monkeypatch.setattr(os, "link", refuse)
+    monkeypatch.setattr(Path, "open", lambda self, mode="r", **how: (
+        refuse() if mode == "ab" else real(self, mode, **how)))  # fmt: skip
+    train.main([*QUICK, "--out", str(tmp_path), "--keep", "1"])
+    monkeypatch.undo()
+    text = capsys.readouterr().err
+    assert "an old checkpoint: no; the run goes on" in text
+    assert "metrics.jsonl: no; the run goes on" in text
+    assert_same_end(tmp_path, reference)
+    newest = train.checkpoints(tmp_path)[-1] / "model.pt"
+    assert (tmp_path / "model.pt").read_bytes() == newest.read_bytes()
+
+
+def test_a_full_disk_leaves_no_half_line(tmp_path, monkeypatch, capsys):
+    class Small(io.FileIO):
+        def write(self, data: bytes) -> int:
+            return super().write(data[: min(len(data), 30)])
+
+    job = SimpleNamespace(group=CPU, out=tmp_path)
+    train.write_metrics(job, {"step": 1})
+    monkeypatch.setattr(Path, "open", lambda self, *_, **__: Small(self, "a"))
+    train.write_metrics(job, {"step": 2, "loss/total": 1.0, "lr": 0.1})
+    monkeypatch.undo()
+    assert rows_of(tmp_path) == [{"step": 1}]
+    assert "no room for a line at step 2" in capsys.readouterr().err
 
 
 def test_the_log_is_cut_back_to_the_checkpoint(tmp_path, monkeypatch):
@@ -1907,7 +2124,6 @@ def test_a_checkpoint_is_flushed_before_it_appears(tmp_path, monkeypatch):
 
 def test_a_run_whose_launcher_is_gone_stops(monkeypatch):
     stop = train.StopSignal()
-    stop.release()
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     monkeypatch.setattr(train, "LAUNCHER", -1)  # no parent of ours
     assert stop.poll() == 0
@@ -1915,6 +2131,21 @@ def test_a_run_whose_launcher_is_gone_stops(monkeypatch):
     assert stop.poll() == signal.SIGTERM
     monkeypatch.setattr(train, "LAUNCHER", os.getppid())
     assert stop.poll() == 0
+
+
+@pytest.mark.parametrize("number", packing.STOPPING)
+def test_a_signal_ends_a_run_that_has_nothing_to_save_and_waits_for_a_step(number, capsys):
+    stop, before = train.StopSignal(), signal.getsignal(number)
+    with pytest.raises(SystemExit) as left, stop:
+        os.kill(os.getpid(), number)
+        time.sleep(1)
+    assert left.value.code == 128 + number
+    assert capsys.readouterr().err.count("told to stop") == 1
+    with stop:
+        stop.is_awaited = True
+        os.kill(os.getpid(), number)
+        assert stop.poll() == number
+    assert signal.getsignal(number) == before
 
 
 def test_too_many_bad_pictures_stop_the_run(tmp_path):
@@ -1956,20 +2187,82 @@ def test_two_processes_equal_one(relation, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_once_and_the_run_goes_on(number, tmp_path):
-    flags = ("--steps", "4000", "--save-every", "4000")
+@pytest.mark.parametrize("number", packing.STOPPING)
+@pytest.mark.parametrize("launch", ["python", "torchrun"])
+def test_a_signal_saves_once_and_the_run_goes_on(launch, number, tmp_path):
+    """Sent to the whole group, with workers: they must not die before the step is saved."""
+    flags = ("--steps", "4000", "--save-every", "4000", "--workers", "2")
     line = [sys.executable, "train.py", *QUICK, "--out", str(tmp_path), *flags]
-    process = subprocess.Popen(
-        line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    if launch == "torchrun":
+        line[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1"]
+    process = subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                               text=True, start_new_session=True)  # fmt: skip
     wait_for_step(tmp_path, 5)
-    process.send_signal(number)
+    began = time.monotonic()
+    os.killpg(process.pid, number)
     code, text = finished(process)
-    assert code == train.EXIT_SIGNALLED + number, text
+    assert time.monotonic() - began < 20, "torchrun kills what does not leave"
+    assert code == (1 if launch == "torchrun" else train.EXIT_SIGNALLED + number), text
+    assert text.count("told to stop") == 1
+    assert launch == "torchrun" or "Traceback" not in text
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)  # no worker is left
     assert len(train.checkpoints(tmp_path)) == 1
     step = train.read_state(train.checkpoints(tmp_path)[0])["step"]
     assert rows_of(tmp_path)[-1]["step"] == step
+
+
+@pytest.mark.slow
+def test_a_signal_before_the_first_step_is_one_line(tmp_path):
+    make_pictures(tmp_path / "pictures", good=24, bad=0)
+    line = [sys.executable, "train.py", *QUICK, "--out", str(tmp_path / "out"), "--stats-steps",
+            "99999", "--data", "openmoji:train:2000"]  # fmt: skip
+    process = subprocess.Popen(
+        line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    while not (tmp_path / "out" / "lock").exists():
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    code, text = finished(process)
+    lines = [x for x in text.splitlines() if "step," not in x]  # no lines of the bar
+    assert code == 128 + signal.SIGTERM and len(lines) == 1 and "told to stop" in lines[0], text
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux' /proc")
+def test_workers_end_with_a_killed_parent(tmp_path):
+    line = [sys.executable, "train.py", *QUICK, "--out", str(tmp_path), "--steps", "4000",
+            "--save-every", "4000", "--workers", "3"]  # fmt: skip
+    process = subprocess.Popen(line, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
+    wait_for_step(tmp_path, 2)
+    workers = children_of(process.pid)
+    assert len(workers) == 3
+    process.kill()
+    process.wait()
+    end = time.monotonic() + 10
+    while any(map(is_alive, workers)) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not any(map(is_alive, workers))
+
+
+@pytest.mark.slow
+def test_spawned_workers_load_what_the_run_itself_does(tmp_path, reference):
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport multiprocessing, train\n"
+    code += "train.finish = lambda *_: None\n"
+    code += "if __name__ == '__main__':\n    multiprocessing.set_start_method('spawn')\n"
+    code += f"    train.main({[*QUICK, '--out', str(tmp_path / 'out'), '--workers', '2']!r})\n"
+    (tmp_path / "spawned.py").write_text(code)
+    done = subprocess.run([sys.executable, str(tmp_path / "spawned.py")], capture_output=True,
+                          text=True, timeout=200)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert totals(rows_of(tmp_path / "out")) == totals(rows_of(reference))
+
+
+@pytest.mark.slow
+def test_an_error_of_all_ranks_is_one_line(tmp_path):
+    code, text = finished(command(tmp_path / "out", "--teachers", "a=/no/such.pt", processes=2))
+    assert code != 0
+    assert text.count("train.py: ") == 1, text
 
 
 @pytest.mark.slow
@@ -2091,7 +2384,7 @@ for attempt in range(20):
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     unfinished += any(out.glob("*.tmp"))
-    newest = train.newest_checkpoint(cfg)
+    newest = train.find_start(cfg, {{}})
     assert newest is not None and newest == train.checkpoints(out)[-1], newest
     assert train.read_state(newest)["step"] == int(newest.name[5:])
     first = int(newest.name[5:]) + 1
@@ -2141,7 +2434,7 @@ def test_a_frozen_or_dead_rank_ends_the_run_without_orphans(number, tmp_path):
     while any(map(is_alive, ranks)) and time.monotonic() < end:
         time.sleep(0.2)
     assert not any(map(is_alive, ranks))
-    assert train.broken(train.newest_checkpoint(train.parse_args(["--out", str(tmp_path)]))) is None
+    assert train.broken(train.checkpoints(tmp_path)[-1]) is None
 
 
 @pytest.mark.slow
