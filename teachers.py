@@ -841,8 +841,9 @@ class CachedTeacher(Teacher):
         """
         output = self.features(list(prepared.values()), share_canvas=False)
         vectors = [x for x in (output.summary_BC, output.registers_BRC) if x is not None]
-        lost = lost_in_half(torch.cat([x.flatten(0, 1) for x in output.patches]))
-        if lost:
+        maps = [x.flatten(0, 1) for x in output.patches]
+        # of few pictures, all of one colour perhaps, one can't say how much a channel varies
+        if len(maps) >= 16 and (lost := lost_in_half(torch.cat(maps))):
             raise TeacherError(
                 f"teacher {self.name}: {lost} of {self.dim} channels vary too little beside their "
                 "mean for the fp16 of the cache; pass --cache none"
