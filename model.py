@@ -1476,10 +1476,9 @@ def read_radio(content: dict[str, Any]) -> tuple[ModelConfig, Weights]:
     if not any(key.startswith("base_model.blocks.") for key in file):
         trunk = [key for key in file if key.startswith("base_model.")][:9]
         raise ValueError(f"the backbone {model} is no timm ViT, its keys are {trunk}")
-    for key in file:
-        if key.startswith(("_heads.", "_feature_projections.")) and ".attn." in key:
-            raise ValueError(f"{key}: attention in a head (C-RADIOv4) is not read; the folder of "
-                             "the same model for transformers has the trunk alone")  # fmt: skip
+    if attention := [key for key in file if re.match(r"_(heads|feature_proj\w+)\..*\.attn\.", key)]:
+        what = "attention in a head (C-RADIOv4) is not read; transformers' folder has the trunk"
+        raise ValueError(f"{attention[0]}: {what}")
     x, per_teacher = file.renamed(RADIO), args.get("cls_token_per_teacher", True)
     heads: dict[str, RadioSpec] = {}
     for i, entry in enumerate(args.get("teachers") or []):
@@ -1554,84 +1553,84 @@ def fold_spectral(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
 
 # ---- Folders of transformers' RadioModel
 
-
 SMALLER = 2.0**-30  # exact in float32; not for float16
+RADIO_FOLDER = [
+    (r"^embed\.", "patch_generator.embedder."),
+    (r"^prefix_RD$", "patch_generator.cls_token.token"),
+    (r"^positions\.", "patch_generator."),
+    (r"\.ffn\.w", ".mlp.fc"),
+    (r"\.scale([12])$", r".layer_scale\1.lambda1"),
+    (r"^", "radio_model.model."),
+]
 
 
 def save_transformers(student: Student, folder: str | Path) -> None:
     """A RADIO-form student as a folder that `transformers.RadioModel` reads (AutoModel too).
 
     config.json; model.safetensors, the trunk under the RADIO release's names; heads.safetensors,
-    which is ours. RadioModel has no final norm: that becomes a block whose MLP is the identity of
-    its norm, as GELU(x) - GELU(-x) = x, on a residual stream that was made SMALLER, which norms
-    don't see. Raises: ValueError for the AMoE form and a gated MLP.
+    which is ours. Raises: ValueError for the AMoE form and a gated MLP.
     """
     config, state = student.config, Weights(student.state_dict())
     if config.form != "radio" or config.gated_ffn:
         raise ValueError(f"{folder}: RadioModel is no {config.form} form with {config.gated_ffn=}")
-    trunk = Weights((key, x) for key, x in state.items() if not key.startswith("heads."))
+    x, heads = state.without("heads."), {k: w for k, w in state.items() if k.startswith("heads.")}
     if config.patch_bias:  # each patch gets one entry of the table, or a mean of four
-        trunk["positions.pos_embed"] = trunk["positions.pos_embed"] + trunk.take("embed.bias")
+        x["positions.pos_embed"] = x["positions.pos_embed"] + x.take("embed.bias")
     if config.final_norm:
-        norm_as_block(trunk, config)
-    pattern = "d (y x c) -> d (c y x)"
-    trunk["embed.weight"] = rearrange(trunk["embed.weight"], pattern, y=config.patch, c=3)
-    trunk["positions.pos_embed"] = trunk["positions.pos_embed"].flatten(0, 1)[None]
-    named = trunk.renamed([
-        (r"^embed\.", "patch_generator.embedder."),
-        (r"^prefix_RD$", "patch_generator.cls_token.token"),
-        (r"^positions\.", "patch_generator."),
-        (r"\.ffn\.w", ".mlp.fc"),
-        (r"\.scale([12])$", r".layer_scale\1.lambda1"),
-    ])  # fmt: skip
-    tensors = {f"radio_model.model.{key}": x.contiguous() for key, x in named.items()}
+        norm_as_block(x, config)
+    x["embed.weight"] = rearrange(x["embed.weight"], "d (y x c) -> d (c y x)", y=config.patch, c=3)
+    x["positions.pos_embed"] = x["positions.pos_embed"].flatten(0, 1)[None]
+    file, summary = x.renamed(RADIO_FOLDER), list(config.summary_tokens)
     for part, values in (("mean", config.pixel_mean), ("std", config.pixel_std)):
-        conditioner = torch.tensor(values, dtype=torch.float32)[:, None, None]
-        tensors[f"radio_model.input_conditioner.norm_{part}"] = conditioner
-    summary = list(config.summary_tokens)
-    tensors["radio_model.summary_idxs"] = torch.tensor(summary)
-    told = {
-        "architectures": ["RadioModel"], "model_type": "radio", "dtype": "float32",
-        "hidden_size": config.dim, "num_hidden_layers": config.n_layers + config.final_norm,
-        "num_attention_heads": config.n_heads, "head_dim": config.head_dim,
-        "mlp_ratio": config.ffn_dim / config.dim, "patch_size": config.patch,
-        "layer_norm_eps": 1e-6 * (SMALLER**2 if config.final_norm else 1),
-        "max_img_size": config.position_grid * config.patch,
-        "num_cls_tokens": config.cls_tokens, "num_registers": config.registers,
-        "summary_idxs": summary, "norm_mean": config.pixel_mean, "norm_std": config.pixel_std,
-    }  # fmt: skip
-    ours = {"config": json.dumps(dataclasses.asdict(replace(config, patch_bias=False)))}
-    heads = {key: x.contiguous() for key, x in state.items() if key.startswith("heads.")}
+        file[f"radio_model.input_conditioner.norm_{part}"] = torch.tensor(values)[:, None, None]
+    file["radio_model.summary_idxs"] = torch.tensor(summary)
+    told = dict(model_type="radio", hidden_size=config.dim, num_attention_heads=config.n_heads)
+    told |= dict(num_hidden_layers=config.n_layers + config.final_norm, head_dim=config.head_dim)
+    told |= dict(mlp_ratio=config.ffn_dim / config.dim, patch_size=config.patch)
+    told |= dict(max_img_size=config.position_grid * config.patch, num_registers=config.registers)
+    told |= dict(num_cls_tokens=config.cls_tokens, summary_idxs=summary)
+    told |= dict(layer_norm_eps=1e-6 * (SMALLER**2 if config.final_norm else 1))
+    told |= dict(norm_mean=config.pixel_mean, norm_std=config.pixel_std)
+    ours = json.dumps(dataclasses.asdict(replace(config, patch_bias=False)))
     save = need("safetensors.torch", "save_transformers").save
     Path(folder).mkdir(parents=True, exist_ok=True)
-    for name, content in {
-        "model.safetensors": save(tensors, {"format": "pt"}),
-        "heads.safetensors": save(heads, ours),
-        "config.json": json.dumps(told, indent=2).encode(),
-    }.items():
-        write_whole(Path(folder) / name, content)
+    for name, tensors in (("model", file), ("heads", heads)):
+        whole = {key: tensor.contiguous() for key, tensor in tensors.items()}
+        content = save(whole, {"format": "pt", "config": ours})
+        write_whole(Path(folder) / f"{name}.safetensors", content)
+    write_whole(Path(folder) / "config.json", json.dumps(told, indent=2).encode())
 
 
 def norm_as_block(x: Weights, config: ModelConfig) -> None:
-    """The final norm as one more block, in place; see `save_transformers`."""
-    D, last = config.dim, f"blocks.{config.n_layers}."
+    """The final norm, which RadioModel has not, as one more block, in place.
+
+    Its MLP is the identity of its norm, as GELU(x) - GELU(-x) = x, and the residual stream is made
+    SMALLER, which norms don't see, so that it adds nothing to it.
+    """
+    D, last, one = config.dim, f"blocks.{config.n_layers}.", torch.ones(config.dim)
     if config.ffn_dim < 2 * D:
         raise ValueError(f"the final norm needs an MLP of 2 * {D}, this has {config.ffn_dim}")
-    first = {key: x[key] for key in x if key.startswith("blocks.0.")}
-    for key, value in first.items():  # a block that adds nothing ..
-        x[last + key.removeprefix("blocks.0.")] = torch.zeros_like(value)
-    for i in range(config.n_layers + 1):
-        for name in ("scale1", "scale2"):
-            scale_D = x.get(f"blocks.{i}.{name}", torch.ones(D))
-            x[f"blocks.{i}.{name}"] = scale_D * SMALLER
+    for key in [key for key in x if key.startswith("blocks.0.")]:
+        x[last + key.removeprefix("blocks.0.")] = torch.zeros_like(x[key])
+    for i, name in product(range(config.n_layers), ("scale1", "scale2")):
+        x[f"blocks.{i}.{name}"] = x.get(f"blocks.{i}.{name}", one) * SMALLER
     for name in ("embed.weight", "prefix_RD", "positions.pos_embed"):
         x[name] = x[name] * SMALLER
-    x[last + "scale2"] = torch.ones(D)
-    for part in ("weight", "bias"):  # .. but its norm, which is the final one
-        x[last + f"norm2.{part}"] = x.take(f"norm.{part}")
-    eye, w1, w2 = torch.eye(D), x[last + "ffn.w1.weight"], x[last + "ffn.w2.weight"]
-    w1[:D], w1[D : 2 * D] = eye, -eye
-    w2[:, :D], w2[:, D : 2 * D] = eye, -eye
+    x |= {last + "scale1": one, last + "scale2": one.clone()}
+    x |= {last + f"norm2.{part}": x.take(f"norm.{part}") for part in ("weight", "bias")}
+    for w in (x[last + "ffn.w1.weight"], x[last + "ffn.w2.weight"].T):
+        w[:D], w[D : 2 * D] = torch.eye(D), -torch.eye(D)
+
+
+def block_as_norm(x: Weights, config: ModelConfig) -> Weights:
+    """The inverse of `norm_as_block`."""
+    last = f"blocks.{config.n_layers}."
+    norm = {f"norm.{part}": x[f"{last}norm2.{part}"] for part in ("weight", "bias")}
+    scaled = re.compile(r"(embed\.weight|prefix_RD|.*pos_embed|.*\.scale[12])$")
+    x = Weights((k, w / SMALLER if scaled.match(k) else w) for k, w in x.without(last).items())
+    if not config.layer_scale:
+        x = Weights((k, w) for k, w in x.items() if ".scale" not in k)
+    return Weights(x | norm)
 
 
 def read_folder(folder: Path) -> tuple[ModelConfig, Weights]:
@@ -1644,33 +1643,17 @@ def read_folder(folder: Path) -> tuple[ModelConfig, Weights]:
         file |= read_safetensors(path)[0]
     file = file.renamed([(r"^radio_model\.", "")]).without("adaptors.")
     summary = file.pop("summary_idxs", torch.tensor([0])).tolist()
-    cls_tokens = told.get("num_cls_tokens", 3)
-    # without heads, these say which CLS tokens make the trunk's summary
-    unknown = (RadioSpec(f"cls{i}", None, None, token=i, in_trunk_summary=i in summary)
-               for i in range(cls_tokens if cls_tokens > 1 else 0))  # fmt: skip
-    n_heads = told.get("num_attention_heads", 16)
-    config, x = radio_config(file.renamed(RADIO), n_heads, cls_tokens, tuple(unknown))
+    count, n_heads = told.get("num_cls_tokens", 3), told.get("num_attention_heads", 16)
+    make = partial(RadioSpec, dim=None, summary_dim=None)  # which CLS tokens make the summary
+    specs = tuple(make(f"cls{i}", token=i, in_trunk_summary=i in summary) for i in range(count))
+    config, x = radio_config(file.renamed(RADIO), n_heads, count, specs if count > 1 else ())
     if (folder / "heads.safetensors").is_file():
         heads, ours = read_safetensors(folder / "heads.safetensors")
-        config, x = read_config(json.loads(ours["config"])), Weights(x | heads)
-        if config.final_norm:
-            block_as_norm(x, config)
-    elif (eps := told.get("layer_norm_eps", 1e-6)) != 1e-6:
+        config = read_config(json.loads(ours["config"]))
+        return config, Weights((block_as_norm(x, config) if config.final_norm else x) | heads)
+    if (eps := told.get("layer_norm_eps", 1e-6)) != 1e-6:
         raise ValueError(f"layer_norm_eps={eps}, ours is 1e-6")
     return config, x
-
-
-def block_as_norm(x: Weights, config: ModelConfig) -> None:
-    """The inverse of `norm_as_block`."""
-    last = f"blocks.{config.n_layers}."
-    for part in ("weight", "bias"):
-        x[f"norm.{part}"] = x.take(f"{last}norm2.{part}")
-    for key in list(x):
-        is_scale = re.search(r"\.scale[12]$", key)
-        if key.startswith(last) or (is_scale and not config.layer_scale):
-            del x[key]
-        elif is_scale or key in ("embed.weight", "prefix_RD", "positions.pos_embed"):
-            x[key] = x[key] / SMALLER
 
 
 def read_safetensors(path: Path) -> tuple[Weights, dict[str, str]]:
@@ -1864,11 +1847,10 @@ def save_onnx(student: Student, path: str | Path, height: int, width: int) -> No
     grid = FixedGrid(student, height, width).eval()
     images_B3HW = torch.rand(2, 3, height, width)
     large = sum(p.nbytes for p in grid.parameters()) > 1.9e9  # more than one file can hold
-    torch.onnx.export(
-        grid, (images_B3HW,), path, dynamo=True, verbose=False, external_data=large,
-        input_names=["images"], output_names=list(grid(images_B3HW)),
-        dynamic_shapes={"images_B3HW": {0: torch.export.Dim("batch")}},
-    )  # fmt: skip
+    names = {"input_names": ["images"], "output_names": list(grid(images_B3HW))}
+    shapes = {"images_B3HW": {0: torch.export.Dim("batch")}}
+    options = {"dynamo": True, "verbose": False, "external_data": large, "dynamic_shapes": shapes}
+    torch.onnx.export(grid, (images_B3HW,), path, **names, **options)  # type: ignore[arg-type]
 
 
 @cache

