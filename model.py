@@ -30,7 +30,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from itertools import product
@@ -607,7 +607,6 @@ class StudentOutput:
     patches: dict[str, Tensor]  # name -> (M, C); (M*u*u, C) with RadioSpec.upsample = u
     registers: dict[str, Tensor]  # name -> (B, R, C), heads with registers
     counts_LE: Tensor | None  # int64, tokens routed to each expert of each layer; None: no experts
-    layers: dict[int, Tensor]  # (M, D) after the blocks that were asked for
 
 
 @dataclass
@@ -649,32 +648,24 @@ class Student(nn.Module):
             self.heads[spec.name] = make(spec, config.dim)
         initialise(self)
 
-    def forward(
-        self, batch: PackedBatch, windows_B5: Tensor | None = None, layers: Sequence[int] = ()
-    ) -> StudentOutput:
+    def forward(self, batch: PackedBatch, windows_B5: Tensor | None = None) -> StudentOutput:
         """Run a pack of images cut in patches, values in [0, 1].
 
-        Args: windows_B5: each image's `position_windows`, to train the RADIO form; layers: blocks,
-            from 1 on, whose patches are wanted too.
+        Args: windows_B5: each image's `position_windows`, to train the RADIO form.
         """
         if batch.patch != self.config.patch:
             raise ValueError(f"the pack's patch is {batch.patch} px, ours {self.config.patch}")
         layout = Layout.of(list(batch.grids), self.config.prefix, batch.patches_MX.device)
-        return self.run(batch.patches_MX, layout, windows_B5, layers)
+        return self.run(batch.patches_MX, layout, windows_B5)
 
-    def run(
-        self, patches_MX: Tensor, layout: Layout, windows_B5=None, layers: Sequence[int] = ()
-    ) -> StudentOutput:
+    def run(self, patches_MX: Tensor, layout: Layout, windows_B5=None) -> StudentOutput:
         """`forward` for a layout that is already there (an exported program has a fixed one)."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen_trunk):
-            x_ND, counts_LE, each = self.trunk(patches_MX, layout, windows_B5)
-        out = self.read_out(x_ND, layout, counts_LE)
-        out.layers = {i: each[i - 1].index_select(0, layout.patches_M) for i in layers}
-        return out
+            x_ND, counts_LE = self.trunk(patches_MX, layout, windows_B5)
+        return self.read_out(x_ND, layout, counts_LE)
 
     def trunk(self, patches_MX: Tensor, layout: Layout, windows_B5: Tensor | None):
-        """Sorted tokens x_ND after the last block and norm, counts_LE of the experts, and the
-        tokens after each block."""
+        """Sorted tokens x_ND after the last block and norm, and counts_LE of the experts."""
         mean_X, std_X = self.pixel_stats_2X.to(patches_MX.dtype)
         embedded_MD = self.embed(((patches_MX - mean_X) / std_X).to(self.embed.weight.dtype))
         patches_MD, rotation = self.positions(embedded_MD, layout, windows_B5)
@@ -682,15 +673,14 @@ class Student(nn.Module):
         # Under autocast too, the residual stream keeps the precision of the weights.
         x_ND = torch.cat([prefix_ND, patches_MD.to(prefix_ND.dtype)])
         x_ND = x_ND.index_select(0, layout.gather_N)
-        counts, each = [], []
+        counts = []
         for block in self.blocks:
             if self.recompute and torch.is_grad_enabled():
                 x_ND, counts_E = checkpoint(block, x_ND, layout, rotation, use_reentrant=False)
             else:
                 x_ND, counts_E = block(x_ND, layout, rotation)
             counts.append(counts_E)
-            each.append(x_ND)
-        return self.norm(x_ND), torch.stack(counts) if self.config.experts else None, each
+        return self.norm(x_ND), torch.stack(counts) if self.config.experts else None
 
     def read_out(self, x_ND: Tensor, layout: Layout, counts_LE: Tensor | None) -> StudentOutput:
         """Split the tokens and apply every teacher head."""
@@ -699,7 +689,7 @@ class Student(nn.Module):
         patches_MD = x_ND.index_select(0, layout.patches_M)
         tokens = [prefix_BRD[:, i] for i in self.config.summary_tokens]
         summary_BD = torch.cat([prefix_BRD[:, 0, :0], *tokens], dim=1)  # there may be none
-        out = StudentOutput(summary_BD, patches_MD, {}, {}, {}, counts_LE, {})
+        out = StudentOutput(summary_BD, patches_MD, {}, {}, {}, counts_LE)
         for name, head in self.heads.items():
             values = head(prefix_BRD, patches_MD, layout)
             for part, value in zip((out.summary, out.patches, out.registers), values, strict=True):
@@ -732,10 +722,8 @@ class Student(nn.Module):
         Args:
             images: PIL images, uint8 arrays (H, W, 3), float tensors (3, H, W) in [0, 1]. Each side
                 goes to the nearest multiple of the patch, at least one patch, by bicubic resize.
-            max_tokens: shrink larger images, keeping the aspect, to at most this many patches;
-                None: never.
-            keep: also merge each image's patches to this many tokens (`Features.tokens`), or all
-                of them where there are fewer.
+            max_tokens: shrink larger images, keeping the aspect, to so many patches; None: never.
+            keep: also merge the patches to so many tokens at most (`Features.tokens`).
             layers: also give the patches after these blocks, counted from 1 (`Features.layers`).
 
         Raises: ValueError: an image that is none of these, naming its index and what is wrong.
@@ -1176,8 +1164,15 @@ def encode_pack(
 ) -> list[Features]:
     """Features of one pack of images whose sides are multiples of the patch."""
     batch, device = PackedBatch.from_images(pack, student.config.patch), student.prefix_RD.device
-    with autocast(device, student.precision):
-        results = unpack(student(batch.to(device), layers=layers), student.config, batch.grids)
+    seen: dict[int, Tensor] = {}
+
+    def look(i: int, _: Any, given: Any, out: Any) -> None:  # given: tokens, layout, rotation
+        seen[i] = out[0].index_select(0, given[1].patches_M)
+
+    with autocast(device, student.precision), ExitStack() as hooks:
+        for i in layers:
+            hooks.enter_context(student.blocks[i - 1].register_forward_hook(partial(look, i)))
+        results = unpack(student(batch.to(device)), student.config, batch.grids, seen)
     for result, (h, w) in zip(results, batch.grids, strict=True):
         if keep is not None:
             trunk_ND = result.patches["trunk"].flatten(0, 1)
@@ -1186,7 +1181,7 @@ def encode_pack(
 
 
 def unpack(
-    out: StudentOutput, config: ModelConfig, grids: Sequence[tuple[int, int]]
+    out: StudentOutput, config: ModelConfig, grids: Sequence[Any], layers: dict[int, Tensor]
 ) -> list[Features]:
     """Each image's own features, patches as maps. Copies: a view would keep all of its pack."""
     results = [Features({}, {}) for _ in grids]
@@ -1194,13 +1189,13 @@ def unpack(
         for result, x_C in zip(results, x_BC.float(), strict=True):
             result.summary[name] = x_C.clone()
     factors: dict[Any, int] = {head.name: head.upsample for head in config.heads}
-    maps: dict[Any, Tensor] = {"trunk": out.trunk_MD, **out.patches, **out.layers}  # type: ignore[dict-item]
-    for name, x_MC in maps.items():
-        u = factors.get(name, 1)
+    maps: dict[Any, Tensor] = {"trunk": out.trunk_MD, **out.patches}
+    for key, x_MC in (maps | layers).items():
+        u = factors.get(key, 1)
         pieces = x_MC.float().split([h * w * u * u for h, w in grids])
         for result, (h, _), piece in zip(results, grids, pieces, strict=True):
-            part: dict[Any, Tensor] = result.layers if name in out.layers else result.patches
-            part[name] = rearrange(piece, "(h w) c -> h w c", h=h * u).clone()
+            part: dict[Any, Tensor] = result.layers if key in layers else result.patches
+            part[key] = rearrange(piece, "(h w) c -> h w c", h=h * u).clone()
     return results
 
 

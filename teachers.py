@@ -233,43 +233,6 @@ class Teacher:
         return self._text
 
 
-class Family(NamedTuple):
-    """One row: how a model type of transformers becomes a `Backbone`."""
-
-    model: str  # its vision class
-    kind: str  # of SizeRule
-    stats: tuple  # where the folder has no preprocessor_config.json; NONE whatever that says
-    class_tokens: int = 0  # before the registers and the patches
-    options: Any = None  # of `from_pretrained`
-
-
-# By the model type in config.json. SigLIP2 of one resolution says "siglip", naflex "siglip2".
-# SAM, SAM2 and SAM3 are read before their necks, which narrow the features for a mask decoder:
-# SAM's last block (1280 wide for ViT-H, as PHI-S Sec. 3 and the RADIO release have it; behind the
-# neck 256), and likewise the last block of SAM2's trunk, a token for 32 x 32 px (we chose).
-FAMILIES = {
-    "siglip": Family("SiglipVisionModel", "fixed", HALF_RGB),
-    "siglip2": Family("Siglip2VisionModel", "native", HALF_RGB),
-    "clip": Family("CLIPVisionModelWithProjection", "fixed", CLIP_RGB, 1),
-    "metaclip_2": Family("MetaClip2VisionModelWithProjection", "fixed", CLIP_RGB, 1),
-    "aimv2": Family("Aimv2VisionModel", "fixed", CLIP_RGB),  # or native, by its config
-    "dinov2": Family("Dinov2Model", "native", IMAGENET, 1),
-    "dinov2_with_registers": Family("Dinov2WithRegistersModel", "native", IMAGENET, 1),
-    "dinov3_vit": Family("DINOv3ViTModel", "native", IMAGENET, 1),
-    "dinov3_convnext": Family("DINOv3ConvNextModel", "native", IMAGENET, 1),
-    "tipsv2": Family("Tipsv2VisionModel", "native", NONE, 1),
-    "radio": Family("RadioModel", "native", NONE),
-    "vit": Family("ViTModel", "fixed", HALF_RGB, 1, {"add_pooling_layer": False}),
-    "ijepa": Family("IJepaModel", "fixed", IMAGENET),
-    "sam": Family("SamVisionModel", "canvas", IMAGENET),
-    # what the encoder's weights are called in a whole SAM2, SAM3 or its video form
-    "sam2": Family("Sam2VisionModel", "canvas", IMAGENET, 0, {
-        "key_mapping": {"^vision_encoder[.]": ""}}),
-    "sam3": Family("Sam3ViTModel", "canvas", HALF_RGB, 0, {
-        "key_mapping": {"^(detector_model[.])?(vision_encoder[.])?backbone[.]": ""}}),
-}  # fmt: skip
-
-
 # ---- Part II: the plumbing
 
 NATIVE_SIDE = 1024  # a teacher that takes any size sees at most 1024^2 pixels (we chose)
@@ -389,6 +352,43 @@ def load_backbone(spec: TeacherSpec) -> Backbone:
     if is_hub_id or (path / "config.json").is_file():
         return load_transformers(spec)
     raise TeacherError(f"teacher {spec.name}: {path} is no file nor a folder with a config.json")
+
+
+class Family(NamedTuple):
+    """One row: how a model type of transformers becomes a `Backbone`."""
+
+    model: str  # its vision class
+    kind: str  # of SizeRule
+    stats: tuple  # where the folder has no preprocessor_config.json; NONE whatever that says
+    class_tokens: int = 0  # before the registers and the patches
+    options: Any = None  # of `from_pretrained`
+
+
+# By the model type in config.json. SigLIP2 of one resolution says "siglip", naflex "siglip2".
+# SAM, SAM2 and SAM3 are read before their necks, which narrow the features for a mask decoder:
+# SAM's last block (1280 wide for ViT-H, as PHI-S Sec. 3 and the RADIO release have it; behind the
+# neck 256), and likewise the last block of SAM2's trunk, a token for 32 x 32 px (we chose).
+FAMILIES = {
+    "siglip": Family("SiglipVisionModel", "fixed", HALF_RGB),
+    "siglip2": Family("Siglip2VisionModel", "native", HALF_RGB),
+    "clip": Family("CLIPVisionModelWithProjection", "fixed", CLIP_RGB, 1),
+    "metaclip_2": Family("MetaClip2VisionModelWithProjection", "fixed", CLIP_RGB, 1),
+    "aimv2": Family("Aimv2VisionModel", "fixed", CLIP_RGB),  # or native, by its config
+    "dinov2": Family("Dinov2Model", "native", IMAGENET, 1),
+    "dinov2_with_registers": Family("Dinov2WithRegistersModel", "native", IMAGENET, 1),
+    "dinov3_vit": Family("DINOv3ViTModel", "native", IMAGENET, 1),
+    "dinov3_convnext": Family("DINOv3ConvNextModel", "native", IMAGENET, 1),
+    "tipsv2": Family("Tipsv2VisionModel", "native", NONE, 1),
+    "radio": Family("RadioModel", "native", NONE),
+    "vit": Family("ViTModel", "fixed", HALF_RGB, 1, {"add_pooling_layer": False}),
+    "ijepa": Family("IJepaModel", "fixed", IMAGENET),
+    "sam": Family("SamVisionModel", "canvas", IMAGENET),
+    # what the encoder's weights are called in a whole SAM2, SAM3 or its video form
+    "sam2": Family("Sam2VisionModel", "canvas", IMAGENET, 0, {
+        "key_mapping": {"^vision_encoder[.]": ""}}),
+    "sam3": Family("Sam3ViTModel", "canvas", HALF_RGB, 0, {
+        "key_mapping": {"^(detector_model[.])?(vision_encoder[.])?backbone[.]": ""}}),
+}  # fmt: skip
 
 
 def load_transformers(spec: TeacherSpec) -> Backbone:
