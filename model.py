@@ -176,10 +176,6 @@ class ModelConfig:
         return tuple(dict.fromkeys(head.token for head in read if head.in_trunk_summary))
 
 
-def _demo(*teachers):
-    return tuple(AdapterSpec(name, dim, dim, split=True, bias=True) for name, dim in teachers)
-
-
 AMOE_HEADS = (
     AdapterSpec("siglip2", 1152, 1152, pool=True),
     AdapterSpec("dinov3", 1024, 1024, registers=True),
@@ -190,6 +186,7 @@ RADIO_HEADS = (
     RadioSpec("dino_v2", 1536, 1536, token=2),
     RadioSpec("sam", 1280, None, token=3, in_trunk_summary=False),
 )
+_demo = partial(AdapterSpec, split=True, bias=True)
 _amoe: Callable[..., ModelConfig] = partial(ModelConfig, "amoe", heads=AMOE_HEADS)
 _clip_rgb: dict[str, Any] = {"pixel_mean": CLIP_RGB[0], "pixel_std": CLIP_RGB[1]}
 _plain: dict[str, Any] = {"gated_ffn": False, "final_norm": False, "position_grid": 128}
@@ -211,9 +208,10 @@ MODELS: dict[str, ModelConfig] = {
                       patch_bias=True, cls_tokens=1,
                       heads=tuple(replace(head, token=0) for head in RADIO_HEADS)),
     # the demo student and the one of the unit tests; train.py sets their heads by the teachers
-    "nano": ModelConfig("amoe", 192, 6, 3, 64, 256, _demo(("vit-s", 384), ("mobilenet", 1280)),
-                        experts=8, top_k=2),
-    "test": ModelConfig("amoe", 48, 2, 2, 16, 32, _demo(("a", 24), ("b", 32)), experts=4, top_k=2),
+    "nano": _amoe(192, 6, 3, 64, 256, experts=8, top_k=2,
+                  heads=(_demo("vit-s", 384, 384), _demo("mobilenet", 1280, 1280))),
+    "test": _amoe(48, 2, 2, 16, 32, experts=4, top_k=2,
+                  heads=(_demo("a", 24, 24), _demo("b", 32, 32))),
 }  # fmt: skip
 
 
@@ -490,11 +488,8 @@ class Block(nn.Module):
         super().__init__()
         form, weightless = FORMS[config.form], partial(nn.RMSNorm, elementwise_affine=False)
         norm = form.norm if config.norm_weight else weightless
-        self.norm1, self.attn, self.norm2 = (
-            norm(config.dim),
-            form.attention(config),
-            norm(config.dim),
-        )
+        self.norm1, self.attn = norm(config.dim), form.attention(config)
+        self.norm2 = norm(config.dim)
         self.ffn = MoE(config) if config.experts else Mlp(config, form.mlp_bias)
         self.scale1 = self.scale2 = None
         if config.layer_scale:
@@ -624,9 +619,8 @@ class Student(nn.Module):
     """The student of `config`; see `ModelConfig` for the choices and `MODELS` for the sizes."""
 
     pixel_stats_2X: Tensor
-    # Tokens of a pass of `encode`. 0: 16384 on a GPU, and 2048 on a CPU, the most that stays in its
-    # cache: 1.0 to 2.1 times as fast as one picture at a time (16384 was .95 of that at its worst).
-    encode_budget = 0
+    # Tokens of a pass of `encode`. 0: 16384 on a GPU; 2048 on a CPU, whose cache holds no more: 1.0
+    encode_budget = 0  # to 2.1 times as fast as one picture at a time (16384: .95 at worst)
     precision = "auto"  # of `encode`, see `autocast`
     frozen_trunk = False  # True: only the heads get gradients (RADIOv2.5: the first steps)
     recompute = False  # True: blocks keep no activations and run again in backward
@@ -866,9 +860,7 @@ class Layout:
 # ---- Initial weights, and those that are never rounded
 
 
-def keep_float32(
-    student: Student, apply: Callable[..., Student], fn: Any, recurse: bool
-) -> Student:
+def keep_float32(student: Student, apply: Callable, fn: Any, recurse: bool) -> Student:
     """`.to(bfloat16)` but for three buffers: rounding them moves rotation angles by up to 0.08 rad
     and changes which experts are selected."""
     before = dict(student.named_buffers())
@@ -1145,17 +1137,15 @@ def packs_of(
     """Images resized to whole patches, together as many as the budget of tokens allows."""
     if max_tokens is not None and max_tokens < 1:
         raise ValueError(f"max_tokens={max_tokens} leaves no patch")
-    max_area = max_tokens and max_tokens * config.patch**2
-    pack: list[Tensor] = []
-    tokens = 0
+    max_area, pack, room = max_tokens and max_tokens * config.patch**2, list[Tensor](), budget
     for pixels in read_images(images):
         height, width = fit_size(pixels.shape[1], pixels.shape[2], config.patch, max_area=max_area)
         length = height * width // config.patch**2 + config.prefix
-        if pack and tokens + length > budget:
+        if pack and length > room:
             yield pack
-            pack, tokens = [], 0
+            pack, room = [], budget
         pack.append(resize(pixels, (height, width)))
-        tokens += length
+        room -= length
     yield pack
 
 
