@@ -1478,9 +1478,10 @@ def test_a_release_goes_on_with_another_teacher(name):
 def test_a_student_goes_through_transformers_and_on_with_one_teacher_more(tmp_path):
     """The demo student in RADIO form: a folder, AutoModel, back, and trained further."""
     transformers = pytest.importorskip("transformers")
-    flags = ["--preset", "warm", "--teachers", *DEBUG.teachers, "--cache", "none", "--steps", "2"]
+    flags = ["--preset", "warm", "--teachers", *DEBUG.teachers, "--cache", "none"]
+    flags += ["--steps", "2", "--frozen-steps", "1"]
     run(tmp_path / "warm", *flags)
-    student = load_student(tmp_path / "warm" / "step_000002")
+    student = load_student(tmp_path / "warm")  # the folder of a run
     assert student.config.final_norm and student.config.cls_tokens == 2
     train.model.save_transformers(student, tmp_path / "hf")
     network = transformers.AutoModel.from_pretrained(tmp_path / "hf").eval()
@@ -1527,7 +1528,7 @@ def test_our_checkpoint_goes_on_in_another_run(reference):
 
 def test_an_init_that_does_not_fit_is_refused(tmp_path, reference):
     init = f"x={reference / 'step_000006' / 'model.pt'}"
-    with pytest.raises(SystemExit, match="prefix_RD"):
+    with pytest.raises(SystemExit, match=r"--init: .*choose the --model"):
         run(tmp_path, "--init", init, "--model", "nano")
     with pytest.raises(SystemExit, match="no/such"):
         run(tmp_path, "--init", "x=/no/such/file")
