@@ -807,7 +807,7 @@ def settle(
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     images, bad = sum(map(len, micros)), sum(len(m.skipped) for m in micros)
     tokens = sum(sum(m.lengths) for m in micros) + state.student.config.prefix * images
-    known = sum_over_ranks(torch.tensor([images, tokens, bad, STOP.poll()]))  # to the host
+    known = sum_over_ranks(torch.tensor([images, tokens, bad, STOP.number]))  # to the host
     images, tokens, bad, stop = known.tolist()
     loads_LE = sum_over_ranks(torch.stack(counts).sum(0)) if counts else norm.new_ones(1, 1)
     max_load = (loads_LE.max(1).values / loads_LE.float().mean(1)).max()
@@ -1287,7 +1287,7 @@ def own(out: Path) -> None:
     """
     out = out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    for _ in range(50):  # one that is just being killed gets 5 seconds
+    for _ in range(100):  # one that is just being killed gets 10 seconds
         file = (out / "lock").open("a+")
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -1566,21 +1566,25 @@ class StopSignal:
         for number in packing.STOPPING if in_main else ():  # others can't set handlers
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
                 self.before[number] = signal.signal(number, self.take)
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            threading.Thread(target=self.watch_launcher, daemon=True).start()
 
     def __exit__(self, *_: Any) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+        for number in [*self.before]:
+            signal.signal(number, self.before.pop(number))
+
+    def watch_launcher(self) -> None:
+        """A launcher that was killed counts as SIGTERM: no orphans."""
+        while os.getppid() == LAUNCHER:
+            time.sleep(0.5)
+        if self.before:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def take(self, number: int, _: Any) -> None:
         is_first, self.number = not self.number, number
         if is_first and not self.is_awaited:
             say("told to stop: no step is to be saved; the same command goes on")
             raise SystemExit(EXIT_SIGNALLED + number)
-
-    def poll(self) -> int:
-        """The signal's number, or 0. A launcher that is gone counts as SIGTERM: no orphans."""
-        orphaned = "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != LAUNCHER
-        return int(signal.SIGTERM) if orphaned else self.number
 
 
 STOP = StopSignal()  # one for the process, as its signals are
@@ -1917,7 +1921,8 @@ def main(argv: list[str] | None = None) -> None:
         run(cfg)
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         is_ours = not isinstance(error, RuntimeError) or isinstance(error, Standstill)
-        if not is_ours and not any(x in str(error) for x in ("gloo", "DataLoader worker", "NCCL")):
+        is_known = isinstance(error, dist.DistError) or "DataLoader worker" in str(error)
+        if not is_ours and not is_known and "gloo" not in str(error):
             raise
         raise SystemExit(last_words(error)) from error
 
