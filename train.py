@@ -33,7 +33,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -909,9 +911,6 @@ def is_taught(name: str, streams: Streams) -> list[bool]:
     return [not stream.teachers or name in stream.teachers for stream in streams]
 
 
-# ---- What ranks share
-
-
 def sum_over_ranks(values: Tensor) -> Tensor:
     if dist.is_initialized():
         dist.all_reduce(values)
@@ -981,9 +980,6 @@ def packs_in_memory(state: State, tokens: int, count: int, device: torch.device)
         )
     say(f"{int(fits)} of {count} packs in one forward")
     return int(fits)
-
-
-# ---- Which weights decay, and LAMB
 
 
 def is_decayed(name: str, p: Tensor) -> bool:
@@ -1226,11 +1222,6 @@ def find_start(cfg: TrainConfig, identity: dict[str, Any]) -> Path | None:
     return None
 
 
-def holds_a_run(out: Path) -> bool:
-    names = ("config.json", "metrics.jsonl", "summary.json")
-    return bool(checkpoints(out)) or any((out / name).exists() for name in names)
-
-
 def stays(job: Job) -> bool:
     """Does the run go on in its folder? Else what is there is an older run's."""
     if job.folder:
@@ -1249,7 +1240,9 @@ def begin_folder(job: Job, about: dict[str, Any]) -> None:
     metrics.jsonl up to the checkpoint."""
     rows = read_rows(job.folder.parent if job.folder else job.out)
     rows = [row for row in rows if row["step"] <= job.record["step"]]
-    if not stays(job) and holds_a_run(job.out):
+    names = ("config.json", "metrics.jsonl", "summary.json")
+    is_used = checkpoints(job.out) or any((job.out / name).exists() for name in names)
+    if is_used and not stays(job):
         move_aside(job.out)
     for folder in checkpoints(job.out):
         if int(folder.name[5:]) > job.record["step"]:  # damaged
@@ -1458,20 +1451,15 @@ class Shrunk(packing.Subset):
         return at_size(sample, self.side) if is_large else sample
 
 
-@dataclass
-class Capped:
-    """A student that sees pictures at the largest size that the run's stages train at."""
-
-    student: Student
-    side: int
-
-    def encode(self, images: Any) -> Any:
-        return self.student.encode(images, max_tokens=(self.side // self.student.config.patch) ** 2)
-
-
 def largest_side(cfg: TrainConfig) -> int:
     streams = [stream for stage in cfg.stages for stream in stage.streams]
     return max(max(stream.choices, default=stream.max_side) for stream in streams)
+
+
+def capped(cfg: TrainConfig, student: Student) -> Any:
+    """A student that sees pictures at the largest size that the run's stages train at."""
+    student.precision, most = cfg.precision, (largest_side(cfg) // student.config.patch) ** 2
+    return SimpleNamespace(encode=partial(student.encode, max_tokens=most))
 
 
 def views(job: Job, count: int) -> list[Shrunk]:
@@ -1485,16 +1473,14 @@ def views(job: Job, count: int) -> list[Shrunk]:
 
 def saved_student(job: Job) -> Student:
     """That of the checkpoint just written."""
-    student = load_student(job.newest / "model.pt", device=str(job.group.device))
-    student.precision = job.cfg.precision
-    return student
+    return load_student(job.newest / "model.pt", device=str(job.group.device))
 
 
 def evaluate(job: Job, pictures: int = 500) -> dict[str, float]:
     """kNN accuracy of the checkpoint just saved, all ranks sharing the work, and pca.png."""
     if job.held_out is None:
         return {}
-    student = Capped(saved_student(job), largest_side(job.cfg))
+    student = capped(job.cfg, saved_student(job))
     train, test = (extract({"student": student}, source, 0) for source in views(job, pictures))
     if job.group.rank == 0:
         draw_pca(job, student)
@@ -1505,41 +1491,37 @@ def evaluate(job: Job, pictures: int = 500) -> dict[str, float]:
         return {}
 
 
-def draw_pca(job: Job, student: Capped) -> None:
+def draw_pca(job: Job, student: Any) -> None:
     """pca.png: held-out pictures, each teacher's maps, the student's."""
     pictures, _ = first_pictures(views(job, 10**9)[1], 8)  # the report names bad ones
     teachers = {teacher.name: teacher for teacher in job.teachers}
     pca_sheet(job.out / "pca.png", pictures, {"teacher": teachers, "student": student})
 
 
-def pictures_in_time(job: Job, models: dict[str, Any]) -> int:
-    """How many pictures of either kind the report takes: a tenth of the run's time, or a few."""
-    few, began = views(job, 4)[0], time.monotonic()
-    extract(models, few)
-    each = 2 * (time.monotonic() - began) / max(1, len(few))  # its figures take as long again
-    return max(REPORTED[0], min(REPORTED[1], int(job.record["seconds"] / 20 / each)))
-
-
-REPORTED = 32, 1000  # the fewest and the most pictures of either kind
+FEWEST, MOST = 32, 1000  # pictures of either kind in the report
 
 
 def finish(job: Job) -> dict[str, Any]:
-    """Score the student on held-out pictures; write summary.json and pca.png; print the table."""
+    """Score the student on held-out pictures; write summary.json and pca.png; print the table.
+
+    It takes a tenth of the run's time, by fewer pictures, if they are not the fewest.
+    """
     cfg, student, side = job.cfg, saved_student(job), largest_side(job.cfg)
-    control = random_control(student, cfg.seed)
-    control.precision = cfg.precision
     teachers = {teacher.name: teacher for teacher in job.teachers}
-    students = Capped(student, side), Capped(control, side)
-    models = {"teacher": teachers, "student": students[0], "random": students[1]}
-    count = pictures_in_time(job, models)
+    models = {"student": capped(cfg, student)}
+    models["random"] = capped(cfg, random_control(student, cfg.seed))
+    few, began = views(job, 4)[0], time.monotonic()
+    extract(models | {"teacher": teachers}, few)
+    each = 2 * (time.monotonic() - began) / max(1, len(few))  # the figures take as long again
+    count = max(FEWEST, min(MOST, int(job.record["seconds"] / 20 / each)))
     say(f"the report: {count} pictures of a kind at most, shrunk to {side}^2 px for the student")
     train, test = views(job, count)
-    report = final_report(*students, teachers, train, test, count)
-    draw_pca(job, students[0])
+    report = final_report(models["student"], models["random"], teachers, train, test, count)
+    draw_pca(job, models["student"])
     summary = {"steps": cfg.steps, "minutes": job.record["seconds"] / 60, "report": report}
     summary |= {"scored": cfg.data[0], "skipped": job.record["skipped"] | report["skipped"]}
-    summary |= {"pictures": count, "side": side, "config": cfg.identity()}
-    summary["identity"] = job.identity
+    summary |= {"pictures": count, "side": side, "identity": job.identity}
+    summary["config"] = cfg.identity()
     text = json.dumps(summary, indent=1, allow_nan=False)
     packing.write_whole(job.out / "summary.json", text.encode())
     print(format_table(report))
@@ -1658,9 +1640,6 @@ def say(text: str) -> None:
     """A line of the one process that prints, above the bar if there is one."""
     if is_main():
         tqdm.write(text, file=sys.stderr)
-
-
-# ---- What a configuration must be
 
 
 def require(is_right: Any, message: str) -> None:

@@ -227,6 +227,10 @@ def test_a_run_leaves_what_the_readme_says(tmp_path, capsys):
         assert Image.open(tmp_path / name).size[0] > 100
     assert json.loads((tmp_path / "summary.json").read_text())["steps"] == 6
     assert sorted(p.name for p in tmp_path.glob("step_*")) == [f"step_{n:06d}" for n in (2, 4, 6)]
+    newest = tmp_path / "step_000006" / "model.pt"
+    assert (tmp_path / "model.pt").read_bytes() == newest.read_bytes()
+    printed = capsys.readouterr()
+    assert str(tmp_path / "model.pt") in printed.out and "32 pictures of a kind" in printed.err
     train.main([*QUICK, "--out", str(tmp_path)])
     assert "finished" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="steps"):
@@ -916,6 +920,23 @@ def test_a_slow_running_mean_forgets_the_untrained_weights():
             expected[name] = (1 - rate) * expected[name] + rate * weights[name].double()
     for name, mean in run.state.average.items():
         torch.testing.assert_close(mean.double(), expected[name], rtol=1e-5, atol=1e-7)
+
+
+def test_a_report_looks_no_closer_than_the_run(tmp_path):
+    """Pictures of a megapixel: at most 96^2 px for the student, none enlarged, and so few."""
+    Image.new("RGB", (1200, 900)).save(tmp_path / "large.jpg")
+    Image.new("RGB", (40, 30)).save(tmp_path / "small.jpg")
+    source = packing.open_source(str(tmp_path))
+    for side, teachers in ((96, load_teachers(DEBUG)), (224, [SimpleNamespace(
+            size_for=SizeRule("fixed", 16, 224))])):  # fmt: skip
+        job = SimpleNamespace(cfg=DEBUG, sources=[source], held_out=None, teachers=teachers)
+        large, small = (train.views(job, 9)[1].load(i).image.shape[:2] for i in (0, 1))
+        assert large == pytest.approx((side * 0.75**0.5, side / 0.75**0.5), abs=0.5)
+        assert small == (30, 40)
+    (features,) = train.capped(DEBUG, train.Student(MODELS["test"])).encode(
+        [torch.rand(3, 300, 400)]
+    )
+    assert features.patches["trunk"].shape[:2] == (5, 6)  # 36 at most, as of 96^2 px
 
 
 def test_kept_checkpoints(tmp_path):
