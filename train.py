@@ -76,23 +76,19 @@ from teachers import (
 
 AVERAGES = ("image", "partition", "token")  # AMoE's, RADIOv2.5's, and the ablation
 POSITIVE, COUNT = Number(int, 1), Number(int, 0)
-RATE, SHARE, DECAY = Number(float, 0), Number(float, 0, 1), Number(float, 0, 1, below=True)
-SECONDS = Number(float, 0, 1e9, above=True)
+RATE, SOME = Number(float, 0), Number(float, 0, 1e9, above=True)
+SHARE, PART = Number(float, 0, 1), Number(float, 0, 1, below=True)
 
 # ---- Part I, the papers: the recipe
 
 
 def option(default, help: str, takes: tuple[str, ...] | Number | None = None, **metadata) -> Any:
-    """A config field: its help carries the unit and the source, and becomes the flag's help.
-
-    Args: takes: the words, or the numbers, that it may be; of a tuple, that each may be.
-    """
+    """A config field with its help and flag; `takes`: what each of its values may be."""
     return field(default=default, metadata={"help": help, "takes": takes, **metadata})
 
 
 def control(default, help: str, takes: tuple[str, ...] | Number | None = None) -> Any:
-    """A field that decides how a run goes, not what it computes, or that names what is compared by
-    its content: it may change on resume."""
+    """A field that may change on resume: how a run goes, or what is compared by its content."""
     return option(default, help, takes, control=True)
 
 
@@ -102,9 +98,7 @@ class TrainConfig:
 
     preset: str = control("demo", "name of the preset that the other flags change")
     data: tuple[str, ...] = control(("openmoji",), "SOURCEs: openmoji, a folder, tars, an index")
-    data_weights: tuple[float, ...] = option(
-        (), "share of each SOURCE (default: by its size)", Number(float, 0, above=True)
-    )
+    data_weights: tuple[float, ...] = option((), "share of each SOURCE (default: by size)", SOME)
     teachers: tuple[str, ...] = control(
         ("vit-s=builtin:vit-s", "mobilenet=builtin:mobilenet"), "NAME=PATH[@layer] or PATH of each"
     )
@@ -124,14 +118,10 @@ class TrainConfig:
     evaluate_every: int = control(0, "steps between evaluations (kNN, pca.png); 0: none", COUNT)
     workers: int = control(0, "loader processes per rank; 0 loads in the main one", COUNT)
     threads: int = control(0, "torch threads per rank; 0 shares the cores evenly", COUNT)
-    pg_timeout: float = control(600.0, "seconds that a rank waits for the others", SECONDS)
+    pg_timeout: float = control(600.0, "seconds that a rank waits for the others", SOME)
     max_bad_frac: float = control(0.1, "share of pictures that may fail to decode", SHARE)
     cache: str = control("auto", "folder of features; auto: user cache; none: live teachers")
-    held_out: float = option(
-        0.15,
-        "share of each SOURCE's pictures held out of training",
-        Number(float, 0, 1, below=True),
-    )
+    held_out: float = option(0.15, "share of each SOURCE's pictures held out of training", PART)
     stages: tuple[Stage, ...] = option(
         (Stage(1.0, (Stream("native"),)),), "resolution stages, set by presets", flag=False
     )
@@ -153,14 +143,14 @@ class TrainConfig:
     stats_steps: int = option(30, "first steps of a stage that fit its targets' space", POSITIVE)
     frozen_steps: int = option(0, "first steps that train heads alone (RADIOv2.5: 5000)", COUNT)
     optimizer: str = option("adamw", "optimizer (RADIOv2.5: lamb)", ("adamw", "lamb"))
-    lr: float = option(1.5e-3, "peak learning rate", Number(float, 0, above=True))
+    lr: float = option(1.5e-3, "peak learning rate", SOME)
     trunk_lr: float = option(1.0, "the trunk's learning rate as a share of the heads'", RATE)
     min_lr: float = option(0.02, "last learning rate as a share of the peak", SHARE)
     warmup: int = option(50, "steps of linear warm-up", COUNT)
     weight_decay: float = option(0.05, "decay of matrices; vectors and scalars have none", RATE)
-    beta2: float = option(0.95, "second-moment decay of the optimizer", DECAY)
+    beta2: float = option(0.95, "second-moment decay of the optimizer", PART)
     clip: float = option(1.0, "gradient norm limit; 0: none", RATE)
-    ema: float = option(0.0, "decay of the weights' running mean, then saved; 0: none", DECAY)
+    ema: float = option(0.0, "decay of the weights' running mean, then saved; 0: none", PART)
     router_rate: float = option(1e-3, "step of experts' bias (AMoE release: balancing)", RATE)
     parallel: str = control("ddp", "copies of the weights, or shards (FSDP2)", ("ddp", "fsdp"))
     device: str = control("auto", "auto: cuda if there is one", ("auto", "cpu", "cuda"))
@@ -1278,11 +1268,10 @@ def move_aside(out: Path) -> None:
     names = (out.with_name(f"{out.name}.{n}") for n in itertools.count(1))
     aside = next(path for path in names if not path.exists())
     out.rename(aside)
-    is_owned = LOCKS.pop(out, None)
-    out.mkdir()
-    if is_owned:
+    if LOCKS.pop(out, None):
         own(out)
         (aside / "lock").unlink()
+    out.mkdir(exist_ok=True)
     say(f"the run that was in {out} is now in {aside}")
 
 
@@ -1295,6 +1284,7 @@ def own(out: Path) -> None:
     Raises: ValueError if it is another's, which it names.
     """
     out = out.resolve()
+    is_new = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
     for _ in range(100):  # one that is just being killed gets 10 seconds
         file = (out / "lock").open("a+")
@@ -1313,14 +1303,16 @@ def own(out: Path) -> None:
     file.truncate(0)
     file.write(f"process {os.getpid()} on {platform.node()} since {time.strftime('%F %T')}\n")
     file.flush()
-    LOCKS[out] = file
+    LOCKS[out] = file, is_new
 
 
 def disown(out: Path) -> None:
     """Give a run folder back; one that nothing was written to is gone again."""
-    if file := LOCKS.pop(out.resolve(), None):
+    file, is_new = LOCKS.pop(out.resolve(), (None, False))
+    if file:
         (out / "lock").unlink(missing_ok=True)
         file.close()
+    if is_new:
         with suppress(OSError):
             out.rmdir()
 

@@ -833,6 +833,7 @@ def test_adaloss_brings_all_parts_near_one():
     assert second.total == pytest.approx(sum(ratios))  # each is weighed by what it was
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{"summary_loss": "angle"}, {"summary_loss": "cosine"},
                                      {"patch_loss": "am-radio", "normalizer": "none"},
                                      {"precision": "bf16"}, {"recompute": True},
