@@ -30,7 +30,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import ChainMap
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -75,6 +76,7 @@ from teachers import (
 )
 
 AVERAGES = ("image", "partition", "token")  # AMoE's, RADIOv2.5's, and the ablation
+SUMMARY_KINDS: Any = ChainMap(losses.KINDS, {"angle": losses.angle_loss})  # live: one may be added
 POSITIVE, COUNT = Number(int, 1), Number(int, 0)
 RATE, SOME = Number(float, 0), Number(float, 0, 1e9, above=True)
 SHARE, PART = Number(float, 0, 1), Number(float, 0, 1, below=True)
@@ -82,12 +84,12 @@ SHARE, PART = Number(float, 0, 1), Number(float, 0, 1, below=True)
 # ---- Part I, the papers: the recipe
 
 
-def option(default, help: str, takes: tuple[str, ...] | Number | None = None, **metadata) -> Any:
+def option(default, help: str, takes: Collection[str] | Number | None = None, **metadata) -> Any:
     """A config field with its help and flag; `takes`: what each of its values may be."""
     return field(default=default, metadata={"help": help, "takes": takes, **metadata})
 
 
-def control(default, help: str, takes: tuple[str, ...] | Number | None = None) -> Any:
+def control(default, help: str, takes: Collection[str] | Number | None = None) -> Any:
     """A field that may change on resume: how a run goes, or what is compared by its content."""
     return option(default, help, takes, control=True)
 
@@ -128,8 +130,8 @@ class TrainConfig:
     max_images: int = option(16, "images in a pack at the most (AMoE: batching)", POSITIVE)
     global_tokens: int = option(0, "tokens of a step; 0: the packs of the preset", COUNT)
     micro_packs: int = control(0, "packs of a forward; 0: all, on CUDA all that fit", COUNT)
-    patch_loss: str = option("mse", "feature loss of patches and registers", tuple(losses.KINDS))
-    summary_loss: str = option("mse", "feature loss of summaries", (*losses.KINDS, "angle"))
+    patch_loss: str = option("mse", "feature loss of patches and registers", losses.KINDS)
+    summary_loss: str = option("mse", "feature loss of summaries", SUMMARY_KINDS)
     # A fixed pattern of a teacher can't be learnt where each sees another view (C-RADIOv4 Eq. 1).
     shift: float = option(
         0.0, "deviation of the views' moves, in patches (C-RADIOv4: 0.5); needs --cache none", RATE
@@ -139,7 +141,7 @@ class TrainConfig:
     relation_weight: float = option(1.0, "weight of the relational loss (AMoE: 1)", RATE)
     average: str = option("image", "weigh images alike, in each stream, or by tokens", AVERAGES)
     balance: str = option("none", "weights of the losses: 1, or AdaLoss'", ("none", "adaloss"))
-    normalizer: str = option("phis", "space of the targets", tuple(losses.NORMALIZERS))
+    normalizer: str = option("phis", "space of the targets", losses.NORMALIZERS)
     stats_steps: int = option(30, "first steps of a stage that fit its targets' space", POSITIVE)
     frozen_steps: int = option(0, "first steps that train heads alone (RADIOv2.5: 5000)", COUNT)
     optimizer: str = option("adamw", "optimizer (RADIOv2.5: lamb)", ("adamw", "lamb"))
