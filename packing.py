@@ -1806,9 +1806,13 @@ def setup_distributed(pg_timeout: float = 600.0, device: str = "auto") -> Group:
     group = Group(rank, world, choose_device(device, int(env.get("LOCAL_WORLD_SIZE", 1))))
     if "RANK" not in env or dist.is_initialized():
         return group
-    is_master = rank == 0 and env.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    has_agent = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     address = env["MASTER_ADDR"], int(env["MASTER_PORT"])
-    store = dist.TCPStore(*address, world, is_master=is_master, timeout=timeout)
+    # the agent's store is there before its ranks: where it is not, torchrun was killed meanwhile
+    connect = min(timeout, timedelta(seconds=20)) if has_agent else timeout
+    is_master = rank == 0 and not has_agent
+    store = dist.TCPStore(*address, world, is_master=is_master, timeout=connect)
+    store.set_timeout(timeout)
     # a restarted rank must not find the addresses of the dead ones: each attempt has its own keys
     attempt = dist.PrefixStore(f"attempt{env.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     # numbers that are on the host are summed there: NCCL would wait for the device

@@ -1,7 +1,8 @@
 """Speed as ratios, each taken in one interleaved run: `python tests/bench.py [row ...]`.
 
-The row `gpu` is bench_gpu.py, on a CUDA device; without a name all others run. A row is a function
-of `ROWS` that yields `Row`s. To add one, write the function and list it.
+The row `gpu` is bench_gpu.py, on a CUDA device, `soak` takes half an hour; without a name all
+others run. A row is a function of `ROWS` that yields `Row`s. To add one, write the function and
+list it.
 One thread (row 10: two), medians; a ratio above 1 means that ours is better, unless the row says
 otherwise.
 """
@@ -32,7 +33,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from test_train import train_for
+from test_train import soak, train_for
 
 from model import MODELS, Layout, ModelConfig, MoE, Student, attention
 from packing import (
@@ -541,7 +542,7 @@ def two_processes(steps: int = 40, repeats: int = 3) -> Iterator[Row]:
                 launch += ["--nproc-per-node", str(processes), "train.py", *flags, "--out", out]
                 launch += ["--threads", str(2 // processes)]
                 subprocess.run(launch, cwd=ROOT, check=True, capture_output=True)
-                lines = Path(out, "metrics.jsonl").read_text().splitlines()[2:]
+                lines = Path(out, "metrics.jsonl").read_text().splitlines()[1:]
             record.append(statistics.median(json.loads(line)["tokens_per_s"] for line in lines))
     ours, other = (statistics.median(record) for record in speeds.values())
     yield Row(10, "two gloo processes / two threads", ours, other, "tok/s", ours / other, "0.85",
@@ -635,6 +636,15 @@ def kmeans_step() -> Iterator[Row]:
         ours, other = 1e3 * one, 1e3 * (five - two) / 3
         what = f"Lloyd step / faiss, {rows} x {dim}, k={k} (smaller is better)"
         yield Row(7, what, ours, other, "ms", ours / other, "1.2", "1")
+
+
+def hits() -> Iterator[Row]:
+    """Row `soak`, some half an hour: a run that is hit twenty times ends as if nothing had been."""
+    with tempfile.TemporaryDirectory() as out:
+        met = soak(Path(out), steps=6000, hits=20, latest=40)
+        yield Row(
+            0, "hits by SIGTERM, SIGINT and kill -9 survived", met, 20, "", met / 20, "1", "1"
+        )
 
 
 PLANNING = """
@@ -784,6 +794,7 @@ ROWS: dict[str, Callable[[], Iterator[Row]]] = {
     "index": index,
     "overhead": overhead,
     "processes": two_processes,
+    "soak": hits,
     "gpu": on_gpu,
 }
 
@@ -791,7 +802,7 @@ ROWS: dict[str, Callable[[], Iterator[Row]]] = {
 def main() -> None:
     torch.set_num_threads(1)
     print(f"{'#':>2} {'what':<66}{'ours':>10}{'other':>10}{'unit':>6}{'ratio':>8}  floor   aim")
-    for name in sys.argv[1:] or (name for name in ROWS if name != "gpu"):
+    for name in sys.argv[1:] or (name for name in ROWS if name not in ("gpu", "soak")):
         for row in ROWS[name]():
             print(
                 f"{row.number:>2} {row.what:<66}{row.ours:10.2f}{row.other:10.2f}{row.unit:>6}"
