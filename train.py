@@ -1503,7 +1503,10 @@ def evaluate(job: Job, pictures: int = 500) -> dict[str, float]:
 
 def draw_pca(job: Job, student: Any) -> None:
     """pca.png: held-out pictures, each teacher's maps, the student's."""
-    pictures, _ = first_pictures(views(job, 10**9)[1], 8)  # the report names bad ones
+    train, held_out = views(job, 10**9)
+    pictures, _ = first_pictures(
+        held_out if len(held_out) else train, 8
+    )  # the report names bad ones
     teachers = {teacher.name: teacher for teacher in job.teachers}
     pca_sheet(job.out / "pca.png", pictures, {"teacher": teachers, "student": student})
 
