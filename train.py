@@ -1550,7 +1550,7 @@ def finish(job: Job) -> dict[str, Any]:
     count = pictures_in_time(job, models)
     say(f"the report: {count} pictures of a kind at most, shrunk to {side}^2 px for the student")
     train, test = views(job, count)
-    report = final_report(*students, teachers, train, test, count)
+    report = final_report(*students, teachers, train, test)
     draw_pca(job, students[0])
     summary = {"steps": cfg.steps, "minutes": job.record["seconds"] / 60, "report": report}
     summary |= {"scored": cfg.data[0], "skipped": job.record["skipped"] | report["skipped"]}
