@@ -1,11 +1,11 @@
 """Evaluation by the papers' protocols: one function per task, any data set, any encoder.
 
-    python eval.py knn --student runs/demo/model.pt --teacher vit-s \
-        --train openmoji:train:1500 --test openmoji:test:600
+    python eval.py knn --student runs/demo/model.pt --teacher builtin:vit-s \
+        --train openmoji:train:1000 --test openmoji:test:600
 
-Reading path: `extract` runs all models over a source once: a `FeatureSet` with a column per head,
+Read: `extract` runs all models over a source once: a `FeatureSet` with a column per head, as
 "teacher/vit-s", "student/trunk", and of the controls "random/..." and "pixels". A protocol scores
-every column alike: `knn`, `add_ensembles`, `zero_shot`, `Fidelity`; in Part II `retrieval`,
+every column alike: `knn`, `add_ensembles`, `Fidelity`; in Part II `zero_shot`, `retrieval`,
 `linear`, `segmentation`, `resolution`, `merging`. AMoE, 2512.20157; RADIOv2.5, 2412.07679 (arXiv).
 
 Legend: N images, B a block of them, M tokens, (h, w) a grid of tokens, (H, W) pixels, X values of a
@@ -17,14 +17,12 @@ import argparse
 import hashlib
 import json
 import math
-import re
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import islice, product
+from itertools import accumulate, islice, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,16 +31,17 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange, reduce, repeat
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, nn
 
 import packing
 from losses import resize_map
-from model import Features, Student, hash_weights, load_student, merge_tokens
-from packing import Sample, Subset, rank_and_world, resize
-from teachers import load_teacher, parse_teacher
+from model import Features, Student, hash_weights, is_student, load_student, merge_tokens
+from packing import Number, Sample, Subset, rank_and_world, resize
+from teachers import TINY, WHEELS, load_teacher, load_text, parse_teacher
 
 Rows = dict[str, dict[str, Any]]  # name -> {"value", "low", "high", "n", ...}
+LARGEST = 1024  # px: a JPEG is not decoded much larger
 
 
 # ---- Part I, the papers: features of every column, once
@@ -57,25 +56,23 @@ class FeatureSet:
     patches: dict[str, list[Tensor]] = field(default_factory=dict)  # column -> (h, w, C) float16
     dense: list[int] = field(default_factory=list)  # the pictures whose maps `patches` holds
     skipped: dict[str, str] = field(default_factory=dict)  # key -> why it was left out
-    broken: list[str] = field(default_factory=list)  # those among them that do not decode
 
 
 def extract(
-    encoder: Any, source: Any, dense: int | None = None, size: Any = None, chunk: int = 32, title=""
+    encoder: Any, source: Any, dense: int | None = None, size: Any = None, chunk: int = 32
 ) -> FeatureSet:
     """Run an encoder, in any form that `encode` takes, once over a source; ranks share the work.
 
     Args:
         dense: keep patch maps of only so many pictures, evenly spread (None: all, 0: none).
-        size: see `at_size`; None leaves all but giant JPEGs as they are.
+        size: see `at_size`.
         chunk: pictures encoded together; changes speed, not figures.
     """
     n, (rank, world) = len(source), rank_and_world()
     has_map = set(packing.evenly(n, n if dense is None else dense))
     at_least = size if isinstance(size, tuple) else (size or LARGEST,) * 2
     mine, records, skipped = range(rank, n, world), {}, dict[str, str]()
-    starts = range(0, len(mine), chunk)
-    for start in packing.progress(starts, title, unit="chunk") if title else starts:
+    for start in packing.progress(range(0, len(mine), chunk), source.name, unit="chunk"):
         pictures = packing.readable(source, mine[start : start + chunk], skipped, at_least)
         found = {i: at_size(sample, size) for i, sample in pictures}
         outputs = encode(encoder, list(found.values())) if found else []
@@ -94,8 +91,12 @@ def encode(model: Any, samples: list[Sample]) -> list[Features]:
     nests: {"teacher": {"vit": ...}, "student": ...} gives "teacher/vit", "student/trunk".
     """
     if isinstance(model, Mapping):
-        parts = {name: encode(part, samples) for name, part in model.items()}
-        return [_join({name: part[i] for name, part in parts.items()}) for i in range(len(samples))]
+        found = [Features({}, {}) for _ in samples]
+        for name, part in model.items():
+            for joined, one in zip(found, encode(part, samples), strict=True):
+                joined.summary |= {f"{name}/{x}".rstrip("/"): y for x, y in one.summary.items()}
+                joined.patches |= {f"{name}/{x}".rstrip("/"): y for x, y in one.patches.items()}
+        return found
     if not hasattr(model, "targets"):
         return model.encode([packing.to_float(sample.image) for sample in samples])
     out = model.targets(samples)
@@ -107,7 +108,7 @@ def encode(model: Any, samples: list[Sample]) -> list[Features]:
 # ---- kNN; heads are mixed by their entropy
 
 
-def knn(train: FeatureSet, test: FeatureSet, k: int = 20, per_class: bool = False) -> Rows:
+def knn(train: FeatureSet, test: FeatureSet, k: int = 20) -> Rows:
     """kNN accuracy of every column, of each model's heads together, and of the largest class.
 
     "concat" joins the heads at unit length; "ensemble" mixes their votes. AMoE: kNN
@@ -125,9 +126,7 @@ def knn(train: FeatureSet, test: FeatureSet, k: int = 20, per_class: bool = Fals
 
     chances = add_ensembles({column: votes(column) for column in test.summary})
     chances |= {f"{m}/concat": votes(*heads) for m, heads in head_groups(test.summary).items()}
-    chances["majority class"] = train_N.bincount().expand(len(test_N), -1)
-    shown = names if per_class else ()
-    return {c: accuracy(x_NK.argmax(1) == test_N, test_N, shown) for c, x_NK in chances.items()}
+    return classified(chances, train_N, test_N)
 
 
 def knn_votes(
@@ -164,7 +163,7 @@ class Fidelity:
     value     1 - MSE / variance of the teacher's held-out features, every channel scaled by its
               own deviation in training: the variance explained, each channel counting the same
     fidelity  Var(teacher) / MSE as they are, over all elements (RADIO release, mode_switching.py)
-    centred   cosine after the training mean is taken off both; a bare cosine is mostly that mean
+    cosine    as it is: mostly that of the features' mean, which a constant has as well
 
     `mean_C`, of the teacher's training pictures (M, C), is the best constant to say of all alike.
     """
@@ -177,19 +176,16 @@ class Fidelity:
         # A channel that never moved in training has no scale to be measured on.
         is_alive_C = variance_C > 1e-8 * variance_C.mean()
         self.scale_C = variance_C.reciprocal().where(is_alive_C, 0.0)
-        self.tiny = 1e-3 * float(variance_C.sum().sqrt())  # a constant has no direction
-
-    def moments(self, student_MC: Tensor, teacher_MC: Tensor) -> list[Tensor]:
-        """One image's means over its tokens, so that images weigh the same."""
-        s_MC, t_MC = student_MC.double(), teacher_MC.double()
-        centred_M = F.cosine_similarity(s_MC - self.mean_C, t_MC - self.mean_C, eps=self.tiny)
-        cosines = torch.stack([F.cosine_similarity(s_MC, t_MC).mean(), centred_M.mean()])
-        return [(s_MC - t_MC).square().mean(0), t_MC.mean(0), t_MC.square().mean(0), cosines]
 
     def report(self, pairs: Iterable[Sequence[Tensor]]) -> dict[str, Any]:
         """Figures over held-out images, each (student (M, C), teacher (M, C))."""
-        images = zip(*(self.moments(*pair) for pair in pairs), strict=True)
-        error_NC, mean_NC, square_NC, cosine_N2 = map(torch.stack, images)
+        images = []
+        for s_MC, t_MC in ((s.double(), t.double()) for s, t in pairs):
+            # One image's means over its tokens, so that images weigh the same.
+            cosine = F.cosine_similarity(s_MC, t_MC).mean()
+            squares = (s_MC - t_MC).square().mean(0), t_MC.square().mean(0)
+            images.append((*squares, t_MC.mean(0), cosine))
+        error_NC, square_NC, mean_NC, cosine_N = map(torch.stack, zip(*images, strict=True))
         # The variance is around the held-out pictures' own mean, also in the interval's draws:
         # around their own means they would vary less, and the interval would lie too low.
         centre_C = mean_NC.mean(0)
@@ -198,17 +194,13 @@ class Fidelity:
         if parts_N2[:, 1].mean() <= 1e-12 * (square_NC * self.scale_C).mean():
             parts_N2[:, 1] = 0  # what is left of equal numbers
         variance, mse = float(square_NC.mean() - mean_NC.mean() ** 2), float(error_NC.mean())
-        cosine, centred = cosine_N2.mean(0).tolist()
-        row = {"fidelity": variance / mse if mse else math.inf, "cosine": cosine}
-        row["centred_cosine"] = centred
+        row = {"fidelity": variance / mse if mse else math.inf, "cosine": float(cosine_N.mean())}
         why = "the teacher says the same of all held-out pictures"
         explained = bootstrap(parts_N2, lambda means: 1 - means[..., 0] / means[..., 1], why=why)
         return finite(row, fidelity="there is no error to divide by") | explained
 
 
 # ---- Part II: the plumbing
-
-LARGEST = 1024  # px, about; teachers and `encode` see no more pixels than its square
 
 # ---- Pictures, classes and heads that are compared
 
@@ -258,8 +250,6 @@ def class_ids(train: FeatureSet, test: FeatureSet) -> tuple[list[str], Tensor, T
     """The class names of the training set, and both sets' labels as indices into them."""
     labels = known(train, "label", "--train"), known(test, "label", "--test")
     index = {name: i for i, name in enumerate(sorted(set(labels[0])))}
-    if unseen := sorted(set(labels[1]) - set(index)):
-        raise ValueError(f"classes {unseen[:10]} of --test have no picture in --train")
     train_N, test_N = (torch.tensor([index[label] for label in side]) for side in labels)
     return list(index), train_N, test_N
 
@@ -314,64 +304,54 @@ def bootstrap(
     return finite({"value": value, "low": low, "high": high, "n": n}, value=why)
 
 
-def accuracy(hits_N: Tensor, targets_N: Tensor | None = None, names: Sequence[str] = ()) -> dict:
-    """Share of hits with its interval; with names, per class too."""
-    row = bootstrap(hits_N.double()[:, None], lambda means: means[..., 0])
-    if names and targets_N is not None:
-        hits = [hits_N[targets_N == i].double().mean() for i in range(len(names))]
-        row |= by_class(dict(zip(names, map(float, hits), strict=True)))
-    return row
+def accuracy(hits_N: Tensor) -> dict[str, Any]:
+    """Share of hits with its interval."""
+    return bootstrap(hits_N.double()[:, None], lambda means: means[..., 0])
 
 
-def by_class(figures: dict[Any, float]) -> dict[str, Any]:
-    """What a row says of each class, None for those without a test picture."""
-    found = finite(figures)
-    reason = {"reason": "per_class: null where no test picture is of the class"}
-    return {"per_class": found} | (reason if None in found.values() else {})
+def classified(chances: dict[str, Tensor], train_N: Tensor, test_N: Tensor) -> Rows:
+    """Accuracy of chances (N, K), and of always saying the largest class of training."""
+    chances = chances | {"majority class": train_N.bincount().expand(len(test_N), -1)}
+    return {column: accuracy(x_NK.argmax(1) == test_N) for column, x_NK in chances.items()}
 
 
 # ---- Zero-shot, texts, and retrieval
 
-TextEncoder = Callable[[Sequence[str]], Tensor]  # n strings -> (n, D)
+
+class Words(NamedTuple):
+    """A text tower."""
+
+    embed: Callable[[list[str]], Tensor]  # n strings -> (n, D)
+    head: str | None = None  # whose summaries lie in the texts' space, if those of any head do
 
 
-def zero_shot(
-    train: FeatureSet, test: FeatureSet, text: str, prompts: str = "", per_class: bool = False
-) -> Rows:
+def zero_shot(train: FeatureSet, test: FeatureSet, words: Words, prompts: str = "") -> Rows:
     """Accuracy of the nearest of `class_texts`, averaged at unit length. AMoE: zero-shot"""
     test = comparable(train, test, by_label=True)
     names, train_N, test_N = class_ids(train, test)
-    head, embed = text_encoder(text, [sample.caption or "" for sample in train.samples])
     texts = class_texts(prompts, names, train)
-    class_KD = torch.stack([F.normalize(embed(of_class)).mean(0) for of_class in texts])
-    scores = cosines(train, test, (class_KD, class_KD), head, embed)
-    # The ensemble compares heads by their entropy, so each needs its own temperature.
-    heat = {column: calibrate(train_NK, train_N) for column, (train_NK, _) in scores.items()}
-    chances = {c: (test_NK / heat[c]).softmax(1) for c, (_, test_NK) in scores.items()}
-    hits = {c: x_NK.argmax(1) == test_N for c, x_NK in add_ensembles(chances).items()}
-    shown = names if per_class else ()
-    return {c: accuracy(x, test_N, shown) | {"temperature": heat.get(c)} for c, x in hits.items()}
+    class_KD = torch.stack([F.normalize(words.embed(of_class)).mean(0) for of_class in texts])
+    scores = similarities(train, test, words, [class_KD, class_KD])
+    return classified(calibrated(scores, train_N), train_N, test_N)
 
 
-def retrieval(train: FeatureSet, test: FeatureSet, text: str) -> Rows:
+def retrieval(train: FeatureSet, test: FeatureSet, words: Words) -> Rows:
     """R@1, 5, 10 of captions by images and of images by captions. AMoE: image-text retrieval
 
-    An ensemble weighs its heads by their entropy over what is searched, in either direction.
+    An ensemble weighs its heads by their entropy over what is searched, in either direction. The
+    "floor" is what a random order finds.
     """
-    test = comparable(train, test)
-    if test.broken:
-        raise ValueError(f"--test: captions without a readable picture: {test.broken[:5]}")
-    train_texts, is_train = caption_pairs(train, "--train")
-    texts, is_pair = caption_pairs(test, "--test")
-    head, embed = text_encoder(text, train_texts)
-    scores = cosines(train, test, (embed(train_texts), embed(texts)), head, embed)
-    rows: Rows = {}
+    test, rows = comparable(train, test), Rows()
+    pairs = [caption_pairs(train, "--train"), caption_pairs(test, "--test")]
+    scores = similarities(train, test, words, [words.embed(texts) for texts, _ in pairs])
+    is_train, is_pair = (is_pair_NK for _, is_pair_NK in pairs)
     for way in ("texts by images", "images by texts"):
-        first_N = is_train.int().argmax(1)
-        chances = {c: (y / calibrate(x, first_N)).softmax(1) for c, (x, y) in scores.items()}
-        for (column, chance), k in product(add_ensembles(chances).items(), (1, 5, 10)):
-            rows[f"{column} {way} R@{k}"] = accuracy(recall_hits(chance, is_pair, k))
-        scores = {column: [side.T for side in sides] for column, sides in scores.items()}
+        chances = calibrated(scores, is_train.int().argmax(1))
+        for k in (1, 5, 10):
+            hits = {column: recall_hits(x_NK, is_pair, k) for column, x_NK in chances.items()}
+            hits["floor"] = recall_floor(is_pair, k)
+            rows |= {f"{column} {way} R@{k}": accuracy(x_N) for column, x_N in hits.items()}
+        scores = {column: [x_NK.T for x_NK in sides] for column, sides in scores.items()}
         is_train, is_pair = is_train.T, is_pair.T
     return rows
 
@@ -392,115 +372,89 @@ def recall_hits(scores_NK: Tensor, is_pair_NK: Tensor, k: int) -> Tensor:
     return ((scores_NK >= best_N1) & ~is_pair_NK).sum(1) < k
 
 
-def cosines(
-    train: FeatureSet, test: FeatureSet, texts: Sequence[Tensor], head: str, embed: TextEncoder
-) -> dict[str, list[Tensor]]:
-    """Per column, the cosines (N, K) of the training and the test images with their texts.
+def recall_floor(is_pair_NK: Tensor, k: int) -> Tensor:
+    """(N,) how probably a pair is among the first k of a random order."""
+    count, wrong_N1 = is_pair_NK.shape[1], (~is_pair_NK).sum(1, keepdim=True)
+    drawn_k = torch.arange(min(k, count))
+    return 1 - ((wrong_N1 - drawn_k).clamp_min(0) / (count - drawn_k)).prod(1)
 
-    All heads but `head`, which lives in the texts' space, are mapped there by `aligned`.
+
+def similarities(
+    train: FeatureSet, test: FeatureSet, words: Words, texts: Sequence[Tensor]
+) -> dict[str, list[Tensor]]:
+    """Per column, the cosines (N, K) of both sides' summaries with their texts (K, D).
+
+    The head `words.head` lives in the texts' space. Any other takes the map of the teacher of its
+    name, fitted on that teacher's features alone: "student/vit-s" is read as "teacher/vit-s" is. A
+    column without a teacher in the run takes a map of its own, which is a probe and is called so:
+    "probe pixels". Without captions there is no map, and `words.head` alone is scored.
     """
-    found = {}
-    for column, x_NC in train.summary.items():
-        sides = [x_NC, test.summary[column]]
-        if not head or column.rpartition("/")[2] != head:
-            captions = [caption.splitlines()[0] for caption in known(train, "caption", "--train")]
-            sides = list(map(aligned(x_NC, embed(captions)), sides))
+    heads = {column: column.partition("/")[2] for column in train.summary}
+    if words.head in heads.values() and any(x.caption is None for x in train.samples):
+        heads = {column: head for column, head in heads.items() if head == words.head}
+    if any(head != words.head for head in heads.values()):
+        captions = [x.partition("\n")[0] for x in known(train, "caption", "--train")]
+        text_ND = F.normalize(words.embed(captions))
+    maps, found = dict[str, Callable[[Tensor], Tensor]](), {}
+    for column, head in heads.items():
+        sides, name = [train.summary[column], test.summary[column]], column
+        if head != words.head:
+            source = f"teacher/{head}" if f"teacher/{head}" in heads else column
+            if source not in maps:
+                maps[source] = fit_text_map(train.summary[source], text_ND)
+            sides = [maps[source](x_NC) for x_NC in sides]
+            name = column if source.startswith("teacher/") else f"probe {column}"
         both = zip(sides, texts, strict=True)
-        found[column] = [F.normalize(x_NC) @ F.normalize(text_KC).T for x_NC, text_KC in both]
+        found[name] = [F.normalize(x_ND) @ F.normalize(text_KD).T for x_ND, text_KD in both]
     return found
 
 
-def aligned(x_NC: Tensor, text_ND: Tensor) -> Callable[[Tensor], Tensor]:
-    """A ridge map from image features to texts, for columns that never met the texts (we chose)."""
-    mean_C, mean_D = x_NC.mean(0).double(), text_ND.mean(0).double()
-    x_NC, text_ND = x_NC.double() - mean_C, text_ND.double() - mean_D
+def fit_text_map(image_NC: Tensor, text_ND: Tensor) -> Callable[[Tensor], Tensor]:
+    """A map (M, C) -> (M, D) from image features to embeddings of their captions: ridge regression.
+
+    The penalty is the best of five on a fifth of the pairs; the map is then of all pairs (we
+    chose).
+    """
+    mean_C, mean_D = image_NC.double().mean(0), text_ND.double().mean(0)
+    x_NC, y_ND = image_NC.double() - mean_C, text_ND.double() - mean_D
 
     def solve(rows: Any, penalty: float) -> Tensor:
         gram = x_NC[rows].T @ x_NC[rows]
         gram.diagonal().add_(penalty * gram.diagonal().mean() + 1e-12)
-        return torch.linalg.solve(gram, x_NC[rows].T @ text_ND[rows])
+        return torch.linalg.solve(gram, x_NC[rows].T @ y_ND[rows])
 
     fit, held = split(len(x_NC))
     penalties = (1e-2, 1e-1, 1.0, 1e1, 1e2)
-    error = [(x_NC[held] @ solve(fit, p) - text_ND[held]).square().sum() for p in penalties]
+    error = [(x_NC[held] @ solve(fit, p) - y_ND[held]).square().sum() for p in penalties]
     map_CD = solve(slice(None), penalties[int(torch.stack(error).argmin())])
-    return lambda y_NC: ((y_NC.double() - mean_C) @ map_CD + mean_D).float()
+    return lambda x_MC: ((x_MC.double() - mean_C) @ map_CD + mean_D).float()
 
 
-def calibrate(scores_NK: Tensor, targets_N: Tensor) -> float:
-    """The temperature of least cross-entropy, on training pictures."""
-    grid = torch.logspace(-3, 1, 81).tolist()
-    return min(grid, key=lambda t: float(F.cross_entropy(scores_NK / t, targets_N)))
+def calibrated(scores: dict[str, list[Tensor]], targets_N: Tensor) -> dict[str, Tensor]:
+    """Scores (of training, of the test) -> the test's chances (N, K), of ensembles as well.
 
-
-def text_encoder(spec: str, captions: Sequence[str]) -> tuple[str, TextEncoder]:
-    """(name of the head that lives in the texts' space, encoder).
-
-    Args: spec: NAME=PATH of a teacher with a text tower; [NAME=]FILE.npz with arrays `texts` and
-        `embeddings`; or "bow", a bag of words over the training captions.
+    Ensembles compare heads by their entropy, so each head needs its own temperature: that of least
+    cross-entropy in training.
     """
-    name, _, path = spec.rpartition("=")
-    if spec == "bow":
-        return "", bag_of_words(captions)
-    if not path.endswith(".npz"):
-        return name, partial(_cached_text, load_teacher(parse_teacher(spec)))
-    with np.load(path) as file:
-        table = dict(zip(file["texts"].tolist(), torch.from_numpy(file["embeddings"]), strict=True))
-
-    def look_up(texts: Sequence[str]) -> Tensor:
-        if missing := [text for text in texts if text not in table]:
-            raise ValueError(f"{path} has no embedding of {len(missing)} texts: {missing[:3]}")
-        return torch.stack([table[text] for text in texts]).float()
-
-    return name, look_up
-
-
-def _cached_text(teacher: Any, texts: Sequence[str]) -> Tensor:
-    """A tower's embeddings, kept on disk under the hash of its weights and the texts."""
-    facts = [teacher.fingerprint, teacher.text_tower().fingerprint, list(texts)]
-    key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-    path = packing.cache_home() / "text" / f"{key}.npy"
-    if not path.exists():
-        rows = [teacher.text(list(texts[i : i + 256])).cpu() for i in range(0, len(texts), 256)]
-        write_array(path, torch.cat(rows))
-    return torch.from_numpy(np.load(path))
-
-
-def bag_of_words(captions: Sequence[str]) -> TextEncoder:
-    """Words weighted by their rareness in the captions; an unknown word counts nothing."""
-
-    def words_of(text: str) -> set[str]:
-        return set(re.findall(r"\w+", text.lower()))
-
-    counts = Counter(word for caption in captions for word in words_of(caption))
-    place = {word: i for i, word in enumerate(sorted(counts))}
-
-    def embed(texts: Sequence[str]) -> Tensor:
-        rows = torch.zeros(len(texts), len(place))
-        for row, text in zip(rows, texts, strict=True):
-            for word in words_of(text) & place.keys():
-                row[place[word]] = math.log(1 + len(captions) / counts[word])
-        return F.normalize(rows)
-
-    return embed
+    chances, grid = {}, torch.logspace(-3, 1, 81).tolist()
+    for column, (train_NK, test_NK) in scores.items():
+        losses = [float(F.cross_entropy(train_NK / t, targets_N)) for t in grid]
+        chances[column] = (test_NK / grid[losses.index(min(losses))]).softmax(1)
+    return add_ensembles(chances)
 
 
 def class_texts(prompts: str, names: Sequence[str], train: FeatureSet) -> list[list[str]]:
-    """What stands for each class: a file's templates, or "captions", those of its pictures."""
+    """What stands for each class: a file's templates, a line each with {} where the name goes, or
+    "captions", those of its pictures. A folder called `red_fox` is a red fox.
+    """
     if prompts == "captions":
-        return [[x.caption or "" for x in train.samples if x.label == name] for name in names]
-    templates = read_prompts(prompts) if prompts else ["a photo of a {}."]
-    return [[template.format(name) for template in templates] for name in names]
-
-
-def read_prompts(path: str) -> list[str]:
-    """Templates, a line each: `a photo of a {}.`, also quoted or with {c}, as the field's 80."""
-    lines = [re.sub(r"\{\w*\}", "{}", line) for line in Path(path).read_text().splitlines()]
-    lines = [line for line in lines if "{}" in line]
-    if not lines:
-        raise ValueError(f"{path}: no line has {{}} for the class name")
-    quoted = [re.search(r"(['\"])(.*\{\}.*)\1", line) for line in lines]
-    return [match[2] if match else line.strip() for match, line in zip(quoted, lines, strict=True)]
+        owned = list(zip(train.samples, known(train, "caption", "--train"), strict=True))
+        return [[caption for x, caption in owned if x.label == name] for name in names]
+    lines = Path(prompts).read_text().splitlines() if prompts else ["a photo of a {}."]
+    templates = [line.strip() for line in lines if "{}" in line]
+    if not templates:
+        raise ValueError(f"{prompts}: no line has {{}} for the class name")
+    return [[t.replace("{}", name.replace("_", " ")) for t in templates] for name in names]
 
 
 # ---- Linear probes, and segmentation
@@ -519,22 +473,20 @@ class Probe(NamedTuple):
         return torch.einsum("mc,gck->gmk", x.float(), self.weight_GCK) + self.bias_GK[:, None]
 
 
-def linear(train: FeatureSet, test: FeatureSet, per_class: bool = False) -> Rows:
+def linear(train: FeatureSet, test: FeatureSet) -> Rows:
     """Accuracy of a logistic probe on summaries, its L2 chosen on a split of the training set."""
     test = comparable(train, test, by_label=True)
     names, train_N, test_N = class_ids(train, test)
-    if single := [name for name, n in zip(names, train_N.bincount(), strict=True) if n < 2]:
-        raise ValueError(f"classes {single[:10]} have one training picture; choosing L2 needs two")
     fit, held = split(len(train_N))
-    penalties, rates, rows = (0.0, 1e-4, 1e-3, 1e-2), (5e-2,) * 4, {}
+    penalties, rates, chances, chosen = (0.0, 1e-4, 1e-3, 1e-2), (5e-2,) * 4, {}, {}
     for column, x_NC in train.summary.items():
         probe = fit_probe(x_NC[fit], train_N[fit], len(names), rates, penalties)
         hits_G = (probe(x_NC[held]).argmax(-1) == train_N[held]).double().mean(1)
-        l2 = penalties[int(hits_G.argmax())]
-        final = fit_probe(x_NC, train_N, len(names), rates[:1], [l2])
-        hits_N = final(test.summary[column])[0].argmax(-1) == test_N
-        rows[column] = accuracy(hits_N, test_N, names if per_class else ()) | {"l2": l2}
-    return rows
+        chosen[column] = {"l2": penalties[int(hits_G.argmax())]}
+        final = fit_probe(x_NC, train_N, len(names), rates[:1], [*chosen[column].values()])
+        chances[column] = final(test.summary[column])[0]
+    rows = classified(chances, train_N, test_N)
+    return {column: row | chosen.get(column, {}) for column, row in rows.items()}
 
 
 def fit_probe(
@@ -571,9 +523,7 @@ def fit_probe(
     return Probe(weight_GCK, bias_GK)
 
 
-def segmentation(
-    train: FeatureSet, test: FeatureSet, foreground: bool = False, per_class: bool = False
-) -> Rows:
+def segmentation(train: FeatureSet, test: FeatureSet, foreground: bool = False) -> Rows:
     """mIoU of a linear probe on frozen patches, over the classes present, at the masks' own size.
 
     foreground: every class but 0 is one, and the figure is its IoU. AMoE: segmentation, but
@@ -588,17 +538,19 @@ def segmentation(
 
     rows: Rows = {}
     for column, maps in train.patches.items():
-        probe, settings = choose_probe(maps, masks, classes, score)
+        probe = choose_probe(maps, masks, classes, score)
         sums_NP = overlaps(probe, test.patches[column], test_masks, classes)[:, 0]
-        rows[column] = bootstrap(sums_NP, score, why="no mask has this class") | settings
-        if per_class:
-            rows[column] |= by_class(dict(enumerate(iou(sums_NP.sum(0), classes).tolist())))
+        rows[column] = bootstrap(sums_NP, score, why="no mask has this class")
+    pixels = torch.cat([mask[mask != VOID] for mask in masks])
+    commonest = 1 if foreground else int(pixels.bincount().argmax())
+    said = [overlap(torch.full_like(m, commonest)[None], m, classes)[0] for m in test_masks]
+    rows["one class everywhere"] = bootstrap(torch.stack(said), score, why="no mask has it")
     return rows
 
 
 def choose_probe(
     maps: Sequence[Tensor], masks: Sequence[Tensor], classes: int, score: Callable
-) -> tuple[Probe, dict[str, float]]:
+) -> Probe:
     """A probe of four fifths of the pictures; the fifth chooses its rate, and with two classes
     its threshold (tokens are labelled at their centres, but pixels are scored)."""
     rates = (4e-4, 1e-3, 4e-3, 2e-2)
@@ -618,7 +570,7 @@ def choose_probe(
         bias_GK = bias_GK + torch.stack([0 * shifts, shifts], dim=1)
         shift = best(Probe(weight_CK.expand(25, -1, -1), bias_GK))
         bias_GK = bias_GK[shift : shift + 1]
-    return Probe(weight_CK[None], bias_GK), {"learning_rate": rates[g]}
+    return Probe(weight_CK[None], bias_GK)
 
 
 def _masks(found: FeatureSet, side: str, foreground: bool = False) -> list[Tensor]:
@@ -692,7 +644,6 @@ def fidelity(train: FeatureSet, test: FeatureSet) -> Rows:
             rows[f"{name} {part}"] = measure.report([x.flatten(0, 1) for x in p] for p in pairs)
     if not rows:
         raise ValueError(f"no head is named after a teacher among {sorted(test.patches)}")
-    rows = dict(sorted(rows.items(), key=lambda row: row[0].startswith("constant/")))
     for model in sorted({name.partition("/")[0] for name in rows}):
         values = [row["value"] for name, row in rows.items() if name.startswith(f"{model}/")]
         values = [value for value in values if value is not None] or [math.nan]
@@ -707,25 +658,22 @@ def same_grid(*maps: Tensor) -> list[Tensor]:
     return [resize_map(x.to(torch.promote_types(x.dtype, torch.float)), (h, w)) for x in maps]
 
 
-def resolution(sets: Mapping[int, FeatureSet], out: str = "") -> Rows:
+def resolution(sets: Mapping[int, FeatureSet]) -> Rows:
     """Mode-switch curve and scale equivariance of the patches. RADIOv2.5: mode switching
 
     `sets` are features of the same pictures by their size in px. A jump of a head's cosine error or
-    fidelity from one size to the next is a mode switch. `out` is a PNG to draw, or empty.
+    fidelity from one size to the next is a mode switch.
     """
-    columns = next(iter(sets.values())).patches
-    maps = {column: [found.patches[column] for found in sets.values()] for column in columns}
-    rows = {f"{column} scale variance": scale_variance(x) for column, x in maps.items()}
-    curves: dict[str, list[dict]] = {}
+    rows: Rows = {}
+    for column in next(iter(sets.values())).patches:
+        maps = [found.patches[column] for found in sets.values()]
+        rows[f"{column} scale variance"] = scale_variance(maps)
     for size, found in sets.items():
         for name, row in fidelity(found, found).items():
             head, _, part = name.rpartition(" ")
             if part == "patches":
                 more = {key: row[key] for key in ("fidelity", "reason") if key in row}
                 rows[f"{head} cosine error {size} px"] = {"value": 1 - row["cosine"]} | more
-                curves.setdefault(head, []).append(rows[f"{head} cosine error {size} px"])
-    if out:
-        plot_curves(list(sets), curves, out)
     return rows
 
 
@@ -747,41 +695,25 @@ def scale_variance(maps_by_size: Sequence[Sequence[Tensor]]) -> dict:
     return bootstrap(torch.stack(parts), share, why="the features are the same everywhere")
 
 
-def plot_curves(sizes: Sequence[int], curves: Mapping[str, Sequence[dict]], out: str) -> None:
-    """Cosine error and fidelity against the input's size, a line per head."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3.5), layout="constrained")
-    titles = {"value": "cosine error", "fidelity": "fidelity"}
-    for (key, title), axis in zip(titles.items(), figure.subplots(1, 2), strict=True):
-        for head, points in curves.items():
-            axis.plot(sizes, [point[key] for point in points], marker="o", label=head)
-        axis.set(xlabel="input size, px", title=title)
-    axis.legend()
-    figure.savefig(out, dpi=150)
-
-
 # ---- Token merging
 
 
 def merging(train: FeatureSet, test: FeatureSet) -> Rows:
-    """What is left of a map when few tokens stand for it. RADIOv2.5: token merging
+    """Foreground IoU where few tokens stand for a map. RADIOv2.5: token merging
 
-    Ways: "all" tokens, "merge" (ToMe), pixel "unshuffle" and "average", at 1/4 and 1/16 of them.
-    Figures: patch kNN and segmentation with each token copied back to its places. All grids of a
-    column are the same, of multiples of 4.
+    Ways: "all" tokens, "merge" (ToMe), pixel "unshuffle" and "average", at 1/4 and 1/16 of them,
+    each copied back to its places. All grids of a column are the same, of multiples of 4.
     """
-    test, rows = comparable(train, test), {}
-    for column in [c for c in train.patches if c.startswith("teacher/") or c == "student/trunk"]:
+    test, rows = comparable(train, test), Rows()
+    for column in [c for c in train.patches if c.startswith("teacher/") or c.endswith("/trunk")]:
         h, w = train.patches[column][0].shape[:2]
         if h % 4 or w % 4:
             raise ValueError(f"{column} has a grid of {h}x{w}, no multiple of 4; change --size")
         for way, side in [("all", 1), *product(("merge", "unshuffle", "average"), (2, 4))]:
             few, few_test = (with_few_tokens(x, column, way, side) for x in (train, test))
-            name = f"{column} {h * w // side**2} tokens, {way}"
-            foreground = segmentation(few, few_test, foreground=True)
-            rows[f"{name}: foreground IoU"] = foreground[column]
-            rows[f"{name}: patch kNN"] = patch_knn(few, few_test, column)
+            scores = segmentation(few, few_test, foreground=True)
+            rows[f"{column} {h * w // side**2} tokens, {way}"] = scores[column]
+            rows["one class everywhere"] = scores["one class everywhere"]
     return rows
 
 
@@ -806,15 +738,6 @@ def reduce_map(map_hwC: Tensor, way: str, side: int) -> tuple[Tensor, Tensor]:
     return cells.float(), index_hw.flatten()
 
 
-def patch_knn(train: FeatureSet, test: FeatureSet, column: str) -> dict:
-    """Accuracy of single tokens in telling the mask's classes, against 10,000 training tokens."""
-    bank_MC, bank_M = token_labels(train.patches[column], _masks(train, "--train"))
-    test_MC, test_M = token_labels(test.patches[column], _masks(test, "--test"))
-    picks = torch.randperm(len(bank_M), generator=torch.Generator().manual_seed(0))[:10_000]
-    hits_M = knn_votes(bank_MC[picks], bank_M[picks], test_MC, VOID + 1).argmax(1) == test_M
-    return accuracy(rearrange(hits_M.double(), "(n p) -> n p", n=len(test.dense)).mean(1))
-
-
 # ---- Controls, and features of all ranks
 
 
@@ -835,8 +758,8 @@ class RawPixels:
 def random_control(student: Student, seed: int = 0) -> Student:
     """Control without training: the student's network with random weights, none of them zero.
 
-    As training starts, its blocks are the identity: it would say the same of every picture, and its
-    20-NN be the order of ties. Matrices of zeros are drawn with deviation 1 / sqrt(inputs).
+    As training starts its blocks are the identity, so that it says the same of every picture.
+    Matrices of zeros are drawn with deviation 1 / sqrt(inputs).
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -847,18 +770,7 @@ def random_control(student: Student, seed: int = 0) -> Student:
     return control.eval().to(next(student.parameters()).device)
 
 
-def _join(parts: dict[str, Features]) -> Features:
-    """One Features whose names carry the models' names in front."""
-    joined = Features({}, {})
-    for model, part in parts.items():
-        joined.summary |= {f"{model}/{name}".rstrip("/"): x for name, x in part.summary.items()}
-        joined.patches |= {f"{model}/{name}".rstrip("/"): x for name, x in part.patches.items()}
-    return joined
-
-
-def _gather(
-    records: dict[int, tuple], skipped: dict[str, str], at_scan: dict[str, str]
-) -> FeatureSet:
+def _gather(records: dict[int, tuple], skipped: dict, at_scan: dict) -> FeatureSet:
     """All ranks' pictures in the source's order: each is there once, whatever the world."""
     parts: list[Any] = [(records, skipped)]
     if (world := rank_and_world()[1]) > 1:
@@ -871,7 +783,7 @@ def _gather(
     samples = [sample for sample, _, _ in rows]
     summary = {c: torch.stack([x[c] for _, x, _ in rows]) for c in (rows[0][1] if rows else ())}
     patches = {c: [rows[n][2][c] for n in dense] for c in (rows[dense[0]][2] if dense else ())}
-    return FeatureSet(samples, summary, patches, dense, at_scan | skipped, [*skipped])
+    return FeatureSet(samples, summary, patches, dense, at_scan | skipped)
 
 
 def at_size(sample: Sample, size: Any) -> Sample:
@@ -896,13 +808,13 @@ def first_pictures(source: Any, count: int) -> tuple[list[Sample], dict[str, str
 
 
 def pca_sheet(
-    path: Any, pictures: Sequence[Sample], encoders: Any, sizes: Sequence[Any] = (None,), cell=160
+    path: Any, pictures: Sequence[Sample], encoders: Any, sizes: Any = (None,), cell: int = 160
 ) -> None:
     """Write a sheet: a row per picture, a column per map of `encoders` and input size (`at_size`).
 
-    Colours are the maps' PCA. They mean the same in a whole column, and in a student's head the
-    same as in the teacher of its name: its maps are drawn in the teacher's axes, only scaled by
-    themselves. A picture is `cell` px wide.
+    Colours are the maps' three main axes. They mean the same in a whole column, and in a student's
+    head the same as in the teacher of its name: its maps are drawn in the teacher's axes, only
+    scaled by themselves. A picture is `cell` px wide.
     """
     columns = {"picture": [Image.fromarray(sample.image) for sample in pictures]}
     axes: dict[str, Tensor] = {}
@@ -912,80 +824,40 @@ def pca_sheet(
             maps = [f.patches[name].float().cpu() for f in features]
             head = name if name.endswith("trunk") else name.rpartition("/")[2]
             if head not in axes:
-                axes[head] = pca_axes(maps)
-            columns[f"{name} {size or ''}"] = pca_pictures(maps, axes[head], 3 * cell)
-    _draw_sheet(columns, cell).save(path)
+                axes[head] = main_axes(maps)
+            columns[f"{name} {size or ''}"] = pca_pictures(maps, axes[head])
+    gap, font = 8, ImageFont.load_default(size=15)
+    shapes = [ImageOps.contain(x, (cell, cell * 5 // 4)).size for x in columns["picture"]]
+    tops = list(accumulate((height + gap for _, height in shapes), initial=34))
+    sheet = Image.new("RGB", (gap + len(columns) * (cell + gap), tops[-1]), "white")
+    for column, (title, images) in enumerate(columns.items()):
+        x = gap + column * (cell + gap)
+        ImageDraw.Draw(sheet).text((x + cell // 2, 17), title.strip(), "black", font, anchor="mm")
+        for (width, height), y, image in zip(shapes, tops[:-1], images, strict=True):
+            sheet.paste(image.resize((width, height)), (x + (cell - width) // 2, y))
+    sheet.save(path)
 
 
-def pca_axes(maps: Sequence[Tensor]) -> Tensor:
-    """(C, 4): the axis from ground to objects, which is the first one of all tokens and points away
-    from the pictures' borders; then the three main axes among the objects."""
-    tokens_MC = torch.cat([x.flatten(0, 1) for x in maps])
-    inner_MC = torch.cat([x[1:-1, 1:-1].flatten(0, 1) for x in maps])
-    object_C = main_axes(tokens_MC)[:, 0]
-    if (inner_MC @ object_C).mean() < (tokens_MC @ object_C).mean():
-        object_C = -object_C
-    inside_MC = tokens_MC[is_object(tokens_MC @ object_C)]
-    return torch.cat([object_C[:, None], main_axes(inside_MC)[:, :3]], 1)
+def main_axes(maps: Sequence[Tensor]) -> Tensor:
+    """(C, 3): the three axes along which the tokens of all maps vary most."""
+    covariance_CC = torch.cat([x.flatten(0, 1) for x in maps]).T.cov(correction=0)
+    return torch.linalg.eigh(covariance_CC).eigenvectors[:, -3:].flip(1)
 
 
-def main_axes(x_MC: Tensor) -> Tensor:
-    """(C, C): the eigenvectors of the covariance, the longest axis first."""
-    return torch.linalg.eigh(x_MC.T.cov(correction=0)).eigenvectors.flip(1)
-
-
-def is_object(score_M: Tensor) -> Tensor:
-    """Otsu's threshold: the upper of the two most distant groups; all, where nothing differs."""
-    ordered_M, n_M = score_M.sort().values, torch.arange(len(score_M))
-    off_M = ordered_M.double() - ordered_M.double().mean()
-    lowest_M = off_M.cumsum(0) - off_M  # the sum of the n lowest
-    between_M = lowest_M.square() / (n_M * (len(n_M) - n_M)).clamp_min(1)
-    return score_M >= ordered_M[between_M.argmax()]
-
-
-def pca_pictures(maps: Sequence[Tensor], axes_C4: Tensor, width: int) -> list[Image.Image]:
-    """Colour pictures: objects in three axes, robustly scaled over the set, on a dark ground."""
-    scores_M4 = torch.cat([x.flatten(0, 1) for x in maps]) @ axes_C4
-    is_inside_M = is_object(scores_M4[:, 0])
-    low_4, high_4 = scores_M4[is_inside_M].quantile(torch.tensor([0.03, 0.97]), dim=0)
-    low_4[0], high_4[0] = (scores_M4[x, 0].mean().nan_to_num() for x in (~is_inside_M, is_inside_M))
-    range_4 = (high_4 - low_4).clamp_min(1e-6)  # a collapsed student has no range
-    pictures = []
-    for map_hwC in maps:
-        scaled = rearrange((map_hwC @ axes_C4 - low_4) / range_4, "h w c -> 1 c h w")
-        height = round(width * map_hwC.shape[0] / map_hwC.shape[1])
-        smooth = F.interpolate(scaled, (height, width), mode="bicubic").clamp(0, 1)
-        alpha, rgb = smooth[0, :1], 0.1 + 0.88 * smooth[0, 1:]
-        alpha = alpha.square() * (3 - 2 * alpha)
-        ground = torch.tensor([0.07, 0.08, 0.13])[:, None, None]
-        pixels = rearrange(alpha * rgb + (1 - alpha) * ground, "c h w -> h w c") * 255
-        pictures.append(Image.fromarray(pixels.byte().numpy()))
-    return pictures
-
-
-def _draw_sheet(columns: dict[str, list[Image.Image]], cell: int) -> Image.Image:
-    """Columns under their titles; a row is as high as its picture, 1.25 cells at the most."""
-    gap, top, first = 8, 34, next(iter(columns.values()))
-    heights = [min(round(cell * image.height / image.width), cell * 5 // 4) for image in first]
-    size = (gap + len(columns) * (cell + gap), top + sum(heights) + gap * len(heights))
-    sheet, font = Image.new("RGB", size, "white"), ImageFont.load_default(size=15)
-    for c, (title, images) in enumerate(columns.items()):
-        x, y = gap + c * (cell + gap), top
-        middle = (x + cell // 2, top // 2)
-        ImageDraw.Draw(sheet).text(middle, title.strip(), "black", font, anchor="mm")
-        for height, picture, image in zip(heights, first, images, strict=True):
-            width = min(cell, round(height * picture.width / picture.height))
-            shown = image.resize((width, height), Image.Resampling.LANCZOS)
-            sheet.paste(shown, (x + (cell - width) // 2, y))
-            y += height + gap
-    return sheet
+def pca_pictures(maps: Sequence[Tensor], axes_C3: Tensor) -> list[Image.Image]:
+    """Maps in colour, a pixel a token, robustly scaled over the set."""
+    scores_M3 = torch.cat([x.flatten(0, 1) for x in maps]) @ axes_C3
+    low_3, high_3 = scores_M3.quantile(torch.tensor([0.02, 0.98]), dim=0)
+    scale_3 = 255 / (high_3 - low_3).clamp_min(1e-6)  # a collapsed student has no range
+    colours = [((x @ axes_C3 - low_3) * scale_3).clamp(0, 255) for x in maps]
+    return [Image.fromarray(x_hw3.byte().numpy()) for x_hw3 in colours]
 
 
 # ---- Features on disk
 
 
 def write_features(
-    models: Any, source: Any, out: str, maps: bool, size: Any, shard: int = 1024
+    models: Mapping[str, Any], source: Any, out: str, maps: bool, size: Any, shard: int = 1024
 ) -> tuple[Rows, dict[str, str]]:
     """Write features of a source as .npy shards; run again, it goes on where it stopped.
 
@@ -993,17 +865,18 @@ def write_features(
     float16, images end to end. 00000.json, written last, names the pictures and their grids.
     Returns a row per shard, and the pictures left out, key -> reason.
     """
-    folder, rows, skipped = Path(out), {}, dict[str, str]()
-    state = [source.fingerprint(), *map(identity, models.values()), maps, size, shard]
+    rows, skipped = {}, dict[str, str]()
+    hashes = [getattr(x, "fingerprint", None) or hash_weights(x) for x in models.values()]
+    state = [source.fingerprint(), *models, *hashes, maps, size, shard]
     made_from = hashlib.sha256(repr(state).encode()).hexdigest()
     for start in range(0, len(source), shard):
-        index = folder / f"{start // shard:05d}.json"
+        index = Path(out, f"{start // shard:05d}.json")
         if index.exists():
             if json.loads(index.read_text())["made_from"] != made_from:
                 raise ValueError(f"{index} is of another source, model or size; change --out")
             continue
         part = Subset(source, range(start, min(start + shard, len(source))))
-        found = extract(models, part, None if maps else 0, size, title=index.stem)
+        found = extract(models, part, None if maps else 0, size)
         if rank_and_world()[0] == 0:
             _write_shard(found, index, made_from)
         rows[index.name] = {"value": len(found.samples), "skipped": len(found.skipped)}
@@ -1012,12 +885,14 @@ def write_features(
 
 
 def _write_shard(found: FeatureSet, index: Path, made_from: str) -> None:
-    """One shard's arrays, then its index."""
-    arrays = {(column, "summary"): x_NC for column, x_NC in found.summary.items()}
+    """One shard's arrays, then its index; each file whole or not at all."""
+    index.parent.mkdir(parents=True, exist_ok=True)
+    arrays = {f"{column}-{index.stem}.summary": x_NC for column, x_NC in found.summary.items()}
     for column, maps in found.patches.items():
-        arrays[column, "patches"] = torch.cat([x.flatten(0, 1) for x in maps])
-    for (column, kind), array in arrays.items():
-        write_array(index.with_name(f"{column.replace('/', '.')}-{index.stem}.{kind}.npy"), array)
+        arrays[f"{column}-{index.stem}.patches"] = torch.cat([x.flatten(0, 1) for x in maps])
+    for name, array in arrays.items():
+        path = index.with_name(f"{name.replace('/', '.')}.npy")
+        packing.write_whole(path, partial(np.save, arr=array.numpy()))
     grids = {column: [list(x.shape[:2]) for x in maps] for column, maps in found.patches.items()}
     about = ("key", "digest", "label", "caption")
     record: dict = {"made_from": made_from, "grids": grids, "skipped": found.skipped}
@@ -1025,39 +900,22 @@ def _write_shard(found: FeatureSet, index: Path, made_from: str) -> None:
     packing.write_whole(index, json.dumps(record, allow_nan=False).encode())
 
 
-def write_array(path: Path, array: Tensor) -> None:
-    """Write .npy whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    packing.write_whole(path, lambda file: np.save(file, array.numpy()))
-
-
-def identity(model: Any) -> str:
-    """A hash of all weights of a model, or of a mapping of models."""
-    if isinstance(model, Mapping):
-        return " ".join(f"{name} {identity(part)}" for name, part in model.items())
-    if hasattr(model, "fingerprint"):
-        return model.fingerprint
-    return hash_weights(model)
-
-
 # ---- Reports
 
 
 def final_report(
-    student: Any, control: Any, teachers: Any, train_source: Any, test_source: Any, limit=1500
+    student: Any, control: Any, teachers: Any, train_source: Any, test_source: Any
 ) -> dict[str, Any]:
     """What a training run shows: kNN, fidelity and foreground IoU on held-out pictures.
 
     `control` is a `random_control` of the student. Teachers go by the names of its heads; cached
-    ones must hold both sources. `limit` pictures of each source at most are used, evenly spread.
+    ones must hold both sources.
     """
     if not len(test_source):
         return {"left out": {"the report": "no picture is held out"}, "skipped": {}}
     models = {"teacher": teachers, "student": student, "random": control, "pixels": RawPixels()}
-    some = [Subset(s, packing.evenly(len(s), limit)) for s in (train_source, test_source)]
     # Maps of 200 training pictures are plenty for the foreground probe and patch statistics.
-    train = extract(models, some[0], 200, title="evaluate: train")
-    test = extract(models, some[1], title="evaluate: held out")
+    train, test = extract(models, train_source, 200), extract(models, test_source)
     foreground = partial(segmentation, foreground=True)
     report: dict[str, Any] = {"left out": {}}
     for name, protocol in (("knn", knn), ("foreground", foreground), ("fidelity", fidelity)):
@@ -1071,119 +929,140 @@ def final_report(
 
 def format_table(report: Mapping[str, Any]) -> str:
     """The report of `final_report` as text for a terminal or a README."""
-    titles = {
-        "knn": "20-NN accuracy",
-        "foreground": "foreground IoU, linear probe",
-        "fidelity": "variance of the teacher explained",
-    }
-    tables = [format_rows(titles[name], report[name]) for name in titles if name in report]
+    titles = {"knn": "20-NN accuracy", "foreground": "foreground IoU, linear probe"}
+    titles["fidelity"] = "variance of the teacher explained"
+    tables = [format_rows(title, report[x]) + "\n" for x, title in titles.items() if x in report]
     missing = [f"{name}: {why}" for name, why in report["left out"].items()]
     missing += packing.left_out(report.get("skipped", {}), 3)
-    return "\n\n".join([*tables, *(f"left out: {line}" for line in missing)])
+    return "\n".join([*tables, *(f"left out: {line}" for line in missing)])
 
 
 def format_rows(title: str, rows: Rows) -> str:
-    """Rows as a table: name, value, interval, other measures of fidelity, why one is missing."""
-
-    def shown(value: float | None, width: int) -> str:
-        return f"{'-':>{width}}" if value is None else f"{min(value, 1e6):{width}.3f}"
-
+    """Rows as a table: name, value, interval, and why one is missing."""
     width = max(map(len, [title, *rows])) + 2
-    keys = [k for k in ("centred_cosine", "fidelity") if any(k in row for row in rows.values())]
-    lines = [f"{title:<{width}}   value   95 % interval" + "".join(f"{key:>19}" for key in keys)]
+    lines = [f"{title:<{width}}   value   95 % interval"]
     for name, row in rows.items():
+        value = "-" if row["value"] is None else f"{row['value']:.3f}"
         span = f"{row['low']:.3f} to {row['high']:.3f}" if row.get("low") is not None else ""
-        more = "".join(shown(row[key], 19) for key in keys if key in row)
-        line = f"{name:<{width}}{shown(row['value'], 8)}   {span:<15}{more}"
-        lines.append(f"{line}   {row['reason']}" if "reason" in row else line)
+        lines.append(f"{name:<{width}}{value:>8}   {span:<15}   {row.get('reason', '')}".rstrip())
     return "\n".join(lines)
 
 
 # ---- Command line
 
 
-def on_features(protocol: Callable[..., Rows], dense: int | None = 0) -> Callable[..., tuple]:
-    """A protocol on (args, feature sets) as a task; see TASKS."""
-
-    def run(args: argparse.Namespace, models: Any, train: Any, test: Any) -> tuple:
-        needs = TASKS[args.task][0]
-        sizes = args.sizes if "sizes" in needs else [args.size]
-        asked = product([train, test] if "train" in needs else [test], sizes)
-        sets = [extract(models, x, dense, px, title=f"{x.name} {px or ''}") for x, px in asked]
-        rows = protocol(args, *sets)
-        return rows, {key: why for found in sets for key, why in found.skipped.items()}
-
-    return run
-
-
-def run_pca(args: argparse.Namespace, models: Any, _: Any, test: Any) -> tuple:
-    pictures, skipped = first_pictures(test, args.count)
-    out = args.out or "pca.png"
-    pca_sheet(out, pictures, models, args.sizes or [args.size])
-    return {out: {"value": len(pictures)}}, skipped
-
-
-# name -> (the options that it needs, (args, models, train source, test source) -> rows and what
-# was left out, key -> reason)
-TASKS: dict[str, tuple[str, Callable[..., tuple[Rows, dict[str, str]]]]] = {
-    "knn": ("train test", on_features(lambda a, x, y: knn(x, y, a.k, a.per_class))),
-    "linear": ("train test", on_features(lambda a, x, y: linear(x, y, a.per_class))),
-    "zero-shot": ("train test text", on_features(
-        lambda a, x, y: zero_shot(x, y, a.text, a.prompts, a.per_class))),
-    "retrieval": ("train test text", on_features(lambda a, x, y: retrieval(x, y, a.text))),
-    "segmentation": ("train test", on_features(
-        lambda a, x, y: segmentation(x, y, a.foreground, a.per_class), dense=None)),
-    "pca": ("test", run_pca),
-    "resolution": ("test sizes", on_features(
-        lambda a, *x: resolution(dict(zip(a.sizes, x, strict=True)), a.out), dense=None)),
-    "merging": ("train test size", on_features(lambda _, x, y: merging(x, y), dense=None)),
-    "features": ("test out", lambda a, m, _, test: write_features(m, test, a.out, a.maps, a.size)),
+# task -> the options that it cannot do without, and what every picture must have
+NEEDS = {
+    "knn": ("train test", "label"), "linear": ("train test", "label"),
+    "zero-shot": ("train test text", "label"), "retrieval": ("train test text", "caption"),
+    "segmentation": ("train test", "mask"), "merging": ("train test size", "mask"),
+    "resolution": ("test sizes", ""), "pca": ("test", ""), "features": ("test out", ""),
 }  # fmt: skip
+PROTOCOLS: dict[str, Callable[..., Rows]] = {
+    "knn": lambda args, train, test: knn(train, test, args.k),
+    "linear": lambda _, train, test: linear(train, test),
+    "zero-shot": lambda args, train, test: zero_shot(train, test, args.words, args.prompts),
+    "retrieval": lambda args, train, test: retrieval(train, test, args.words),
+    "segmentation": lambda args, train, test: segmentation(train, test, args.foreground),
+    "merging": lambda _, train, test: merging(train, test),
+    "resolution": lambda args, *sets: resolution(dict(zip(args.sizes, sets, strict=True))),
+}
+
+
+def run_task(args: argparse.Namespace, models: Any, train: Any, test: Any) -> tuple[Rows, dict]:
+    """Figures, and what was left out, key -> reason."""
+    if args.task == "features":
+        return write_features(models, test, args.out, args.maps, args.size)
+    if args.task == "pca":
+        (pictures, skipped), out = first_pictures(test, 8), args.out or "pca.png"
+        pca_sheet(out, pictures, models, args.sizes or [args.size])
+        return {out: {"value": len(pictures)}}, skipped
+    has_maps = args.task in ("segmentation", "merging", "resolution")
+    asked = product([train, test], [args.size])
+    if args.task == "resolution":
+        asked = product([test], args.sizes)
+    sets = [extract(models, x, None if has_maps else 0, size) for x, size in asked]
+    rows = PROTOCOLS[args.task](args, *sets)
+    return rows, {key: why for found in sets for key, why in found.skipped.items()}
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = packing.Parser(description="Score encoders; the last line is JSON.")
-    add = parser.add_argument
-    add("task", choices=TASKS)
-    add("--student", help="a checkpoint: ours, a released SigLino .pt or RADIO .pth.tar")
-    add("--teacher", action="append", default=[], help="NAME=PATH[@layer] or a built-in")
+    add, pixels = parser.add_argument, Number(low=1, high=2**14)
+    add("task", choices=NEEDS)
+    add("--student", help="[NAME=]PATH of a file or folder; what is no student is as --teacher")
+    add("--teacher", action="append", default=[], help="[NAME=]PATH[@layer], e.g. builtin:vit-s")
     add("--train", help="SOURCE of the training pictures")
     add("--test", help="SOURCE of the pictures to score, draw or encode")
     add("--no-controls", action="store_true", help="leave out the random student and raw pixels")
-    add("--size", type=int, help="pictures get the area of a square of this side, px")
-    add("--sizes", type=int, nargs="+", default=[], help="several of them (pca, resolution)")
-    add("--k", type=int, default=20, help="neighbours")
-    add("--text", default="", help="[NAME=]FILE.npz, NAME=PATH of a two-tower teacher, or bow")
+    add("--size", type=pixels, help="pictures get the area of a square of this side, px")
+    add("--sizes", type=pixels, nargs="+", default=[], help="several of them (pca, resolution)")
+    add("--k", type=Number(low=1), default=20, help="neighbours")
+    add("--text", default="", help="builtin:minilm, or [NAME=]PATH of a teacher with a text tower")
     add("--prompts", default="", help="file of templates, or 'captions' of the training pictures")
     add("--foreground", action="store_true", help="segmentation: every class but 0 is one")
-    add("--per-class", action="store_true", help="figures of each class too")
     add("--maps", action="store_true", help="features: write the patch maps too")
-    add("--count", type=int, default=8, help="pca: pictures")
     add("--out", default="", help="folder or picture to write")
-    add("--seed", type=int, default=0, help="of the random student and built-in drawings")
+    add("--seed", type=Number(low=0, high=2**63 - 1), default=0, help="of random student, drawings")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to compute")
     args = parser.parse_args(argv)
-    if missing := [name for name in TASKS[args.task][0].split() if not getattr(args, name)]:
+    if missing := [name for name in NEEDS[args.task][0].split() if not getattr(args, name)]:
         parser.error(f"{args.task} needs {' and '.join(f'--{name}' for name in missing)}")
     if not args.student and not args.teacher:
-        parser.error("nothing to score: pass --student CHECKPOINT, --teacher NAME=PATH or both")
+        parser.error("nothing to score: pass --student PATH, --teacher PATH or both")
     if args.task == "merging":  # squares, so that all grids are equal
         args.size = (args.size, args.size)
     return args
 
 
 def load_models(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    specs = [t if "=" in t else f"{t}=builtin:{t}" for t in args.teacher]
-    teachers = [load_teacher(parse_teacher(spec), device) for spec in specs]
-    for teacher in teachers:
-        teacher.precision = "auto"  # as the students: bf16 on CUDA
-    models: dict[str, Any] = {"teacher": {t.name: t for t in teachers}} if teachers else {}
-    controls = not args.no_controls and args.task not in ("pca", "features", "merging")
+    """The first part of columns' names -> encoder: teachers, a student, its controls."""
+    models: dict[str, Any] = {}
+    for text in args.teacher:
+        spec = parse_teacher(f"builtin:{text}" if text in {*WHEELS, *TINY} else text)
+        if f"teacher/{spec.name}" in models:
+            raise ValueError(f"two teachers are called {spec.name}: pass OTHER={spec.path}")
+        models[f"teacher/{spec.name}"] = load_teacher(spec, device)
+    controls = not args.no_controls and args.task not in ("pca", "features")
     if args.student:
-        models["student"] = load_student(args.student, device=str(device))
-        if controls:
-            models["random"] = random_control(models["student"], args.seed)
+        spec = parse_teacher(args.student)
+        if is_student(Path(spec.path)):
+            models["student"] = load_student(spec.path, device=str(device))
+            if controls:
+                models["random"] = random_control(models["student"], args.seed)
+        else:
+            models["student"] = load_teacher(spec, device)
+    for model in models.values():
+        model.precision = "auto"  # bf16 on CUDA
     return models | ({"pixels": RawPixels()} if controls else {})
+
+
+def load_words(text: str) -> Words:
+    """The text tower that --text names."""
+    spec = parse_teacher(text)
+    tower = load_text(spec)
+
+    @torch.no_grad()
+    def embed(texts: list[str]) -> Tensor:
+        return torch.cat([tower(texts[i : i + 256]) for i in range(0, len(texts), 256)]).float()
+
+    return Words(embed, spec.name)
+
+
+def check_fields(args: argparse.Namespace, models: Any, train: Any, test: Any) -> None:
+    """What a task cannot do without is missed before anything is decoded or encoded."""
+    field, heads = NEEDS[args.task][1], {name.removeprefix("teacher/") for name in models}
+    needs = [("--train", train, field), ("--test", test, field)] if field else []
+    if isinstance(student := models.get("student"), Student):
+        heads |= {head.name for head in student.config.heads}
+    if args.task == "zero-shot" and (args.prompts == "captions" or args.words.head not in heads):
+        needs.append(("--train", train, "caption"))
+    for side, source, what in needs:
+        records = (source.record(i) for i in range(len(source)))
+        # A drawing's record says how it is drawn; its mask comes of that.
+        bare = [record["key"] for record in records if what not in record and "spec" not in record]
+        if bare:
+            raise ValueError(f"{side}: {len(bare)} of {len(source)} have no {what}: {bare[:5]}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -1191,7 +1070,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         group = packing.setup_distributed(device=args.device)
         sources = [x and packing.open_source(x, args.seed) for x in (args.train, args.test)]
-        rows, skipped = TASKS[args.task][1](args, load_models(args, group.device), *sources)
+        models = load_models(args, group.device)
+        args.words = load_words(args.text) if args.text else None
+        check_fields(args, models, *sources)
+        rows, skipped = run_task(args, models, *sources)
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"eval.py {args.task}: {error}")
     if group.rank == 0:

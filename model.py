@@ -24,12 +24,14 @@ import argparse
 import copy
 import dataclasses
 import hashlib
+import importlib
+import json
 import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from itertools import product
 from pathlib import Path
@@ -38,7 +40,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from einops import rearrange, repeat
+from einops import rearrange
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -97,9 +99,11 @@ class RadioSpec(HeadSpec):
     """RADIO: one MLP for the summary and another for the patches."""
 
     hidden: int = 1024  # no paper states it, we chose
-    kind: str = "v2"  # of both MLPs: v1 plain, v2 residual
+    kind: str = (
+        "v2"  # of both MLPs: residual; the plain ones of RADIO's first releases are not read
+    )
     summary_hidden: int = 1024
-    inner: int = 0  # hidden layers (v1) or residual blocks (v2) of the patch MLP
+    inner: int = 0  # residual blocks of the patch MLP
     summary_inner: int = 0  # the same of the summary MLP
     upsample: int = 1  # patch features on a grid finer by this factor
     token: int = 0  # index of the CLS token that the summary is read from
@@ -107,8 +111,8 @@ class RadioSpec(HeadSpec):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.kind not in ("v1", "v2"):
-            raise ValueError(f"head {self.name}: kind {self.kind!r} is not v1 or v2")
+        if self.kind != "v2":
+            raise ValueError(f"head {self.name}: kind {self.kind!r} is not v2")
 
 
 @dataclass(frozen=True)
@@ -133,7 +137,6 @@ class ModelConfig:
     layer_scale: bool = False  # RADIO: initialised to 1e-5 where present
     patch_bias: bool = False  # RADIO: ViT-g only
     position_grid: int = 0  # RADIO: side of the table of positions, in patches
-    feature_normalizer: bool = False  # RADIO: the '-norm' releases standardise patch features
     rope_min: float = 1.0  # AMoE: smallest and largest angular frequency
     rope_max: float = 20.0
     pixel_mean: tuple[float, ...] = HALF_RGB[0]
@@ -173,10 +176,6 @@ class ModelConfig:
         return tuple(dict.fromkeys(head.token for head in read if head.in_trunk_summary))
 
 
-def _demo(*teachers):
-    return tuple(AdapterSpec(name, dim, dim, split=True, bias=True) for name, dim in teachers)
-
-
 AMOE_HEADS = (
     AdapterSpec("siglip2", 1152, 1152, pool=True),
     AdapterSpec("dinov3", 1024, 1024, registers=True),
@@ -187,6 +186,7 @@ RADIO_HEADS = (
     RadioSpec("dino_v2", 1536, 1536, token=2),
     RadioSpec("sam", 1280, None, token=3, in_trunk_summary=False),
 )
+_demo = partial(AdapterSpec, split=True, bias=True)
 _amoe: Callable[..., ModelConfig] = partial(ModelConfig, "amoe", heads=AMOE_HEADS)
 _clip_rgb: dict[str, Any] = {"pixel_mean": CLIP_RGB[0], "pixel_std": CLIP_RGB[1]}
 _plain: dict[str, Any] = {"gated_ffn": False, "final_norm": False, "position_grid": 128}
@@ -208,9 +208,10 @@ MODELS: dict[str, ModelConfig] = {
                       patch_bias=True, cls_tokens=1,
                       heads=tuple(replace(head, token=0) for head in RADIO_HEADS)),
     # the demo student and the one of the unit tests; train.py sets their heads by the teachers
-    "nano": ModelConfig("amoe", 192, 6, 3, 64, 256, _demo(("vit-s", 384), ("mobilenet", 1280)),
-                        experts=8, top_k=2),
-    "test": ModelConfig("amoe", 48, 2, 2, 16, 32, _demo(("a", 24), ("b", 32)), experts=4, top_k=2),
+    "nano": _amoe(192, 6, 3, 64, 256, experts=8, top_k=2,
+                  heads=(_demo("vit-s", 384, 384), _demo("mobilenet", 1280, 1280))),
+    "test": _amoe(48, 2, 2, 16, 32, experts=4, top_k=2,
+                  heads=(_demo("a", 24, 24), _demo("b", 32, 32))),
 }  # fmt: skip
 
 
@@ -305,7 +306,7 @@ class GoldenPositions(nn.Module):
         # By single products: autocast would round those of an einsum to bfloat16.
         y_M11, x_M11 = self.coordinates(layout).T[..., None, None]
         angles_MHJ = y_M11 * self.freqs_HJ2[..., 0] + x_M11 * self.freqs_HJ2[..., 1]
-        angles_NHJ = angles_MHJ.new_zeros(len(layout.gather_N), *angles_MHJ.shape[1:])
+        angles_NHJ = angles_MHJ.new_zeros(layout.gather_N.shape[0], *angles_MHJ.shape[1:])
         angles_NHJ = angles_NHJ.index_copy(0, layout.patches_M, angles_MHJ)
         return patches_MD, (angles_NHJ.cos(), angles_NHJ.sin())
 
@@ -455,7 +456,7 @@ class MoE(nn.Module):
 
     def run_dense(self, x_ND: Tensor, gates_NK: Tensor, chosen_NK: Tensor) -> Tensor:
         """All experts on all tokens: the definition, and what exports."""
-        gates_NE = gates_NK.new_zeros(len(x_ND), len(self.expert_bias))
+        gates_NE = gates_NK.new_zeros(x_ND.shape[0], len(self.expert_bias))
         gates_NE = gates_NE.scatter(1, chosen_NK, gates_NK).to(x_ND.dtype)
         experts = zip(self.w1_EGD.unbind(0), self.w2_EDF.unbind(0), strict=True)
         y_END = torch.stack([F.linear(gated(F.linear(x_ND, w1)), w2) for w1, w2 in experts])
@@ -487,11 +488,8 @@ class Block(nn.Module):
         super().__init__()
         form, weightless = FORMS[config.form], partial(nn.RMSNorm, elementwise_affine=False)
         norm = form.norm if config.norm_weight else weightless
-        self.norm1, self.attn, self.norm2 = (
-            norm(config.dim),
-            form.attention(config),
-            norm(config.dim),
-        )
+        self.norm1, self.attn = norm(config.dim), form.attention(config)
+        self.norm2 = norm(config.dim)
         self.ffn = MoE(config) if config.experts else Mlp(config, form.mlp_bias)
         self.scale1 = self.scale2 = None
         if config.layer_scale:
@@ -556,10 +554,10 @@ class RadioHead(nn.Module):
         self.patches: Any = None
         if spec.summary_dim is not None:
             sizes = (spec.summary_hidden, spec.summary_inner, spec.summary_dim)
-            self.summary = RadioMlp(spec.kind, width, *sizes)
+            self.summary = RadioMlp(width, *sizes)
         if spec.dim is not None:
             sizes = (spec.hidden, spec.inner, spec.dim * spec.upsample**2)
-            self.patches = RadioMlp(spec.kind, width, *sizes)
+            self.patches = RadioMlp(width, *sizes)
 
     def output_layers(self) -> dict[str, Any]:
         return {name: mlp.get_submodule("last") for name, mlp in self.named_children()}
@@ -568,19 +566,16 @@ class RadioHead(nn.Module):
         summary_BC = self.summary and self.summary(prefix_BRD[:, self.spec.token])
         patches_MC, u = self.patches and self.patches(patches_MD), self.spec.upsample
         if self.patches and u > 1:  # u * u groups of channels become as many finer patches
-            pattern, grids = "(h w) (u1 u2 c) -> (h u1 w u2) c", layout.grids
-            maps = zip(patches_MC.split([h * w for h, w in grids]), grids, strict=True)
-            finer = [rearrange(x, pattern, h=h, w=w, u1=u, u2=u) for x, (h, w) in maps]
-            patches_MC = torch.cat(finer)
+            finer = rearrange(patches_MC, "m (u1 u2 c) -> (m u1 u2) c", u1=u, u2=u)
+            patches_MC = torch.empty_like(finer).index_copy(0, layout.finer_places(u), finer)
         return summary_BC, patches_MC, None
 
 
 class RadioMlp(nn.Module):
-    """v1: plain with ReLU; v2: with blocks x + Linear(GELU(LayerNorm(x))). RADIO release"""
+    """Residual blocks x + Linear(GELU(LayerNorm(x))) between two Linears. RADIO release"""
 
-    def __init__(self, kind: str, width: int, hidden: int, inner: int, out: int):
+    def __init__(self, width: int, hidden: int, inner: int, out: int):
         super().__init__()
-        self.kind = kind
         self.fc1 = nn.Linear(width, hidden)
         self.inner: Any = nn.ModuleList(
             nn.ModuleList([nn.LayerNorm(hidden), nn.Linear(hidden, hidden)]) for _ in range(inner)
@@ -589,11 +584,6 @@ class RadioMlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.fc1(x)
-        if self.kind == "v1":
-            x = F.relu(self.norm(x))
-            for norm, linear in self.inner:
-                x = F.relu(norm(linear(x)))
-            return self.last(x)
         for norm, linear in self.inner:
             x = x + linear(F.gelu(norm(x)))
         return self.last(F.gelu(self.norm(x)))
@@ -616,20 +606,21 @@ class StudentOutput:
 
 @dataclass
 class Features:
-    """One image's features: `summary[name]` (C,), `patches[name]` (h, w, C), `tokens` (K, D)."""
+    """One image's features: `summary[name]` (C,), `patches[name]` (h, w, C), `tokens` (K, D), and
+    `layers[i]` (h, w, D): the patches after block i, not normed. Each has its own memory."""
 
     summary: dict[str, Tensor]
     patches: dict[str, Tensor]
     tokens: Tensor | None = None
+    layers: dict[int, Tensor] = field(default_factory=dict)
 
 
 class Student(nn.Module):
     """The student of `config`; see `ModelConfig` for the choices and `MODELS` for the sizes."""
 
-    feature_mean_D: Tensor
-    feature_tx_DD: Tensor
     pixel_stats_2X: Tensor
-    encode_budget = 16384  # tokens of one inference pass: bounds the memory of `encode`
+    # Tokens of a pass of `encode`. 0: 16384 on a GPU; 2048 on a CPU, whose cache holds no more: 1.0
+    encode_budget = 0  # to 2.1 times as fast as one picture at a time (16384: .95 at worst)
     precision = "auto"  # of `encode`, see `autocast`
     frozen_trunk = False  # True: only the heads get gradients (RADIOv2.5: the first steps)
     recompute = False  # True: blocks keep no activations and run again in backward
@@ -645,9 +636,6 @@ class Student(nn.Module):
         self.positions = form.positions(config)
         self.blocks: Any = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm: Any = form.norm(config.dim) if config.final_norm else nn.Identity()
-        if config.feature_normalizer:
-            self.register_buffer("feature_mean_D", torch.zeros(config.dim))  # from the file
-            self.register_buffer("feature_tx_DD", torch.eye(config.dim))
         self.heads: Any = nn.ModuleDict()
         for spec in config.heads:
             make = AdapterHead if isinstance(spec, AdapterSpec) else RadioHead
@@ -675,7 +663,7 @@ class Student(nn.Module):
         mean_X, std_X = self.pixel_stats_2X.to(patches_MX.dtype)
         embedded_MD = self.embed(((patches_MX - mean_X) / std_X).to(self.embed.weight.dtype))
         patches_MD, rotation = self.positions(embedded_MD, layout, windows_B5)
-        prefix_ND = repeat(self.prefix_RD, "r d -> (b r) d", b=len(layout.grids))
+        prefix_ND = self.prefix_RD.expand(layout.prefix_BR.shape[0], -1, -1).flatten(0, 1)
         # Under autocast too, the residual stream keeps the precision of the weights.
         x_ND = torch.cat([prefix_ND, patches_MD.to(prefix_ND.dtype)])
         x_ND = x_ND.index_select(0, layout.gather_N)
@@ -693,8 +681,6 @@ class Student(nn.Module):
         prefix_BRD = x_ND.index_select(0, layout.prefix_BR.flatten())
         prefix_BRD = rearrange(prefix_BRD, "(b r) d -> b r d", r=self.config.prefix)
         patches_MD = x_ND.index_select(0, layout.patches_M)
-        if self.config.feature_normalizer:
-            patches_MD = (patches_MD - self.feature_mean_D) @ self.feature_tx_DD.T
         tokens = [prefix_BRD[:, i] for i in self.config.summary_tokens]
         summary_BD = torch.cat([prefix_BRD[:, 0, :0], *tokens], dim=1)  # there may be none
         out = StudentOutput(summary_BD, patches_MD, {}, {}, {}, counts_LE)
@@ -719,20 +705,28 @@ class Student(nn.Module):
 
     @torch.no_grad()
     def encode(
-        self, images: Sequence[Any], max_tokens: int | None = None, keep: int | None = None
+        self,
+        images: Sequence[Any],
+        max_tokens: int | None = 4096,
+        keep: int | None = None,
+        layers: Sequence[int] = (),
     ) -> list[Features]:
         """Features of images of any mix of sizes, in float32 (computed in bf16 on CUDA).
 
         Args:
             images: PIL images, uint8 arrays (H, W, 3), float tensors (3, H, W) in [0, 1]. Each side
                 goes to the nearest multiple of the patch, at least one patch, by bicubic resize.
-            max_tokens: shrink larger images, keeping the aspect, to at most this many patches.
-            keep: also merge each image's patches to this many tokens (`Features.tokens`).
+            max_tokens: shrink larger images, keeping the aspect, to so many patches; None: never.
+            keep: also merge the patches to so many tokens at most (`Features.tokens`).
+            layers: also give the patches after these blocks, counted from 1 (`Features.layers`).
 
         Raises: ValueError: an image that is none of these, naming its index and what is wrong.
         """
-        packs = packs_of(images, self.config, max_tokens, self.encode_budget)
-        return [features for pack in packs for features in encode_pack(self, pack, keep)]
+        if wrong := [i for i in layers if not 1 <= i <= len(self.blocks)]:
+            raise ValueError(f"layers={wrong}: there are blocks 1 to {len(self.blocks)}")
+        budget = self.encode_budget or (2048 if self.prefix_RD.device.type == "cpu" else 16384)
+        packs = packs_of(images, self.config, max_tokens, budget)
+        return [features for pack in packs for features in encode_pack(self, pack, keep, layers)]
 
     def _apply(self, fn, recurse=True):
         return keep_float32(self, super()._apply, fn, recurse)
@@ -812,32 +806,51 @@ class Layout:
     cu_seqlens: Tensor  # B + 1 int32: start of the first sorted image, end of each
 
     @classmethod
-    def of(cls, grids: list[tuple[int, int]], prefix: int, device: torch.device) -> Layout:
-        """Lay out images of these grids, each with `prefix` tokens before its patches."""
-        grid_B2 = torch.tensor(grids, dtype=torch.int64).reshape(-1, 2)
-        patches_B = grid_B2.prod(1)
-        order_B = torch.argsort(patches_B, stable=True)
-        rank_B = order_B.argsort()
-        lengths = (patches_B[order_B] + prefix).tolist()
-        cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
+    def of(
+        cls, grids: list[tuple[int, int]], prefix: int, device: torch.device, count: int = 1
+    ) -> Layout:
+        """Lay out images of these grids, each with `prefix` tokens before its patches.
+
+        count: one grid for so many images, which may be a symbol of torch.export.
+        """
+        grid_B2 = torch.tensor(grids, dtype=torch.int64).reshape(-1, 2).repeat(count, 1)
+        patches_B, image_B = grid_B2.prod(1), torch.arange(len(grids) * count)
+        row_M = torch.arange(count * sum(h * w for h, w in grids))
+        if len(grids) == 1:  # nothing to sort, and ONNX has no stable sort
+            order_B, image_M = image_B, row_M // (grids[0][0] * grids[0][1])
+        else:
+            order_B = torch.argsort(patches_B, stable=True)
+            image_M = torch.repeat_interleave(image_B, patches_B)
+        rank_B = torch.empty_like(order_B).scatter_(0, order_B, image_B)
+        cu_seqlens = F.pad((patches_B[order_B] + prefix).cumsum(0), (1, 0))
         start_B = cu_seqlens[rank_B]  # first sorted row of each image
-        image_M = torch.repeat_interleave(torch.arange(len(grids)), patches_B)
-        nth_M = torch.arange(len(image_M)) - (patches_B.cumsum(0) - patches_B)[image_M]
+        nth_M = row_M - (patches_B.cumsum(0) - patches_B)[image_M]
         columns_M = grid_B2[image_M, 1]
         prefix_BR = start_B[:, None] + torch.arange(prefix)
         patches_M = start_B[image_M] + prefix + nth_M
         rows_N = torch.cat([prefix_BR.flatten(), patches_M])
-        gather_N = torch.empty_like(rows_N).scatter_(0, rows_N, torch.arange(len(rows_N)))
+        gather_N = torch.empty_like(rows_N).scatter_(0, rows_N, torch.arange(rows_N.shape[0]))
         row_column_M2 = torch.stack([nth_M // columns_M, nth_M % columns_M], dim=1)
         places = (gather_N, prefix_BR, rank_B, patches_M, row_column_M2, image_M, grid_B2[image_M])
         tensors = [to_device(tensor, device) for tensor in (*places, cu_seqlens.int())]
-        return cls(grids, lengths, *tensors)
+        return cls(grids, sorted(h * w + prefix for h, w in grids), *tensors)
+
+    def finer_places(self, u: int) -> Tensor:
+        """Rows of u * u parts of each patch in the finer maps, image by image, in raster order."""
+        (row_M, column_M), columns_M = self.row_column_M2.T, self.grid_M2[:, 1]
+        first_M = torch.arange(row_M.shape[0], device=row_M.device) - row_M * columns_M - column_M
+        u_U = torch.arange(u, device=row_M.device)
+        row_MU, column_MU = (x_M[:, None] * u + u_U for x_M in (row_M, column_M))
+        inside_MUU = (row_MU * (columns_M * u)[:, None])[:, :, None] + column_MU[:, None]
+        return (first_M[:, None, None] * u * u + inside_MUU).flatten()
 
     def by_length(self, x: Tensor) -> list[Tensor]:
         """Sorted tokens (N, ...) as one batch (b, n, ...) for each length that occurs.
 
         One split: a slice for each would give its gradient as a full-size tensor of zeros.
         """
+        if len(self.lengths) == 1:  # of one image, or of `count` alike
+            return [x.unflatten(0, (-1, self.lengths[0]))]
         counts = Counter(self.lengths)  # in sorted order
         runs = x.split([length * count for length, count in counts.items()])
         pairs = zip(runs, counts.values(), strict=True)
@@ -847,9 +860,7 @@ class Layout:
 # ---- Initial weights, and those that are never rounded
 
 
-def keep_float32(
-    student: Student, apply: Callable[..., Student], fn: Any, recurse: bool
-) -> Student:
+def keep_float32(student: Student, apply: Callable, fn: Any, recurse: bool) -> Student:
     """`.to(bfloat16)` but for three buffers: rounding them moves rotation angles by up to 0.08 rad
     and changes which experts are selected."""
     before = dict(student.named_buffers())
@@ -913,7 +924,7 @@ class AttentionPool(nn.Module):
         for x_BNC in layout.by_length(x_NC):
             kv = F.linear(x_BNC, weight[dim:], bias[dim:])
             k_BHNA, v_BHNA = rearrange(kv, "b n (s h a) -> s b h n a", s=2, h=self.n_heads)
-            q_BH1A = q_1H1A.expand(len(x_BNC), -1, -1, -1)
+            q_BH1A = q_1H1A.expand(x_BNC.shape[0], -1, -1, -1)
             y_BH1A = F.scaled_dot_product_attention(q_BH1A, k_BHNA, v_BHNA)
             pooled.append(rearrange(y_BH1A, "b h 1 a -> b (h a)"))
         x_BC = self.proj(torch.cat(pooled)[layout.rank_B])
@@ -936,8 +947,8 @@ def cell_middles(rows: int, columns: int, keep: int) -> Tensor:
 
 # ---- Kernels of attention and experts
 
-# Float32 on CUDA goes by "efficient", as no varlen kernel takes it.
-ATTENTION = ("auto", "flash", "explicit", "varlen", "efficient")
+# Float32 on CUDA goes by the definition, as no varlen kernel takes it.
+ATTENTION = ("auto", "flash", "explicit", "varlen")
 EXPERTS = ("auto", "grouped", "sorted", "dense")
 
 
@@ -965,8 +976,7 @@ def attention(
         if backend == "explicit":
             out_BHNA = explicit_attention(q, k, v, sinks_H)
         else:
-            kernels = {"flash": cpu_flash, "efficient": cuda_efficient}
-            kernel = kernels.get(backend, partial(cuda_varlen, layout))
+            kernel = cpu_flash if backend == "flash" else partial(cuda_varlen, layout)
             out_BHNA = FlashSinkAttention.apply(q, k, v, sinks_H, kernel)
         outputs.append(rearrange(out_BHNA, "b h n a -> (b n) h a"))
     return torch.cat(outputs)
@@ -975,8 +985,8 @@ def attention(
 def choose_attention(q_NHA: Tensor) -> str:
     """The fastest backend that is exact for this device and dtype."""
     is_half = q_NHA.dtype in (torch.bfloat16, torch.float16)
-    if q_NHA.device.type == "cuda":
-        return "varlen" if is_half else "efficient"
+    if q_NHA.device.type == "cuda" and is_half:
+        return "varlen"
     return "flash" if q_NHA.device.type == "cpu" else "explicit"
 
 
@@ -994,26 +1004,6 @@ def cpu_flash(*qkv_BHNA: Tensor):
         return [grad.to(saved[0].dtype) for grad in grads]
 
     return out_BHNA.to(qkv_BHNA[0].dtype), lse_BHN, backward
-
-
-def cuda_efficient(*qkv_BHNA: Tensor):
-    """torch's memory-efficient CUDA kernel on images of equal length: the same three.
-
-    It is the one that takes float32. Rows of its log-sum-exp are padded to whole 32, with infinity.
-    """
-    ops, length = torch.ops.aten, qkv_BHNA[0].shape[2]
-    forward = ops._scaled_dot_product_efficient_attention
-    out_BHNA, padded_BHN, *rng = forward(*qkv_BHNA, None, compute_log_sumexp=True)
-
-    def backward(grad_BHNA: Tensor, *saved: Tensor):
-        *tensors, lse_BHN = saved
-        padding = (0, padded_BHN.shape[2] - length)
-        lse_BHN = F.pad(lse_BHN, padding, value=math.inf)
-        run = ops._scaled_dot_product_efficient_attention_backward
-        needed = [True, True, True, False]
-        return run(grad_BHNA, *tensors[:3], None, tensors[3], lse_BHN, *rng, 0.0, needed)[:3]
-
-    return out_BHNA, padded_BHN[..., :length], backward
 
 
 def cuda_varlen(layout: Layout, *qkv_1HNA: Tensor):
@@ -1109,8 +1099,10 @@ def autocast(device: torch.device, precision: str = "auto") -> Any:
 
 def read_image(image: Any, name: str) -> Tensor:
     """An image of any kind that `encode` takes, as float32 (3, H, W) in [0, 1]."""
-    if isinstance(image, Image.Image):
-        image = to_rgb(ImageOps.exif_transpose(image))
+    try:
+        image = to_rgb(ImageOps.exif_transpose(image)) if isinstance(image, Image.Image) else image
+    except OSError as error:
+        raise ValueError(f"{name}: does not decode ({error}); leave it out") from error
     is_bytes = isinstance(image, np.ndarray) and image.dtype == np.uint8
     is_float = isinstance(image, Tensor) and image.is_floating_point()
     shape = tuple(getattr(image, "shape", ()))
@@ -1121,68 +1113,94 @@ def read_image(image: Any, name: str) -> Tensor:
             "image, uint8 array (H, W, 3) or float tensor (3, H, W) in [0, 1], or is empty"
         )
     if is_bytes:
-        return to_float(image)
+        return to_float(np.ascontiguousarray(image))  # img[..., ::-1] is a view, going backwards
     image = image.float()
     low, high = image.min().item(), image.max().item()
     if not (low >= 0 and high <= 1):  # also false for NaN
-        raise ValueError(f"{name}: values from {low} to {high}, expected finite numbers in [0, 1]")
+        raise ValueError(
+            f"{name}: values from {low} to {high}, expected finite numbers in [0, 1]: "
+            "not normalised, and 0..255 as uint8 or divided by 255"
+        )
     return image
+
+
+def read_images(images: Sequence[Any], name: str = "image") -> Iterator[Tensor]:
+    """The one check behind `encode`, `Teacher` and `FixedGrid`: kind, shape, range, finite."""
+    if isinstance(images, Image.Image | np.ndarray | Tensor):
+        raise ValueError(f"{name}s: not a list of images, but one {type(images).__name__}")
+    return (read_image(image, f"{name} {index}") for index, image in enumerate(images))
 
 
 def packs_of(
     images: Sequence[Any], config: ModelConfig, max_tokens: int | None, budget: int
 ) -> Iterator[list[Tensor]]:
     """Images resized to whole patches, together as many as the budget of tokens allows."""
-    if isinstance(images, Image.Image | np.ndarray | Tensor):
-        raise ValueError(f"encode takes a list of images, got one {type(images).__name__}")
     if max_tokens is not None and max_tokens < 1:
         raise ValueError(f"max_tokens={max_tokens} leaves no patch")
-    max_area = max_tokens and max_tokens * config.patch**2
-    pack: list[Tensor] = []
-    tokens = 0
-    for index, image in enumerate(images):
-        pixels = read_image(image, f"image {index}")
+    max_area, pack, room = max_tokens and max_tokens * config.patch**2, list[Tensor](), budget
+    for pixels in read_images(images):
         height, width = fit_size(pixels.shape[1], pixels.shape[2], config.patch, max_area=max_area)
         length = height * width // config.patch**2 + config.prefix
-        if pack and tokens + length > budget:
+        if pack and length > room:
             yield pack
-            pack, tokens = [], 0
+            pack, room = [], budget
         pack.append(resize(pixels, (height, width)))
-        tokens += length
+        room -= length
     yield pack
 
 
-def encode_pack(student: Student, pack: list[Tensor], keep: int | None) -> list[Features]:
+def encode_pack(
+    student: Student, pack: list[Tensor], keep: int | None, layers: Sequence[int]
+) -> list[Features]:
     """Features of one pack of images whose sides are multiples of the patch."""
     batch, device = PackedBatch.from_images(pack, student.config.patch), student.prefix_RD.device
-    with autocast(device, student.precision):
-        results = unpack(student(batch.to(device)), student.config, batch.grids)
-    for result, grid in zip(results, batch.grids, strict=True):
+    seen: dict[int, Tensor] = {}
+
+    def look(i: int, _: Any, given: Any, out: Any) -> None:  # given: tokens, layout, rotation
+        seen[i] = out[0].index_select(0, given[1].patches_M)
+
+    with autocast(device, student.precision), ExitStack() as hooks:
+        for i in layers:
+            hooks.enter_context(student.blocks[i - 1].register_forward_hook(partial(look, i)))
+        results = unpack(student(batch.to(device)), student.config, batch.grids, seen)
+    for result, (h, w) in zip(results, batch.grids, strict=True):
         if keep is not None:
-            result.tokens, _ = merge_tokens(result.patches["trunk"].flatten(0, 1), grid, keep)
+            trunk_ND = result.patches["trunk"].flatten(0, 1)
+            result.tokens, _ = merge_tokens(trunk_ND, (h, w), min(keep, h * w))
     return results
 
 
 def unpack(
-    out: StudentOutput, config: ModelConfig, grids: Sequence[tuple[int, int]]
+    out: StudentOutput, config: ModelConfig, grids: Sequence[Any], layers: dict[int, Tensor]
 ) -> list[Features]:
-    """Each image's own features, patches as maps."""
+    """Each image's own features, patches as maps. Copies: a view would keep all of its pack."""
     results = [Features({}, {}) for _ in grids]
     for name, x_BC in {"trunk": out.trunk_summary_BD, **out.summary}.items():
         for result, x_C in zip(results, x_BC.float(), strict=True):
-            result.summary[name] = x_C
-    factors = {head.name: head.upsample for head in config.heads}
-    for name, x_MC in {"trunk": out.trunk_MD, **out.patches}.items():
-        u = factors.get(name, 1)
+            result.summary[name] = x_C.clone()
+    factors: dict[Any, int] = {head.name: head.upsample for head in config.heads}
+    maps: dict[Any, Tensor] = {"trunk": out.trunk_MD, **out.patches}
+    for key, x_MC in (maps | layers).items():
+        u = factors.get(key, 1)
         pieces = x_MC.float().split([h * w * u * u for h, w in grids])
         for result, (h, _), piece in zip(results, grids, pieces, strict=True):
-            result.patches[name] = rearrange(piece, "(h w) c -> h w c", h=h * u)
+            part: dict[Any, Tensor] = result.layers if key in layers else result.patches
+            part[key] = rearrange(piece, "(h w) c -> h w c", h=h * u).clone()
     return results
 
 
 # ---- Our checkpoints
 
 FORMAT = "amoe-from-scratch student"
+
+
+def need(package: str, what: str = "this") -> Any:
+    """Import what only some files or pictures need, or say how to get it."""
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        name = package.partition(".")[0]
+        raise ImportError(f"{what} needs {name}: pip install {name}") from error
 
 
 def hash_weights(module: nn.Module, total: Any = None) -> str:
@@ -1196,6 +1214,7 @@ def hash_weights(module: nn.Module, total: Any = None) -> str:
 
 def save_student(student: Student, path: str | Path, half: bool = False) -> None:
     """Write weights and config as plain data, whole or not at all; half: parameters in float16."""
+    student = getattr(student, "_orig_mod", student)  # of torch.compile
     state = {name: value.detach().cpu() for name, value in student.state_dict().items()}
     for name, _ in student.named_parameters() if half else ():
         state[name] = state[name].half()
@@ -1206,17 +1225,31 @@ def save_student(student: Student, path: str | Path, half: bool = False) -> None
     write_whole(path, lambda file: torch.save(content, file))
 
 
+def is_student(path: Path) -> bool:
+    """Is this a file that `load_student` may read, the folder of a run, or one of RADIO's?"""
+    if path.is_file():
+        return path.suffix != ".onnx"
+    told = path / "config.json"
+    is_radio = told.is_file() and json.loads(told.read_text()).get("model_type") == "radio"
+    return is_radio or (path / "model.pt").is_file()
+
+
 def load_student(path: str | Path, top_k: int | None = None, device: str = "cpu") -> Student:
-    """Load our checkpoint, a released SigLino `.pt` or a released RADIO `.pth.tar`, in float32.
+    """A student in float32: ours, a released SigLino `.pt` or RADIO `.pth.tar`, or a folder.
 
     Args:
-        path: told apart by content; no code of the file is ever run.
+        path: told apart by content; no code of the file is ever run. A folder is that of a run
+            (its model.pt), or of `transformers.RadioModel`, with our heads where it has them.
         top_k: experts per token instead of the config's; a SigLino file without one has 6.
     Raises: ValueError: unreadable file, other content, missing or unexpected keys, wrong shapes.
     """
-    content = read_checkpoint(path)
+    path = Path(path)
+    path = path / "model.pt" if (path / "model.pt").is_file() else path
+    content = None if path.is_dir() else read_checkpoint(path)
     try:
-        if content.get("format") == FORMAT:
+        if content is None:
+            config, state = read_folder(path)
+        elif content.get("format") == FORMAT:
             config, state = read_ours(content)
         elif isinstance(content.get("args"), argparse.Namespace):
             config, state = read_radio(content)
@@ -1234,7 +1267,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (FileNotFoundError, IsADirectoryError):
+    except FileNotFoundError:
         raise
     except Exception as error:  # a damaged file can fail anywhere inside the reader
         code = re.search(r"GLOBAL ([\w.]+)", str(error))
@@ -1249,9 +1282,15 @@ def read_ours(content: dict[str, Any]) -> tuple[ModelConfig, Weights]:
     """A file of `save_student`, of today or of the time of one spec for both kinds of head."""
     if content.get("version") != 1:
         raise ValueError(f"format version {content.get('version')!r}, this code reads 1")
-    heads = tuple(read_spec(head) for head in content["config"]["heads"])
-    config = ModelConfig(**content["config"] | {"heads": heads})
-    return config, Weights(content["state_dict"]).renamed([(r"table_GGD$", "pos_embed")])
+    state = Weights(content["state_dict"]).renamed([(r"table_GGD$", "pos_embed")])
+    return read_config(content["config"]), state
+
+
+def read_config(saved: dict[str, Any]) -> ModelConfig:
+    lists = {name: tuple(x) for name, x in saved.items() if name.startswith("pixel_")}
+    heads = tuple(read_spec(head) for head in saved["heads"])
+    known = {name: x for name, x in saved.items() if x or name != "feature_normalizer"}
+    return ModelConfig(**known | lists | {"heads": heads})
 
 
 def read_spec(saved: dict[str, Any]) -> HeadSpec:
@@ -1395,26 +1434,17 @@ def join_qkv(qkv: Sequence[Tensor], n_heads: int) -> Tensor:
     return rearrange(joined, "s h a d -> (s h a) d")
 
 
-def v1_inner(match: re.Match[str]) -> str:
-    """v1 numbers Linear, LayerNorm, ReLU, Linear, ..; ours are pairs (norm, linear)."""
-    number = int(match[2])
-    return f"{match[1]}.inner.{number // 3}.{1 - number % 3}."
-
-
 RADIO = [
-    (r"^base_model\.", ""),
+    (r"^(base_model|model)\.", ""),
     (r"^patch_generator\.embedder\.", "embed."),
     (r"^patch_generator\.cls_token\.token$", "prefix_RD"),
     (r"^patch_generator\.pos_embed$", "positions.pos_embed"),
-    (r"^_feature_normalizer\.mean$", "feature_mean_D"),
-    (r"^_feature_normalizer\.tx$", "feature_tx_DD"),
     (r"^(blocks\.\d+)\.mlp\.fc([12])\.", r"\1.ffn.w\2."),
     (r"^(blocks\.\d+)\.ls([12])\.(gamma|grandma)$", r"\1.scale\2"),  # the release renamed it
+    (r"^(blocks\.\d+)\.layer_scale([12])\.lambda1$", r"\1.scale\2"),  # transformers
     (r"^_heads\.([^.]+)\.", r"heads.\1.summary."),
     (r"^_feature_projections\.([^.]+)\.", r"heads.\1.patches."),
-    (r"^(heads\..+)\.inner\.(\d+)\.", v1_inner),
-    (r"^(heads\..+)\.fc2\.", r"\1.last."),  # v1
-    (r"^(heads\..+)\.final\.0\.", r"\1.norm."),  # v2
+    (r"^(heads\..+)\.final\.0\.", r"\1.norm."),
     (r"^(heads\..+)\.final\.2\.", r"\1.last."),
     (r"^(heads\..+)\.blocks\.(\d+)\.0\.", r"\1.inner.\2.0."),
     (r"^(heads\..+)\.blocks\.(\d+)\.2\.", r"\1.inner.\2.1."),
@@ -1431,10 +1461,9 @@ def read_radio(content: dict[str, Any]) -> tuple[ModelConfig, Weights]:
     if not any(key.startswith("base_model.blocks.") for key in file):
         trunk = [key for key in file if key.startswith("base_model.")][:9]
         raise ValueError(f"the backbone {model} is no timm ViT, its keys are {trunk}")
-    mean, std = (
-        tuple(file.pop(f"input_conditioner.norm_{part}", torch.tensor(known)).flatten().tolist())
-        for part, known in zip(("mean", "std"), CLIP_RGB, strict=True)
-    )
+    if attention := [key for key in file if re.match(r"_(heads|feature_proj\w+)\..*\.attn\.", key)]:
+        what = "attention in a head (C-RADIOv4) is not read; transformers' folder has the trunk"
+        raise ValueError(f"{attention[0]}: {what}")
     x, per_teacher = file.renamed(RADIO), args.get("cls_token_per_teacher", True)
     heads: dict[str, RadioSpec] = {}
     for i, entry in enumerate(args.get("teachers") or []):
@@ -1446,47 +1475,42 @@ def read_radio(content: dict[str, Any]) -> tuple[ModelConfig, Weights]:
         x = x.renamed([(rf"^heads\.{re.escape(slot)}\.", f"heads.{name}.")])
         token = entry.get("token_slot")
         token = (len(heads) if per_teacher else 0) if token is None else int(token)
-        heads[name] = radio_head(x, entry, head_kind(file, slot), token)
-    dim = len(x["blocks.0.norm1.weight"])
+        heads[name] = radio_head(x, entry, token)
     known = next((n for arch, n in RADIO_N_HEADS.items() if arch in model.lower()), None)
-    n_heads = stated or known
+    cls_tokens = max(1, len(heads)) if per_teacher else 1
+    return radio_config(x, stated or known, cls_tokens, tuple(heads.values()))
+
+
+def radio_config(
+    x: Weights, n_heads: int | None, cls_tokens: int, heads: tuple[HeadSpec, ...]
+) -> tuple[ModelConfig, Weights]:
+    """The trunk of a release: its patches are (channel, row, column), its table is flat."""
+    dim = len(x["blocks.0.norm1.weight"])
     if not n_heads or dim % n_heads:
-        raise ValueError(f"args.model={model!r} of width {dim} has num_heads={n_heads}")
-    # the release's patches are (channel, row, column), its table is flat
+        raise ValueError(f"a width of {dim} and num_heads={n_heads}: the file does not say enough")
+    mean, std = (
+        tuple(x.pop(f"input_conditioner.norm_{part}", torch.tensor(known)).flatten().tolist())
+        for part, known in zip(("mean", "std"), CLIP_RGB, strict=True)
+    )
     patch, table = math.isqrt(x["embed.weight"].shape[1] // 3), x["positions.pos_embed"]
-    pattern = "d (c y x) -> d (y x c)"
+    pattern, side = "d (c y x) -> d (y x c)", math.isqrt(table.shape[1])
     x["embed.weight"] = rearrange(x["embed.weight"], pattern, y=patch, x=patch)
-    side = math.isqrt(table.shape[1])
     x["positions.pos_embed"] = rearrange(table, "1 (y x) d -> y x d", y=side)
-    if "feature_mean_D" in x:
-        x["feature_mean_D"] = x["feature_mean_D"].flatten()
-    has = {"final_norm": "norm.weight" in x, "feature_normalizer": "feature_mean_D" in x}
-    sizes = x.sizes(n_heads, max(1, len(heads)) if per_teacher else 1) | has
-    sizes |= {"heads": tuple(heads.values()), "pixel_mean": mean, "pixel_std": std}
-    return ModelConfig("radio", gated_ffn=False, **sizes), x
+    has = {"final_norm": "norm.weight" in x, "patch_bias": "embed.bias" in x}
+    has |= {"gated_ffn": len(x["blocks.0.ffn.w1.weight"]) > x["blocks.0.ffn.w2.weight"].shape[1]}
+    sizes = x.sizes(n_heads, cls_tokens) | has | {"pixel_mean": mean, "pixel_std": std}
+    return ModelConfig("radio", heads=heads, **sizes), x
 
 
-def head_kind(file: Weights, slot: str) -> str:
-    """v1 ends in fc2, v2 in final.2; a teacher's two MLPs are of one kind."""
-    parts = ("_heads", "_feature_projections")
-    found = {p: f"{p}.{slot}.fc2.weight" in file for p in parts if f"{p}.{slot}.fc1.weight" in file}
-    if len(set(found.values())) > 1:
-        raise ValueError(f"{' and '.join(f'{part}.{slot}' for part in found)}: one is v1, one v2")
-    return "v1" if any(found.values()) else "v2"
-
-
-def radio_head(x: Weights, entry: dict[str, Any], kind: str, token: int) -> RadioSpec:
+def radio_head(x: Weights, entry: dict[str, Any], token: int) -> RadioSpec:
     """One teacher's head, with the sizes of its two MLPs; None, 0, 0 where it has none."""
-    sizes: dict[str, Any] = {"kind": kind, "token": token}
+    sizes: dict[str, Any] = {"token": token}
     for part, ours in (("summary", "summary_"), ("patches", "")):
         mlp = f"heads.{entry['name']}.{part}."
         has = any(key.startswith(mlp) for key in x)
         out, hidden = x[mlp + "last.weight"].shape if has else (None, 0)
-        sizes |= {
-            ours + "dim": out,
-            ours + "hidden": hidden,
-            ours + "inner": x.count(mlp + "inner."),
-        }
+        inner = x.count(mlp + "inner.")
+        sizes |= {ours + "dim": out, ours + "hidden": hidden, ours + "inner": inner}
     upsample = next((int(v) for k, v in entry.items() if "upsample" in k and v), 1)
     sizes["dim"] = sizes["dim"] and sizes["dim"] // upsample**2
     in_summary = bool(entry.get("use_summary", True))
@@ -1512,6 +1536,124 @@ def fold_spectral(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         yield base + ".weight", torch.cat(chunks)
 
 
+# ---- Folders of transformers' RadioModel
+
+SMALLER = 2.0**-30  # exact in float32; not for float16
+RADIO_FOLDER = [
+    (r"^embed\.", "patch_generator.embedder."),
+    (r"^prefix_RD$", "patch_generator.cls_token.token"),
+    (r"^positions\.", "patch_generator."),
+    (r"\.ffn\.w", ".mlp.fc"),
+    (r"\.scale([12])$", r".layer_scale\1.lambda1"),
+    (r"^", "radio_model.model."),
+]
+
+
+def save_transformers(student: Student, folder: str | Path) -> None:
+    """A RADIO-form student as a folder that `transformers.RadioModel` reads (AutoModel too).
+
+    config.json; model.safetensors, the trunk under the RADIO release's names; heads.safetensors,
+    which is ours. Raises: ValueError for the AMoE form and a gated MLP.
+    """
+    config, state = student.config, Weights(student.state_dict())
+    if config.form != "radio" or config.gated_ffn:
+        raise ValueError(f"{folder}: RadioModel is no {config.form} form with {config.gated_ffn=}")
+    x, heads = state.without("heads."), {k: w for k, w in state.items() if k.startswith("heads.")}
+    if config.patch_bias:  # each patch gets one entry of the table, or a mean of four
+        x["positions.pos_embed"] = x["positions.pos_embed"] + x.take("embed.bias")
+    if config.final_norm:
+        norm_as_block(x, config)
+    x["embed.weight"] = rearrange(x["embed.weight"], "d (y x c) -> d (c y x)", y=config.patch, c=3)
+    x["positions.pos_embed"] = x["positions.pos_embed"].flatten(0, 1)[None]
+    file, summary = x.renamed(RADIO_FOLDER), list(config.summary_tokens)
+    for part, values in (("mean", config.pixel_mean), ("std", config.pixel_std)):
+        file[f"radio_model.input_conditioner.norm_{part}"] = torch.tensor(values)[:, None, None]
+    file["radio_model.summary_idxs"] = torch.tensor(summary)
+    told = dict(model_type="radio", hidden_size=config.dim, num_attention_heads=config.n_heads)
+    told |= dict(num_hidden_layers=config.n_layers + config.final_norm, head_dim=config.head_dim)
+    told |= dict(mlp_ratio=config.ffn_dim / config.dim, patch_size=config.patch)
+    told |= dict(max_img_size=config.position_grid * config.patch, num_registers=config.registers)
+    told |= dict(num_cls_tokens=config.cls_tokens, summary_idxs=summary)
+    told |= dict(layer_norm_eps=1e-6 * (SMALLER**2 if config.final_norm else 1))
+    told |= dict(norm_mean=config.pixel_mean, norm_std=config.pixel_std)
+    ours = json.dumps(dataclasses.asdict(replace(config, patch_bias=False)))
+    save = need("safetensors.torch", "save_transformers").save
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    for name, tensors in (("model", file), ("heads", heads)):
+        whole = {key: tensor.contiguous() for key, tensor in tensors.items()}
+        content = save(whole, {"format": "pt", "config": ours})
+        write_whole(Path(folder) / f"{name}.safetensors", content)
+    write_whole(Path(folder) / "config.json", json.dumps(told, indent=2).encode())
+
+
+def norm_as_block(x: Weights, config: ModelConfig) -> None:
+    """The final norm, which RadioModel has not, as one more block, in place.
+
+    Its MLP is the identity of its norm, as GELU(x) - GELU(-x) = x, and the residual stream is made
+    SMALLER, which norms don't see, so that it adds nothing to it.
+    """
+    D, last, one = config.dim, f"blocks.{config.n_layers}.", torch.ones(config.dim)
+    if config.ffn_dim < 2 * D:
+        raise ValueError(f"the final norm needs an MLP of 2 * {D}, this has {config.ffn_dim}")
+    for key in [key for key in x if key.startswith("blocks.0.")]:
+        x[last + key.removeprefix("blocks.0.")] = torch.zeros_like(x[key])
+    for i, name in product(range(config.n_layers), ("scale1", "scale2")):
+        x[f"blocks.{i}.{name}"] = x.get(f"blocks.{i}.{name}", one) * SMALLER
+    for name in ("embed.weight", "prefix_RD", "positions.pos_embed"):
+        x[name] = x[name] * SMALLER
+    x |= {last + "scale1": one, last + "scale2": one.clone()}
+    x |= {last + f"norm2.{part}": x.take(f"norm.{part}") for part in ("weight", "bias")}
+    for w in (x[last + "ffn.w1.weight"], x[last + "ffn.w2.weight"].T):
+        w[:D], w[D : 2 * D] = torch.eye(D), -torch.eye(D)
+
+
+def block_as_norm(x: Weights, config: ModelConfig) -> Weights:
+    """The inverse of `norm_as_block`."""
+    last = f"blocks.{config.n_layers}."
+    norm = {f"norm.{part}": x[f"{last}norm2.{part}"] for part in ("weight", "bias")}
+    scaled = re.compile(r"(embed\.weight|prefix_RD|.*pos_embed|.*\.scale[12])$")
+    x = Weights((k, w / SMALLER if scaled.match(k) else w) for k, w in x.without(last).items())
+    if not config.layer_scale:
+        x = Weights((k, w) for k, w in x.items() if ".scale" not in k)
+    return Weights(x | norm)
+
+
+def read_folder(folder: Path) -> tuple[ModelConfig, Weights]:
+    """A folder of transformers' RadioModel, by us, with its heads, or by others, without."""
+    told = json.loads((folder / "config.json").read_text())
+    if told.get("model_type") != "radio":
+        raise ValueError(f"no model.pt, and config.json says {told.get('model_type')!r}, not radio")
+    file = Weights()
+    for path in sorted(folder.glob("model*.safetensors")):
+        file |= read_safetensors(path)[0]
+    file = file.renamed([(r"^radio_model\.", "")]).without("adaptors.")
+    summary = file.pop("summary_idxs", torch.tensor([0])).tolist()
+    count, n_heads = told.get("num_cls_tokens", 3), told.get("num_attention_heads", 16)
+    make = partial(RadioSpec, dim=None, summary_dim=None)  # which CLS tokens make the summary
+    specs = tuple(make(f"cls{i}", token=i, in_trunk_summary=i in summary) for i in range(count))
+    config, x = radio_config(file.renamed(RADIO), n_heads, count, specs if count > 1 else ())
+    if (folder / "heads.safetensors").is_file():
+        heads, ours = read_safetensors(folder / "heads.safetensors")
+        config = read_config(json.loads(ours["config"]))
+        return config, Weights((block_as_norm(x, config) if config.final_norm else x) | heads)
+    if (eps := told.get("layer_norm_eps", 1e-6)) != 1e-6:
+        raise ValueError(f"layer_norm_eps={eps}, ours is 1e-6")
+    return config, x
+
+
+def read_safetensors(path: Path) -> tuple[Weights, dict[str, str]]:
+    """Tensors and metadata of a file; its lengths are checked before anything is mapped."""
+    safetensors = need("safetensors", f"{path}")
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            # copies lie aligned in memory: GEMMs of one model then round alike, however it came
+            tensors = Weights((k, file.get_tensor(k).clone()) for k in file.keys())  # noqa: SIM118
+            return tensors, file.metadata() or {}
+    except (OSError, safetensors.SafetensorError) as error:
+        what = "is cut or damaged, or a pointer of Git LFS; fetch it again"
+        raise ValueError(f"{path.name} {what} ({error})") from error
+
+
 # ---- Other heads on the same trunk
 
 
@@ -1521,6 +1663,31 @@ def with_heads(config: ModelConfig, heads: Sequence[Any]) -> ModelConfig:
         heads = [replace(head, token=i) for i, head in enumerate(heads)]
         return replace(config, heads=tuple(heads), cls_tokens=max(1, len(heads)))
     return replace(config, heads=tuple(heads))
+
+
+def with_other_heads(given: ModelConfig, heads: Sequence[Any]) -> ModelConfig:
+    """A student's config for other teachers: its prefix has the same tokens, so that all that stays
+    answers as before.
+
+    RADIO: teachers that stay keep their CLS token, by name. A new one reads a token that nobody
+    reads any more, else a register, else the first. We chose
+    """
+    tokens = {head.name: head.token for head in given.heads}
+    if given.cls_tokens > 1:
+        kept = {tokens[head.name] for head in heads if head.name in tokens}
+        free = iter([i for i in range(given.prefix) if i not in kept])
+        new = {head.name: next(free, 0) for head in heads if head.name not in tokens}
+        heads = [replace(head, token=(tokens | new)[head.name]) for head in heads]
+    cls_tokens = max([given.cls_tokens, *(head.token + 1 for head in heads)])
+    registers = given.prefix - cls_tokens
+    return replace(given, heads=tuple(heads), cls_tokens=cls_tokens, registers=registers)
+
+
+def foldable(spec: Any) -> Any:
+    """What two heads that answer the same have in common: one that PHI-S can be folded into."""
+    if isinstance(spec, AdapterSpec):
+        return replace(spec, bias=True, split=not spec.pool)
+    return replace(spec, token=0)
 
 
 # ---- Starting from pretrained weights
@@ -1539,6 +1706,7 @@ VIT = [  # transformers' DINOv2 and ViT
     (r"\.layernorm_before\.", ".norm1."),
     (r"\.layernorm_after\.", ".norm2."),
     (r"^layernorm\.", "norm."),
+    (r"^embeddings\.patch_embeddings\.projection\.", "embed."),
     (r"\.attention\.o_proj\.", ".attn.proj."),
     (r"\.mlp\.fc([12])\.", r".ffn.w\1."),
     (r"\.mlp\.down_proj\.", ".ffn.w2."),
@@ -1556,24 +1724,20 @@ def read_vit(network: Any, layers: int | None, stats: tuple) -> Student:
     Equal to it at its own resolution. The class token's position is added to the token; the final
     norm stays, unlike in RADIO's own releases.
     """
-    file = Weights(network.state_dict()).renamed(VIT)
-    state = Weights((key, x) for key, x in file.items() if key.startswith("norm."))
-    for block in (f"blocks.{i}." for i in range(layers or network.config.num_hidden_layers)):
-        state.update((key, x) for key, x in file.items() if key.startswith(block))
+    x = Weights(network.state_dict()).renamed(VIT).without("pooler.")
+    for i in range(network.config.num_hidden_layers):
         for (ours, parts), kind in product(VIT_JOINED.items(), ("weight", "bias")):
-            state.join(f"{block}{ours}.{kind}", [f"{block}{part}.{kind}" for part in parts])
-    positions = file["embeddings.position_embeddings"][0]
-    registers = file.get("embeddings.register_tokens", positions[None, :0])[0]
-    kernel, side = file["embeddings.patch_embeddings.projection.weight"], len(positions) - 1
-    state |= {
-        "embed.weight": rearrange(kernel, "d c y x -> d (y x c)"),
-        "embed.bias": file["embeddings.patch_embeddings.projection.bias"],
-        "prefix_RD": torch.cat([file["embeddings.cls_token"][0] + positions[:1], registers]),
-        "positions.pos_embed": rearrange(positions[1:], "(h w) d -> h w d", h=math.isqrt(side)),
-    }
-    sizes = state.sizes(network.config.num_attention_heads)
-    sizes |= {"gated_ffn": "blocks.0.mlp.gate_proj.weight" in file, "patch_bias": True}
-    return assemble(ModelConfig("radio", pixel_mean=stats[0], pixel_std=stats[1], **sizes), state)
+            x.join(f"blocks.{i}.{ours}.{kind}", [f"blocks.{i}.{part}.{kind}" for part in parts])
+        if i >= (layers or i + 1):
+            x = x.without(f"blocks.{i}.")
+    positions = x["embeddings.position_embeddings"]
+    prefix = [x["embeddings.cls_token"][0] + positions[0, :1]]
+    prefix += [x["embeddings.register_tokens"][0]] if "embeddings.register_tokens" in x else []
+    x = x.without("embeddings.")
+    x |= {"prefix_RD": torch.cat(prefix), "positions.pos_embed": positions[:, 1:]}
+    x |= {"embed.weight": x["embed.weight"].flatten(1)}
+    config, x = radio_config(x, network.config.num_attention_heads, 1, ())
+    return assemble(replace(config, pixel_mean=stats[0], pixel_std=stats[1]), x)
 
 
 def load_pretrained(student: Student, given: Student) -> set[str]:
@@ -1584,32 +1748,28 @@ def load_pretrained(student: Student, given: Student) -> set[str]:
     fit.
     """
     ours, theirs = student.state_dict(), given.state_dict()
-    sizes = [
-        {name: dataclasses.asdict(head.spec) | {"token": 0} for name, head in x.heads.items()}
-        for x in (student, given)
-    ]
-    heads = {name for name in sizes[0] if sizes[0][name] == sizes[1].get(name)}
+    specs = [{n: foldable(head.spec) for n, head in x.heads.items()} for x in (student, given)]
+    heads = {name for name in specs[0] if specs[0][name] == specs[1].get(name)}
+    for name in heads:  # a head of a release may have one last layer for all, without a bias
+        last = f"heads.{name}.last"
+        if f"{last}.bias" in ours:
+            theirs.setdefault(f"{last}.bias", torch.zeros_like(ours[f"{last}.bias"]))
+        for kind in ("weight", "bias") if f"{last}_summary.bias" in ours else ():
+            theirs.setdefault(f"{last}_summary.{kind}", theirs[f"{last}.{kind}"])
     theirs["prefix_RD"] = carry_prefix(student, given, heads)
     side = student.config.position_grid
     if "positions.pos_embed" in theirs and side not in (0, given.config.position_grid):
         maps = rearrange(theirs["positions.pos_embed"], "h w d -> 1 d h w")
         maps = F.interpolate(maps, side, mode="bicubic", align_corners=True)
         theirs["positions.pos_embed"] = rearrange(maps, "1 d h w -> h w d")
-    for name, value in theirs.items():
-        part, _, rest = name.partition(".")
-        if part == "heads" and rest.split(".")[0] not in heads:
-            continue
-        if name not in ours or ours[name].shape != value.shape:
-            there = list(ours[name].shape) if name in ours else "nothing"
-            raise ValueError(
-                f"--init: {name} is {list(value.shape)}, the student has {there}; "
-                "choose the --model that it was, or --model init"
-            )
-        ours[name] = value
-    missing = [n for n in ours if not n.startswith("heads.") and n not in theirs]
-    if missing:
-        raise ValueError(f"--init lacks {', '.join(missing[:3])}; choose another --model")
-    student.load_state_dict(ours)
+    new = tuple(f"heads.{name}." for name in student.heads if name not in heads)
+    old = tuple(f"heads.{name}." for name in given.heads if name not in heads)
+    state = {name: x for name, x in theirs.items() if not name.startswith(old)}
+    try:
+        student.load_state_dict(state | {n: x for n, x in ours.items() if n.startswith(new)})
+    except RuntimeError as error:
+        remedy = "choose the --model that it was, or --model init"
+        raise ValueError(f"--init: {' '.join(str(error).split())[:300]}; {remedy}") from error
     return heads
 
 
@@ -1632,29 +1792,50 @@ def carry_prefix(student: Student, given: Student, heads: set[str]) -> Tensor:
 class FixedGrid(nn.Module):
     """A student for one image size, tensors in and out: what torch.export and ONNX can take.
 
-    Input: images_B3HW in [0, 1], B fixed. Output: a dict of `summary.<name>` (B, C) and
+    Input: images_B3HW in [0, 1], any B. Output: a dict of `summary.<name>` (B, C) and
     `patches.<name>` (B, h, w, C) with each head's name and `trunk`.
     """
 
-    def __init__(self, student: Student, height: int, width: int, batch: int = 1):
+    def __init__(self, student: Student, height: int, width: int):
         super().__init__()
         patch = student.config.patch
         if height % patch or width % patch:
             raise ValueError(f"{height}x{width} is not a multiple of the patch, {patch}")
         # Explicit attention and the dense loop over experts: grouped_mm does not export on CPU.
         self.student = copy.deepcopy(student).use(attention="explicit", experts="dense").eval()
-        grids = [(height // patch, width // patch)] * batch
-        self.layout = Layout.of(grids, student.config.prefix, student.prefix_RD.device)
+        self.student.requires_grad_(False)
+        self.size = height, width
 
     def forward(self, images_B3HW: Tensor) -> dict[str, Tensor]:
-        p = self.student.config.patch
+        config, (height, width) = self.student.config, self.size
+        if images_B3HW.ndim != 4 or images_B3HW.shape[1:] != (3, height, width):
+            shape = tuple(images_B3HW.shape)
+            raise ValueError(f"images of shape {shape}, this grid takes (B, 3, {height}, {width})")
+        if not torch.compiler.is_compiling():  # an exported program can't look at values
+            images_B3HW = torch.stack(list(read_images(list(images_B3HW))))
+        p, grid = config.patch, (height // config.patch, width // config.patch)
+        layout = Layout.of([grid], config.prefix, images_B3HW.device, images_B3HW.shape[0])
         pattern = "b c (h y) (w x) -> (b h w) (y x c)"
-        out = self.student.run(rearrange(images_B3HW, pattern, y=p, x=p), self.layout)
-        each, results = unpack(out, self.student.config, self.layout.grids), {}
-        for part in ("summary", "patches"):
-            for name in getattr(each[0], part):
-                results[f"{part}.{name}"] = torch.stack([getattr(f, part)[name] for f in each])
+        out = self.student.run(rearrange(images_B3HW, pattern, y=p, x=p), layout)
+        summary = {"trunk": out.trunk_summary_BD, **out.summary}
+        results = {f"summary.{name}": x_BC.float() for name, x_BC in summary.items()}
+        for name, x_MC in {"trunk": out.trunk_MD, **out.patches}.items():
+            u = 1 if name == "trunk" else self.student.heads[name].spec.upsample
+            pattern, sides = "(b h w) c -> b h w c", {"h": grid[0] * u, "w": grid[1] * u}
+            results[f"patches.{name}"] = rearrange(x_MC.float(), pattern, **sides)
         return results
+
+
+def save_onnx(student: Student, path: str | Path, height: int, width: int) -> None:
+    """`FixedGrid` as an ONNX file: `images` in, any number of them, outputs by its names."""
+    need("onnxscript", "ONNX")
+    grid = FixedGrid(student, height, width).eval()
+    images_B3HW = torch.rand(2, 3, height, width)
+    large = sum(p.nbytes for p in grid.parameters()) > 1.9e9  # more than one file can hold
+    names = {"input_names": ["images"], "output_names": list(grid(images_B3HW))}
+    shapes = {"images_B3HW": {0: torch.export.Dim("batch")}}
+    options = {"dynamo": True, "verbose": False, "external_data": large, "dynamic_shapes": shapes}
+    torch.onnx.export(grid, (images_B3HW,), path, **names, **options)  # type: ignore[arg-type]
 
 
 @cache
@@ -1729,16 +1910,15 @@ def main() -> None:
     """Print the table of sizes."""
     print("parameters in millions, 'a': active for one token; GFLOPs of one image's forward")
     print("GB per device of weights, gradients and AdamW: DDP, and FSDP2 on 1, 8 and 64 devices")
-    print(
-        "                total  total a    trunk  trunk a   256 px   512 px"
-        "      DDP  FSDP2 1  FSDP2 8 FSDP2 64"
-    )
+    names = "total", "total a", "trunk", "trunk a", "256 px", "512 px", "DDP"
+    heads = [*names, "FSDP2 1", "FSDP2 8", "FSDP2 64"]
+    print(" " * 11 + "".join(f"{name:>9}" for name in heads))
     for name, config in MODELS.items():
         counts = count_parameters(config)
         row = [counts[key] / 1e6 for key in ("total", "active", "trunk", "active_trunk")]
         row += [count_flops(config, pixels) / 1e9 for pixels in (256, 512)]
-        row += [training_bytes(config, 1, sharded=False) / 1e9]  # the same on 1, 8 and 64 devices
-        row += [training_bytes(config, devices, sharded=True) / 1e9 for devices in (1, 8, 64)]
+        devices = (1, False), (1, True), (8, True), (64, True)  # DDP holds the same on any number
+        row += [training_bytes(config, *each) / 1e9 for each in devices]
         print(f"{name:<11}" + "".join(f"{x:9.2f}" for x in row))
 
 

@@ -2,11 +2,11 @@
 
 Pictures of any size become one sequence of patches (AMoE: token-balanced batching), and streams of
 several resolutions share a step (RADIOv2.5: partitions). Which pictures a step sees is a pure
-function of (seed, step) and of the sizes in the file headers: no rank, worker or earlier step
-enters it, so a run resumes from one integer, at any number of processes. A picture that does not
-decode is dropped from its pack and named; nothing else moves.
+function of the seed, of where it is (epoch, window, step in the window) and of the sizes in the
+file headers: no rank, worker or earlier step enters it. A picture that does not decode is dropped
+from its pack and named; nothing else moves.
 
-Read: `fit_size`, `patchify`, `mosaic`; `PackedBatch`; `pack`; `Stream`, `Stage`; `Packs` (what
+Read: `fit_grids`, `patchify`, `mosaic`; `PackedBatch`; `pack`; `Stream`, `Stage`; `Packs` (what
 fills a pack); `StepData` (what a rank gets). Part II: views, files, processes, drawings.
 
 Legend: B images, M patches of a pack, P patches of an image, X = 3 * patch**2 numbers of a patch,
@@ -16,6 +16,7 @@ flattened (row, column, channel). Sizes are (height, width), in pixels unless ca
 from __future__ import annotations
 
 import argparse
+import atexit
 import bisect
 import colorsys
 import contextlib
@@ -27,18 +28,24 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import re
+import shutil
+import signal
 import stat
 import sys
 import tarfile
+import threading
 import unicodedata
 import warnings
+import weakref
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, NoReturn, Protocol
 
@@ -63,22 +70,25 @@ Box = tuple[float, float, float, float]  # top, left, bottom, right, as shares o
 # ---- Part I, the papers: from a picture's size to packs of patches
 
 
-def fit_size(height: float, width: float, patch: int, max_area: float | None = None) -> Size:
-    """The size a picture is resized to: each side the nearest multiple of the patch, at least one.
+def fit_grids(sizes_N2: np.ndarray, patch: int, max_area: float | None = None) -> np.ndarray:
+    """Sizes in pixels -> grids in patches: each side the nearest whole number, at least one.
 
-    Above `max_area` pixels it shrinks; the aspect is kept as far as whole patches allow.
+    Above `max_area` pixels a picture shrinks; its aspect is kept as far as whole patches allow.
     Source: AMoE release, image_processor.py.
     """
-    sides = height / patch, width / patch
-    h, w = (max(math.floor(side + 0.5), 1) for side in sides)  # a half goes up, as theirs does
-    if max_area is not None and h * w * patch**2 > max_area:
+    sides_N2 = sizes_N2 / patch
+    grids_N2 = np.maximum(np.floor(sides_N2 + 0.5), 1)  # a half goes up, as theirs does
+    is_large_N = grids_N2.prod(1) * patch**2 > (max_area or math.inf)
+    if max_area is not None and is_large_N.any():
         most = max(max_area / patch**2, 1)
-        scale = math.sqrt(most / (sides[0] * sides[1]))
+        large_N2 = sides_N2[is_large_N]
+        scale_N1 = np.sqrt(most / large_N2.prod(1, keepdims=True))
         # rounded down, so that the limit holds; what is whole but for rounding errors stays so
-        h, w = (max(math.floor(side * scale + 1e-6), 1) for side in sides)
-        longest = int(most / min(h, w))  # a side that was less than a patch grew: the other pays
-        h, w = min(h, longest), min(w, longest)
-    return h * patch, w * patch
+        small_N2 = np.maximum(np.floor(large_N2 * scale_N1 + 1e-6), 1)
+        # a side that was less than a patch grew: the other pays
+        longest_N1 = np.floor(most / small_N2.min(1, keepdims=True))
+        grids_N2[is_large_N] = np.minimum(small_N2, longest_N1)
+    return grids_N2.astype(np.int64)
 
 
 def patchify(image_CHW: Tensor, patch: int) -> Tensor:
@@ -200,23 +210,29 @@ def pack(
     Source: AMoE: token-balanced batching; the paper has no algorithm, we chose this one.
     """
     refuse_unpackable(lengths, budget, lookahead, max_images)
-    arriving = iter([(length, -i) for i, length in enumerate(lengths)])
-    # sorted by length; among equal ones the last, with the smallest index, is the oldest
+    # each is one number, length * 2**bits - index: among equal lengths the oldest is the last
+    bits = len(lengths).bit_length() + 1
+    pictures = ((np.asarray(lengths, np.int64) << bits) - np.arange(len(lengths))).tolist()
+    arriving, below, packs = iter(pictures), (1 << bits) - 1, []
     waiting = sorted(itertools.islice(arriving, lookahead))
-    is_packed, packs = bytearray(len(lengths)), []
-    for oldest, length in enumerate(lengths):
+    is_packed = bytearray(len(lengths))
+    for oldest, picture in enumerate(pictures):
         if is_packed[oldest]:  # some earlier pack had room for it
             continue
         members: list[int] = []
-        room, at = budget, bisect.bisect_left(waiting, (length, -oldest))
+        room, at = budget << bits, bisect.bisect_left(waiting, picture)
         while at >= 0:
-            taken, minus_i = waiting.pop(at)
-            room -= taken
-            members.append(-minus_i)
-            is_packed[-minus_i] = True
-            for next_one in itertools.islice(arriving, 1):  # so that as many wait as before
+            taken = waiting.pop(at)
+            index = -taken & below
+            room -= taken + index
+            members.append(index)
+            is_packed[index] = True
+            if (next_one := next(arriving, None)) is not None:  # so that as many wait as before
                 bisect.insort(waiting, next_one)
-            at = best_fit(waiting, room, (max_images or len(lengths)) - len(members))
+            places = (max_images or len(lengths)) - len(members)
+            at = bisect.bisect_right(waiting, room) - 1 if places else -1
+            if at > 0 and places > 1 and room <= 2 * (waiting[at] + below):
+                at = of_best_pair(waiting, at, room, below)
         packs.append(members)
     return packs
 
@@ -242,13 +258,14 @@ class Stream:
     teachers: tuple[str, ...] = ()  # those that supervise it; () all (AM-RADIO had each on one)
     data: tuple[int, ...] = ()  # which of the --data SOURCEs, counted from 0; () all
 
-    def fit(self, height: int, width: int, patch: int, draw: float) -> Size:
-        """Size of a picture; `draw` in [0, 1) picks one of the choices."""
+    def fit(self, sizes_N2: np.ndarray, patch: int, draw_N: np.ndarray) -> np.ndarray:
+        """Grids (N, 2) of pictures, in patches; a draw in [0, 1) picks one of the choices."""
         if not self.choices:
-            return fit_size(height, width, patch, self.max_side**2)
+            return fit_grids(sizes_N2, patch, self.max_side**2)
+        chosen_N = np.array(self.choices)[(draw_N * len(self.choices)).astype(int)]
         # no picture grows beyond its own area: there is nothing to see that it doesn't hold
-        side = min(self.choices[int(draw * len(self.choices))], math.sqrt(height * width))
-        return fit_size(side, side, patch)
+        side_N = np.minimum(chosen_N, np.sqrt(sizes_N2.prod(1)))
+        return fit_grids(np.stack([side_N, side_N], 1), patch)
 
 
 @dataclass(frozen=True)
@@ -261,12 +278,15 @@ class Stage:
 
 @dataclass
 class Packs:
-    """The endless row of packs of one stream, planned an epoch at a time: what fills a pack.
+    """The endless row of packs of one stream, planned a window at a time: what fills a pack.
 
-    Each source gives its share of the epoch's pictures (`_share`); each picture gets its size, and
-    all are shuffled (`_pictures`); they are packed in that order (`plan`). A step takes the next
-    `stream.packs` of them; the last ones, if too few for a step, are left out. A pack is an array
-    of (source, index, h, w), the grid in patches.
+    An epoch has as many pictures as all sources together (`shares`), mixed and cut into windows. A
+    window's pictures get their sizes (`_pictures`) and are packed in that order; a step takes the
+    next `stream.packs` of the packs, and what is too few for a step is left out.
+
+    A window is a pure function of the seed, the epoch, the window's number, the stream, the patch,
+    the prefix, max_images, and the sources' weights, lengths and sizes: its cost grows neither with
+    the number of pictures nor with the steps before it.
     """
 
     stream: Stream
@@ -278,68 +298,59 @@ class Packs:
 
     def __post_init__(self) -> None:
         self.sources = sources_of(self.stream, self.sources)
-        self._plans: dict[int, list[np.ndarray]] = {}
-        self._starts = [0]  # first step of each epoch known so far
+        self._planned: dict[Size, list[np.ndarray]] = {}
+        self.calendar = Calendar(self)
 
-    def _random(self, epoch: int, *purpose: object) -> torch.Generator:
-        # by name, not by number: a stream's order stays when another one is added
-        return keyed_generator(self.seed, epoch, self.stream.name, *purpose)
+    def shares(self, epoch: int) -> list[tuple[Source, int, int]]:
+        """Each source, and start and stop of its part of an epoch on an endless row of its orders.
 
-    def _share(self, number: int, epoch: int) -> list[int]:
-        """A source's pictures in an epoch: a window on an endless row of its permutations.
-
-        An epoch has as many pictures as all sources together. A source whose weight is in
-        proportion to its size, and so any single one, is passed over exactly once.
+        One whose weight is in proportion to its size, so any single one, comes exactly once.
         """
-        count, weights = len(self.sources[number][0]), [weight for _, weight in self.sources]
-        quota = weights[number] * sum(len(source) for source, _ in self.sources) / sum(weights)
-        # the window of an epoch, a pure function of its number: no counter has to be saved
-        start, stop = int(epoch * quota), int((epoch + 1) * quota)
-        row, first = list[int](), start // count
-        for turn in range(first, -(-stop // count)):  # each pass over the source is another order
-            row += torch.randperm(count, generator=self._random(turn, number, "order")).tolist()
-        return row[start - first * count : stop - first * count]
+        each = sum(len(x) for x, _ in self.sources) / sum(weight for _, weight in self.sources)
+        quotas = [(source, weight * each) for source, weight in self.sources]
+        return [(x, round(epoch * quota), round((epoch + 1) * quota)) for x, quota in quotas]
 
-    def _pictures(self, epoch: int) -> np.ndarray:
-        """All pictures of an epoch, shuffled: rows of (source, index, h, w)."""
-        rows = []
-        for number, (source, _) in enumerate(self.sources):
-            # a draw for each picture of the source, so that it depends on the picture alone
-            generator = self._random(epoch, number, "size")
-            draws = torch.rand(len(source), generator=generator, dtype=torch.float64).tolist()
-            for i in self._share(number, epoch):
-                height, width = self.stream.fit(*source.size(i), self.patch, draws[i])
-                rows.append((number, i, height // self.patch, width // self.patch))
-        # or all of one source would stand together
-        mixed = torch.randperm(len(rows), generator=self._random(epoch, "mix"))
-        return np.array(rows)[mixed.numpy()]
+    def _pictures(self, epoch: int, window: int) -> np.ndarray:
+        """The pictures of a window: rows of (source, index, h, w), the grid in patches."""
+        # by name, not by number: a stream's order stays when another one is added
+        shares, key, first = self.shares(epoch), (self.seed, self.stream.name), 0
+        total = sum(stop - start for _, start, stop in shares)
+        count = self.calendar.windows_in(epoch)
+        places_N = np.arange(window * total // count, (window + 1) * total // count)
+        # the shares stand one after the other; unmixed, all of one source would come together
+        mixed_N = permuted(places_N, total, *key, epoch, "mix")
+        rows_N4 = np.empty((len(places_N), 4), np.int64)
+        for number, (source, start, stop) in enumerate(shares):
+            mine_N = (mixed_N >= first) & (mixed_N < first + stop - start)
+            turns_M, at_M = np.divmod(mixed_N[mine_N] - first + start, len(source))
+            for turn in np.unique(turns_M):  # each pass over the source is another order
+                order = *key, int(turn), number, "order"
+                at_M[turns_M == turn] = permuted(at_M[turns_M == turn], len(source), *order)
+            # a draw of its own for each picture, whatever its place
+            draws_M = uniform(at_M, *key, epoch, number, "size")
+            grids_M2 = self.stream.fit(source.sizes(at_M), self.patch, draws_M)
+            rows_N4[mine_N] = np.column_stack([np.full_like(at_M, number), at_M, grids_M2])
+            first += stop - start
+        return rows_N4
 
-    def plan(self, epoch: int) -> list[np.ndarray]:
-        """All packs of an epoch."""
-        if epoch not in self._plans:
-            pictures = self._pictures(epoch)
-            lengths = pictures[:, 2] * pictures[:, 3] + self.prefix
-            refuse_too_long(self, pictures, lengths)
-            packs = pack(lengths.tolist(), self.stream.budget, max_images=self.max_images)
-            refuse_too_few(self.stream, len(pictures), len(packs))
-            self._plans.pop(epoch - 2, None)  # a loader looks at two epochs at most
-            self._plans[epoch] = [pictures[members] for members in packs]
-        return self._plans[epoch]
-
-    def steps_in(self, epoch: int) -> int:
-        return len(self.plan(epoch)) // self.stream.packs
-
-    def locate(self, step: int) -> tuple[int, int]:
-        """The epoch of a global step, and the step's number in it."""
-        # how many steps an epoch has is only known by packing it, so they are counted from 0 on
-        while self._starts[-1] <= step:
-            self._starts.append(self._starts[-1] + self.steps_in(len(self._starts) - 1))
-        epoch = bisect.bisect_right(self._starts, step) - 1
-        return epoch, step - self._starts[epoch]
+    def window(self, epoch: int, number: int) -> list[np.ndarray]:
+        """All packs of a window, each an array of (source, index, h, w)."""
+        if (epoch, number) not in self._planned:
+            pictures_N4 = self._pictures(epoch, number)
+            lengths_N = pictures_N4[:, 2] * pictures_N4[:, 3] + self.prefix
+            refuse_too_long(self, pictures_N4, lengths_N)
+            packs = pack(lengths_N, self.stream.budget, max_images=self.max_images)
+            refuse_too_few(self.stream, len(pictures_N4), len(packs))
+            rows_N4 = pictures_N4[list(itertools.chain(*packs))]
+            ends = itertools.accumulate(map(len, packs), initial=0)
+            plan = [rows_N4[start:stop] for start, stop in itertools.pairwise(ends)]
+            # a loader looks at two windows at most
+            self._planned = dict([*list(self._planned.items())[-1:], ((epoch, number), plan)])
+        return self._planned[epoch, number]
 
     def packs_at(self, step: int) -> list[np.ndarray]:
-        (epoch, step), each = self.locate(step), self.stream.packs
-        return self.plan(epoch)[step * each : (step + 1) * each]
+        (first, *place), each = self.calendar.locate(step), self.stream.packs
+        return self.window(*place)[(step - first) * each : (step - first + 1) * each]
 
 
 @dataclass(eq=False)
@@ -347,8 +358,7 @@ class StepData(Dataset):
     """The packs of each global step of a stage that belong to one rank.
 
     The packs of all streams stand in one row, and each rank has an equal, contiguous part: many
-    ranks form low- and high-resolution groups, and one rank has micro-batches of one step. Every
-    stream goes through its own epochs.
+    ranks form low- and high-resolution groups, one rank has micro-batches. Streams have own epochs.
     """
 
     streams: Sequence[Stream]
@@ -380,17 +390,19 @@ class StepData(Dataset):
         """This rank's packs of a global step."""
         return [load_pack(self, step, s, members) for s, members in self.packs_at(step)[self.mine]]
 
-    def steps_in(self, epoch: int) -> int:
-        """Steps in an epoch of the first stream."""
-        return self.packs[0].steps_in(epoch)
-
-    def dropped(self, epoch: int) -> int:
-        """Pictures of an epoch, over all streams, in the last packs that do not fill a step."""
-        return sum(left_over(row, epoch) for row in self.packs)
+    def steps_in(self, epoch: int, most: float = math.inf) -> int:
+        """Steps in an epoch of the first stream, counted up to `most` of them."""
+        return self.packs[0].calendar.steps_in(epoch, most)
 
 
 # ---- Part II: the plumbing
 # ---- The order: keys, a stream's sources, and what cannot be packed
+
+
+def fit_size(height: float, width: float, patch: int, max_area: float | None = None) -> Size:
+    """`fit_grids` of one picture, in pixels."""
+    h, w = (fit_grids(np.array([[height, width]]), patch, max_area)[0] * patch).tolist()
+    return h, w
 
 
 def keyed_seed(*key: object) -> int:
@@ -401,6 +413,39 @@ def keyed_seed(*key: object) -> int:
 def keyed_generator(*key: object) -> torch.Generator:
     """Random generator of a key such as (seed, epoch, sample, purpose)."""
     return torch.Generator().manual_seed(keyed_seed(*key))
+
+
+def scrambled(x_N: np.ndarray, key: int) -> np.ndarray:
+    """A hash of each of some uint64 (splitmix64), another one for each key."""
+    x_N = (x_N + np.uint64(key)) * np.uint64(0x9E3779B97F4A7C15)  # wraps, as it must
+    x_N = (x_N ^ (x_N >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x_N = (x_N ^ (x_N >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x_N ^ (x_N >> np.uint64(31))
+
+
+def uniform(numbers_N: np.ndarray, *key: object) -> np.ndarray:
+    """A float64 in (0, 1) for each number, a function of the number and the key alone."""
+    hash_N = scrambled(numbers_N.astype(np.uint64), keyed_seed(*key))
+    return ((hash_N >> np.uint64(11)) + 0.5) / 2**53
+
+
+def permuted(places_N: np.ndarray, count: int, *key: object) -> np.ndarray:
+    """What stands at some places of a random order of range(count), without making that order.
+
+    A Feistel network on (row, column) of a table with `count` cells or a few more; what falls
+    outside of the count is permuted again, until it falls inside.
+    """
+    height = np.uint64(math.isqrt(count - 1) + 1)
+    width, seeds = np.uint64(-(-count // int(height))), [keyed_seed(*key, i) for i in range(3)]
+    cells_N, away_M = places_N.astype(np.uint64), np.arange(len(places_N))
+    while len(away_M):
+        row_M, column_M = np.divmod(cells_N[away_M], width)
+        for seed in seeds:
+            row_M = (row_M + scrambled(column_M, seed)) % height
+            column_M = (column_M + scrambled(row_M, ~seed & 2**63 - 1)) % width
+        cells_N[away_M] = row_M * width + column_M
+        away_M = away_M[cells_N[away_M] >= count]
+    return cells_N.astype(np.int64)
 
 
 def sources_of(stream: Stream, mix: Sequence[Weighted]) -> list[Weighted]:
@@ -419,8 +464,7 @@ def sources_of(stream: Stream, mix: Sequence[Weighted]) -> list[Weighted]:
 
 def large_enough(source: Source, side: int) -> Subset:
     """The pictures with an area of side^2 px or more."""
-    areas = [math.prod(source.size(i)) for i in range(len(source))]
-    return Subset(source, [i for i, area in enumerate(areas) if area >= side**2])
+    return subset(source, lambda ids_M: source.sizes(ids_M).prod(1) >= side**2)
 
 
 def refuse_unpackable(
@@ -428,9 +472,10 @@ def refuse_unpackable(
 ) -> None:
     if lookahead < 1 or (max_images is not None and max_images < 1):
         raise ValueError(f"{lookahead=} and {max_images=} must be at least 1")
-    for i, length in enumerate(lengths):
-        if not 0 < length <= budget:
-            raise ValueError(f"picture {i} has {length} tokens, but a pack holds 1 to {budget=}")
+    lengths_N = np.asarray(lengths)
+    if (is_bad_N := (lengths_N < 1) | (lengths_N > budget)).any():
+        i = int(is_bad_N.argmax())
+        raise ValueError(f"picture {i} has {lengths[i]} tokens, but a pack holds 1 to {budget=}")
 
 
 def refuse_too_long(packs: Packs, pictures: np.ndarray, lengths: np.ndarray) -> None:
@@ -451,23 +496,82 @@ def refuse_too_few(stream: Stream, pictures: int, packs: int) -> None:
         )
 
 
-def left_over(packs: Packs, epoch: int) -> int:
-    """Pictures of an epoch in the last packs of a stream, which don't fill a step."""
-    used = packs.steps_in(epoch) * packs.stream.packs
-    return sum(map(len, packs.plan(epoch)[used:]))
+WINDOW, STEPS = 65_536, 64  # of a window: about so many pictures, or steps if that is more
+ORDER = 2  # its version: another one is another run
 
 
-def best_fit(waiting: list[tuple[int, int]], room: int, places: int) -> int:
-    """Position in the sorted list of the length to take next, -1 for none."""
-    at = bisect.bisect_right(waiting, (room, 1)) - 1 if places else -1
-    if at < 1 or places < 2 or room > 2 * waiting[at][0]:  # more than a pair will fit
+class Calendar:
+    """Which window of a stream has a step."""
+
+    def __init__(self, packs: Packs):
+        self.packs = packs
+        self._starts = [(0, 0, 0)]  # of the windows known so far: first step, epoch, window
+
+    def windows_in(self, epoch: int) -> int:
+        pictures = sum(stop - start for _, start, stop in self.packs.shares(epoch))
+        least = STEPS * self.packs.stream.packs * (self.packs.max_images or 16)
+        return max(1, round(pictures / max(WINDOW, least)))
+
+    def _steps(self, epoch: int, window: int) -> int:
+        return len(self.packs.window(epoch, window)) // self.packs.stream.packs
+
+    def steps_in(self, epoch: int, most: float) -> int:
+        """Steps in an epoch, counted up to `most` of them."""
+        steps, windows = 0, iter(range(self.windows_in(epoch)))
+        while steps < most and (window := next(windows, None)) is not None:
+            steps += self._steps(epoch, window)
+        return int(min(steps, most))
+
+    def locate(self, step: int) -> tuple[int, int, int]:
+        """(first step of its window, epoch, window) of a global step."""
+        if step < self._starts[0][0]:
+            self._starts = [(0, 0, 0)]
+        # how many steps a window has is only known by packing it, so they are counted
+        while self._starts[-1][0] <= step:
+            first, epoch, window = self._starts[-1]
+            first += self._steps(epoch, window)
+            is_last = window + 1 == self.windows_in(epoch)
+            self._starts.append((first, epoch + is_last, 0 if is_last else window + 1))
+        return self._starts[bisect.bisect_right(self._starts, (step, math.inf)) - 1]
+
+    def start_at(self, place: Sequence[int]) -> None:
+        """Count from a place that `locate` gave, and not from step 0."""
+        first, epoch, window = place
+        self._starts = [(first, epoch, window)]
+
+
+def place_of(data: StepData, step: int) -> list[list[int]]:
+    """Where each stream is at a step, for a checkpoint."""
+    return [list(row.calendar.locate(step)) for row in data.packs]
+
+
+def start_at(data: StepData, place: Sequence[Sequence[int]]) -> None:
+    """Go on from a `place_of`, so that a resume costs one window."""
+    for row, start in zip(data.packs, place, strict=True):
+        row.calendar.start_at(start)
+
+
+def left_over(data: StepData) -> list[float]:
+    """Share of each stream's pictures that an epoch's steps leave out, by its first window."""
+    found = [(list(map(len, row.window(0, 0))), row.stream.packs) for row in data.packs]
+    return [1 - sum(n[: len(n) // each * each]) / sum(n) for n, each in found]
+
+
+def of_best_pair(waiting: list[int], at: int, room: int, below: int) -> int:
+    """The larger of the two numbers of a sorted list whose sum is the largest within `room`, by its
+    position up to `at`; or `at` if alone it is more. What is less than `below` does not count."""
+    best, high = waiting[at], at
+    if waiting[0] + waiting[1] > room:
         return at
-    best, low, high = waiting[at][0], 0, at
-    while low < high and best < room:  # two fingers on a sorted list find the largest sum
-        total = waiting[low][0] + waiting[high][0]
-        if best < total <= room:
-            best, at = total, high
-        low, high = (low + 1, high) if total <= room else (low, high - 1)
+    low = max(bisect.bisect_right(waiting, room - best, 0, high) - 1, 0)
+    while low < high and best < room - below:  # two fingers find the largest sum
+        total = waiting[low] + waiting[high]
+        if total > room:
+            high -= 1
+        else:
+            if total > best:
+                best, at = total, high
+            low += 1
     return at
 
 
@@ -517,7 +621,7 @@ def shifted_views(
 def load_pack(data: StepData, step: int, number: int, members: np.ndarray) -> PackedBatch:
     """A pack of a stream, decoded, and resized to what the student and each teacher sees."""
     row, patch, teachers = data.packs[number], data.patch, data.teachers or {}
-    epoch, names, skipped = row.locate(step)[0], ("", *teachers), Skipped()
+    epoch, names, skipped = row.calendar.locate(step)[1], ("", *teachers), Skipped()
     images, samples = [], []
     views: dict[str, list[View]] = {name: [] for name in names if data.shift}
     pixels: dict[str, list[Tensor]] = {name: [] for name in teachers}
@@ -595,16 +699,8 @@ FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 SUFFIXES = {"apng", "avif", "bmp", "gif", "jfif", "jpe", "jpeg", "jpg", "pbm", "pgm", "png", "pnm",
             "ppm", "tif", "tiff", "webp"}  # fmt: skip
 SIDECARS = ("txt", "json", "cls", "mask.png")  # caption, {caption, label}, label, class ids
-UNREAD = {
-    "HEIC": "heic heif hif", "JPEG XL": "jxl", "SVG": "svg svgz", "a film": "mov mp4 m4v avi webm",
-    "camera raw": "dng cr2 cr3 nef arw orf rw2 raf", "another format": "psd pdf eps exr jp2 ico",
-}  # fmt: skip
-MAGIC = {  # what a broken file is, by a word near its start
-    b"ftyphe": "HEIC", b"ftypmif1": "HEIC", b"\xff\n": "JPEG XL", b"jxl ": "JPEG XL",
-    b"<svg": "SVG", b"<!doctype": "a web page", b"<html": "a web page",
-    b"\x1f\x8b": "compressed: gunzip it first", b"bzh": "compressed: bunzip2 it first",
-    b"\xfd7zxz": "compressed: unxz it first", b"\x28\xb5/\xfd": "compressed: unzstd it first",
-}  # fmt: skip
+UNREAD = {"heic", "heif", "jxl", "svg", "dng", "cr2", "cr3", "nef", "arw", "psd", "mov", "mp4"}
+COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5/\xfd")  # gzip, bzip2, xz, zstd
 JUNK = {"__MACOSX", "@eaDir", ".ipynb_checkpoints", ".DS_Store", "Thumbs.db", "desktop.ini"}
 SCAN_VERSION = 2  # of what a kept scan means
 
@@ -628,17 +724,11 @@ def _opened(file: Any, name: str) -> Iterator[Image.Image]:
                 del image.info["xmp"]  # Pillow would search it, as text, for an orientation
             yield image
     except UnidentifiedImageError as error:
-        head = file.getvalue()[:64] if isinstance(file, io.BytesIO) else b""
-        raise BadImage(f"{name}: {_inside(head) or 'not a picture'}") from error
+        raise BadImage(f"{name}: not a picture that we read") from error
     except Exception as error:  # a decoder of hostile bytes may raise anything
         may_pass = isinstance(error, MemoryError) or getattr(error, "errno", None)
         why = f"{name}: {str(error) or type(error).__name__}"
         raise (Unreadable if may_pass else BadImage)(why) from error
-
-
-def _inside(head: bytes) -> str:
-    """What a file is that is not what its name says, or nothing."""
-    return next((what for word, what in MAGIC.items() if word in head.lower()), "")
 
 
 def _orientation(image: Image.Image) -> int:
@@ -712,7 +802,9 @@ def decode_mask(data: bytes, name: str) -> np.ndarray:
     return ids
 
 
-def to_float(image_u8: np.ndarray, size: Size | None = None, box: Box | None = None) -> Tensor:
+def to_float(
+    image_u8: np.ndarray, size: Size | None = None, box: Box | None = None, mode: str = "bicubic"
+) -> Tensor:
     """uint8 (H, W, 3) -> float32 (3, H, W) in [0, 1].
 
     With `size` it is resized in 8 bits before: 6 times as fast as `resize`, equal to 55 dB. With
@@ -722,20 +814,20 @@ def to_float(image_u8: np.ndarray, size: Size | None = None, box: Box | None = N
         ends = np.array(box) * (image_u8.shape[:2] * 2)
         height, width = size or np.maximum(np.rint(ends[2:] - ends[:2]), 1).astype(int).tolist()
         part = Image.fromarray(image_u8).resize(
-            (width, height), Image.Resampling.BICUBIC, box=tuple(ends[[1, 0, 3, 2]].tolist())
+            (width, height), Image.Resampling[mode.upper()], box=tuple(ends[[1, 0, 3, 2]].tolist())
         )
         return to_float(np.array(part))
     image_1CHW = rearrange(torch.tensor(image_u8), "h w c -> 1 c h w")
     if size is not None and tuple(size) != image_u8.shape[:2]:
-        image_1CHW = F.interpolate(image_1CHW, size, mode="bicubic", antialias=True)
+        image_1CHW = F.interpolate(image_1CHW, size, mode=mode, antialias=True)
     return image_1CHW[0].contiguous().float().div_(255)
 
 
-def resize(image_CHW: Tensor, size: Size) -> Tensor:
-    """Antialiased bicubic resize to `size`, clamped to [0, 1]."""
+def resize(image_CHW: Tensor, size: Size, mode: str = "bicubic") -> Tensor:
+    """Antialiased bicubic (or bilinear) resize to `size`, clamped to [0, 1]."""
     if tuple(image_CHW.shape[1:]) == tuple(size):
         return image_CHW
-    return F.interpolate(image_CHW[None], size, mode="bicubic", antialias=True)[0].clamp(0, 1)
+    return F.interpolate(image_CHW[None], size, mode=mode, antialias=True)[0].clamp(0, 1)
 
 
 # ---- Sources: folders, tar shards and index files all become lines of an index
@@ -762,9 +854,18 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
     def size(self, i: int) -> Size: ...
+
+    def sizes(self, indices_M: np.ndarray) -> np.ndarray:
+        """(M, 2): height and width of some pictures."""
+        return np.array([self.size(i) for i in indices_M.tolist()]).reshape(-1, 2)
+
     def record(self, i: int) -> Record: ...
     def load(self, i: int, at_least: Size | None = None) -> Sample: ...
     def fingerprint(self) -> str: ...
+
+    def contents(self, indices_M: np.ndarray) -> np.ndarray:
+        """(M,) uint64: copies have the same number, other pictures another one."""
+        return np.array([content_of(self.record(i)) for i in indices_M.tolist()], np.uint64)
 
     def key(self, i: int) -> str:
         return self.record(i)["key"]
@@ -774,44 +875,35 @@ class Source(Protocol):
 
 
 class IndexSource(Source):
-    """The pictures of index lines, in their order.
+    """The pictures of a table, in its order."""
 
-    The lines stay bytes, and one is parsed when asked for: a million as objects take gigabytes.
-    """
-
-    def __init__(self, name: str, lines: bytes, root: Path, skipped: Skipped, lost: int = 0):
-        self.name, self.skipped, self.lost, self._lines = name, dict(skipped), lost, lines
+    def __init__(self, name: str, table: Table, root: Path):
+        self.name, self.table = name, table
+        self.skipped, self.lost = table.header["skipped"], table.header["lost"]
         self.root = Path(os.path.abspath(root))  # an index file may name its pictures elsewhere
-        starts, sizes, seen, start = array("q"), array("i"), set[str](), 0
-        stream = io.BytesIO(lines)
-        while chunk := stream.readlines(2**20):  # parsed together they take half the time
-            try:
-                records = json.loads(b"[" + b",".join(chunk) + b"]")
-                found = [(r["key"], r["height"], r["width"]) for r in records]
-                for line, (key, height, width) in zip(chunk, found, strict=True):
-                    if key in seen:
-                        self.skipped[key] = "a key seen before"
-                        self.lost += 1
-                    else:
-                        seen.add(key)
-                        starts.append(start)
-                        sizes.extend((height, width))
-                    start += len(line)
-            except (ValueError, TypeError, KeyError) as error:
-                raise ValueError(f"{name}: not index lines: {error!r}") from error
-        self._starts, self._sizes = np.array(starts), np.array(sizes).reshape(-1, 2)
 
     def __len__(self) -> int:
-        return len(self._starts)
+        return len(self.table)
 
     def size(self, i: int) -> Size:
-        height, width = self._sizes[i].tolist()
-        return height, width
+        return int(self.table["height"][i]), int(self.table["width"][i])
+
+    def sizes(self, indices_M: np.ndarray) -> np.ndarray:
+        order_M = np.argsort(indices_M)  # as they lie in their file
+        sizes_M2 = np.empty((len(indices_M), 2), np.int64)
+        for axis, name in enumerate(("height", "width")):
+            sizes_M2[order_M, axis] = self.table[name][indices_M[order_M]]
+        return sizes_M2
+
+    def contents(self, indices_M: np.ndarray) -> np.ndarray:
+        found_M = np.array(self.table["content"][indices_M])
+        for at in np.flatnonzero(found_M == 0):  # nobody knows it before the picture is read
+            found_M[at] = content_of(self.record(int(indices_M[at])))
+        return found_M
 
     def record(self, i: int) -> Record:
-        start = self._starts[i]
-        line = self._lines[start : self._lines.index(b"\n", start)]
-        return with_paths({"source": self.name, **json.loads(line)}, self.root, os.path.join)
+        record = {"source": self.name, **self.table.record(i)}
+        return with_paths(record, self.root, os.path.join)
 
     def load(self, i: int, at_least: Size | None = None) -> Sample:
         record = self.record(i)
@@ -829,14 +921,15 @@ class IndexSource(Source):
         return Sample(key, digest, image, record.get("label"), record.get("caption"), ids)
 
     def fingerprint(self) -> str:
-        return hashlib.sha256(self._lines).hexdigest()
+        return self.table.header["sha256"]
 
 
 class Subset(Source):
     """Some pictures of a source, in the order of `indices`."""
 
-    def __init__(self, source: Source, indices: Sequence[int]):
-        self.source, self.indices = source, list(indices)
+    def __init__(self, source: Source, indices: Sequence[int] | np.ndarray):
+        self.source = source
+        self.indices = np.asarray(indices, np.min_scalar_type(len(source)))
         self.name, self.skipped = source.name, source.skipped
         self.lost = getattr(source, "lost", 0)  # a user's source may not know
 
@@ -844,16 +937,33 @@ class Subset(Source):
         return len(self.indices)
 
     def size(self, i: int) -> Size:
-        return self.source.size(self.indices[i])
+        return self.source.size(int(self.indices[i]))
+
+    def sizes(self, indices_M: np.ndarray) -> np.ndarray:
+        return self.source.sizes(self.indices[indices_M])
+
+    def contents(self, indices_M: np.ndarray) -> np.ndarray:
+        return self.source.contents(self.indices[indices_M])
 
     def record(self, i: int) -> Record:
-        return self.source.record(self.indices[i])
+        return self.source.record(int(self.indices[i]))
 
     def load(self, i: int, at_least: Size | None = None) -> Sample:
-        return self.source.load(self.indices[i], at_least)
+        return self.source.load(int(self.indices[i]), at_least)
 
     def fingerprint(self) -> str:
-        return hashlib.sha256(f"{self.source.fingerprint()} {self.indices}".encode()).hexdigest()
+        hashed = hashlib.sha256(self.source.fingerprint().encode())
+        hashed.update(self.indices.tobytes())
+        return hashed.hexdigest()
+
+
+def subset(source: Source, is_chosen: Callable[[np.ndarray], np.ndarray]) -> Subset:
+    """The pictures for which a function of their numbers (M,) is true; it gets a million a time."""
+    kind, found = np.min_scalar_type(len(source)), [np.zeros(0, np.uint8)]
+    for start in range(0, len(source), 2**20):
+        ids_M = np.arange(start, min(start + 2**20, len(source)))
+        found.append(ids_M[is_chosen(ids_M)].astype(kind))
+    return Subset(source, np.concatenate(found))
 
 
 def hold_out(source: Source, fraction: float, seed: int = 0) -> tuple[Subset, Subset]:
@@ -861,10 +971,11 @@ def hold_out(source: Source, fraction: float, seed: int = 0) -> tuple[Subset, Su
 
     So copies are on one side, also those in another source.
     """
-    contents = (content_of(source.record(i)) for i in range(len(source)))
-    is_test = [keyed_seed(seed, content) < fraction * 2**63 for content in contents]
-    train, test = ([i for i, held in enumerate(is_test) if held == part] for part in (False, True))
-    return Subset(source, train), Subset(source, test)
+
+    def is_test(ids_M: np.ndarray) -> np.ndarray:
+        return uniform(source.contents(ids_M), "held out", seed) < fraction
+
+    return subset(source, lambda ids_M: ~is_test(ids_M)), subset(source, is_test)
 
 
 def left_out(skipped: Skipped, most: int = 10) -> Iterator[str]:
@@ -879,12 +990,20 @@ def left_out(skipped: Skipped, most: int = 10) -> Iterator[str]:
         yield f"{count}{', '.join(name for name, _ in found[:most])}{more}: {found[0][1]}"
 
 
-def content_of(record: Record) -> str:
-    """What tells a picture from others: its digest, or its key where it cannot be read."""
+def hash64(text: str | bytes) -> int:
+    """A quarter of a sha256: among 200 million, two agree by chance once in 900 times."""
+    data = text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass")
+    return int(hashlib.sha256(data).hexdigest()[:16], 16)
+
+
+def content_of(record: Record) -> int:
+    """What tells a picture from others: of its digest, or of its key where it cannot be read."""
+    if "digest" in record:
+        return int(record["digest"][:16], 16)
     with contextlib.suppress(BadImage):
-        if "digest" not in record and "path" in record:
-            return hashlib.sha256(_read(record)).hexdigest()
-    return str(record.get("digest", record["key"]))
+        if "path" in record:
+            return hash64(_read(record))
+    return hash64(record["key"])
 
 
 def open_source(spec: str, seed: int = 0) -> Source:
@@ -900,18 +1019,11 @@ def open_source(spec: str, seed: int = 0) -> Source:
         return OpenMoji(split or "train", int(count) if count else None, seed)
     path, *more = paths = _find(spec)
     if not more and path.is_file() and not {".tar", ".tgz"} & set(path.suffixes):
-        header, lines = read_index(path)
-        source = IndexSource(path.stem, lines, path.parent, header.get("skipped", {}))
+        source = IndexSource(path.stem, kept_table([path]), path.parent)
     else:
         root = path if path.is_dir() else Path(os.path.commonpath([p.parent for p in paths]))
-        names = [os.path.relpath(path, root) for path in paths]
-        rank, world = rank_and_world()
-        mine = {path: _scan(path, root) for path in paths[rank::world]}
-        if world > 1:
-            dist.barrier()  # then the others' scans are kept
-        found = [mine.get(path) or _scan(path, root) for path in paths]
-        scans = dict(zip(names, found, strict=True))
-        source = _join(scans, path.resolve().name if path.is_dir() else path.stem, root)
+        name = path.resolve().name if path.is_dir() else path.stem
+        source = IndexSource(name, scanned(paths, root), root)
     if not len(source):
         hint = f"; for tars pass '{path / '*.tar'}'" if list(path.glob("*.tar")) else ""
         why = "; ".join(left_out(source.skipped)) or "it is empty"
@@ -919,44 +1031,12 @@ def open_source(spec: str, seed: int = 0) -> Source:
     return source
 
 
-def expand_braces(pattern: str) -> list[str]:
-    """The names that a shell makes of {0000..0099} and {a,b}."""
-    match = re.fullmatch(r"(.*?)\{([^{}]*)\}(.*)", pattern, re.DOTALL)
-    if not match:
-        return [pattern]
-    inside = match[2].split(",")
-    if ends := re.fullmatch(r"(\d+)\.\.(\d+)", match[2]):
-        inside = [f"{n:0{len(ends[1])}d}" for n in range(int(ends[1]), int(ends[2]) + 1)]
-    return [name for x in inside for name in expand_braces(f"{match[1]}{x}{match[3]}")]
-
-
 def _find(spec: str) -> list[Path]:
-    """What a SOURCE names: a folder or file, or all that its braces and wildcards stand for."""
-    if Path(spec).exists():
-        return [Path(spec)]
-    names = expand_braces(spec)
-    found = [path for name in names for path in sorted(glob.glob(name)) or [name]]
-    if len(names) == 1 and not Path(found[0]).exists():
+    """What a SOURCE names: a folder or file, or all that its wildcards stand for."""
+    found = [spec] if Path(spec).exists() else sorted(glob.glob(spec))
+    if not found:
         raise ValueError(f"{spec}: no such folder, file or glob; without files there is 'openmoji'")
-    return [Path(path) for path in dict.fromkeys(found)]
-
-
-def _join(scans: dict[str, Scan], name: str, root: Path) -> IndexSource:
-    """One source of several shards; keys carry their shard if two shards have the same ones."""
-    skipped = Skipped()
-    for shard, scan in scans.items():
-        in_shard = f"{shard}/" if len(scans) > 1 else ""
-        skipped |= {n if n == shard else in_shard + n: why for n, why in scan.skipped.items()}
-    counts = [scan.count for scan in scans.values() if scan.is_whole]
-    usual = sum(counts) / len(counts) if counts else max(scan.count for scan in scans.values())
-    lost = sum(scan.lost for scan in scans.values())
-    lost += sum(max(1, round(usual) - s.count) for s in scans.values() if not s.is_whole)
-    source = IndexSource(name, b"".join(s.lines for s in scans.values()), root, skipped, lost)
-    if source.lost > lost:
-        lines = ((shard, json.loads(x)) for shard, s in scans.items() for x in s.lines.splitlines())
-        records = (r | {"key": f"{os.path.splitext(shard)[0]}/{r['key']}"} for shard, r in lines)
-        source = IndexSource(name, _to_lines(records), root, skipped, lost)
-    return source
+    return [Path(path) for path in found]
 
 
 def with_paths(record: Record, root: Path | str, change: Callable[..., str]) -> Record:
@@ -990,17 +1070,205 @@ def write_index(path: str | Path, records: Iterable[Record] | bytes, **header: A
     write_whole(path, _to_lines([header]) + lines)
 
 
+def _chunks(part: Path | bytes) -> Iterator[list[bytes]]:
+    """The header of an index file, then its lines, a megabyte at a time; see `read_index`."""
+    with io.BytesIO(part) if isinstance(part, bytes) else open(part, "rb") as file:
+        first = b"" if isinstance(part, bytes) else file.readline(2**24)
+        header, hashed, found = _object(first), hashlib.sha256(), 0
+        if header.get("format") != "amoe-index" and isinstance(part, Path):
+            raise ValueError(f"{part}: not an index file")
+        yield [first]
+        while chunk := file.readlines(2**20):
+            hashed.update(b"".join(chunk))
+            found += len(chunk)
+            yield chunk
+    if first and (header["version"] != 1 or header["sha256"] != hashed.hexdigest()):
+        counts = f"{header['count']} pictures, {found} lines found"
+        raise ValueError(f"{part!s}: cut or changed; {counts}")
+
+
 def read_index(path: str | Path) -> tuple[Record, bytes]:
     """Header and lines of an index file; ValueError if it is none, cut or changed."""
-    with open(path, "rb") as file:
-        first, lines = file.readline(2**24), file.read()
-    header = _object(first)
-    if header.get("format") != "amoe-index":
-        raise ValueError(f"{path}: not an index file")
-    if header["version"] != 1 or header["sha256"] != hashlib.sha256(lines).hexdigest():
-        found = lines.count(b"\n")
-        raise ValueError(f"{path}: cut or changed; {header['count']} pictures, {found} lines found")
-    return header, lines
+    (first,), *chunks = _chunks(Path(path))
+    return _object(first), b"".join(itertools.chain(*chunks))
+
+
+# ---- What is asked of all pictures of an index
+
+TABLE_VERSION = 1
+COLUMNS = {"start": "q", "content": "Q", "key": "Q", "height": "i", "width": "i", "origin": "i"}
+
+
+class Table:
+    """Columns of numbers, one row a picture, mapped where they lie in a file; and the index files,
+    or lines in memory, that hold the rest, of which a line is read when it is asked for.
+
+    start: of the line in its file. content: `content_of`; 0: not known yet. key: its `hash64`.
+    origin: which of `header["origins"]`, or -1 where the line names no source.
+    """
+
+    def __init__(self, header: Record, columns: Any, parts: Sequence[Any], folder: Any = None):
+        self.header, self.columns, self.parts, self.folder = header, columns, parts, folder
+        self._last: tuple[int, Any] = (-1, None)  # the index file read last
+
+    def __len__(self) -> int:
+        return len(self.columns["start"])
+
+    def __getitem__(self, column: str) -> np.ndarray:
+        return self.columns[column]
+
+    def __reduce__(self) -> Any:  # another process maps it, too
+        known = Table, (self.header, self.columns, self.parts)
+        return (read_table, (self.folder,)) if self.folder else known
+
+    def part_of(self, i: int) -> int:
+        """In which of the index files a picture is."""
+        return bisect.bisect_right(self.header["firsts"], i) - 1
+
+    def record(self, i: int) -> Record:
+        """What the line of a picture says."""
+        number, start, size = self.part_of(i), int(self.columns["start"][i]), 4096
+        part = self.parts[number]
+        if isinstance(part, bytes):
+            line = part[start : part.index(b"\n", start)]
+        else:
+            last, file = self._last  # a thread may still read what another one replaces
+            if last != number:
+                self._last = number, (file := io.FileIO(part))
+            while b"\n" not in (line := os.pread(file.fileno(), size, start)) and len(line) == size:
+                size *= 16
+        record = _object(line.partition(b"\n")[0])
+        record["key"] = f"{self.header['prefixes'][number]}{record.get('key')}"
+        if hash64(record["key"]) != self.columns["key"][i]:
+            raise ValueError(f"{part!s}: changed since it was opened; start again")
+        return record
+
+
+def make_table(
+    parts: Sequence[Path | bytes],
+    names: Sequence[str] = (),
+    skipped: Skipped | None = None,
+    are_distinct: bool = True,
+) -> Table:
+    """The table of some index files, or lines in memory, one after the other.
+
+    Where keys come twice, all of them get the `names` of their files in front; without names, the
+    first counts, unless they need not be distinct. skipped: None for what the files' headers say.
+    """
+    table = _parsed(parts, [""] * len(parts))
+    if names and has_doubles(table["key"]):
+        table = _parsed(parts, names)
+    header = table.header
+    header |= {"skipped": header["skipped"] if skipped is None else skipped, "lost": 0}
+    if are_distinct and has_doubles(table["key"]):
+        first_N = np.sort(np.unique(table["key"], return_index=True)[1])
+        for i in np.setdiff1d(np.arange(len(table)), first_N).tolist():
+            header["skipped"][table.record(i)["key"]] = "a key seen before"
+        header["lost"] = len(table) - len(first_N)
+        header["firsts"] = np.searchsorted(first_N, header["firsts"]).tolist()
+        table.columns = {name: column[first_N] for name, column in table.columns.items()}
+    return table
+
+
+def has_doubles(numbers_N: np.ndarray) -> bool:
+    ordered_N = np.sort(numbers_N)
+    return bool((ordered_N[1:] == ordered_N[:-1]).any())
+
+
+def _parsed(parts: Sequence[Path | bytes], prefixes: Sequence[str]) -> Table:
+    """All lines of the parts, whose keys get the prefixes."""
+    columns = {name: array(code) for name, code in COLUMNS.items()}
+    firsts, origins, prints, skipped = list[int](), dict[str, int](), list[str](), Skipped()
+    for part, prefix in zip(parts, prefixes, strict=True):
+        firsts.append(len(columns["start"]))
+        chunks = _chunks(part)
+        (first,) = next(chunks)
+        start, header = len(first), _object(first)
+        prints.append(header["sha256"] if header else hashlib.sha256(bytes(part)).hexdigest())
+        skipped |= header.get("skipped", {})
+        for chunk in chunks:
+            try:
+                # parsed together they take half the time
+                records = json.loads(b"[" + b",".join(chunk) + b"]")
+                for line, r in zip(chunk, records, strict=True):
+                    columns["start"].append(start)
+                    start += len(line)
+                    key = hash64(prefix + r["key"])
+                    is_known = "digest" in r or "path" not in r
+                    columns["key"].append(key)
+                    columns["content"].append(content_of(r) if is_known else 0)
+                    columns["height"].append(r["height"])
+                    columns["width"].append(r["width"])
+                    origin = origins.setdefault(r["source"], len(origins)) if "source" in r else -1
+                    columns["origin"].append(origin)
+                if min(*columns["height"][-len(chunk) :], *columns["width"][-len(chunk) :]) < 1:
+                    raise ValueError("a picture of no size")
+            except (ValueError, TypeError, KeyError, OverflowError) as error:
+                for _ in chunks:  # to its end, where it may be found cut
+                    pass
+                raise ValueError(f"{part!s}: not index lines: {error!r}") from error
+    alone = hashlib.sha256(repr((prints, *prefixes)).encode()).hexdigest()
+    facts = {"firsts": firsts, "prefixes": list(prefixes), "origins": list(origins)}
+    facts |= {"sha256": prints[0] if len(parts) == 1 else alone, "skipped": skipped}
+    return Table(facts, {n: np.frombuffer(c, c.typecode) for n, c in columns.items()}, parts)
+
+
+def _status(path: str | Path) -> list[int]:
+    """What tells whether a file is still the one that it was."""
+    status = os.stat(path)
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+
+
+def keep_table(table: Table, folder: Path) -> Table:
+    """Write a table that `read_table` finds, in place of an older one; returns it as it lies there.
+
+    The name of the folder ends in the state that it is of, so that no column is of another.
+    """
+    if not all(isinstance(part, Path) for part in table.parts):
+        return table
+    with contextlib.suppress(OSError):  # it only saves time: a full disk must not end the run
+        parts = [[os.path.abspath(part), _status(part)] for part in table.parts]
+        for old in set(folder.parent.glob(f"{folder.stem}.*")) - {folder}:
+            shutil.rmtree(old, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in COLUMNS:
+            write_whole(folder / f"{name}.npy", partial(np.save, arr=table[name]))
+        facts = table.header | {"parts": parts, "count": len(table)}
+        write_whole(folder / "table.json", json.dumps(facts).encode())
+    return read_table(folder) or table
+
+
+def read_table(folder: Path) -> Table | None:
+    """The table kept in a folder, mapped: its length costs nothing.
+
+    None where there is none, it is damaged, or its index files changed.
+    """
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        header = _object((folder / "table.json").read_bytes())
+        columns = {}
+        for name, code in COLUMNS.items():
+            columns[name] = np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+            if columns[name].shape != (header["count"],) or columns[name].dtype != code:
+                return None
+        if all(_status(part) == status for part, status in header["parts"]):
+            return Table(header, columns, [Path(part) for part, _ in header["parts"]], folder)
+    return None
+
+
+def kept_table(paths: Sequence[Path], are_distinct: bool = True) -> Table:
+    """The table of some index files, made once while they are as they are."""
+    names, state = [os.path.abspath(path) for path in paths], [_status(path) for path in paths]
+    folder = table_folder([names, are_distinct], state)
+    return read_table(folder) or keep_table(make_table(paths, are_distinct=are_distinct), folder)
+
+
+def table_folder(place: object, state: object) -> Path:
+    name = f"{hash_of(place)}.{hash_of(TABLE_VERSION, state)}"
+    return cache_home() / "tables" / name
+
+
+def hash_of(*what: object) -> str:
+    return hashlib.sha256(repr(what).encode("utf-8", "surrogateescape")).hexdigest()[:32]
 
 
 def _read(place: Record, root: Path | str = "") -> bytes:
@@ -1072,7 +1340,7 @@ def _tar_members(path: Path, root: Path) -> tuple[dict[str, Record], Skipped, Ex
     places, skipped, head = dict[str, Record](), Skipped(), b""
     try:
         with open(path, "rb") as file:
-            head = file.read(64)
+            head = file.read(8)
         with tarfile.open(path, "r:") as tar:
             for member in tar:
                 if member.name in places:
@@ -1091,8 +1359,10 @@ def _tar_members(path: Path, root: Path) -> tuple[dict[str, Record], Skipped, Ex
         if tail.strip(b"\0"):
             raise tarfile.ReadError("more behind its end: unpack tars that were joined by cat")
     except Exception as error:  # tarfile raises many kinds
-        what = _inside(head) if isinstance(error, tarfile.ReadError) and not places else ""
-        return places, skipped, tarfile.ReadError(what) if what else error
+        if places or not isinstance(error, tarfile.ReadError):
+            return places, skipped, error
+        why = "compressed: unpack it first" if head.startswith(COMPRESSED) else "no tar, or damaged"
+        return places, skipped, tarfile.ReadError(why)
     return places, skipped, None
 
 
@@ -1108,13 +1378,12 @@ def _is_junk(name: str) -> bool:
 
 def _why_no_picture(name: str) -> str:
     """Why a file that belongs to no picture is none by its name, in folders and in tars."""
-    base, suffix = name.rpartition("/")[2], name.rpartition(".")[2].lower()
     if _is_junk(name):
         return "left by a computer or a tool, no picture"
-    for form, suffixes in UNREAD.items():
-        if suffix in suffixes.split():
-            return f"{form}, which we don't read"
-    if suffix in ("tar", "tgz") or ".tar." in base:
+    suffixes = name.rpartition("/")[2].lower().split(".")[1:]
+    if not UNREAD.isdisjoint(suffixes):
+        return "a format that we don't read: convert it to JPEG"
+    if not {"tar", "tgz"}.isdisjoint(suffixes):
         return "a tar in a folder or tar: pass tars as 'DIR/*.tar'"
     return "neither a picture by its name nor a sidecar of one"
 
@@ -1183,29 +1452,29 @@ def _group(names: Iterable[str], in_tar: bool) -> tuple[dict[str, tuple[str, Rec
     return chosen, lost
 
 
-@dataclass
-class Scan:
+class Scan(NamedTuple):
     """What is in a folder or shard."""
 
-    lines: bytes  # of an index
+    part: Path | bytes  # an index file, or its lines where they can't be kept
+    pictures: int
     skipped: Skipped
     lost: int  # pictures among them
     is_whole: bool = True  # False: a damaged shard, whose other pictures nobody knows
-
-    @property
-    def count(self) -> int:
-        return self.lines.count(b"\n")
+    may_pass: bool = False  # something could not be read for a reason that may pass
 
 
-def _to_records(places: dict[str, Record], root: Path, in_tar: bool) -> tuple[Scan, bool]:
+def _to_records(
+    places: dict[str, Record], root: Path, in_tar: bool
+) -> tuple[list[Record], Skipped, int, bool]:
     """Records of the pictures among some files, from their bytes and the files beside them.
 
-    The first level of a folder is the label if no file has one. Returns also if a reading failed
-    for a reason that may pass.
+    The first level of a folder is the label if no file has one. Returns also what is left out, how
+    many pictures are among that, and if a reading failed for a reason that may pass.
     """
     chosen, lost = _group(places, in_tar)
     records, used, may_pass = [], set[str](), False
-    for name in (name for name in places if name in chosen):
+    names = [name for name in places if name in chosen]
+    for name in names if in_tar else progress(names, f"scan {root}", unit="file"):
         key, beside = chosen[name]
         used |= {name, *beside.values()}
         record = {"key": _printable(key), **places[name]}
@@ -1226,54 +1495,119 @@ def _to_records(places: dict[str, Record], root: Path, in_tar: bool) -> tuple[Sc
             may_pass |= isinstance(error, Unreadable)
     others = {name: _why_no_picture(name) for name in places.keys() - used - lost.keys()}
     skipped = {_printable(name): why for name, why in sorted((others | lost).items())}
-    return Scan(_to_lines(records), skipped, len(lost)), may_pass
+    return records, skipped, len(lost), may_pass
 
 
-def _scan(path: Path, root: Path) -> Scan:
+Files = tuple[dict[str, os.stat_result], Skipped]  # below a folder, or the shard; see `_walk`
+
+
+def _look(path: Path, root: Path) -> Files:
+    """What a folder, or a place of a shard, has; nothing is opened."""
+    if path == root:
+        return _walk(path)
+    try:
+        return {path.name: path.stat()}, {}
+    except OSError as error:
+        return {}, {os.path.relpath(path, root): str(error.strerror)}
+
+
+def _state(path: Path, root: Path, files: Files) -> str:
+    """Of the names, sizes and times of files, and of the rules here."""
+    rules = SCAN_VERSION, PIL.__version__, FORMATS, sorted(SUFFIXES), MAX_PIXELS
+    found, odd = files
+    times = [(n, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for n, s in found.items()]
+    return hash_of(rules, os.path.relpath(path, root), times, sorted(odd))
+
+
+def scanned(paths: Sequence[Path], root: Path) -> Table:
+    """The table of a folder or of shards below it, kept while they stay as they are.
+
+    Each shard has an index of its own, kept too; several threads scan what is new, and under
+    torchrun each process its part.
+    """
+    looks = [_look(path, root) for path in paths]
+    names = [os.path.relpath(path, root) for path in paths]
+    state = [_state(path, root, look) for path, look in zip(paths, looks, strict=True)]
+    folder = table_folder([str(root.resolve()), names], state)
+    table = read_table(folder)
+
+    def scan(numbers: range) -> list[Scan]:
+        with ThreadPoolExecutor(min(8, len(paths))) as threads:
+            found = threads.map(lambda n: _scan(paths[n], root, looks[n]), numbers)
+            title = f"scan {root}"
+            return list(progress(found, title, len(numbers), "tar") if len(paths) > 1 else found)
+
+    def make() -> Table:
+        scans = scan(range(len(paths)))
+        made = _join(dict(zip(names, scans, strict=True)))
+        return made if any(one.may_pass for one in scans) else keep_table(made, folder)
+
+    rank, world = rank_and_world()
+    if world > 1:
+        lacking: list[Any] = [None] * world
+        dist.all_gather_object(lacking, table is None)
+        if any(lacking):
+            scan(range(rank, len(paths), world))
+            dist.barrier()  # then the scans of all are kept
+            table = (table or make()) if rank == 0 else table
+            dist.barrier()  # then their table is, too
+            table = table or read_table(folder)
+    return table or make()
+
+
+def _join(scans: dict[str, Scan]) -> Table:
+    """One table of several shards; keys carry their shard if two shards have the same ones."""
+    skipped, parts = Skipped(), [scan.part for scan in scans.values()]
+    for shard, scan in scans.items():
+        in_shard = f"{shard}/" if len(scans) > 1 else ""
+        skipped |= {n if n == shard else in_shard + n: why for n, why in scan.skipped.items()}
+    counts = [scan.pictures for scan in scans.values() if scan.is_whole]
+    usual = sum(counts) / len(counts) if counts else max(scan.pictures for scan in scans.values())
+    lost = sum(scan.lost for scan in scans.values())
+    lost += sum(max(1, round(usual) - s.pictures) for s in scans.values() if not s.is_whole)
+    prefixes = [f"{os.path.splitext(shard)[0]}/" for shard in scans] if len(scans) > 1 else []
+    table = make_table(parts, prefixes, skipped)
+    table.header["lost"] += lost
+    return table
+
+
+def _scan(path: Path, root: Path, files: Files) -> Scan:
     """Index lines and skipped files of the folder `root`, or of a shard below it.
 
-    They are kept while the names, sizes and times of the files are the same, and the rules here;
-    what failed for a reason that may pass is not kept.
+    They are kept; what failed for a reason that may pass is not.
     """
-    is_folder, odd, damage = path == root, Skipped(), None
-    try:
-        files, odd = _walk(path) if is_folder else ({path.name: path.stat()}, odd)
-    except OSError as error:
-        return Scan(b"", {os.path.relpath(path, root): str(error.strerror)}, 0, False)
+    found, odd = files
     unseen = sum(why.startswith(UNSEEN) for why in odd.values())
-    rules = SCAN_VERSION, PIL.__version__, FORMATS, sorted(SUFFIXES), MAX_PIXELS
-    times = [(n, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for n, s in files.items()]
-    state = hashlib.sha256(repr((rules, os.path.relpath(path, root), times)).encode()).hexdigest()
-    name = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:32]
-    kept, before = cache_home() / "scans" / f"{name}.jsonl", 0
+    if path != root and not found:
+        return Scan(b"", 0, odd, 0, False, True)
+    state = _state(path, root, files)
+    kept = cache_home() / "scans" / f"{hash_of(str(path.resolve()))}.jsonl"
     with contextlib.suppress(OSError, ValueError):
-        header, lines = read_index(kept)
-        before = header["count"]
+        header = read_index(kept)[0]
         if header["state"] == state:
-            lost = header["lost"] + unseen
-            return Scan(lines, odd | header["skipped"], lost, header["is_whole"])
-    if is_folder:
-        places = {name: {"path": name, "size": status.st_size} for name, status in files.items()}
+            rest = header["skipped"] | odd, header["lost"] + unseen, header["is_whole"]
+            return Scan(kept, header["count"], *rest, bool(unseen))
+    others, damage = Skipped(), None
+    if path == root:
+        places: dict[str, Record] = {n: {"path": n, "size": s.st_size} for n, s in found.items()}
     else:
         places, others, damage = _tar_members(path, root)
-    scan, may_pass = _to_records(places, root, in_tar=not is_folder)
-    if not is_folder:
-        scan.skipped |= {_printable(name): why for name, why in others.items()}
-        scan.lost += sum(_is_picture(n) and "seen before" in why for n, why in others.items())
+    records, skipped, lost, may_pass = _to_records(places, root, in_tar=path != root)
+    skipped |= {_printable(name): why for name, why in others.items()}
+    lost += sum(_is_picture(n) and "seen before" in why for n, why in others.items())
     if damage:
-        found = f"; {len(places)} files found before it" if places else ""
-        scan.skipped[os.path.relpath(path, root)] = f"{damage}{found}"
-        scan.is_whole, may_pass = False, may_pass or isinstance(damage, OSError | Unreadable)
+        count = f"; {len(places)} files found before it" if places else ""
+        skipped[os.path.relpath(path, root)] = f"{damage}{count}"
+        may_pass |= isinstance(damage, OSError | Unreadable)
+    part: Any = _to_lines(records)
     if not may_pass:
-        facts = {"state": state, **vars(scan)}
-        lines = facts.pop("lines")
+        facts = {"state": state, "skipped": skipped, "lost": lost, "is_whole": damage is None}
         with contextlib.suppress(OSError):  # it only saves time: a full disk must not end the run
             kept.parent.mkdir(parents=True, exist_ok=True)
-            write_index(kept, lines, **facts)
-    if scan.count < before:
-        scan.skipped[str(path)] = f"{before} pictures at the last scan, {scan.count} now"
-    scan.skipped, scan.lost = odd | scan.skipped, scan.lost + unseen
-    return scan
+            write_index(kept, part, **facts)
+            part = kept
+    failed = may_pass or bool(unseen)
+    return Scan(part, len(records), skipped | odd, lost + unseen, damage is None, failed)
 
 
 # ---- What every module needs: whole files, ranks, an even spread
@@ -1413,15 +1747,41 @@ def progress(
 # ---- The loader and the process group
 
 
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # what asks a run to stop
+
+
+def serve_parent(_: int) -> None:
+    """In a loader's process: signals are its parent's business, and it ends with its parent."""
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_IGN)
+    parent: Any = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
 def make_loader(
     data: StepData, start: int, stop: int, workers: int = 0, pin: bool = False
 ) -> Iterator[list[PackedBatch]]:
     """The rank's packs of steps start..stop-1, decoded ahead by `workers` processes of one thread.
 
-    A worker that dies ends the iteration with a RuntimeError that names its process id.
+    A worker that dies ends the iteration with a RuntimeError that names its process id. Signals
+    that ask the run to stop leave the workers alone; they end with their parent, however it ends.
     """
     options: Any = {"sampler": range(start, stop), "num_workers": workers, "pin_memory": pin}
-    return iter(DataLoader(data, batch_size=None, **options))
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)  # no moment without a handler
+    try:
+        loader = iter(DataLoader(data, batch_size=None, worker_init_fn=serve_parent, **options))
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    if workers:  # Python would terminate them, which they ignore, and then wait for them
+        atexit.register(end_workers, weakref.ref(loader))
+    return loader
+
+
+def end_workers(loader: Any) -> None:
+    if kept := loader():
+        kept._shutdown_workers()
+        for worker in kept._workers:
+            worker.kill()
 
 
 @dataclass(frozen=True)
@@ -1446,16 +1806,30 @@ def setup_distributed(pg_timeout: float = 600.0, device: str = "auto") -> Group:
     group = Group(rank, world, choose_device(device, int(env.get("LOCAL_WORLD_SIZE", 1))))
     if "RANK" not in env or dist.is_initialized():
         return group
-    is_master = rank == 0 and env.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    has_agent = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     address = env["MASTER_ADDR"], int(env["MASTER_PORT"])
-    store = dist.TCPStore(*address, world, is_master=is_master, timeout=timeout)
+    # the agent's store is there before its ranks: where it is not, torchrun was killed meanwhile
+    connect = min(timeout, timedelta(seconds=20)) if has_agent else timeout
+    is_master = rank == 0 and not has_agent
+    store = dist.TCPStore(*address, world, is_master=is_master, timeout=connect)
+    store.set_timeout(timeout)
     # a restarted rank must not find the addresses of the dead ones: each attempt has its own keys
     attempt = dist.PrefixStore(f"attempt{env.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     # numbers that are on the host are summed there: NCCL would wait for the device
     on_gpu = {"backend": "cpu:gloo,cuda:nccl", "device_id": group.device}
     how: Any = on_gpu if group.device.type == "cuda" else {"backend": "gloo"}
     dist.init_process_group(store=attempt, rank=rank, world_size=world, timeout=timeout, **how)
+    PATIENT[:] = [dist.new_group(timeout=timedelta(days=1), backend="gloo")]
     return group
+
+
+PATIENT: list[Any] = []  # the group that waits longer than --pg-timeout; a dead rank still ends it
+
+
+def wait_for_all() -> None:
+    """All ranks come here before one goes on, however unlike their work (a scan, a cache)."""
+    if dist.is_initialized():
+        dist.barrier(*PATIENT)
 
 
 def choose_device(device: str, processes: int) -> torch.device:
@@ -1626,7 +2000,7 @@ class OpenMoji(IndexSource):
             raise ValueError(f"openmoji:{split}:{count} is not openmoji:{'|'.join(COUNTS)}[:COUNT]")
         spec = {"spec": f"openmoji:{split}:{self.count}", "seed": seed}
         rows = (_begin(split, seed, i)[1] | spec | {"item": i} for i in range(self.count))
-        super().__init__(f"openmoji:{split}", _to_lines(rows), Path(), {})
+        super().__init__(f"openmoji:{split}", make_table([_to_lines(rows)]), Path())
 
     def fingerprint(self) -> str:
         font = hashlib.sha256(Path(str(_font(32).path)).read_bytes()).hexdigest()

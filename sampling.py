@@ -23,6 +23,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,26 +32,14 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
-from PIL import Image
 from torch import Generator, Tensor
 from tqdm import tqdm
 
-from packing import (
-    Group,
-    Parser,
-    left_out,
-    open_source,
-    progress,
-    read_index,
-    readable,
-    relative_to,
-    setup_distributed,
-    with_paths,
-    write_index,
-    write_whole,
-)
+import packing
+from packing import Group, Number, open_source, progress, read_index, with_paths, write_whole
 from teachers import load_teacher, parse_teacher, sha256_of
 
+COUNT = Number(int, 1)
 SOLO, SILENT = Group(0, 1, torch.device("cpu")), tqdm(disable=True)
 
 
@@ -218,9 +207,7 @@ def kmeans(
     bar: Any = SILENT,
 ) -> tuple[Tensor, Step]:
     """k centroids (k, D) and the rows' clusters: Lloyd's steps, with swaps between the first.
-
-    Stops after `iterations`, or when one lowers the inertia by less than the share `tolerance`.
-    """
+    Stops after `iterations`, or when one lowers the inertia by less than the share `tolerance`."""
     if k > rows.total:
         raise ValueError(f"{k} clusters of {rows.total} rows; ask for at most {rows.total}")
     c_KD = first_centroids(rows, k, generator, iterations, tolerance, dtype, bar)
@@ -244,8 +231,10 @@ def step(
     distance_N = torch.empty(len(rows.ids_N))
     sums_KD = torch.zeros_like(c_KD, dtype=torch.float64)  # of millions of rows
     stats_3K = torch.zeros(3, len(c_KD), dtype=torch.float64, device=c_KD.device)
+    middle_D = c_KD.mean(0)  # what all rows have in common would cost the scores their digits
     for part, x_BD in rows.chunks():
-        cluster_B, best_B, second_B = nearest(x_BD, c_KD, dtype, second)
+        x_BD = x_BD - middle_D
+        cluster_B, best_B, second_B = nearest(x_BD, c_KD - middle_D, dtype, second)
         squared_B = (x_BD.square().sum(1) - 2 * best_B).clamp(min=0)  # 0: rounding
         values_3B = torch.stack([torch.ones_like(best_B), squared_B, 2 * (best_B - second_B)])
         stats_3K.index_add_(1, cluster_B, values_3B.double())
@@ -254,7 +243,7 @@ def step(
     # Sums over all processes, so that each of them goes on with the same centroids.
     sums_KD, stats_3K = all_sum(sums_KD, rows.group), all_sum(stats_3K, rows.group)
     count_K, inertia_K, loss_K = stats_3K
-    means_KD = (sums_KD / count_K.clamp(min=1)[:, None]).to(c_KD.dtype)
+    means_KD = (sums_KD / count_K.clamp(min=1)[:, None] + middle_D).to(c_KD.dtype)
     means_KD = torch.where(count_K[:, None] > 0, means_KD, c_KD)  # empty: where it was
     return Step(cluster_N, distance_N, means_KD, count_K, loss_K, float(inertia_K.sum()))
 
@@ -482,11 +471,9 @@ class Rows:
 
 
 def uniform(ids_N: Tensor, generator: Generator) -> Tensor:
-    """One float64 in (0, 1) per row number; a hash, so that it is the same on any process."""
-    z = (ids_N + torch.randint(2**62, (), generator=generator)) * -0x61C8864680B583EB
-    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15), (31, 1)):
-        z = (z ^ ((z >> shift) & (2 ** (64 - shift) - 1))) * factor  # splitmix64, wraps as it must
-    return (((z >> 11) & (2**53 - 1)).double() + 0.5) / 2**53
+    """One float64 in (0, 1) per row number: a hash, so that it is the same on any process."""
+    key = int(torch.randint(2**62, (), generator=generator))
+    return torch.from_numpy(packing.uniform(ids_N.numpy(), key))
 
 
 def draw(rows: Rows, weight_N: Tensor, count: int, generator: Generator) -> Tensor:
@@ -544,7 +531,7 @@ def check_finite(rows: Rows) -> None:
         if is_bad_B.any():
             row = int(rows.ids_N[part][is_bad_B.cpu()][0])
             is_pool = isinstance(rows.table, Pool)
-            name = rows.table.records(np.array([row]))[0]["key"] if is_pool else f"row {row}"
+            name = rows.table.record(row)["key"] if is_pool else f"row {row}"
             raise ValueError(f"the embedding of {name} is not finite; drop it or embed it anew")
 
 
@@ -627,7 +614,7 @@ def capped_sample(
     tree: Tree,
     target: int,
     source_N: np.ndarray,
-    caps: dict[str, int],
+    caps: dict[Any, int],
     eligible_N: np.ndarray,
     seed: int = 0,
     **options: Any,
@@ -649,7 +636,7 @@ def capped_sample(
             eligible_N[(source_N == name) & ~np.isin(np.arange(len(source_N)), kept)] = False
 
 
-def excluded(path: Path, records: Sequence[dict[str, Any]]) -> np.ndarray:
+def excluded(path: Path, pool: Pool) -> np.ndarray:
     """True for each row that has the content of one that a file names: keys, digests, an index.
 
     A key may have its source in front and a copy's #2 behind, as in the index of a sample.
@@ -660,15 +647,22 @@ def excluded(path: Path, records: Sequence[dict[str, Any]]) -> np.ndarray:
     except ValueError:
         lines = filter(None, map(str.strip, path.read_text("utf-8-sig").splitlines()))
         wanted = [[x, re.sub(r"#\d+$", "", x), x.lower().removeprefix("sha256:")] for x in lines]
+    forms = set[str]().union(*wanted)
+    starts = ["", *(f"{name}/" for name in pool.sources()[0])]
+    keys = [packing.hash64(x.removeprefix(start)) for x in forms for start in starts]
+    digests = [int(x[:16], 16) for x in forms if re.fullmatch(r"[0-9a-f]{64}", x)]
+    # the rows that may be meant are few, and only they are read
+    is_near_N = np.isin(pool.table["key"], np.array(keys, np.uint64))
+    is_near_N |= np.isin(pool.table["content"], np.array(digests, np.uint64))
     content: dict[str, set[str]] = {}
-    for r in records:
+    for r in map(pool.record, np.flatnonzero(is_near_N).tolist()):
         for form in (r["key"], f"{r['source']}/{r['key']}", r["digest"]):
             content.setdefault(form, set()).add(r["digest"])
-    hits = [set[str]().union(*(content.get(form, ()) for form in forms)) for forms in wanted]
-    if missed := [forms[0] for forms, hit in zip(wanted, hits, strict=True) if not hit]:
+    hits = [set[str]().union(*(content.get(form, ()) for form in own)) for own in wanted]
+    if missed := [own[0] for own, hit in zip(wanted, hits, strict=True) if not hit]:
         print(f"--exclude {path}: {len(missed)} of {len(wanted)} match nothing: {missed[:10]}")
-    banned = set[str]().union(*hits)
-    return np.array([r["digest"] in banned for r in records])
+    banned = [int(digest[:16], 16) for digest in set[str]().union(*hits)]
+    return np.isin(pool.table["content"], np.array(banned, np.uint64))
 
 
 # ---- Files
@@ -728,17 +722,32 @@ class Pool:
             rows[part_B == p] = self.arrays[p][ids[part_B == p] - self.starts[p]]
         return torch.from_numpy(rows)
 
-    def records(self, ids: np.ndarray) -> list[dict[str, Any]]:
-        """The index records (see packing.py) of ascending row numbers."""
-        records, parts = list[dict[str, Any]](), self.manifest["parts"]
-        places = self.manifest.get("places") or [("", "")] * len(parts)
-        for p, (part, (source, root)) in enumerate(zip(parts, places, strict=True)):
-            wanted = ids[(ids >= self.starts[p]) & (ids < self.starts[p + 1])] - self.starts[p]
-            if len(wanted):
-                lines = read_index(self.folder / f"{part['name']}.jsonl")[1].splitlines()
-                found = ({"source": source} | json.loads(lines[i]) for i in wanted)
-                records += [with_paths(record, root, os.path.join) for record in found]
-        return records
+    @cached_property
+    def table(self) -> packing.Table:
+        """What the index files of the parts say, a row for each embedding."""
+        paths = [self.folder / f"{part['name']}.jsonl" for part in self.manifest["parts"]]
+        table = packing.kept_table(paths, are_distinct=False)
+        if len(table) != len(self):
+            raise ValueError(f"{self.folder}: {len(self)} rows, {len(table)} lines; embed it anew")
+        return table
+
+    @property
+    def places(self) -> list[tuple[str, str]]:
+        """Of each part: its source's name, and where the paths in it begin."""
+        return self.manifest.get("places") or [("", "")] * len(self.arrays)
+
+    def record(self, i: int) -> dict[str, Any]:
+        """The index record (see packing.py) of a row."""
+        source, root = self.places[self.table.part_of(i)]
+        return with_paths({"source": source} | self.table.record(i), root, os.path.join)
+
+    def sources(self) -> tuple[list[str], np.ndarray]:
+        """The names of the sources, and the number of each row's one."""
+        origins = self.table.header["origins"]
+        names = list(dict.fromkeys([*origins, *(source for source, _ in self.places)]))
+        of_part = [names.index(source) for source, _ in self.places]
+        of_part_N = np.repeat(of_part, np.diff([*self.table.header["firsts"], len(self)]))
+        return names, np.where(self.table["origin"] < 0, of_part_N, self.table["origin"])
 
 
 def save_tree(folder: Path, tree: Tree, settings: dict[str, Any]) -> None:
@@ -786,19 +795,17 @@ def embed(args: argparse.Namespace, group: Group) -> None:
         heads = [read_index(path.with_suffix(".jsonl"))[0] for path in paths]
         skipped = {key: why for x in sources for key, why in x.skipped.items()}
         skipped |= {key: why for head in heads for key, why in head["skipped"].items()}
+        parts = zip(paths, heads, strict=True)
         content = {
             "dim": teacher.summary_dim,
-            "parts": [
-                {"name": p.name, "sha256": h["embeddings"]}
-                for p, h in zip(paths, heads, strict=True)
-            ],
+            "parts": [{"name": p.name, "sha256": h["embeddings"]} for p, h in parts],
             "teacher": teacher.fingerprint,
             "places": [(source.name, str(source.root)) for source, _ in plan],
             "fingerprints": {source.name: source.fingerprint() for source in sources},
             "skipped": skipped,
         }
         write_json(args.out / "pool.json", content)
-        for line in left_out(skipped):
+        for line in packing.left_out(skipped):
             print(f"skipped {line}")
         print(f"{sum(head['count'] for head in heads)} rows of {teacher.summary_dim} in {args.out}")
 
@@ -832,7 +839,7 @@ def embed_part(
 
     def load(i: int) -> tuple[list[tuple[int, Any]], dict[str, str]]:
         why: dict[str, str] = {}
-        return list(readable(source, [i], why, teacher.size_for(*source.size(i)))), why
+        return list(packing.readable(source, [i], why, teacher.size_for(*source.size(i)))), why
 
     with ThreadPoolExecutor(4) as threads:
         for start in range(rows.start, rows.stop, batch):
@@ -844,7 +851,7 @@ def embed_part(
                 if not x_D.isfinite().all():
                     skipped[s.key] = "its embedding is not finite"
                     continue
-                record = with_paths(source.record(i), source.root, relative_to)
+                record = with_paths(source.record(i), source.root, packing.relative_to)
                 if record["source"] == source.name:
                     del record["source"]  # pool.json has it
                 records.append(record | {"digest": s.digest})
@@ -852,7 +859,7 @@ def embed_part(
     table = torch.stack(vectors) if vectors else torch.empty(0, teacher.summary_dim).half()
     sha256 = write_array(path.with_suffix(".npy"), table.numpy())
     head = {"made_of": made_of, "embeddings": sha256, "skipped": skipped}
-    write_index(path.with_suffix(".jsonl"), records, **head)
+    packing.write_index(path.with_suffix(".jsonl"), records, **head)
 
 
 def cluster(args: argparse.Namespace, group: Group) -> None:
@@ -911,88 +918,64 @@ def assign(args: argparse.Namespace, group: Group) -> None:
 
 
 def sample(args: argparse.Namespace, group: Group) -> None:
-    """Pool + tree -> an index file for `train.py --data`, a report and a contact sheet."""
+    """Pool + tree -> an index file for `train.py --data`, and a report."""
     pool, (tree, settings) = Pool(args.pool, group), load_tree(args.tree)
     if settings["pool"] != pool.fingerprint:
         raise ValueError(f"{args.tree} is a tree of another pool than {args.pool}; assign it first")
-    source_N, is_excluded_N, is_duplicate_N = set_aside(args, pool, tree)
+    is_excluded_N, is_duplicate_N = set_aside(args, pool, tree)
+    names, source_N = pool.sources() if args.cap else ([], np.zeros(len(pool), int))
+    if unknown := dict(args.cap).keys() - set(names):
+        raise ValueError(f"--cap {sorted(unknown)}: the pool has {sorted(names)}")
+    caps = {names.index(name): count for name, count in args.cap}
     options = {name: getattr(args, name) for name in ("seed", "strategy", "multiplier")}
     options["weighting"] = args.weights
     eligible_N = ~is_duplicate_N & ~is_excluded_N
-    ids = capped_sample(tree, args.target, source_N, dict(args.cap), eligible_N, **options)
+    ids = capped_sample(tree, args.target, source_N, caps, eligible_N, **options)
     if len(ids) < args.target:
         print(f"warning: --target {args.target}, but only {len(ids)} rows may be drawn; took all")
-    distinct, place = np.unique(ids, return_inverse=True)
-    records, chosen = pool.records(distinct), []
     several = len(pool.manifest["fingerprints"]) > 1  # two sources may use the same keys
-    for i, copy in zip(place, rank_in_cluster(place, place), strict=True):
-        name = records[i]["key"]
-        name = f"{records[i]['source']}/{name}" if several else name
-        chosen.append(records[i] | {"key": f"{name}#{copy + 1}" if copy else name})
-    write_index(args.out, chosen, fingerprints=pool.manifest["fingerprints"], seed=args.seed)
+
+    def chosen() -> Iterator[dict[str, Any]]:
+        for i, copy in zip(ids.tolist(), rank_in_cluster(ids, ids).tolist(), strict=True):
+            record = pool.record(i)
+            name = f"{record['source']}/{record['key']}" if several else record["key"]
+            yield record | {"key": f"{name}#{copy + 1}" if copy else name}
+
+    header = {"fingerprints": pool.manifest["fingerprints"], "seed": args.seed}
+    packing.write_index(args.out, chosen(), **header)
     counts = {"pool": len(pool), "target": args.target, "drawn": len(ids)}
     left = {"duplicates": int(is_duplicate_N.sum()), "excluded": int(is_excluded_N.sum())}
     report(args.out, tree, ids, counts | left)
 
 
-def set_aside(args: argparse.Namespace, pool: Pool, tree: Tree) -> tuple[np.ndarray, ...]:
-    """Per row: its source's name, and whether `--exclude` and whether `--dedup` rule it out."""
-    is_duplicate_N, is_excluded_N = np.zeros(len(pool), bool), np.zeros(len(pool), bool)
-    source_N = np.full(len(pool), "")
-    if args.exclude or args.cap or args.dedup:
-        records = pool.records(np.arange(len(pool)))
-        source_N = np.array([r["source"] for r in records])
-        known = set(source_N.tolist())
-        if unknown := dict(args.cap).keys() - known:
-            raise ValueError(f"--cap {sorted(unknown)}: the pool has {sorted(known)}")
-        if args.exclude:
-            is_excluded_N = excluded(args.exclude, records)
-        if args.dedup:
-            is_duplicate_N[:] = True
-            is_duplicate_N[np.unique([r["digest"] for r in records], return_index=True)[1]] = False
-        if args.dedup and args.dedup < 1:
-            leaf_N = tree[0].assignment
-            is_duplicate_N |= near_duplicates(pool, leaf_N, args.dedup, is_excluded_N)
-    return source_N, is_excluded_N, is_duplicate_N
-
-
-def gini(sizes: np.ndarray) -> float:
-    """0: all sizes are equal; towards 1: one has everything."""
-    ordered = np.sort(sizes).astype(np.float64)
-    n, total = len(ordered), max(ordered.sum(), 1)
-    return float(2 * (np.arange(1, n + 1) * ordered).sum() / (n * total) - (n + 1) / n)
+def set_aside(args: argparse.Namespace, pool: Pool, tree: Tree) -> tuple[np.ndarray, np.ndarray]:
+    """Per row: whether `--exclude` and whether `--dedup` rule it out."""
+    is_excluded_N, is_duplicate_N = np.zeros(len(pool), bool), np.zeros(len(pool), bool)
+    if args.exclude:
+        is_excluded_N = excluded(args.exclude, pool)
+    if args.dedup:
+        is_duplicate_N[:] = True
+        is_duplicate_N[np.unique(pool.table["content"], return_index=True)[1]] = False
+    if args.dedup and args.dedup < 1:
+        leaf_N = tree[0].assignment
+        is_duplicate_N |= near_duplicates(pool, leaf_N, args.dedup, is_excluded_N)
+    return is_excluded_N, is_duplicate_N
 
 
 def report(out: Path, tree: Tree, ids: np.ndarray, counts: dict[str, Any]) -> None:
-    """OUT.report.json (sizes and Gini per level, ten largest clusters), printed too, and .png."""
+    """OUT.report.json (sizes per level, ten largest clusters), printed too."""
     levels, path_N = [], tree[0].assignment
     for t, level in enumerate(tree):
         path_N = path_N if t == 0 else level.assignment[path_N]
         k = len(level.centroids)
         before, after = (np.bincount(p, minlength=k) for p in (path_N, path_N[ids]))
-        sizes = {"clusters": k, "empty": int((before == 0).sum()), "largest": int(before.max())}
-        ginis = {"gini_pool": round(gini(before), 4), "gini_sample": round(gini(after), 4)}
-        levels.append(sizes | ginis)
+        empty = int((before == 0).sum())
+        levels.append({"clusters": k, "empty": empty, "largest": int(before.max())})
     largest = np.argsort(-before, kind="stable")[:10]
     rows = [{"cluster": int(c), "pool": int(before[c]), "sample": int(after[c])} for c in largest]
     content = counts | {"levels": levels, "largest": rows}
     write_json(out.with_suffix(".report.json"), content)
     print(json.dumps(content, allow_nan=False))
-    if len(ids):
-        contact_sheet(out, [np.flatnonzero(path_N[ids] == c)[:10] for c in largest])
-
-
-def contact_sheet(index: Path, places: list[np.ndarray], side: int = 64) -> None:
-    """One line of up to ten drawn pictures per cluster, the largest first; blank if missing."""
-    source = open_source(str(index))
-    sheet = Image.new("RGB", (10 * side, len(places) * side), "white")
-    for line, members in enumerate(places):
-        for i, found in readable(source, members.tolist(), {}, (side, side)):
-            picture = Image.fromarray(found.image)
-            picture.thumbnail((side - 4, side - 4))
-            column = members.tolist().index(i)
-            sheet.paste(picture, (column * side + 2, line * side + 2))
-    sheet.save(index.with_suffix(".report.png"))
 
 
 def parse_keep(text: str) -> list[int] | None:
@@ -1000,35 +983,23 @@ def parse_keep(text: str) -> list[int] | None:
     if text in ("default", "none"):
         return None if text == "default" else []
     most, times = text.split("x") if "x" in text else (text, "1")
-    return [int(m) for m in most.split(",")] * int(times)
-
-
-def parse_count(text: str) -> int:
-    return int(float(text))  # 1e9 is a count
+    return [COUNT(m) for m in most.split(",")] * COUNT(times)
 
 
 def parse_cap(text: str) -> tuple[str, int]:
     name, _, count = text.rpartition("=")
-    if not name or int(count) < 0:
-        raise ValueError  # argparse names the flag and the text
-    return name, int(count)
-
-
-def parse_cosine(text: str) -> float:
-    if not 0 < float(text) <= 1:
-        raise ValueError
-    return float(text)
+    return name, Number(int, 0)(count)
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(description="Choose the data; see the README.")
+    parser = packing.Parser(description="Choose the data; see the README.")
     commands = parser.add_subparsers(dest="command", required=True)
     parts = [commands.add_parser(f.__name__, help=f.__doc__) for f in COMMANDS]
     to_embed, to_cluster, to_sample, to_assign = (part.add_argument for part in parts)
     to_embed("source", nargs="+", help="SOURCEs: openmoji, a folder, tars, an index")
-    to_embed("--teacher", default="vit=builtin:vit-s", help="NAME=PATH[@layer], or a student")
-    to_embed("--part-rows", type=int, default=10_000, help="pictures per file")
-    to_embed("--batch", type=int, default=64, help="pictures decoded together")
+    to_embed("--teacher", default="vit=builtin:vit-s", help="NAME=PATH[@layer] or PATH")
+    to_embed("--part-rows", type=COUNT, default=10_000, help="pictures per file")
+    to_embed("--batch", type=COUNT, default=64, help="pictures decoded together")
     for add in (to_cluster, to_assign, to_sample):
         add("pool", type=Path, help="folder that embed wrote")
     for add in (to_assign, to_sample):
@@ -1038,24 +1009,24 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     for add in (to_embed, to_cluster, to_assign):
         add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="to compute on")
     words = "per level, inputs per cluster in each round: default, none, 20,10,5 or 3x10"
-    to_cluster("--clusters", type=int, nargs="+", required=True, help="per level, finest first")
+    to_cluster("--clusters", type=COUNT, nargs="+", required=True, help="per level, finest first")
     to_cluster("--keep", type=parse_keep, nargs="+", help=words)
-    to_cluster("--fit-rows", type=parse_count, help="fit the finest level on so many rows")
-    to_cluster("--splits", type=int, default=1, help="parts per cluster of a first pass")
-    to_cluster("--iterations", type=int, default=50, help="Lloyd steps at most")
-    to_cluster("--tolerance", type=float, default=5e-4, help="least gain of a step")
+    to_cluster("--fit-rows", type=COUNT, help="fit the finest level on so many rows")
+    to_cluster("--splits", type=COUNT, default=1, help="parts per cluster of a first pass")
+    to_cluster("--iterations", type=COUNT, default=50, help="Lloyd steps at most")
+    to_cluster("--tolerance", type=Number(float, 0, 1), default=5e-4, help="least gain of a step")
     to_cluster("--scores", choices=("float32", "bfloat16"), default="float32", help="of the fits")
-    to_sample("--target", type=int, required=True, help="pictures to draw")
+    to_sample("--target", type=COUNT, required=True, help="pictures to draw")
     to_sample("--strategy", choices=("random", "closest"), default="random", help="in a cluster")
     to_sample("--weights", choices=("equal", "volume"), default="equal", help="of the quotas")
-    to_sample("--multiplier", type=int, default=1, help="copies of a picture at most")
+    to_sample("--multiplier", type=COUNT, default=1, help="copies of a picture at most")
     words = "drop near-duplicates above this cosine, in (0, 1], e.g. 0.95; 1: exact copies alone"
-    to_sample("--dedup", type=parse_cosine, help=words)
+    to_sample("--dedup", type=Number(float, 0, 1, above=True), help=words)
     words = "file of keys or digests, or an index: content never to draw; with --dedup, nor what "
     to_sample("--exclude", type=Path, help=words + "is near it")
     to_sample("--cap", type=parse_cap, nargs="+", default=[], help="SOURCE=COUNT")
     for add in (to_cluster, to_sample):
-        add("--seed", type=int, default=0, help="decides every random choice")
+        add("--seed", type=Number(int, 0, 2**32), default=0, help="decides every random choice")
     return parser.parse_args(argv)
 
 
@@ -1065,7 +1036,7 @@ COMMANDS = (embed, cluster, sample, assign)
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     try:
-        group = setup_distributed(device=getattr(args, "device", "cpu"))
+        group = packing.setup_distributed(device=getattr(args, "device", "cpu"))
         {f.__name__: f for f in COMMANDS}[args.command](args, group)
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"sampling.py {args.command}: {error}")

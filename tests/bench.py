@@ -1,15 +1,17 @@
 """Speed as ratios, each taken in one interleaved run: `python tests/bench.py [row ...]`.
 
-The row `gpu` is bench_gpu.py, on a CUDA device; without a name all others run. A row is a function
-of `ROWS` that yields `Row`s. To add one, write the function and list it.
-One thread and its CPU time (rows of several processes: wall time), medians of interleaved turns; a
-ratio above 1 means that ours is better, unless the row says otherwise. Compare ratios of one run.
+The row `gpu` is bench_gpu.py, on a CUDA device, `soak` takes half an hour; without a name all
+others run. A row is a function of `ROWS` that yields `Row`s. To add one, write the function and
+list it. One thread and its CPU time (rows of several processes: wall time), medians of interleaved
+turns; a ratio above 1 means that ours is better, unless the row says otherwise.
 """
 
 import ctypes
+import hashlib
 import io
 import json
 import math
+import os
 import statistics
 import subprocess
 import sys
@@ -31,7 +33,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from test_train import train_for
+from test_train import soak, train_for
 
 from model import MODELS, Layout, ModelConfig, MoE, Student, attention
 from packing import (
@@ -609,7 +611,7 @@ def two_processes(steps: int = 40, repeats: int = 3) -> Iterator[Row]:
                 launch += ["--nproc-per-node", str(processes), "train.py", *flags, "--out", out]
                 launch += ["--threads", str(2 // processes)]
                 subprocess.run(launch, cwd=ROOT, check=True, capture_output=True)
-                lines = Path(out, "metrics.jsonl").read_text().splitlines()[2:]
+                lines = Path(out, "metrics.jsonl").read_text().splitlines()[1:]
             record.append(statistics.median(json.loads(line)["tokens_per_s"] for line in lines))
     ours, other = (statistics.median(record) for record in speeds.values())
     yield Row("10", "two gloo processes / two threads", ours, other, "tok/s", ours / other, "0.85",
@@ -705,6 +707,137 @@ def kmeans_step() -> Iterator[Row]:
         yield Row("7", what, ours, other, "ms", ours / other, "1.2", "1")
 
 
+def hits() -> Iterator[Row]:
+    """Row `soak`, some half an hour: a run that is hit twenty times ends as if nothing had been."""
+    with tempfile.TemporaryDirectory() as out:
+        met = soak(Path(out), steps=6000, hits=20, latest=40)
+        yield Row(
+            "0", "hits by SIGTERM, SIGINT and kill -9 survived", met, 20, "", met / 20, "1", "1"
+        )
+
+
+PLANNING = """
+import sys, time
+import numpy as np
+import torch
+sys.path.insert(0, sys.argv[1])
+import packing
+
+def kilobytes(what):
+    return int(open("/proc/self/status").read().split(what)[1].split()[1])
+
+class Sizes(packing.Source):
+    name, skipped = "sizes", {}
+    def __init__(self):
+        self.table = np.load(sys.argv[2], mmap_mode="r")
+    def __len__(self):
+        return len(self.table)
+    def sizes(self, indices):
+        order = np.argsort(indices)
+        found = np.empty((len(indices), 2), np.int64)
+        found[order] = self.table[indices[order]]
+        return found
+
+def timed(place=None):
+    stream = packing.Stream("p", 256, budget=2309, packs=8)
+    data = packing.StepData([stream], [(source, 1.0)], 16, 5)
+    start = time.process_time()
+    if place:
+        packing.start_at(data, [place])
+    data.packs_at(place[0] if place else 0)
+    return time.process_time() - start, data.packs[0]
+
+torch.set_num_threads(1)
+before, source = kilobytes("RssAnon"), Sizes()
+first, row = timed()
+windows = row.calendar.windows_in(3)
+resume, _ = timed((10**6, 3, windows // 2))
+seconds = []
+for window in range(1, 4):
+    start = time.process_time()
+    plan = row.window(0, window % windows)
+    seconds.append((time.process_time() - start) / sum(map(len, plan)))
+print(first, resume, 1e6 * min(seconds), (kilobytes("RssAnon") - before) / 1024)
+"""
+
+
+def planning(count: int = 10**8) -> Iterator[Row]:
+    """Rows 12 and 13: the order of very many pictures, whose sizes lie in a file, against that of
+    a hundredth of them; CPU time. The memory is that beside the mapped file."""
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        for n in (count, count // 100):
+            path, rng = Path(folder, f"{n}.npy"), np.random.default_rng(0)
+            sizes = np.lib.format.open_memmap(path, "w+", np.int32, (n, 2))
+            for start in range(0, n, 10**7):
+                part = sizes[start : start + 10**7]
+                part[:] = rng.integers(128, 1024, part.shape, dtype=np.int32)
+            sizes.flush()
+            del sizes
+            run = [sys.executable, "-c", PLANNING, str(ROOT), str(path)]
+            done = subprocess.run(run, capture_output=True, text=True, check=True)
+            found.append(list(map(float, done.stdout.split())))
+            path.unlink()
+    rows = [
+        (12, "first step", "s", "2", ".3"),
+        (12, "resume in epoch 3", "s", "2", ".3"),
+        (13, "planning, a picture", "us", "1.5", ".5"),
+        (12, "memory", "MiB", "500", "200"),
+    ]
+    for (number, what, unit, floor, aim), ours, other in zip(rows, *found, strict=True):
+        what = f"{what}, {count:.0e} pictures / {count // 100:.0e} (smaller is better)"
+        yield Row(number, what, ours, other, unit, ours / other, floor, aim)
+
+
+OPENING = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+import packing
+
+def peak():
+    return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
+
+before, start = peak(), time.perf_counter()
+source = packing.open_source(sys.argv[2])
+opened = time.perf_counter() - start
+print(opened, (peak() - before) / 1024)
+start = time.perf_counter()
+packing.hold_out(source, 1e-4)
+print(time.perf_counter() - start, (peak() - before) / 1024)
+"""
+
+
+def index_lines(count: int) -> Iterator[bytes]:
+    line = '{"source": "s", "key": "%09d", "path": "s/%05d.tar", "offset": %d, "size": 50000, '
+    line += '"digest": "%s", "height": %d, "width": 640, "label": "c%d"}\n'
+    for i in range(count):
+        digest = hashlib.sha256(b"%d" % i).hexdigest()
+        values = i, i // 10**4, i % 10**4 * 65536, digest, 200 + i % 700, i % 1000
+        yield (line % values).encode()
+
+
+def index(count: int = 10**7) -> Iterator[Row]:
+    """Row 14: an index file of many lines, opened for the first time (its table is made and kept),
+    and again."""
+    with tempfile.TemporaryDirectory() as folder:
+        path, hashed = Path(folder, "index.jsonl"), hashlib.sha256()
+        for line in index_lines(count):
+            hashed.update(line)
+        header = {"format": "amoe-index", "version": 1, "count": count}
+        with path.open("wb") as file:
+            file.write(json.dumps(header | {"sha256": hashed.hexdigest()}).encode() + b"\n")
+            file.writelines(index_lines(count))
+        run = [sys.executable, "-c", OPENING, str(ROOT), str(path)]
+        env = os.environ | {"XDG_CACHE_HOME": folder}
+        texts = [subprocess.run(run, capture_output=True, text=True, check=True, env=env).stdout
+                 for _ in range(2)]  # fmt: skip
+    (first, much, *_), (again, little, split, more) = (map(float, text.split()) for text in texts)
+    what = f"opening an index of {count:.0e} lines, again / for the first time"
+    yield Row("14", what, again, first, "s", first / max(again, 1e-3), "3 s", ".5 s")
+    yield Row("14", f"{what}, peak", little, much, "MiB", much / max(little, 1), "400", "100")
+    yield Row("14", "hold_out of it, peak / seconds", more, split, "MiB", more, "", "")
+
+
 def on_gpu() -> Iterator[Row]:
     """What needs a CUDA device; its rows have no number, floor or aim yet."""
     sys.modules["bench"] = sys.modules[__name__]  # bench_gpu takes from this very module
@@ -728,9 +861,12 @@ ROWS: dict[str, Callable[[], Iterator[Row]]] = {
     "loader": loader,
     "megapixels": megapixels,
     "photographs": photographs,
+    "planning": planning,
+    "index": index,
     "overhead": overhead,
     "half": half_precision,
     "processes": two_processes,
+    "soak": hits,
     "gpu": on_gpu,
 }
 
@@ -749,7 +885,7 @@ def main() -> None:
     torch.set_num_threads(1)
     print(machine())
     print(f"{'#':>2} {'what':<66}{'ours':>10}{'other':>10}{'unit':>6}{'ratio':>8}  floor   aim")
-    for name in sys.argv[1:] or (name for name in ROWS if name != "gpu"):
+    for name in sys.argv[1:] or (name for name in ROWS if name not in ("gpu", "soak")):
         for row in ROWS[name]():
             print(
                 f"{row.number:>2} {row.what:<66}{row.ours:10.2f}{row.other:10.2f}{row.unit:>6}"

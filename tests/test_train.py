@@ -2,9 +2,11 @@
 
 import copy
 import dataclasses
+import io
 import json
 import os
 import pickle
+import random
 import re
 import resource
 import shutil
@@ -32,7 +34,7 @@ import losses
 import packing
 import train
 from model import MODELS, Layout, load_student, save_student
-from packing import PackedBatch, Sample, large_enough, to_float
+from packing import PackedBatch, Sample, Source, large_enough, to_float
 from teachers import Backbone, SizeRule, Teacher
 
 ROOT = Path(__file__).parent.parent
@@ -57,7 +59,7 @@ def run(out: Path, *flags: str) -> list[dict]:
 
 
 def rows_of(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()[1:]]
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 def assert_same(one, two) -> None:
@@ -86,13 +88,15 @@ def totals(rows: list[dict]) -> list[str]:
     return [row["loss/total"].hex() for row in rows]
 
 
-def command(out: Path, *flags: str, processes: int = 1, torchrun: tuple = ()) -> subprocess.Popen:
+def command(
+    out: Path, *flags: str, processes: int = 1, torchrun: tuple = (), **how: Any
+) -> subprocess.Popen:
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone",
               "--nproc-per-node", str(processes), *torchrun]  # fmt: skip
     line = [*launch, "train.py", *QUICK, "--out", str(out), *flags]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        line, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        line, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **how
     )
 
 
@@ -139,9 +143,10 @@ def test_flags_change_the_preset():
         (["--teachers", "a=builtin:tiny-dense", "a=builtin:tiny-semantic"], "a"),
         (["--data-weights", "1", "2"], "2"),
         (["--steps", "0"], "steps"),
-        (["--clip", "inf"], "clip=inf"),
         (["--shift", "0.5", "--cache", "auto"], "pass --cache none"),
-        (["--shift", "-1"], "shift=-1.0"),
+        (["--shift", "6", "--cache", "none"], "--shift 6.0 is beyond the 6 patches"),
+        (["--frozen-steps", "7"], "--frozen-steps 7 is beyond --steps 6"),
+        (["--stepz", "7"], "did you mean --steps?"),
         (["--relation", "nonsense"], "nonsense"),
         (["--resume", "/no/such/checkpoint"], "/no/such/checkpoint"),
     ],
@@ -152,6 +157,42 @@ def test_wrong_flags_are_one_clear_line(flags, names, tmp_path, capsys):
     text = str(stop.value.code) if isinstance(stop.value.code, str) else capsys.readouterr().err
     assert stop.value.code != 0
     assert names in text
+
+
+RANGES = {  # outside of them: one clear line that names the flag
+    "steps": (0, -1, 1.5), "seed": (-1,), "save_every": (0,), "keep": (0,), "keep_every": (-1,),
+    "log_every": (0,), "evaluate_every": (-1,), "workers": (-1,), "threads": (-1,),
+    "pg_timeout": (0, -1, "nan"), "max_bad_frac": (-0.1, 2), "held_out": (-0.1, 1),
+    "max_images": (0,), "global_tokens": (-512,), "micro_packs": (-1,), "shift": (-1, "inf"),
+    "relation_weight": (-1, "nan"), "stats_steps": (0,), "frozen_steps": (-1,),
+    "lr": (0, -1, "nan"), "trunk_lr": (-1, "nan"), "min_lr": (-1, 5), "warmup": (-5,),
+    "weight_decay": (-1,), "beta2": (-0.1, 1.0), "clip": (-1, "nan", "inf"), "ema": (-0.1, 1),
+    "router_rate": (-1, "nan"), "head_hidden": (-3,), "data_weights": (0, -1, "nan", "inf"),
+}  # fmt: skip
+
+
+def test_every_number_has_a_range_for_flags_and_for_python(capsys):
+    numbers = {f.name for f in dataclasses.fields(DEBUG)
+               if type(getattr(DEBUG, f.name)) in (int, float)} | {"data_weights"}  # fmt: skip
+    assert numbers == RANGES.keys()
+    for name, values in RANGES.items():
+        for value in values:
+            given = (float(value),) if name == "data_weights" else float(value)
+            given = value if isinstance(value, int) and name != "data_weights" else given
+            with pytest.raises(ValueError, match=f"^{train.flag(name)} .*must be"):
+                dataclasses.replace(DEBUG, **{name: given})
+            with pytest.raises(SystemExit):
+                train.parse_args([*QUICK, f"{train.flag(name)}={value}"])
+            line = capsys.readouterr().err
+            assert train.flag(name) in line and str(value) in line and line.count("\n") == 1
+    with pytest.raises(ValueError, match="--average"):
+        dataclasses.replace(DEBUG, average="images")
+
+
+def test_clip_0_is_off():
+    gradients = [gradients_of(train_for(dataclasses.replace(DEBUG, clip=clip, stats_steps=1), 1))
+                 for clip in (0.0, 1e9)]  # fmt: skip
+    assert_same(*gradients)
 
 
 @pytest.mark.parametrize("content", [None, "notes.txt"])
@@ -177,8 +218,8 @@ def test_a_report_without_pictures_is_refused(tmp_path):
 @pytest.mark.full_report
 def test_a_run_leaves_what_the_readme_says(tmp_path, capsys):
     run(tmp_path)
-    header = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
-    assert header["config"]["preset"] == "debug"
+    about = json.loads((tmp_path / "config.json").read_text())
+    assert about["config"]["preset"] == "debug" and about["version"] and about["left over"]
     row = rows_of(tmp_path)[-1]
     names = {"step", "loss/total", "loss/dense/patches", "loss/semantic/summary", "lr", "grad_norm"}
     assert names | {"loss/dense/relation", "tokens_per_s", "moe/max_load"} <= set(row)
@@ -186,6 +227,10 @@ def test_a_run_leaves_what_the_readme_says(tmp_path, capsys):
         assert Image.open(tmp_path / name).size[0] > 100
     assert json.loads((tmp_path / "summary.json").read_text())["steps"] == 6
     assert sorted(p.name for p in tmp_path.glob("step_*")) == [f"step_{n:06d}" for n in (2, 4, 6)]
+    newest = tmp_path / "step_000006" / "model.pt"
+    assert (tmp_path / "model.pt").read_bytes() == newest.read_bytes()
+    printed = capsys.readouterr()
+    assert str(tmp_path / "model.pt") in printed.out and "32 pictures of a kind" in printed.err
     train.main([*QUICK, "--out", str(tmp_path)])
     assert "finished" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="steps"):
@@ -354,7 +399,12 @@ class Run:
     stages: list = field(default_factory=list)
     weights: list[dict] = field(default_factory=list)  # of the student, before and after each step
     reports: list[train.StepReport] = field(default_factory=list)
-    stop = SimpleNamespace(poll=lambda: 0)
+
+    out = Path("no such folder")
+
+    @property
+    def origin(self) -> train.TrainConfig:
+        return self.cfg
 
     def go(self) -> "Run":
         HERE.run = self
@@ -470,21 +520,11 @@ def test_wrong_batches_are_refused_with_both_numbers():
         dataclasses.replace(cfg, global_tokens=1_000_000)
     twice = dataclasses.replace(cfg, global_tokens=2 * 1_625_536)
     assert train.times(twice, twice.stages[0]) == 2
-    radio = train.PRESETS["radio-stage3"].stages[0]
-    for images, times in ((16 * 64 + 2 * 64, 1), (3 * (16 * 64 + 2 * 64), 3)):
-        by_images = dataclasses.replace(train.PRESETS["radio-stage3"], global_images=images)
-        assert train.times(by_images, radio, 16, 8) == times
-    with pytest.raises(ValueError, match="global_images=1000 is not a multiple of the 1152 images"):
-        train.times(dataclasses.replace(by_images, global_images=1000), radio, 16, 8)
-    with pytest.raises(ValueError, match="stream low hold pictures of many sizes"):
-        train.times(dataclasses.replace(cfg, global_images=1024), cfg.stages[0])
-    with pytest.raises(ValueError, match="pass one of them"):
-        dataclasses.replace(twice, global_images=1024)
     with pytest.raises(ValueError, match="report is scored on openmoji:test"):
         train.open_sources(dataclasses.replace(cfg, data=("openmoji:all",)))
     with pytest.raises(ValueError, match="SOURCE number 1, but --data has 1"):
         dataclasses.replace(train.PRESETS["amoe-stage2"], data=("photos",))
-    with pytest.raises(ValueError, match="micro_packs=3"):
+    with pytest.raises(ValueError, match=r"--micro-packs 3 [*] 1 processes"):
         train_for(dataclasses.replace(DEBUG, micro_packs=3))
 
 
@@ -788,9 +828,12 @@ def test_adaloss_brings_all_parts_near_one():
     assert report.total == pytest.approx(sum(parts.values()))  # the step's own weights, still 1
     for name, value in parts.items():
         assert train.part_weight(run.state, name) * value == pytest.approx(1, rel=1e-6)
-    assert train_for(cfg, 2).reports[1].total == pytest.approx(len(parts), rel=0.2)
+    first, second = train_for(cfg, 2).reports
+    ratios = [second.losses[name] / value for name, value in first.losses.items()]
+    assert second.total == pytest.approx(sum(ratios))  # each is weighed by what it was
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{"summary_loss": "angle"}, {"summary_loss": "cosine"},
                                      {"patch_loss": "am-radio", "normalizer": "none"},
                                      {"precision": "bf16"}, {"recompute": True},
@@ -850,6 +893,21 @@ def test_lamb_is_its_algorithm():
         torch.testing.assert_close(x.detach().double(), y, rtol=1e-5, atol=1e-6)
 
 
+def test_a_checkpoint_says_in_which_window_its_data_are(tmp_path, monkeypatch):
+    monkeypatch.setattr(packing, "WINDOW", 25)
+    monkeypatch.setattr(packing, "STEPS", 1)
+    run(tmp_path, "--steps", "6", "--save-every", "4", "--data", "openmoji:train:60")
+    places = [train.read_state(folder)["place"] for folder in train.checkpoints(tmp_path)]
+    assert len(places) == 2 and not places[1]  # the stage has ended
+    ((first, epoch, window),) = places[0]
+    assert 0 < first <= 4 and (epoch, window) != (0, 0)
+    shutil.rmtree(train.checkpoints(tmp_path)[-1])
+    started, real = [], packing.start_at
+    monkeypatch.setattr(packing, "start_at", lambda *a: started.append(a[1]) or real(*a))
+    run(tmp_path, "--steps", "6", "--save-every", "4", "--data", "openmoji:train:60")
+    assert started == [places[0]]
+
+
 def test_the_running_mean_is_what_is_saved(tmp_path):
     """A mean that starts at the untrained weights must soon forget them, or it is what is saved."""
     flags = ("--steps", "3", "--save-every", "1", "--lr", "0.1", "--warmup", "1")
@@ -880,6 +938,23 @@ def test_a_slow_running_mean_forgets_the_untrained_weights():
             expected[name] = (1 - rate) * expected[name] + rate * weights[name].double()
     for name, mean in run.state.average.items():
         torch.testing.assert_close(mean.double(), expected[name], rtol=1e-5, atol=1e-7)
+
+
+def test_a_report_looks_no_closer_than_the_run(tmp_path):
+    """Pictures of a megapixel: at most 96^2 px for the student, none enlarged, and so few."""
+    Image.new("RGB", (1200, 900)).save(tmp_path / "large.jpg")
+    Image.new("RGB", (40, 30)).save(tmp_path / "small.jpg")
+    source = packing.open_source(str(tmp_path))
+    for side, teachers in ((96, load_teachers(DEBUG)), (224, [SimpleNamespace(
+            size_for=SizeRule("fixed", 16, 224))])):  # fmt: skip
+        job = SimpleNamespace(cfg=DEBUG, sources=[source], held_out=None, teachers=teachers)
+        large, small = (train.views(job, 9)[1].load(i).image.shape[:2] for i in (0, 1))
+        assert large == pytest.approx((side * 0.75**0.5, side / 0.75**0.5), abs=0.5)
+        assert small == (30, 40)
+    (features,) = train.capped(DEBUG, train.Student(MODELS["test"])).encode(
+        [torch.rand(3, 300, 400)]
+    )
+    assert features.patches["trunk"].shape[:2] == (5, 6)  # 36 at most, as of 96^2 px
 
 
 def test_kept_checkpoints(tmp_path):
@@ -1175,7 +1250,7 @@ def test_a_stream_draws_from_its_sources_in_packs_of_so_many_pictures(tmp_path):
 
 
 def test_pictures_of_the_side_itself_are_large_enough():
-    class Listed:
+    class Listed(Source):
         name, skipped = "listed", {}
 
         def __len__(self):
@@ -1184,7 +1259,7 @@ def test_pictures_of_the_side_itself_are_large_enough():
         def size(self, i):
             return [(48, 48), (47, 48), (96, 24)][i]
 
-    assert large_enough(Listed(), 48).indices == [0, 2]
+    assert large_enough(Listed(), 48).indices.tolist() == [0, 2]
 
 
 def test_how_many_pictures_are_held_out(tmp_path):
@@ -1360,6 +1435,106 @@ def test_a_cls_token_follows_its_teacher(tmp_path, monkeypatch):
         torch.testing.assert_close(student(batch).summary[name], summary)
 
 
+OTHERS = {
+    "2 -> 3": (
+        "semantic=builtin:tiny-semantic",
+        "dense=builtin:tiny-dense",
+        "new=builtin:tiny-dense",
+    ),
+    "2 -> 1": ("semantic=builtin:tiny-semantic",),
+    "1 of 2 new": ("new=builtin:tiny-dense", "semantic=builtin:tiny-semantic"),
+}
+
+
+@pytest.mark.parametrize("form", ["radio", "radio without registers", "amoe"])
+@pytest.mark.parametrize("others", OTHERS)
+def test_other_teachers_go_on_from_the_same_network(others, form, tmp_path, monkeypatch):
+    """Who stays, by name, answers bit for bit as before, wherever it stands now."""
+    config = train.MODELS["test"] if form == "amoe" else TINY_RADIO
+    config = dataclasses.replace(config, registers=0) if "without" in form else config
+    monkeypatch.setitem(train.MODELS, "tiny", config)
+    cfg = dataclasses.replace(DEBUG, model="tiny", head_hidden=24)
+    given, _ = train.build_student(cfg, load_teachers(cfg))
+    for parameter in given.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    save_student(given, tmp_path / "s.pt")
+    cfg = dataclasses.replace(cfg, model="init", init=f"x={tmp_path / 's.pt'}", seed=5,
+                              head_hidden=32, teachers=OTHERS[others])  # fmt: skip
+    student, kept = train.build_student(cfg, load_teachers(cfg))
+    assert kept == {"dense", "semantic"} & {head.name for head in student.config.heads}
+    batch = PackedBatch.from_images([torch.rand(3, 48, 64), torch.rand(3, 16, 96)], patch=16)
+    with torch.no_grad():
+        before, after = given(batch), student(batch)
+    assert torch.equal(before.trunk_MD, after.trunk_MD)
+    for name in kept:
+        assert torch.equal(before.summary[name], after.summary[name])
+        assert torch.equal(before.patches[name], after.patches[name])
+    tokens = {head.name: head.token for head in student.config.heads}
+    if form == "radio":  # nobody shares: a free CLS token or a register for the new one
+        assert len(set(tokens.values())) == len(tokens)
+
+
+@pytest.mark.parametrize("name", ["radio_b.pth.tar", "siglino_moe.pt"])
+def test_a_release_goes_on_with_another_teacher(name):
+    """Its head, split and biased so that PHI-S folds into it, answers the same."""
+    path = Path(__file__).parent / "golden" / name
+    given = load_student(path)
+    stays = next(head for head in given.config.heads if head.summary_dim and not head.pool)
+    rule = SizeRule("area", 16, 64)
+
+    def read(_, pixels):
+        zeros = torch.zeros(len(pixels), 4, 4, stays.dim)
+        return zeros[:, 0, 0, :1].expand(-1, stays.summary_dim), zeros, None
+
+    backbone = Backbone(torch.nn.Identity(), read, rule)
+    others = [Teacher(stays.name, backbone), *load_teachers(DEBUG)]
+    cfg = dataclasses.replace(DEBUG, model="init", init=f"x={path}")
+    student, kept = train.build_student(cfg, others)
+    assert kept == {stays.name}
+    batch = PackedBatch.from_images([torch.rand(3, 48, 64)], patch=16)
+    with torch.no_grad():
+        before, after = given(batch), student(batch)
+    assert torch.equal(before.patches[stays.name], after.patches[stays.name])
+    assert torch.equal(before.summary[stays.name], after.summary[stays.name])
+    assert set(after.summary) == {stays.name, "dense", "semantic"}
+
+
+@pytest.mark.slow
+def test_a_student_goes_through_transformers_and_on_with_one_teacher_more(tmp_path):
+    """The demo student in RADIO form: a folder, AutoModel, back, and trained further."""
+    transformers = pytest.importorskip("transformers")
+    flags = ["--preset", "warm", "--teachers", *DEBUG.teachers, "--cache", "none"]
+    flags += ["--steps", "2", "--frozen-steps", "1"]
+    run(tmp_path / "warm", *flags)
+    student = load_student(tmp_path / "warm")  # the folder of a run
+    assert student.config.final_norm and student.config.cls_tokens == 2
+    train.model.save_transformers(student, tmp_path / "hf")
+    network = transformers.AutoModel.from_pretrained(tmp_path / "hf").eval()
+    picture, patch = torch.rand(3, 70, 98), student.config.patch
+    again, (features,) = load_student(tmp_path / "hf"), student.encode([picture])
+    with torch.no_grad():
+        out = network(picture[None])
+    scale = out.features.abs().max()
+    error = (features.patches["trunk"].flatten(0, 1) - out.features[0]).abs().max()
+    assert (
+        features.patches["trunk"].shape[:2] == (70 // patch, 98 // patch) and error < 1e-5 * scale
+    )
+    assert again.config.heads == student.config.heads
+    for name, x in student.state_dict().items():
+        if name.startswith(("heads", "prefix")):
+            assert torch.equal(again.state_dict()[name], x)
+    flags += ["--init", f"x={tmp_path / 'hf'}"]
+    cfg = train.parse_args([*QUICK, *flags, "--out", str(tmp_path / "more")])
+    cfg = dataclasses.replace(cfg, teachers=(*cfg.teachers, "new=builtin:tiny-dense"))
+    more, kept = train.build_student(cfg, load_teachers(cfg))
+    assert kept == {head.name for head in student.config.heads}
+    for name in kept:
+        for part in ("summary", "patches"):
+            one, two = (getattr(x.encode([picture])[0], part)[name] for x in (again, more))
+            assert torch.equal(one, two)
+    assert train_for(cfg, 2).reports[-1].losses["new/patches"] > 0
+
+
 def test_our_checkpoint_goes_on_in_another_run(reference):
     """Its folded heads are unfolded into the new statistics, so step 0 answers as before."""
     init = f"x={reference / 'step_000006' / 'model.pt'}"
@@ -1378,7 +1553,7 @@ def test_our_checkpoint_goes_on_in_another_run(reference):
 
 def test_an_init_that_does_not_fit_is_refused(tmp_path, reference):
     init = f"x={reference / 'step_000006' / 'model.pt'}"
-    with pytest.raises(SystemExit, match="prefix_RD"):
+    with pytest.raises(SystemExit, match=r"--init: .*choose the --model"):
         run(tmp_path, "--init", init, "--model", "nano")
     with pytest.raises(SystemExit, match="no/such"):
         run(tmp_path, "--init", "x=/no/such/file")
@@ -1549,12 +1724,24 @@ def test_a_stop_at_the_end_of_an_epoch_changes_no_bit(tmp_path, monkeypatch):
     assert totals(run(tmp_path / "cut", *flags)) == expected
 
 
-def test_a_new_run_in_a_used_folder_sets_the_old_checkpoints_aside(tmp_path, reference):
-    run(tmp_path, "--steps", "8", "--seed", "1")
-    assert totals(run(tmp_path, "--resume", "none")) == totals(rows_of(reference))
-    assert [path.name for path in train.checkpoints(tmp_path)] == [
+def tree(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_new_run_in_a_used_folder_moves_the_old_one_aside(tmp_path, reference, capsys):
+    out = tmp_path / "out"
+    olds = []
+    for seed in ("1", "2"):
+        run(out, "--resume", "none", "--steps", "2", "--seed", seed)
+        (out / "summary.json").write_text("{}")
+        olds.append(tree(out))
+    assert totals(run(out, "--resume", "none")) == totals(rows_of(reference))
+    assert [path.name for path in train.checkpoints(out)] == [
         "step_000002", "step_000004", "step_000006"]  # fmt: skip
-    assert (tmp_path / "old_step_000008").is_dir()
+    assert [tree(tmp_path / "out.1"), tree(tmp_path / "out.2")] == olds
+    assert f"{out} is now in {tmp_path / 'out.2'}" in capsys.readouterr().err
+    assert not (out / "summary.json").exists() and not (out / "lock").exists()
 
 
 def test_checkpoints_are_in_the_order_of_their_steps(tmp_path):
@@ -1566,9 +1753,9 @@ def test_checkpoints_are_in_the_order_of_their_steps(tmp_path):
 def test_a_restart_by_the_launcher_goes_on_whatever_resume_says(tmp_path, monkeypatch):
     run(tmp_path, "--steps", "2")
     cfg = train.parse_args([*QUICK, "--out", str(tmp_path), "--resume", "none"])
-    assert train.newest_checkpoint(cfg) is None
+    assert train.find_start(cfg, {}) is None
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert train.newest_checkpoint(cfg) == tmp_path / "step_000002"
+    assert train.find_start(cfg, {}) == tmp_path / "step_000002"
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "no manifest", "other student"])
@@ -1603,7 +1790,10 @@ def test_a_pickle_payload_is_refused(tmp_path, reference):
     for name in ("model.pt", "state.pt"):
         torch.save(Evil(), folder / name, pickle_module=pickle)
     manifest = {n: train.sha256_of(folder / n) for n in ("model.pt", "state.pt")}
-    (folder / "manifest.json").write_text(json.dumps({"version": 1, "sha256": manifest}))
+    cfg = train.parse_args(QUICK)
+    identity = train.identity_of(cfg, train.open_sources(cfg)[0], load_teachers(cfg))
+    manifest = {"version": 2, "sha256": manifest, "identity": identity}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(SystemExit, match=re.escape("state.pt")):
         run(tmp_path, "--resume", str(folder))
     assert not (tmp_path / "PWNED").exists()
@@ -1617,29 +1807,29 @@ def test_another_run_is_refused_with_the_difference(tmp_path, reference, monkeyp
             run(tmp_path)
     with pytest.raises(SystemExit, match="lr"):
         run(tmp_path, "--lr", "1e-4")
-    with pytest.raises(SystemExit, match="data"):
+    with pytest.raises(SystemExit, match=r"sources: .'24 pictures.*'25 pictures"):
         run(tmp_path, "--data", "openmoji:train:25")
     assert totals(run(tmp_path)) == totals(rows_of(reference))
     assert_same_end(tmp_path, reference)
 
 
 # Fields that decide how a run goes, not what it computes (but for rounding).
-CONTROLS = {"out", "resume", "save_every", "keep", "keep_every", "log_every", "evaluate_every",
+CONTROLS = {"preset", "data", "teachers", "init", "cache",  # by their content, see below
+            "out", "resume", "save_every", "keep", "keep_every", "log_every", "evaluate_every",
             "workers", "threads", "pg_timeout", "max_bad_frac", "micro_packs", "parallel",
             "device", "deterministic", "recompute", "compile"}  # fmt: skip
 
 
 def test_every_field_but_the_controls_is_in_a_runs_identity():
-    cfg = dataclasses.replace(DEBUG, data_weights=(2.0,), init="x=y", model="test")
+    cfg = dataclasses.replace(DEBUG, data_weights=(2.0,), model="test")
     identity = cfg.identity()
     assert identity.keys() == {item.name for item in dataclasses.fields(cfg)} - CONTROLS
     assert json.loads(json.dumps(identity)) == identity
     assert identity["stages"][0]["streams"][0]["max_side"] == 96
     for name, value in identity.items():
-        if name not in ("stages", "data", "data_weights", "teachers"):
+        if name not in ("stages", "data_weights"):
             assert value == getattr(cfg, name)
-    assert (identity["data"], identity["data_weights"]) == (["openmoji:train:96"], [2.0])
-    assert identity["teachers"] == list(cfg.teachers)
+    assert identity["data_weights"] == [2.0]
 
 
 def stopped_run(out: Path, monkeypatch, *flags: str) -> None:
@@ -1683,7 +1873,7 @@ def test_changed_pictures_or_teachers_are_refused_on_resume(tmp_path, reference,
     flags = ("--data", str(pictures), "--teachers", f"a={teacher}", "--held-out", "0")
     stopped_run(tmp_path / "out", monkeypatch, *flags)
     shutil.copy(reference / "step_000006" / "model.pt", teacher)
-    with pytest.raises(SystemExit, match=r"another run\. fingerprints: "):
+    with pytest.raises(SystemExit, match=r"another run\. teachers: "):
         run(tmp_path / "out", *flags)
     shutil.copy(reference / "step_000002" / "model.pt", teacher)
     Image.new("RGB", (64, 48)).save(pictures / "023.jpg")
@@ -1691,20 +1881,189 @@ def test_changed_pictures_or_teachers_are_refused_on_resume(tmp_path, reference,
         run(tmp_path / "out", *flags)
 
 
-def test_a_finished_run_says_so_and_another_is_refused(tmp_path, reference, monkeypatch, capsys):
-    out = shutil.copytree(reference, tmp_path / "out")
-    cfg = train.parse_args([*QUICK, "--out", str(out)])
-    summary = {"steps": 6, "config": cfg.identity(), "report": {"left out": {"knn": "no labels"}}}
-    (out / "summary.json").write_text(json.dumps(summary))
+def test_a_finished_run_says_so_and_another_is_refused(tmp_path, monkeypatch, capsys):
+    """Also where the pictures have changed since, or more steps are asked for."""
+    out, pictures = tmp_path / "out", tmp_path / "pictures"
+    make_pictures(pictures, good=24, bad=0)
+    flags = ("--data", str(pictures), "--held-out", "0")
+    run(out, *flags)
+    identity = json.loads((out / "config.json").read_text())["identity"]
+    report = {"left out": {"knn": "no labels"}}
+    (out / "summary.json").write_text(
+        json.dumps({"steps": 6, "identity": identity, "report": report})
+    )
+    kept = tree(out)
     with monkeypatch.context() as patch:
-        patch.setattr(train, "start_process", lambda _: pytest.fail("a finished run was opened"))
-        train.main([*QUICK, "--out", str(out)])
+        patch.setattr(train, "train", lambda *_: pytest.fail("a finished run was opened"))
+        run(out, *flags)
         text = capsys.readouterr().out
         assert "is finished (6 steps)" in text and "no labels" in text
         with pytest.raises(SystemExit, match="seed: 0 in the checkpoint, 1 now"):
-            train.main([*QUICK, "--out", str(out), "--seed", "1"])
-    run(out, "--resume", "none", "--steps", "2")  # the old report is not that of the new run
-    assert not (out / "summary.json").exists()
+            run(out, *flags, "--seed", "1")
+        with pytest.raises(SystemExit, match=r"steps: 6 .*, 8 now.*--init NAME=.*model\.pt"):
+            run(out, *flags, "--steps", "8")
+        Image.new("RGB", (64, 48)).save(pictures / "023.jpg")
+        with pytest.raises(SystemExit, match=r"another run\. sources: "):
+            run(out, *flags)
+    assert tree(out) == kept
+
+
+@pytest.mark.parametrize(
+    "flags",
+    ["--teachers a=/no/such.pt", "--lr 1", "--data /no/such", "--init x=/no/such.pt",
+     "--resume none --init x=/no/such.pt"],
+)  # fmt: skip
+def test_a_refused_command_writes_nothing(flags, tmp_path, stopped):
+    out = shutil.copytree(stopped, tmp_path / "a" / "out")
+    kept = tree(out)
+    for folder in (out, tmp_path / "b" / "new"):
+        if folder == out or flags != "--lr 1":
+            with pytest.raises(SystemExit) as stop:
+                run(folder, *flags.split())
+            assert "train.py: " in str(stop.value.code)
+    assert tree(out) == kept and [p.name for p in (tmp_path / "a").iterdir()] == ["out"]
+    assert not (tmp_path / "b" / "new").exists()
+
+
+@pytest.mark.slow
+def test_one_run_at_a_time_in_a_folder(tmp_path, monkeypatch):
+    """The lock dies with its process, and says whose it is."""
+    out = tmp_path / "out"
+    code = f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); import train; from pathlib import"
+    code += f" Path; train.own(Path({str(out)!r})); print('owned', flush=True); time.sleep(99)"
+    other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    other.stdout.readline()
+    before = tree(out)
+    monkeypatch.setattr(train.time, "sleep", lambda _: None)
+    with pytest.raises(SystemExit) as stop:
+        run(out)
+    found = re.search(r"in use by process (\d+) on (\S+) since (\d{4}-\S+ \S+); ", stop.value.code)
+    assert int(found[1]) == other.pid and found[2] == train.platform.node()
+    assert abs(time.mktime(time.strptime(found[3], "%Y-%m-%d %H:%M:%S")) - time.time()) < 60
+    assert tree(out) == before
+    other.kill()
+    other.wait()
+    monkeypatch.undo()
+    train.own(out)
+    train.disown(out)
+    assert not out.exists()
+
+
+def test_damaged_checkpoints_only_stop_the_run_with_the_way_out(tmp_path, stopped):
+    out = shutil.copytree(stopped, tmp_path / "out")
+    (out / "step_000002" / "state.pt").write_bytes(b"x")
+    kept = tree(out)
+    with pytest.raises(SystemExit, match=r"no checkpoint in .* is whole: .*SHA-256.*--resume none"):
+        run(out)
+    assert tree(out) == kept
+
+
+def test_another_spelling_and_another_place_are_the_same_run(tmp_path, reference, monkeypatch):
+    """Pictures, the weights it started from, and a teacher are known by their content."""
+    place = tmp_path / "here"
+    make_pictures(place / "pics", good=24, bad=0)
+    for name, step in (("init.pt", 2), ("teacher.pt", 4)):
+        shutil.copy(reference / f"step_00000{step}" / "model.pt", place / name)
+
+    def flags(root: str, cache: str) -> list[str]:
+        return ["--data", f"{root}/pics", "--init", f"x={root}/init.pt", "--held-out", "0",
+                "--teachers", f"a={root}/teacher.pt", "--cache", str(tmp_path / cache)]  # fmt: skip
+
+    expected = totals(run(tmp_path / "whole", *flags(str(place), "cache")))
+    monkeypatch.chdir(tmp_path)
+    stopped_run(tmp_path / "out", monkeypatch, *flags("here", "cache"))
+    with monkeypatch.context() as patch:
+        interrupt_before(5, patch)
+        with pytest.raises(Interrupted):
+            run(tmp_path / "out", *flags("./here/", "cache"))
+    shutil.copy(reference / "step_000006" / "model.pt", place / "init.pt")
+    with pytest.raises(SystemExit, match=r"another run\. init: "):
+        run(tmp_path / "out", *flags("here", "cache"))
+    (place / "init.pt").unlink()  # the checkpoint has all weights
+    shutil.move("here", "there")
+    shutil.move("cache", "moved")
+    assert totals(run(tmp_path / "out", *flags("there", "moved"))) == expected
+
+
+def test_resume_from_a_folder_goes_on_in_its_own(tmp_path, stopped, reference, monkeypatch):
+    flags, out = ("--resume", str(stopped / "step_000002")), tmp_path / "out"
+    before = tree(stopped)
+    with monkeypatch.context() as patch:
+        interrupt_before(6, patch)
+        with pytest.raises(Interrupted):
+            run(out, *flags)
+    with monkeypatch.context() as patch:
+        seen = watch_steps(patch)
+        assert totals(run(out, *flags)) == totals(rows_of(reference))
+    assert [step for step, _, _ in seen] == [5, 6] and tree(stopped) == before
+    # back in the same folder: the run so far moves aside
+    kept = tree(out)
+    assert totals(run(out, "--resume", str(out / "step_000004"))) == totals(rows_of(reference))
+    assert tree(tmp_path / "out.1") == kept
+    assert [path.name for path in train.checkpoints(out)] == ["step_000006"]
+
+
+@pytest.mark.parametrize("damage", ["torn", "nul", "bad line", "utf8", "empty", "gone"])
+def test_a_damaged_log_loses_the_damaged_lines_alone(damage, tmp_path, stopped):
+    out = shutil.copytree(stopped, tmp_path / "out")
+    path = out / "metrics.jsonl"
+    first, second = path.read_bytes().splitlines(keepends=True)
+    text = {"torn": first + second[:-40], "nul": first + b"\0" * 300, "empty": b"",
+            "bad line": first + b"{'a\n", "utf8": first + second.replace(b"lr", b"\xff\xfe"),
+            }.get(damage)  # fmt: skip
+    path.unlink() if text is None else path.write_bytes(text)
+    kept = {"empty": [], "gone": []}.get(damage, [1])
+    assert [row["step"] for row in run(out)] == [*kept, 3, 4, 5, 6]
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, monkeypatch):
+    whole = train.update_average
+
+    def broken(state: train.State, step: int) -> None:
+        whole(state, step)
+        if step == 4:
+            next(iter(state.student.parameters())).data[0] = float("nan")
+
+    monkeypatch.setattr(train, "update_average", broken)
+    with pytest.raises(SystemExit, match=r"step 4: not finite: prefix_RD.*step_000002/model\.pt"):
+        run(tmp_path)
+    assert [path.name for path in train.checkpoints(tmp_path)] == ["step_000002"]
+
+
+def test_small_troubles_do_not_end_a_run(tmp_path, reference, monkeypatch, capsys):
+    """An old checkpoint that stays, a disk without room for a line of the log, no hard links."""
+
+    def refuse(*_: Any, ignore_errors: bool = False) -> None:
+        if not ignore_errors:
+            raise OSError("no")
+
+    real = Path.open
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    monkeypatch.setattr(os, "link", refuse)
+    monkeypatch.setattr(Path, "open", lambda self, mode="r", **how: (
+        refuse() if mode == "ab" else real(self, mode, **how)))  # fmt: skip
+    train.main([*QUICK, "--out", str(tmp_path), "--keep", "1"])
+    monkeypatch.undo()
+    text = capsys.readouterr().err
+    assert "an old checkpoint: no; the run goes on" in text
+    assert "metrics.jsonl: no; the run goes on" in text
+    assert_same_end(tmp_path, reference)
+    newest = train.checkpoints(tmp_path)[-1] / "model.pt"
+    assert (tmp_path / "model.pt").read_bytes() == newest.read_bytes()
+
+
+def test_a_full_disk_leaves_no_half_line(tmp_path, monkeypatch, capsys):
+    class Small(io.FileIO):
+        def write(self, data: bytes) -> int:
+            return super().write(data[: min(len(data), 30)])
+
+    job = SimpleNamespace(group=CPU, out=tmp_path)
+    train.write_metrics(job, {"step": 1})
+    monkeypatch.setattr(Path, "open", lambda self, *_, **__: Small(self, "a"))
+    train.write_metrics(job, {"step": 2, "loss/total": 1.0, "lr": 0.1})
+    monkeypatch.undo()
+    assert rows_of(tmp_path) == [{"step": 1}]
+    assert "no room for a line at step 2" in capsys.readouterr().err
 
 
 def test_the_log_is_cut_back_to_the_checkpoint(tmp_path, monkeypatch):
@@ -1805,15 +2164,31 @@ def test_a_checkpoint_is_flushed_before_it_appears(tmp_path, monkeypatch):
 
 
 def test_a_run_whose_launcher_is_gone_stops(monkeypatch):
-    stop = train.StopSignal()
-    stop.release()
-    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
-    monkeypatch.setattr(train, "LAUNCHER", -1)  # no parent of ours
-    assert stop.poll() == 0
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
-    assert stop.poll() == signal.SIGTERM
-    monkeypatch.setattr(train, "LAUNCHER", os.getppid())
-    assert stop.poll() == 0
+    monkeypatch.setattr(train, "LAUNCHER", -1)  # no parent of ours
+    stop = train.StopSignal()
+    stop.is_awaited = True
+    monkeypatch.setattr(stop, "take", lambda number, _: setattr(stop, "number", number))
+    with stop:
+        end = time.monotonic() + 5
+        while not stop.number and time.monotonic() < end:
+            time.sleep(0.01)
+    assert stop.number == signal.SIGTERM
+
+
+@pytest.mark.parametrize("number", packing.STOPPING)
+def test_a_signal_ends_a_run_that_has_nothing_to_save_and_waits_for_a_step(number, capsys):
+    stop, before = train.StopSignal(), signal.getsignal(number)
+    with pytest.raises(SystemExit) as left, stop:
+        os.kill(os.getpid(), number)
+        time.sleep(1)
+    assert left.value.code == 128 + number
+    assert capsys.readouterr().err.count("told to stop") == 1
+    with stop:
+        stop.is_awaited = True
+        os.kill(os.getpid(), number)
+        assert stop.number == number
+    assert signal.getsignal(number) == before
 
 
 def test_too_many_bad_pictures_stop_the_run(tmp_path):
@@ -1855,20 +2230,120 @@ def test_two_processes_equal_one(relation, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_once_and_the_run_goes_on(number, tmp_path):
-    flags = ("--steps", "4000", "--save-every", "4000")
+@pytest.mark.parametrize("number", packing.STOPPING)
+@pytest.mark.parametrize("launch", ["python", "torchrun"])
+def test_a_signal_saves_once_and_the_run_goes_on(launch, number, tmp_path):
+    """Sent to the whole group, with workers: they must not die before the step is saved."""
+    flags = ("--steps", "4000", "--save-every", "4000", "--workers", "2")
     line = [sys.executable, "train.py", *QUICK, "--out", str(tmp_path), *flags]
-    process = subprocess.Popen(
-        line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    if launch == "torchrun":
+        line[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1"]
+    process = subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                               text=True, start_new_session=True)  # fmt: skip
     wait_for_step(tmp_path, 5)
-    process.send_signal(number)
+    began = time.monotonic()
+    os.killpg(process.pid, number)
     code, text = finished(process)
-    assert code == train.EXIT_SIGNALLED + number, text
+    assert time.monotonic() - began < 20, "torchrun kills what does not leave"
+    assert code == (1 if launch == "torchrun" else train.EXIT_SIGNALLED + number), text
+    assert text.count("told to stop") == 1
+    assert launch == "torchrun" or "Traceback" not in text
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)  # no worker is left
     assert len(train.checkpoints(tmp_path)) == 1
     step = train.read_state(train.checkpoints(tmp_path)[0])["step"]
     assert rows_of(tmp_path)[-1]["step"] == step
+
+
+@pytest.mark.slow
+def test_a_signal_before_the_first_step_is_one_line(tmp_path):
+    make_pictures(tmp_path / "pictures", good=24, bad=0)
+    line = [sys.executable, "train.py", *QUICK, "--out", str(tmp_path / "out"), "--stats-steps",
+            "99999", "--data", "openmoji:train:2000"]  # fmt: skip
+    process = subprocess.Popen(
+        line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    while not (tmp_path / "out" / "lock").exists():
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    code, text = finished(process)
+    lines = [x for x in text.splitlines() if "step," not in x]  # no lines of the bar
+    assert code == 128 + signal.SIGTERM and len(lines) == 1 and "told to stop" in lines[0], text
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux' /proc")
+def test_workers_end_with_a_killed_parent(tmp_path):
+    line = [sys.executable, "train.py", *QUICK, "--out", str(tmp_path), "--steps", "4000",
+            "--save-every", "4000", "--workers", "3"]  # fmt: skip
+    process = subprocess.Popen(line, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
+    wait_for_step(tmp_path, 2)
+    workers = children_of(process.pid)
+    assert len(workers) == 3
+    process.kill()
+    process.wait()
+    end = time.monotonic() + 10
+    while any(map(is_alive, workers)) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not any(map(is_alive, workers))
+
+
+@pytest.mark.slow
+def test_spawned_workers_load_what_the_run_itself_does(tmp_path, reference):
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport multiprocessing, train\n"
+    code += "train.finish = lambda *_: None\n"
+    code += "if __name__ == '__main__':\n    multiprocessing.set_start_method('spawn')\n"
+    code += f"    train.main({[*QUICK, '--out', str(tmp_path / 'out'), '--workers', '2']!r})\n"
+    (tmp_path / "spawned.py").write_text(code)
+    done = subprocess.run([sys.executable, str(tmp_path / "spawned.py")], capture_output=True,
+                          text=True, timeout=200)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert totals(rows_of(tmp_path / "out")) == totals(rows_of(reference))
+
+
+@pytest.mark.slow
+def test_an_error_of_all_ranks_is_one_line(tmp_path):
+    code, text = finished(command(tmp_path / "out", "--teachers", "a=/no/such.pt", processes=2))
+    assert code != 0
+    assert text.count("train.py: ") == 1, text
+
+
+def soak(out: Path, steps: int, hits: int, latest: float, seed: int = 0) -> int:
+    """A run of two processes with two workers each, hit again and again and started again.
+
+    Each hit comes at a random moment up to `latest` seconds after the start, also before step 1.
+    Returns: how many hits met the run before its end.
+    """
+    flags = ("--steps", str(steps), "--save-every", "20", "--workers", "2")
+    code, text = finished(command(out / "whole", *flags, processes=2), 1200)
+    assert code == 0, text
+    rng, met = random.Random(seed), 0
+    for hit in range(hits + 1):
+        process = command(out / "hit", *flags, processes=2, start_new_session=True)
+        if hit < hits:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(rng.uniform(2, latest))
+            number = [signal.SIGTERM, signal.SIGINT, signal.SIGKILL][hit % 3]
+            met += process.poll() is None
+            with suppress(ProcessLookupError):  # kill -9 of the launcher alone, or of its group
+                (os.kill if hit % 2 else os.killpg)(process.pid, number)
+        code, text = finished(process, 1200)
+        assert "Traceback" not in text.split("torch/distributed/elastic")[0], text
+    assert code == 0, text
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
+    assert totals(rows_of(out / "hit")) == totals(rows_of(out / "whole"))
+    assert_same_end(out / "hit", out / "whole")
+    names = [sorted(tree(out / name)) for name in ("hit", "whole")]
+    assert names[0] == names[1]
+    assert [path.name for path in sorted(out.iterdir())] == ["hit", "whole"]
+    return met
+
+
+@pytest.mark.slow
+def test_a_run_that_is_hit_again_and_again_ends_as_if_nothing_had_been(tmp_path):
+    """The short form of `tests/bench.py soak`."""
+    assert soak(tmp_path, steps=120, hits=3, latest=12) >= 2
 
 
 @pytest.mark.slow
@@ -1990,7 +2465,7 @@ for attempt in range(20):
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     unfinished += any(out.glob("*.tmp"))
-    newest = train.newest_checkpoint(cfg)
+    newest = train.find_start(cfg, {{}})
     assert newest is not None and newest == train.checkpoints(out)[-1], newest
     assert train.read_state(newest)["step"] == int(newest.name[5:])
     first = int(newest.name[5:]) + 1
@@ -2040,7 +2515,7 @@ def test_a_frozen_or_dead_rank_ends_the_run_without_orphans(number, tmp_path):
     while any(map(is_alive, ranks)) and time.monotonic() < end:
         time.sleep(0.2)
     assert not any(map(is_alive, ranks))
-    assert train.broken(train.newest_checkpoint(train.parse_args(["--out", str(tmp_path)]))) is None
+    assert train.broken(train.checkpoints(tmp_path)[-1]) is None
 
 
 @pytest.mark.slow
