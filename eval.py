@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 import packing
 from losses import resize_map
-from model import Features, Student, hash_weights, load_student, merge_tokens
+from model import Features, Student, hash_weights, is_student, load_student, merge_tokens
 from packing import Number, Sample, Subset, rank_and_world, resize
 from teachers import TINY, WHEELS, load_teacher, load_text, parse_teacher
 
@@ -392,14 +392,15 @@ def similarities(
     heads = {column: column.partition("/")[2] for column in train.summary}
     if words.head in heads.values() and any(x.caption is None for x in train.samples):
         heads = {column: head for column, head in heads.items() if head == words.head}
+    if any(head != words.head for head in heads.values()):
+        captions = [x.partition("\n")[0] for x in known(train, "caption", "--train")]
+        text_ND = F.normalize(words.embed(captions))
     maps, found = dict[str, Callable[[Tensor], Tensor]](), {}
     for column, head in heads.items():
         sides, name = [train.summary[column], test.summary[column]], column
         if head != words.head:
             source = f"teacher/{head}" if f"teacher/{head}" in heads else column
             if source not in maps:
-                captions = [x.partition("\n")[0] for x in known(train, "caption", "--train")]
-                text_ND = F.normalize(words.embed(captions))
                 maps[source] = fit_text_map(train.summary[source], text_ND)
             sides = [maps[source](x_NC) for x_NC in sides]
             name = column if source.startswith("teacher/") else f"probe {column}"
@@ -698,23 +699,21 @@ def scale_variance(maps_by_size: Sequence[Sequence[Tensor]]) -> dict:
 
 
 def merging(train: FeatureSet, test: FeatureSet) -> Rows:
-    """What is left of a map when few tokens stand for it. RADIOv2.5: token merging
+    """Foreground IoU where few tokens stand for a map. RADIOv2.5: token merging
 
-    Ways: "all" tokens, "merge" (ToMe), pixel "unshuffle" and "average", at 1/4 and 1/16 of them.
-    Figures: patch kNN and segmentation with each token copied back to its places. All grids of a
-    column are the same, of multiples of 4.
+    Ways: "all" tokens, "merge" (ToMe), pixel "unshuffle" and "average", at 1/4 and 1/16 of them,
+    each copied back to its places. All grids of a column are the same, of multiples of 4.
     """
-    test, rows = comparable(train, test), {}
+    test, rows = comparable(train, test), Rows()
     for column in [c for c in train.patches if c.startswith("teacher/") or c.endswith("/trunk")]:
         h, w = train.patches[column][0].shape[:2]
         if h % 4 or w % 4:
             raise ValueError(f"{column} has a grid of {h}x{w}, no multiple of 4; change --size")
         for way, side in [("all", 1), *product(("merge", "unshuffle", "average"), (2, 4))]:
             few, few_test = (with_few_tokens(x, column, way, side) for x in (train, test))
-            name = f"{column} {h * w // side**2} tokens, {way}"
-            foreground = segmentation(few, few_test, foreground=True)
-            rows[f"{name}: foreground IoU"] = foreground[column]
-            rows[f"{name}: patch kNN"] = patch_knn(few, few_test, column)
+            scores = segmentation(few, few_test, foreground=True)
+            rows[f"{column} {h * w // side**2} tokens, {way}"] = scores[column]
+            rows["one class everywhere"] = scores["one class everywhere"]
     return rows
 
 
@@ -739,15 +738,6 @@ def reduce_map(map_hwC: Tensor, way: str, side: int) -> tuple[Tensor, Tensor]:
     return cells.float(), index_hw.flatten()
 
 
-def patch_knn(train: FeatureSet, test: FeatureSet, column: str) -> dict:
-    """Accuracy of single tokens in telling the mask's classes, against 10,000 training tokens."""
-    bank_MC, bank_M = token_labels(train.patches[column], _masks(train, "--train"))
-    test_MC, test_M = token_labels(test.patches[column], _masks(test, "--test"))
-    picks = torch.randperm(len(bank_M), generator=torch.Generator().manual_seed(0))[:10_000]
-    hits_M = knn_votes(bank_MC[picks], bank_M[picks], test_MC, VOID + 1).argmax(1) == test_M
-    return accuracy(rearrange(hits_M.double(), "(n p) -> n p", n=len(test.dense)).mean(1))
-
-
 # ---- Controls, and features of all ranks
 
 
@@ -768,8 +758,8 @@ class RawPixels:
 def random_control(student: Student, seed: int = 0) -> Student:
     """Control without training: the student's network with random weights, none of them zero.
 
-    As training starts, its blocks are the identity: it would say the same of every picture, and its
-    20-NN be the order of ties. Matrices of zeros are drawn with deviation 1 / sqrt(inputs).
+    As training starts its blocks are the identity, so that it says the same of every picture.
+    Matrices of zeros are drawn with deviation 1 / sqrt(inputs).
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -876,7 +866,8 @@ def write_features(
     Returns a row per shard, and the pictures left out, key -> reason.
     """
     rows, skipped = {}, dict[str, str]()
-    state = [source.fingerprint(), *map(identity, models.values()), maps, size, shard]
+    hashes = [getattr(x, "fingerprint", None) or hash_weights(x) for x in models.values()]
+    state = [source.fingerprint(), *models, *hashes, maps, size, shard]
     made_from = hashlib.sha256(repr(state).encode()).hexdigest()
     for start in range(0, len(source), shard):
         index = Path(out, f"{start // shard:05d}.json")
@@ -891,13 +882,6 @@ def write_features(
         rows[index.name] = {"value": len(found.samples), "skipped": len(found.skipped)}
         skipped |= found.skipped
     return rows, skipped
-
-
-def identity(model: Any) -> str:
-    """A hash of all weights of a model, or of a mapping of models."""
-    if isinstance(model, Mapping):
-        return " ".join(f"{name} {identity(part)}" for name, part in model.items())
-    return getattr(model, "fingerprint", None) or hash_weights(model)
 
 
 def _write_shard(found: FeatureSet, index: Path, made_from: str) -> None:
@@ -920,19 +904,18 @@ def _write_shard(found: FeatureSet, index: Path, made_from: str) -> None:
 
 
 def final_report(
-    student: Any, control: Any, teachers: Any, train_source: Any, test_source: Any, limit=1500
+    student: Any, control: Any, teachers: Any, train_source: Any, test_source: Any
 ) -> dict[str, Any]:
     """What a training run shows: kNN, fidelity and foreground IoU on held-out pictures.
 
     `control` is a `random_control` of the student. Teachers go by the names of its heads; cached
-    ones must hold both sources. `limit` pictures of each source at most are used, evenly spread.
+    ones must hold both sources.
     """
     if not len(test_source):
         return {"left out": {"the report": "no picture is held out"}, "skipped": {}}
     models = {"teacher": teachers, "student": student, "random": control, "pixels": RawPixels()}
-    some = [Subset(s, packing.evenly(len(s), limit)) for s in (train_source, test_source)]
     # Maps of 200 training pictures are plenty for the foreground probe and patch statistics.
-    train, test = extract(models, some[0], 200), extract(models, some[1])
+    train, test = extract(models, train_source, 200), extract(models, test_source)
     foreground = partial(segmentation, foreground=True)
     report: dict[str, Any] = {"left out": {}}
     for name, protocol in (("knn", knn), ("foreground", foreground), ("fidelity", fidelity)):
@@ -1007,7 +990,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = packing.Parser(description="Score encoders; the last line is JSON.")
     add, pixels = parser.add_argument, Number(low=1, high=2**14)
     add("task", choices=NEEDS)
-    add("--student", help="[NAME=]PATH: a checkpoint, a run's folder, or as --teacher")
+    add("--student", help="[NAME=]PATH of a file or folder; what is no student is as --teacher")
     add("--teacher", action="append", default=[], help="[NAME=]PATH[@layer], e.g. builtin:vit-s")
     add("--train", help="SOURCE of the training pictures")
     add("--test", help="SOURCE of the pictures to score, draw or encode")
@@ -1034,26 +1017,23 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def load_models(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """The first part of columns' names -> encoder: teachers, a student, its controls."""
-    teachers: dict[str, Any] = {}
+    models: dict[str, Any] = {}
     for text in args.teacher:
         spec = parse_teacher(f"builtin:{text}" if text in {*WHEELS, *TINY} else text)
-        if spec.name in teachers:
+        if f"teacher/{spec.name}" in models:
             raise ValueError(f"two teachers are called {spec.name}: pass OTHER={spec.path}")
-        teachers[spec.name] = load_teacher(spec, device)
-        teachers[spec.name].precision = "auto"  # as the students: bf16 on CUDA
-    models: dict[str, Any] = {"teacher": teachers} if teachers else {}
+        models[f"teacher/{spec.name}"] = load_teacher(spec, device)
     controls = not args.no_controls and args.task not in ("pca", "features")
     if args.student:
         spec = parse_teacher(args.student)
-        of_run = Path(spec.path, "model.pt")
-        path = of_run if of_run.is_file() else Path(spec.path)
-        if path.is_file() and path.suffix != ".onnx":
-            models["student"] = load_student(path, device=str(device))
+        if is_student(Path(spec.path)):
+            models["student"] = load_student(spec.path, device=str(device))
             if controls:
                 models["random"] = random_control(models["student"], args.seed)
         else:
             models["student"] = load_teacher(spec, device)
-            models["student"].precision = "auto"
+    for model in models.values():
+        model.precision = "auto"  # bf16 on CUDA
     return models | ({"pixels": RawPixels()} if controls else {})
 
 
@@ -1071,7 +1051,7 @@ def load_words(text: str) -> Words:
 
 def check_fields(args: argparse.Namespace, models: Any, train: Any, test: Any) -> None:
     """What a task cannot do without is missed before anything is decoded or encoded."""
-    field, heads = NEEDS[args.task][1], {*models.get("teacher", {})}
+    field, heads = NEEDS[args.task][1], {name.removeprefix("teacher/") for name in models}
     needs = [("--train", train, field), ("--test", test, field)] if field else []
     if isinstance(student := models.get("student"), Student):
         heads |= {head.name for head in student.config.heads}

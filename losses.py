@@ -521,10 +521,10 @@ def settle_null_space(eigenvectors_CC: Tensor, is_null_C: Tensor) -> None:
 @torch.no_grad()
 def map_outputs(linear: nn.Linear, channels: int, affine: Callable[[Tensor], Tensor]) -> None:
     """Follow a Linear of g * C rows by an affine map of C channels, in place and in float64."""
-    weight = rearrange(linear.weight.double(), "(g c) d -> d g c", c=channels)
+    rows = rearrange(linear.weight.double(), "(g c) d -> (g d) c", c=channels)  # for one product
     bias = rearrange(linear.bias.double(), "(g c) -> g c", c=channels)
-    weight = affine(weight) - affine(torch.zeros_like(weight[:1]))
-    linear.weight.copy_(rearrange(weight, "d g c -> (g c) d"))
+    rows = affine(rows) - affine(torch.zeros_like(rows[:1]))
+    linear.weight.copy_(rearrange(rows, "(g d) c -> (g c) d", g=len(bias)))
     linear.bias.copy_(affine(bias).flatten())
 
 

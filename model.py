@@ -30,7 +30,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from itertools import product
@@ -176,10 +176,6 @@ class ModelConfig:
         return tuple(dict.fromkeys(head.token for head in read if head.in_trunk_summary))
 
 
-def _demo(*teachers):
-    return tuple(AdapterSpec(name, dim, dim, split=True, bias=True) for name, dim in teachers)
-
-
 AMOE_HEADS = (
     AdapterSpec("siglip2", 1152, 1152, pool=True),
     AdapterSpec("dinov3", 1024, 1024, registers=True),
@@ -190,6 +186,7 @@ RADIO_HEADS = (
     RadioSpec("dino_v2", 1536, 1536, token=2),
     RadioSpec("sam", 1280, None, token=3, in_trunk_summary=False),
 )
+_demo = partial(AdapterSpec, split=True, bias=True)
 _amoe: Callable[..., ModelConfig] = partial(ModelConfig, "amoe", heads=AMOE_HEADS)
 _clip_rgb: dict[str, Any] = {"pixel_mean": CLIP_RGB[0], "pixel_std": CLIP_RGB[1]}
 _plain: dict[str, Any] = {"gated_ffn": False, "final_norm": False, "position_grid": 128}
@@ -211,9 +208,10 @@ MODELS: dict[str, ModelConfig] = {
                       patch_bias=True, cls_tokens=1,
                       heads=tuple(replace(head, token=0) for head in RADIO_HEADS)),
     # the demo student and the one of the unit tests; train.py sets their heads by the teachers
-    "nano": ModelConfig("amoe", 192, 6, 3, 64, 256, _demo(("vit-s", 384), ("mobilenet", 1280)),
-                        experts=8, top_k=2),
-    "test": ModelConfig("amoe", 48, 2, 2, 16, 32, _demo(("a", 24), ("b", 32)), experts=4, top_k=2),
+    "nano": _amoe(192, 6, 3, 64, 256, experts=8, top_k=2,
+                  heads=(_demo("vit-s", 384, 384), _demo("mobilenet", 1280, 1280))),
+    "test": _amoe(48, 2, 2, 16, 32, experts=4, top_k=2,
+                  heads=(_demo("a", 24, 24), _demo("b", 32, 32))),
 }  # fmt: skip
 
 
@@ -490,11 +488,8 @@ class Block(nn.Module):
         super().__init__()
         form, weightless = FORMS[config.form], partial(nn.RMSNorm, elementwise_affine=False)
         norm = form.norm if config.norm_weight else weightless
-        self.norm1, self.attn, self.norm2 = (
-            norm(config.dim),
-            form.attention(config),
-            norm(config.dim),
-        )
+        self.norm1, self.attn = norm(config.dim), form.attention(config)
+        self.norm2 = norm(config.dim)
         self.ffn = MoE(config) if config.experts else Mlp(config, form.mlp_bias)
         self.scale1 = self.scale2 = None
         if config.layer_scale:
@@ -607,7 +602,6 @@ class StudentOutput:
     patches: dict[str, Tensor]  # name -> (M, C); (M*u*u, C) with RadioSpec.upsample = u
     registers: dict[str, Tensor]  # name -> (B, R, C), heads with registers
     counts_LE: Tensor | None  # int64, tokens routed to each expert of each layer; None: no experts
-    layers: dict[int, Tensor]  # (M, D) after the blocks that were asked for
 
 
 @dataclass
@@ -625,7 +619,8 @@ class Student(nn.Module):
     """The student of `config`; see `ModelConfig` for the choices and `MODELS` for the sizes."""
 
     pixel_stats_2X: Tensor
-    encode_budget = 16384  # tokens of one inference pass: bounds the memory of `encode`
+    # Tokens of a pass of `encode`. 0: 16384 on a GPU; 2048 on a CPU, whose cache holds no more: 1.0
+    encode_budget = 0  # to 2.1 times as fast as one picture at a time (16384: .95 at worst)
     precision = "auto"  # of `encode`, see `autocast`
     frozen_trunk = False  # True: only the heads get gradients (RADIOv2.5: the first steps)
     recompute = False  # True: blocks keep no activations and run again in backward
@@ -647,32 +642,24 @@ class Student(nn.Module):
             self.heads[spec.name] = make(spec, config.dim)
         initialise(self)
 
-    def forward(
-        self, batch: PackedBatch, windows_B5: Tensor | None = None, layers: Sequence[int] = ()
-    ) -> StudentOutput:
+    def forward(self, batch: PackedBatch, windows_B5: Tensor | None = None) -> StudentOutput:
         """Run a pack of images cut in patches, values in [0, 1].
 
-        Args: windows_B5: each image's `position_windows`, to train the RADIO form; layers: blocks,
-            from 1 on, whose patches are wanted too.
+        Args: windows_B5: each image's `position_windows`, to train the RADIO form.
         """
         if batch.patch != self.config.patch:
             raise ValueError(f"the pack's patch is {batch.patch} px, ours {self.config.patch}")
         layout = Layout.of(list(batch.grids), self.config.prefix, batch.patches_MX.device)
-        return self.run(batch.patches_MX, layout, windows_B5, layers)
+        return self.run(batch.patches_MX, layout, windows_B5)
 
-    def run(
-        self, patches_MX: Tensor, layout: Layout, windows_B5=None, layers: Sequence[int] = ()
-    ) -> StudentOutput:
+    def run(self, patches_MX: Tensor, layout: Layout, windows_B5=None) -> StudentOutput:
         """`forward` for a layout that is already there (an exported program has a fixed one)."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen_trunk):
-            x_ND, counts_LE, each = self.trunk(patches_MX, layout, windows_B5)
-        out = self.read_out(x_ND, layout, counts_LE)
-        out.layers = {i: each[i - 1].index_select(0, layout.patches_M) for i in layers}
-        return out
+            x_ND, counts_LE = self.trunk(patches_MX, layout, windows_B5)
+        return self.read_out(x_ND, layout, counts_LE)
 
     def trunk(self, patches_MX: Tensor, layout: Layout, windows_B5: Tensor | None):
-        """Sorted tokens x_ND after the last block and norm, counts_LE of the experts, and the
-        tokens after each block."""
+        """Sorted tokens x_ND after the last block and norm, and counts_LE of the experts."""
         mean_X, std_X = self.pixel_stats_2X.to(patches_MX.dtype)
         embedded_MD = self.embed(((patches_MX - mean_X) / std_X).to(self.embed.weight.dtype))
         patches_MD, rotation = self.positions(embedded_MD, layout, windows_B5)
@@ -680,15 +667,14 @@ class Student(nn.Module):
         # Under autocast too, the residual stream keeps the precision of the weights.
         x_ND = torch.cat([prefix_ND, patches_MD.to(prefix_ND.dtype)])
         x_ND = x_ND.index_select(0, layout.gather_N)
-        counts, each = [], []
+        counts = []
         for block in self.blocks:
             if self.recompute and torch.is_grad_enabled():
                 x_ND, counts_E = checkpoint(block, x_ND, layout, rotation, use_reentrant=False)
             else:
                 x_ND, counts_E = block(x_ND, layout, rotation)
             counts.append(counts_E)
-            each.append(x_ND)
-        return self.norm(x_ND), torch.stack(counts) if self.config.experts else None, each
+        return self.norm(x_ND), torch.stack(counts) if self.config.experts else None
 
     def read_out(self, x_ND: Tensor, layout: Layout, counts_LE: Tensor | None) -> StudentOutput:
         """Split the tokens and apply every teacher head."""
@@ -697,7 +683,7 @@ class Student(nn.Module):
         patches_MD = x_ND.index_select(0, layout.patches_M)
         tokens = [prefix_BRD[:, i] for i in self.config.summary_tokens]
         summary_BD = torch.cat([prefix_BRD[:, 0, :0], *tokens], dim=1)  # there may be none
-        out = StudentOutput(summary_BD, patches_MD, {}, {}, {}, counts_LE, {})
+        out = StudentOutput(summary_BD, patches_MD, {}, {}, {}, counts_LE)
         for name, head in self.heads.items():
             values = head(prefix_BRD, patches_MD, layout)
             for part, value in zip((out.summary, out.patches, out.registers), values, strict=True):
@@ -730,17 +716,16 @@ class Student(nn.Module):
         Args:
             images: PIL images, uint8 arrays (H, W, 3), float tensors (3, H, W) in [0, 1]. Each side
                 goes to the nearest multiple of the patch, at least one patch, by bicubic resize.
-            max_tokens: shrink larger images, keeping the aspect, to at most this many patches;
-                None: never.
-            keep: also merge each image's patches to this many tokens (`Features.tokens`), or all
-                of them where there are fewer.
+            max_tokens: shrink larger images, keeping the aspect, to so many patches; None: never.
+            keep: also merge the patches to so many tokens at most (`Features.tokens`).
             layers: also give the patches after these blocks, counted from 1 (`Features.layers`).
 
         Raises: ValueError: an image that is none of these, naming its index and what is wrong.
         """
         if wrong := [i for i in layers if not 1 <= i <= len(self.blocks)]:
             raise ValueError(f"layers={wrong}: there are blocks 1 to {len(self.blocks)}")
-        packs = packs_of(images, self.config, max_tokens, self.encode_budget)
+        budget = self.encode_budget or (2048 if self.prefix_RD.device.type == "cpu" else 16384)
+        packs = packs_of(images, self.config, max_tokens, budget)
         return [features for pack in packs for features in encode_pack(self, pack, keep, layers)]
 
     def _apply(self, fn, recurse=True):
@@ -821,45 +806,34 @@ class Layout:
     cu_seqlens: Tensor  # B + 1 int32: start of the first sorted image, end of each
 
     @classmethod
-    def of(cls, grids: list[tuple[int, int]], prefix: int, device: torch.device) -> Layout:
-        """Lay out images of these grids, each with `prefix` tokens before its patches."""
-        grid_B2 = torch.tensor(grids, dtype=torch.int64).reshape(-1, 2)
-        patches_B = grid_B2.prod(1)
-        order_B = torch.argsort(patches_B, stable=True)
-        rank_B = order_B.argsort()
-        lengths = (patches_B[order_B] + prefix).tolist()
-        cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
+    def of(
+        cls, grids: list[tuple[int, int]], prefix: int, device: torch.device, count: int = 1
+    ) -> Layout:
+        """Lay out images of these grids, each with `prefix` tokens before its patches.
+
+        count: one grid for so many images, which may be a symbol of torch.export.
+        """
+        grid_B2 = torch.tensor(grids, dtype=torch.int64).reshape(-1, 2).repeat(count, 1)
+        patches_B, image_B = grid_B2.prod(1), torch.arange(len(grids) * count)
+        row_M = torch.arange(count * sum(h * w for h, w in grids))
+        if len(grids) == 1:  # nothing to sort, and ONNX has no stable sort
+            order_B, image_M = image_B, row_M // (grids[0][0] * grids[0][1])
+        else:
+            order_B = torch.argsort(patches_B, stable=True)
+            image_M = torch.repeat_interleave(image_B, patches_B)
+        rank_B = torch.empty_like(order_B).scatter_(0, order_B, image_B)
+        cu_seqlens = F.pad((patches_B[order_B] + prefix).cumsum(0), (1, 0))
         start_B = cu_seqlens[rank_B]  # first sorted row of each image
-        image_M = torch.repeat_interleave(torch.arange(len(grids)), patches_B)
-        nth_M = torch.arange(len(image_M)) - (patches_B.cumsum(0) - patches_B)[image_M]
+        nth_M = row_M - (patches_B.cumsum(0) - patches_B)[image_M]
         columns_M = grid_B2[image_M, 1]
         prefix_BR = start_B[:, None] + torch.arange(prefix)
         patches_M = start_B[image_M] + prefix + nth_M
         rows_N = torch.cat([prefix_BR.flatten(), patches_M])
-        gather_N = torch.empty_like(rows_N).scatter_(0, rows_N, torch.arange(len(rows_N)))
+        gather_N = torch.empty_like(rows_N).scatter_(0, rows_N, torch.arange(rows_N.shape[0]))
         row_column_M2 = torch.stack([nth_M // columns_M, nth_M % columns_M], dim=1)
         places = (gather_N, prefix_BR, rank_B, patches_M, row_column_M2, image_M, grid_B2[image_M])
         tensors = [to_device(tensor, device) for tensor in (*places, cu_seqlens.int())]
-        return cls(grids, lengths, *tensors)
-
-    @classmethod
-    def same(cls, grid: tuple[int, int], count: Any, prefix: int, device: torch.device) -> Layout:
-        """`count` images of one grid; the count may be a symbol of torch.export."""
-        patches, tokens = grid[0] * grid[1], grid[0] * grid[1] + prefix
-        b_B1 = torch.arange(count, device=device)[:, None]
-        r_R, p_P = torch.arange(prefix, device=device), torch.arange(patches, device=device)
-        gather_BN = torch.cat([b_B1 * prefix + r_R, count * prefix + b_B1 * patches + p_P], dim=1)
-        row_column_P2 = torch.stack([p_P // grid[1], p_P % grid[1]], dim=1)
-        places = {
-            "prefix_BR": b_B1 * tokens + r_R,
-            "rank_B": b_B1[:, 0],
-            "patches_M": (b_B1 * tokens + prefix + p_P).flatten(),
-            "row_column_M2": row_column_P2.expand(count, -1, -1).flatten(0, 1),
-            "image_M": b_B1.expand(-1, patches).flatten(),
-            "grid_M2": torch.tensor([grid], device=device).expand(count * patches, 2),
-            "cu_seqlens": torch.arange(count + 1, device=device, dtype=torch.int32) * tokens,
-        }
-        return cls([grid], [tokens], gather_BN.flatten(), **places)
+        return cls(grids, sorted(h * w + prefix for h, w in grids), *tensors)
 
     def finer_places(self, u: int) -> Tensor:
         """Rows of u * u parts of each patch in the finer maps, image by image, in raster order."""
@@ -875,7 +849,7 @@ class Layout:
 
         One split: a slice for each would give its gradient as a full-size tensor of zeros.
         """
-        if len(self.lengths) == 1:  # of one image, or of `same`
+        if len(self.lengths) == 1:  # of one image, or of `count` alike
             return [x.unflatten(0, (-1, self.lengths[0]))]
         counts = Counter(self.lengths)  # in sorted order
         runs = x.split([length * count for length, count in counts.items()])
@@ -886,9 +860,7 @@ class Layout:
 # ---- Initial weights, and those that are never rounded
 
 
-def keep_float32(
-    student: Student, apply: Callable[..., Student], fn: Any, recurse: bool
-) -> Student:
+def keep_float32(student: Student, apply: Callable, fn: Any, recurse: bool) -> Student:
     """`.to(bfloat16)` but for three buffers: rounding them moves rotation angles by up to 0.08 rad
     and changes which experts are selected."""
     before = dict(student.named_buffers())
@@ -975,8 +947,8 @@ def cell_middles(rows: int, columns: int, keep: int) -> Tensor:
 
 # ---- Kernels of attention and experts
 
-# Float32 on CUDA goes by "efficient", as no varlen kernel takes it.
-ATTENTION = ("auto", "flash", "explicit", "varlen", "efficient")
+# Float32 on CUDA goes by the definition, as no varlen kernel takes it.
+ATTENTION = ("auto", "flash", "explicit", "varlen")
 EXPERTS = ("auto", "grouped", "sorted", "dense")
 
 
@@ -1004,8 +976,7 @@ def attention(
         if backend == "explicit":
             out_BHNA = explicit_attention(q, k, v, sinks_H)
         else:
-            kernels = {"flash": cpu_flash, "efficient": cuda_efficient}
-            kernel = kernels.get(backend, partial(cuda_varlen, layout))
+            kernel = cpu_flash if backend == "flash" else partial(cuda_varlen, layout)
             out_BHNA = FlashSinkAttention.apply(q, k, v, sinks_H, kernel)
         outputs.append(rearrange(out_BHNA, "b h n a -> (b n) h a"))
     return torch.cat(outputs)
@@ -1014,8 +985,8 @@ def attention(
 def choose_attention(q_NHA: Tensor) -> str:
     """The fastest backend that is exact for this device and dtype."""
     is_half = q_NHA.dtype in (torch.bfloat16, torch.float16)
-    if q_NHA.device.type == "cuda":
-        return "varlen" if is_half else "efficient"
+    if q_NHA.device.type == "cuda" and is_half:
+        return "varlen"
     return "flash" if q_NHA.device.type == "cpu" else "explicit"
 
 
@@ -1033,26 +1004,6 @@ def cpu_flash(*qkv_BHNA: Tensor):
         return [grad.to(saved[0].dtype) for grad in grads]
 
     return out_BHNA.to(qkv_BHNA[0].dtype), lse_BHN, backward
-
-
-def cuda_efficient(*qkv_BHNA: Tensor):
-    """torch's memory-efficient CUDA kernel on images of equal length: the same three.
-
-    It is the one that takes float32. Rows of its log-sum-exp are padded to whole 32, with infinity.
-    """
-    ops, length = torch.ops.aten, qkv_BHNA[0].shape[2]
-    forward = ops._scaled_dot_product_efficient_attention
-    out_BHNA, padded_BHN, *rng = forward(*qkv_BHNA, None, compute_log_sumexp=True)
-
-    def backward(grad_BHNA: Tensor, *saved: Tensor):
-        *tensors, lse_BHN = saved
-        padding = (0, padded_BHN.shape[2] - length)
-        lse_BHN = F.pad(lse_BHN, padding, value=math.inf)
-        run = ops._scaled_dot_product_efficient_attention_backward
-        needed = [True, True, True, False]
-        return run(grad_BHNA, *tensors[:3], None, tensors[3], lse_BHN, *rng, 0.0, needed)[:3]
-
-    return out_BHNA, padded_BHN[..., :length], backward
 
 
 def cuda_varlen(layout: Layout, *qkv_1HNA: Tensor):
@@ -1186,17 +1137,15 @@ def packs_of(
     """Images resized to whole patches, together as many as the budget of tokens allows."""
     if max_tokens is not None and max_tokens < 1:
         raise ValueError(f"max_tokens={max_tokens} leaves no patch")
-    max_area = max_tokens and max_tokens * config.patch**2
-    pack: list[Tensor] = []
-    tokens = 0
+    max_area, pack, room = max_tokens and max_tokens * config.patch**2, list[Tensor](), budget
     for pixels in read_images(images):
         height, width = fit_size(pixels.shape[1], pixels.shape[2], config.patch, max_area=max_area)
         length = height * width // config.patch**2 + config.prefix
-        if pack and tokens + length > budget:
+        if pack and length > room:
             yield pack
-            pack, tokens = [], 0
+            pack, room = [], budget
         pack.append(resize(pixels, (height, width)))
-        tokens += length
+        room -= length
     yield pack
 
 
@@ -1205,8 +1154,15 @@ def encode_pack(
 ) -> list[Features]:
     """Features of one pack of images whose sides are multiples of the patch."""
     batch, device = PackedBatch.from_images(pack, student.config.patch), student.prefix_RD.device
-    with autocast(device, student.precision):
-        results = unpack(student(batch.to(device), layers=layers), student.config, batch.grids)
+    seen: dict[int, Tensor] = {}
+
+    def look(i: int, _: Any, given: Any, out: Any) -> None:  # given: tokens, layout, rotation
+        seen[i] = out[0].index_select(0, given[1].patches_M)
+
+    with autocast(device, student.precision), ExitStack() as hooks:
+        for i in layers:
+            hooks.enter_context(student.blocks[i - 1].register_forward_hook(partial(look, i)))
+        results = unpack(student(batch.to(device)), student.config, batch.grids, seen)
     for result, (h, w) in zip(results, batch.grids, strict=True):
         if keep is not None:
             trunk_ND = result.patches["trunk"].flatten(0, 1)
@@ -1215,7 +1171,7 @@ def encode_pack(
 
 
 def unpack(
-    out: StudentOutput, config: ModelConfig, grids: Sequence[tuple[int, int]]
+    out: StudentOutput, config: ModelConfig, grids: Sequence[Any], layers: dict[int, Tensor]
 ) -> list[Features]:
     """Each image's own features, patches as maps. Copies: a view would keep all of its pack."""
     results = [Features({}, {}) for _ in grids]
@@ -1223,13 +1179,13 @@ def unpack(
         for result, x_C in zip(results, x_BC.float(), strict=True):
             result.summary[name] = x_C.clone()
     factors: dict[Any, int] = {head.name: head.upsample for head in config.heads}
-    maps: dict[Any, Tensor] = {"trunk": out.trunk_MD, **out.patches, **out.layers}  # type: ignore[dict-item]
-    for name, x_MC in maps.items():
-        u = factors.get(name, 1)
+    maps: dict[Any, Tensor] = {"trunk": out.trunk_MD, **out.patches}
+    for key, x_MC in (maps | layers).items():
+        u = factors.get(key, 1)
         pieces = x_MC.float().split([h * w * u * u for h, w in grids])
         for result, (h, _), piece in zip(results, grids, pieces, strict=True):
-            part: dict[Any, Tensor] = result.layers if name in out.layers else result.patches
-            part[name] = rearrange(piece, "(h w) c -> h w c", h=h * u).clone()
+            part: dict[Any, Tensor] = result.layers if key in layers else result.patches
+            part[key] = rearrange(piece, "(h w) c -> h w c", h=h * u).clone()
     return results
 
 
@@ -1238,7 +1194,7 @@ def unpack(
 FORMAT = "amoe-from-scratch student"
 
 
-def need(package: str, what: str) -> Any:
+def need(package: str, what: str = "this") -> Any:
     """Import what only some files or pictures need, or say how to get it."""
     try:
         return importlib.import_module(package)
@@ -1505,10 +1461,9 @@ def read_radio(content: dict[str, Any]) -> tuple[ModelConfig, Weights]:
     if not any(key.startswith("base_model.blocks.") for key in file):
         trunk = [key for key in file if key.startswith("base_model.")][:9]
         raise ValueError(f"the backbone {model} is no timm ViT, its keys are {trunk}")
-    for key in file:
-        if key.startswith(("_heads.", "_feature_projections.")) and ".attn." in key:
-            raise ValueError(f"{key}: attention in a head (C-RADIOv4) is not read; the folder of "
-                             "the same model for transformers has the trunk alone")  # fmt: skip
+    if attention := [key for key in file if re.match(r"_(heads|feature_proj\w+)\..*\.attn\.", key)]:
+        what = "attention in a head (C-RADIOv4) is not read; transformers' folder has the trunk"
+        raise ValueError(f"{attention[0]}: {what}")
     x, per_teacher = file.renamed(RADIO), args.get("cls_token_per_teacher", True)
     heads: dict[str, RadioSpec] = {}
     for i, entry in enumerate(args.get("teachers") or []):
@@ -1541,9 +1496,10 @@ def radio_config(
     pattern, side = "d (c y x) -> d (y x c)", math.isqrt(table.shape[1])
     x["embed.weight"] = rearrange(x["embed.weight"], pattern, y=patch, x=patch)
     x["positions.pos_embed"] = rearrange(table, "1 (y x) d -> y x d", y=side)
-    sizes = x.sizes(n_heads, cls_tokens) | {"final_norm": "norm.weight" in x, "heads": heads}
-    sizes |= {"pixel_mean": mean, "pixel_std": std, "gated_ffn": False}
-    return ModelConfig("radio", **sizes), x
+    has = {"final_norm": "norm.weight" in x, "patch_bias": "embed.bias" in x}
+    has |= {"gated_ffn": len(x["blocks.0.ffn.w1.weight"]) > x["blocks.0.ffn.w2.weight"].shape[1]}
+    sizes = x.sizes(n_heads, cls_tokens) | has | {"pixel_mean": mean, "pixel_std": std}
+    return ModelConfig("radio", heads=heads, **sizes), x
 
 
 def radio_head(x: Weights, entry: dict[str, Any], token: int) -> RadioSpec:
@@ -1582,84 +1538,84 @@ def fold_spectral(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
 
 # ---- Folders of transformers' RadioModel
 
-
 SMALLER = 2.0**-30  # exact in float32; not for float16
+RADIO_FOLDER = [
+    (r"^embed\.", "patch_generator.embedder."),
+    (r"^prefix_RD$", "patch_generator.cls_token.token"),
+    (r"^positions\.", "patch_generator."),
+    (r"\.ffn\.w", ".mlp.fc"),
+    (r"\.scale([12])$", r".layer_scale\1.lambda1"),
+    (r"^", "radio_model.model."),
+]
 
 
 def save_transformers(student: Student, folder: str | Path) -> None:
     """A RADIO-form student as a folder that `transformers.RadioModel` reads (AutoModel too).
 
     config.json; model.safetensors, the trunk under the RADIO release's names; heads.safetensors,
-    which is ours. RadioModel has no final norm: that becomes a block whose MLP is the identity of
-    its norm, as GELU(x) - GELU(-x) = x, on a residual stream that was made SMALLER, which norms
-    don't see. Raises: ValueError for the AMoE form and a gated MLP.
+    which is ours. Raises: ValueError for the AMoE form and a gated MLP.
     """
     config, state = student.config, Weights(student.state_dict())
     if config.form != "radio" or config.gated_ffn:
         raise ValueError(f"{folder}: RadioModel is no {config.form} form with {config.gated_ffn=}")
-    trunk = Weights((key, x) for key, x in state.items() if not key.startswith("heads."))
+    x, heads = state.without("heads."), {k: w for k, w in state.items() if k.startswith("heads.")}
     if config.patch_bias:  # each patch gets one entry of the table, or a mean of four
-        trunk["positions.pos_embed"] = trunk["positions.pos_embed"] + trunk.take("embed.bias")
+        x["positions.pos_embed"] = x["positions.pos_embed"] + x.take("embed.bias")
     if config.final_norm:
-        norm_as_block(trunk, config)
-    pattern = "d (y x c) -> d (c y x)"
-    trunk["embed.weight"] = rearrange(trunk["embed.weight"], pattern, y=config.patch, c=3)
-    trunk["positions.pos_embed"] = trunk["positions.pos_embed"].flatten(0, 1)[None]
-    named = trunk.renamed([
-        (r"^embed\.", "patch_generator.embedder."),
-        (r"^prefix_RD$", "patch_generator.cls_token.token"),
-        (r"^positions\.", "patch_generator."),
-        (r"\.ffn\.w", ".mlp.fc"),
-        (r"\.scale([12])$", r".layer_scale\1.lambda1"),
-    ])  # fmt: skip
-    tensors = {f"radio_model.model.{key}": x.contiguous() for key, x in named.items()}
+        norm_as_block(x, config)
+    x["embed.weight"] = rearrange(x["embed.weight"], "d (y x c) -> d (c y x)", y=config.patch, c=3)
+    x["positions.pos_embed"] = x["positions.pos_embed"].flatten(0, 1)[None]
+    file, summary = x.renamed(RADIO_FOLDER), list(config.summary_tokens)
     for part, values in (("mean", config.pixel_mean), ("std", config.pixel_std)):
-        conditioner = torch.tensor(values, dtype=torch.float32)[:, None, None]
-        tensors[f"radio_model.input_conditioner.norm_{part}"] = conditioner
-    summary = list(config.summary_tokens)
-    tensors["radio_model.summary_idxs"] = torch.tensor(summary)
-    told = {
-        "architectures": ["RadioModel"], "model_type": "radio", "dtype": "float32",
-        "hidden_size": config.dim, "num_hidden_layers": config.n_layers + config.final_norm,
-        "num_attention_heads": config.n_heads, "head_dim": config.head_dim,
-        "mlp_ratio": config.ffn_dim / config.dim, "patch_size": config.patch,
-        "layer_norm_eps": 1e-6 * (SMALLER**2 if config.final_norm else 1),
-        "max_img_size": config.position_grid * config.patch,
-        "num_cls_tokens": config.cls_tokens, "num_registers": config.registers,
-        "summary_idxs": summary, "norm_mean": config.pixel_mean, "norm_std": config.pixel_std,
-    }  # fmt: skip
-    ours = {"config": json.dumps(dataclasses.asdict(replace(config, patch_bias=False)))}
-    heads = {key: x.contiguous() for key, x in state.items() if key.startswith("heads.")}
+        file[f"radio_model.input_conditioner.norm_{part}"] = torch.tensor(values)[:, None, None]
+    file["radio_model.summary_idxs"] = torch.tensor(summary)
+    told = dict(model_type="radio", hidden_size=config.dim, num_attention_heads=config.n_heads)
+    told |= dict(num_hidden_layers=config.n_layers + config.final_norm, head_dim=config.head_dim)
+    told |= dict(mlp_ratio=config.ffn_dim / config.dim, patch_size=config.patch)
+    told |= dict(max_img_size=config.position_grid * config.patch, num_registers=config.registers)
+    told |= dict(num_cls_tokens=config.cls_tokens, summary_idxs=summary)
+    told |= dict(layer_norm_eps=1e-6 * (SMALLER**2 if config.final_norm else 1))
+    told |= dict(norm_mean=config.pixel_mean, norm_std=config.pixel_std)
+    ours = json.dumps(dataclasses.asdict(replace(config, patch_bias=False)))
     save = need("safetensors.torch", "save_transformers").save
     Path(folder).mkdir(parents=True, exist_ok=True)
-    for name, content in {
-        "model.safetensors": save(tensors, {"format": "pt"}),
-        "heads.safetensors": save(heads, ours),
-        "config.json": json.dumps(told, indent=2).encode(),
-    }.items():
-        write_whole(Path(folder) / name, content)
+    for name, tensors in (("model", file), ("heads", heads)):
+        whole = {key: tensor.contiguous() for key, tensor in tensors.items()}
+        content = save(whole, {"format": "pt", "config": ours})
+        write_whole(Path(folder) / f"{name}.safetensors", content)
+    write_whole(Path(folder) / "config.json", json.dumps(told, indent=2).encode())
 
 
 def norm_as_block(x: Weights, config: ModelConfig) -> None:
-    """The final norm as one more block, in place; see `save_transformers`."""
-    D, last = config.dim, f"blocks.{config.n_layers}."
+    """The final norm, which RadioModel has not, as one more block, in place.
+
+    Its MLP is the identity of its norm, as GELU(x) - GELU(-x) = x, and the residual stream is made
+    SMALLER, which norms don't see, so that it adds nothing to it.
+    """
+    D, last, one = config.dim, f"blocks.{config.n_layers}.", torch.ones(config.dim)
     if config.ffn_dim < 2 * D:
         raise ValueError(f"the final norm needs an MLP of 2 * {D}, this has {config.ffn_dim}")
-    first = {key: x[key] for key in x if key.startswith("blocks.0.")}
-    for key, value in first.items():  # a block that adds nothing ..
-        x[last + key.removeprefix("blocks.0.")] = torch.zeros_like(value)
-    for i in range(config.n_layers + 1):
-        for name in ("scale1", "scale2"):
-            scale_D = x.get(f"blocks.{i}.{name}", torch.ones(D))
-            x[f"blocks.{i}.{name}"] = scale_D * SMALLER
+    for key in [key for key in x if key.startswith("blocks.0.")]:
+        x[last + key.removeprefix("blocks.0.")] = torch.zeros_like(x[key])
+    for i, name in product(range(config.n_layers), ("scale1", "scale2")):
+        x[f"blocks.{i}.{name}"] = x.get(f"blocks.{i}.{name}", one) * SMALLER
     for name in ("embed.weight", "prefix_RD", "positions.pos_embed"):
         x[name] = x[name] * SMALLER
-    x[last + "scale2"] = torch.ones(D)
-    for part in ("weight", "bias"):  # .. but its norm, which is the final one
-        x[last + f"norm2.{part}"] = x.take(f"norm.{part}")
-    eye, w1, w2 = torch.eye(D), x[last + "ffn.w1.weight"], x[last + "ffn.w2.weight"]
-    w1[:D], w1[D : 2 * D] = eye, -eye
-    w2[:, :D], w2[:, D : 2 * D] = eye, -eye
+    x |= {last + "scale1": one, last + "scale2": one.clone()}
+    x |= {last + f"norm2.{part}": x.take(f"norm.{part}") for part in ("weight", "bias")}
+    for w in (x[last + "ffn.w1.weight"], x[last + "ffn.w2.weight"].T):
+        w[:D], w[D : 2 * D] = torch.eye(D), -torch.eye(D)
+
+
+def block_as_norm(x: Weights, config: ModelConfig) -> Weights:
+    """The inverse of `norm_as_block`."""
+    last = f"blocks.{config.n_layers}."
+    norm = {f"norm.{part}": x[f"{last}norm2.{part}"] for part in ("weight", "bias")}
+    scaled = re.compile(r"(embed\.weight|prefix_RD|.*pos_embed|.*\.scale[12])$")
+    x = Weights((k, w / SMALLER if scaled.match(k) else w) for k, w in x.without(last).items())
+    if not config.layer_scale:
+        x = Weights((k, w) for k, w in x.items() if ".scale" not in k)
+    return Weights(x | norm)
 
 
 def read_folder(folder: Path) -> tuple[ModelConfig, Weights]:
@@ -1672,33 +1628,17 @@ def read_folder(folder: Path) -> tuple[ModelConfig, Weights]:
         file |= read_safetensors(path)[0]
     file = file.renamed([(r"^radio_model\.", "")]).without("adaptors.")
     summary = file.pop("summary_idxs", torch.tensor([0])).tolist()
-    cls_tokens = told.get("num_cls_tokens", 3)
-    # without heads, these say which CLS tokens make the trunk's summary
-    unknown = (RadioSpec(f"cls{i}", None, None, token=i, in_trunk_summary=i in summary)
-               for i in range(cls_tokens if cls_tokens > 1 else 0))  # fmt: skip
-    n_heads = told.get("num_attention_heads", 16)
-    config, x = radio_config(file.renamed(RADIO), n_heads, cls_tokens, tuple(unknown))
+    count, n_heads = told.get("num_cls_tokens", 3), told.get("num_attention_heads", 16)
+    make = partial(RadioSpec, dim=None, summary_dim=None)  # which CLS tokens make the summary
+    specs = tuple(make(f"cls{i}", token=i, in_trunk_summary=i in summary) for i in range(count))
+    config, x = radio_config(file.renamed(RADIO), n_heads, count, specs if count > 1 else ())
     if (folder / "heads.safetensors").is_file():
         heads, ours = read_safetensors(folder / "heads.safetensors")
-        config, x = read_config(json.loads(ours["config"])), Weights(x | heads)
-        if config.final_norm:
-            block_as_norm(x, config)
-    elif (eps := told.get("layer_norm_eps", 1e-6)) != 1e-6:
+        config = read_config(json.loads(ours["config"]))
+        return config, Weights((block_as_norm(x, config) if config.final_norm else x) | heads)
+    if (eps := told.get("layer_norm_eps", 1e-6)) != 1e-6:
         raise ValueError(f"layer_norm_eps={eps}, ours is 1e-6")
     return config, x
-
-
-def block_as_norm(x: Weights, config: ModelConfig) -> None:
-    """The inverse of `norm_as_block`."""
-    last = f"blocks.{config.n_layers}."
-    for part in ("weight", "bias"):
-        x[f"norm.{part}"] = x.take(f"{last}norm2.{part}")
-    for key in list(x):
-        is_scale = re.search(r"\.scale[12]$", key)
-        if key.startswith(last) or (is_scale and not config.layer_scale):
-            del x[key]
-        elif is_scale or key in ("embed.weight", "prefix_RD", "positions.pos_embed"):
-            x[key] = x[key] / SMALLER
 
 
 def read_safetensors(path: Path) -> tuple[Weights, dict[str, str]]:
@@ -1744,9 +1684,10 @@ def with_other_heads(given: ModelConfig, heads: Sequence[Any]) -> ModelConfig:
 
 
 def foldable(spec: Any) -> Any:
-    """A head's spec with outputs that PHI-S can be folded into; the weights answer the same."""
-    is_adapter = isinstance(spec, AdapterSpec)
-    return replace(spec, bias=True, split=not spec.pool) if is_adapter else spec
+    """What two heads that answer the same have in common: one that PHI-S can be folded into."""
+    if isinstance(spec, AdapterSpec):
+        return replace(spec, bias=True, split=not spec.pool)
+    return replace(spec, token=0)
 
 
 # ---- Starting from pretrained weights
@@ -1765,6 +1706,7 @@ VIT = [  # transformers' DINOv2 and ViT
     (r"\.layernorm_before\.", ".norm1."),
     (r"\.layernorm_after\.", ".norm2."),
     (r"^layernorm\.", "norm."),
+    (r"^embeddings\.patch_embeddings\.projection\.", "embed."),
     (r"\.attention\.o_proj\.", ".attn.proj."),
     (r"\.mlp\.fc([12])\.", r".ffn.w\1."),
     (r"\.mlp\.down_proj\.", ".ffn.w2."),
@@ -1782,25 +1724,20 @@ def read_vit(network: Any, layers: int | None, stats: tuple) -> Student:
     Equal to it at its own resolution. The class token's position is added to the token; the final
     norm stays, unlike in RADIO's own releases.
     """
-    file = Weights(network.state_dict()).renamed(VIT)
-    state = Weights((key, x) for key, x in file.items() if key.startswith("norm."))
-    for block in (f"blocks.{i}." for i in range(layers or network.config.num_hidden_layers)):
-        state.update((key, x) for key, x in file.items() if key.startswith(block))
+    x = Weights(network.state_dict()).renamed(VIT).without("pooler.")
+    for i in range(network.config.num_hidden_layers):
         for (ours, parts), kind in product(VIT_JOINED.items(), ("weight", "bias")):
-            state.join(f"{block}{ours}.{kind}", [f"{block}{part}.{kind}" for part in parts])
-    positions = file["embeddings.position_embeddings"][0]
-    registers = file.get("embeddings.register_tokens", positions[None, :0])[0]
-    kernel, side = file["embeddings.patch_embeddings.projection.weight"], len(positions) - 1
-    state |= {
-        "embed.weight": rearrange(kernel, "d c y x -> d (y x c)"),
-        "embed.bias": file["embeddings.patch_embeddings.projection.bias"],
-        "prefix_RD": torch.cat([file["embeddings.cls_token"][0] + positions[:1], registers]),
-        "positions.pos_embed": rearrange(positions[1:], "(h w) d -> h w d", h=math.isqrt(side)),
-    }
-    sizes = state.sizes(network.config.num_attention_heads)
-    sizes |= {"gated_ffn": "blocks.0.mlp.gate_proj.weight" in file, "patch_bias": True}
-    sizes |= {"pixel_mean": stats[0], "pixel_std": stats[1]}
-    return assemble(ModelConfig("radio", **sizes), state)
+            x.join(f"blocks.{i}.{ours}.{kind}", [f"blocks.{i}.{part}.{kind}" for part in parts])
+        if i >= (layers or i + 1):
+            x = x.without(f"blocks.{i}.")
+    positions = x["embeddings.position_embeddings"]
+    prefix = [x["embeddings.cls_token"][0] + positions[0, :1]]
+    prefix += [x["embeddings.register_tokens"][0]] if "embeddings.register_tokens" in x else []
+    x = x.without("embeddings.")
+    x |= {"prefix_RD": torch.cat(prefix), "positions.pos_embed": positions[:, 1:]}
+    x |= {"embed.weight": x["embed.weight"].flatten(1)}
+    config, x = radio_config(x, network.config.num_attention_heads, 1, ())
+    return assemble(replace(config, pixel_mean=stats[0], pixel_std=stats[1]), x)
 
 
 def load_pretrained(student: Student, given: Student) -> set[str]:
@@ -1811,15 +1748,12 @@ def load_pretrained(student: Student, given: Student) -> set[str]:
     fit.
     """
     ours, theirs = student.state_dict(), given.state_dict()
-    sizes = [
-        {n: dataclasses.asdict(foldable(head.spec)) | {"token": 0} for n, head in x.heads.items()}
-        for x in (student, given)
-    ]
-    heads = {name for name in sizes[0] if sizes[0][name] == sizes[1].get(name)}
+    specs = [{n: foldable(head.spec) for n, head in x.heads.items()} for x in (student, given)]
+    heads = {name for name in specs[0] if specs[0][name] == specs[1].get(name)}
     for name in heads:  # a head of a release may have one last layer for all, without a bias
         last = f"heads.{name}.last"
-        if f"{last}.bias" in ours and f"{last}.bias" not in theirs:
-            theirs[f"{last}.bias"] = torch.zeros_like(ours[f"{last}.bias"])
+        if f"{last}.bias" in ours:
+            theirs.setdefault(f"{last}.bias", torch.zeros_like(ours[f"{last}.bias"]))
         for kind in ("weight", "bias") if f"{last}_summary.bias" in ours else ():
             theirs.setdefault(f"{last}_summary.{kind}", theirs[f"{last}.{kind}"])
     theirs["prefix_RD"] = carry_prefix(student, given, heads)
@@ -1828,21 +1762,14 @@ def load_pretrained(student: Student, given: Student) -> set[str]:
         maps = rearrange(theirs["positions.pos_embed"], "h w d -> 1 d h w")
         maps = F.interpolate(maps, side, mode="bicubic", align_corners=True)
         theirs["positions.pos_embed"] = rearrange(maps, "1 d h w -> h w d")
-    for name, value in theirs.items():
-        part, _, rest = name.partition(".")
-        if part == "heads" and rest.split(".")[0] not in heads:
-            continue
-        if name not in ours or ours[name].shape != value.shape:
-            there = list(ours[name].shape) if name in ours else "nothing"
-            raise ValueError(
-                f"--init: {name} is {list(value.shape)}, the student has {there}; "
-                "choose the --model that it was, or --model init"
-            )
-        ours[name] = value
-    missing = [n for n in ours if not n.startswith("heads.") and n not in theirs]
-    if missing:
-        raise ValueError(f"--init lacks {', '.join(missing[:3])}; choose another --model")
-    student.load_state_dict(ours)
+    new = tuple(f"heads.{name}." for name in student.heads if name not in heads)
+    old = tuple(f"heads.{name}." for name in given.heads if name not in heads)
+    state = {name: x for name, x in theirs.items() if not name.startswith(old)}
+    try:
+        student.load_state_dict(state | {n: x for n, x in ours.items() if n.startswith(new)})
+    except RuntimeError as error:
+        remedy = "choose the --model that it was, or --model init"
+        raise ValueError(f"--init: {' '.join(str(error).split())[:300]}; {remedy}") from error
     return heads
 
 
@@ -1887,7 +1814,7 @@ class FixedGrid(nn.Module):
         if not torch.compiler.is_compiling():  # an exported program can't look at values
             images_B3HW = torch.stack(list(read_images(list(images_B3HW))))
         p, grid = config.patch, (height // config.patch, width // config.patch)
-        layout = Layout.same(grid, images_B3HW.shape[0], config.prefix, images_B3HW.device)
+        layout = Layout.of([grid], config.prefix, images_B3HW.device, images_B3HW.shape[0])
         pattern = "b c (h y) (w x) -> (b h w) (y x c)"
         out = self.student.run(rearrange(images_B3HW, pattern, y=p, x=p), layout)
         summary = {"trunk": out.trunk_summary_BD, **out.summary}
@@ -1905,11 +1832,10 @@ def save_onnx(student: Student, path: str | Path, height: int, width: int) -> No
     grid = FixedGrid(student, height, width).eval()
     images_B3HW = torch.rand(2, 3, height, width)
     large = sum(p.nbytes for p in grid.parameters()) > 1.9e9  # more than one file can hold
-    torch.onnx.export(
-        grid, (images_B3HW,), path, dynamo=True, verbose=False, external_data=large,
-        input_names=["images"], output_names=list(grid(images_B3HW)),
-        dynamic_shapes={"images_B3HW": {0: torch.export.Dim("batch")}},
-    )  # fmt: skip
+    names = {"input_names": ["images"], "output_names": list(grid(images_B3HW))}
+    shapes = {"images_B3HW": {0: torch.export.Dim("batch")}}
+    options = {"dynamo": True, "verbose": False, "external_data": large, "dynamic_shapes": shapes}
+    torch.onnx.export(grid, (images_B3HW,), path, **names, **options)  # type: ignore[arg-type]
 
 
 @cache
@@ -1984,16 +1910,15 @@ def main() -> None:
     """Print the table of sizes."""
     print("parameters in millions, 'a': active for one token; GFLOPs of one image's forward")
     print("GB per device of weights, gradients and AdamW: DDP, and FSDP2 on 1, 8 and 64 devices")
-    print(
-        "                total  total a    trunk  trunk a   256 px   512 px"
-        "      DDP  FSDP2 1  FSDP2 8 FSDP2 64"
-    )
+    names = "total", "total a", "trunk", "trunk a", "256 px", "512 px", "DDP"
+    heads = [*names, "FSDP2 1", "FSDP2 8", "FSDP2 64"]
+    print(" " * 11 + "".join(f"{name:>9}" for name in heads))
     for name, config in MODELS.items():
         counts = count_parameters(config)
         row = [counts[key] / 1e6 for key in ("total", "active", "trunk", "active_trunk")]
         row += [count_flops(config, pixels) / 1e9 for pixels in (256, 512)]
-        row += [training_bytes(config, 1, sharded=False) / 1e9]  # the same on 1, 8 and 64 devices
-        row += [training_bytes(config, devices, sharded=True) / 1e9 for devices in (1, 8, 64)]
+        devices = (1, False), (1, True), (8, True), (64, True)  # DDP holds the same on any number
+        row += [training_bytes(config, *each) / 1e9 for each in devices]
         print(f"{name:<11}" + "".join(f"{x:9.2f}" for x in row))
 
 

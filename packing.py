@@ -2,9 +2,9 @@
 
 Pictures of any size become one sequence of patches (AMoE: token-balanced batching), and streams of
 several resolutions share a step (RADIOv2.5: partitions). Which pictures a step sees is a pure
-function of (seed, step) and of the sizes in the file headers: no rank, worker or earlier step
-enters it, so a run resumes from one integer, at any number of processes. A picture that does not
-decode is dropped from its pack and named; nothing else moves.
+function of the seed, of where it is (epoch, window, step in the window) and of the sizes in the
+file headers: no rank, worker or earlier step enters it. A picture that does not decode is dropped
+from its pack and named; nothing else moves.
 
 Read: `fit_grids`, `patchify`, `mosaic`; `PackedBatch`; `pack`; `Stream`, `Stage`; `Packs` (what
 fills a pack); `StepData` (what a rank gets). Part II: views, files, processes, drawings.
@@ -31,6 +31,7 @@ import math
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import stat
 import sys
@@ -44,7 +45,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, NoReturn, Protocol
 
@@ -226,9 +227,8 @@ def pack(
             room -= taken + index
             members.append(index)
             is_packed[index] = True
-            for next_one in arriving:  # so that as many wait as before
+            if (next_one := next(arriving, None)) is not None:  # so that as many wait as before
                 bisect.insort(waiting, next_one)
-                break
             places = (max_images or len(lengths)) - len(members)
             at = bisect.bisect_right(waiting, room) - 1 if places else -1
             if at > 0 and places > 1 and room <= 2 * (waiting[at] + below):
@@ -280,10 +280,9 @@ class Stage:
 class Packs:
     """The endless row of packs of one stream, planned a window at a time: what fills a pack.
 
-    An epoch has as many pictures as the stream's sources together, each source its share of them
-    (`shares`). They are mixed and cut into windows; a window's pictures get their sizes
-    (`_pictures`) and are packed in that order. A step takes the next `stream.packs` of the packs,
-    and what is too few for a step is left out.
+    An epoch has as many pictures as all sources together (`shares`), mixed and cut into windows. A
+    window's pictures get their sizes (`_pictures`) and are packed in that order; a step takes the
+    next `stream.packs` of the packs, and what is too few for a step is left out.
 
     A window is a pure function of the seed, the epoch, the window's number, the stream, the patch,
     the prefix, max_images, and the sources' weights, lengths and sizes: its cost grows neither with
@@ -302,29 +301,26 @@ class Packs:
         self._planned: dict[Size, list[np.ndarray]] = {}
         self.calendar = Calendar(self)
 
-    def shares(self, epoch: int) -> list[tuple[int, int]]:
-        """Start and stop of each source's part of an epoch, on an endless row of its permutations.
+    def shares(self, epoch: int) -> list[tuple[Source, int, int]]:
+        """Each source, and start and stop of its part of an epoch on an endless row of its orders.
 
-        A source whose weight is in proportion to its size, and so any single one, is passed over
-        exactly once. No counter has to be saved.
+        One whose weight is in proportion to its size, so any single one, comes exactly once.
         """
-        counts = [len(source) for source, _ in self.sources]
-        each = sum(counts) / sum(weight for _, weight in self.sources)
-        quotas = [weight * each for _, weight in self.sources]
-        return [(round(epoch * quota), round((epoch + 1) * quota)) for quota in quotas]
+        each = sum(len(x) for x, _ in self.sources) / sum(weight for _, weight in self.sources)
+        quotas = [(source, weight * each) for source, weight in self.sources]
+        return [(x, round(epoch * quota), round((epoch + 1) * quota)) for x, quota in quotas]
 
     def _pictures(self, epoch: int, window: int) -> np.ndarray:
         """The pictures of a window: rows of (source, index, h, w), the grid in patches."""
         # by name, not by number: a stream's order stays when another one is added
-        shares, key = self.shares(epoch), (self.seed, self.stream.name)
-        total, count = sum(stop - start for start, stop in shares), self.calendar.windows_in(epoch)
+        shares, key, first = self.shares(epoch), (self.seed, self.stream.name), 0
+        total = sum(stop - start for _, start, stop in shares)
+        count = self.calendar.windows_in(epoch)
         places_N = np.arange(window * total // count, (window + 1) * total // count)
         # the shares stand one after the other; unmixed, all of one source would come together
         mixed_N = permuted(places_N, total, *key, epoch, "mix")
-        rows_N4, first = np.empty((len(places_N), 4), np.int64), 0
-        for number, ((source, _), (start, stop)) in enumerate(
-            zip(self.sources, shares, strict=True)
-        ):
+        rows_N4 = np.empty((len(places_N), 4), np.int64)
+        for number, (source, start, stop) in enumerate(shares):
             mine_N = (mixed_N >= first) & (mixed_N < first + stop - start)
             turns_M, at_M = np.divmod(mixed_N[mine_N] - first + start, len(source))
             for turn in np.unique(turns_M):  # each pass over the source is another order
@@ -348,12 +344,11 @@ class Packs:
             rows_N4 = pictures_N4[list(itertools.chain(*packs))]
             ends = itertools.accumulate(map(len, packs), initial=0)
             plan = [rows_N4[start:stop] for start, stop in itertools.pairwise(ends)]
-            newest = list(self._planned.items())[-1:]  # a loader looks at two windows at most
-            self._planned = dict([*newest, ((epoch, number), plan)])
+            # a loader looks at two windows at most
+            self._planned = dict([*list(self._planned.items())[-1:], ((epoch, number), plan)])
         return self._planned[epoch, number]
 
     def packs_at(self, step: int) -> list[np.ndarray]:
-        """The packs of a global step."""
         (first, *place), each = self.calendar.locate(step), self.stream.packs
         return self.window(*place)[(step - first) * each : (step - first + 1) * each]
 
@@ -363,8 +358,7 @@ class StepData(Dataset):
     """The packs of each global step of a stage that belong to one rank.
 
     The packs of all streams stand in one row, and each rank has an equal, contiguous part: many
-    ranks form low- and high-resolution groups, and one rank has micro-batches of one step. Every
-    stream goes through its own epochs.
+    ranks form low- and high-resolution groups, one rank has micro-batches. Streams have own epochs.
     """
 
     streams: Sequence[Stream]
@@ -514,7 +508,7 @@ class Calendar:
         self._starts = [(0, 0, 0)]  # of the windows known so far: first step, epoch, window
 
     def windows_in(self, epoch: int) -> int:
-        pictures = sum(stop - start for start, stop in self.packs.shares(epoch))
+        pictures = sum(stop - start for _, start, stop in self.packs.shares(epoch))
         least = STEPS * self.packs.stream.packs * (self.packs.max_images or 16)
         return max(1, round(pictures / max(WINDOW, least)))
 
@@ -965,8 +959,11 @@ class Subset(Source):
 
 def subset(source: Source, is_chosen: Callable[[np.ndarray], np.ndarray]) -> Subset:
     """The pictures for which a function of their numbers (M,) is true; it gets a million a time."""
-    parts = np.split(np.arange(len(source)), range(2**20, len(source), 2**20))
-    return Subset(source, np.concatenate([ids_M[is_chosen(ids_M)] for ids_M in parts]))
+    kind, found = np.min_scalar_type(len(source)), [np.zeros(0, np.uint8)]
+    for start in range(0, len(source), 2**20):
+        ids_M = np.arange(start, min(start + 2**20, len(source)))
+        found.append(ids_M[is_chosen(ids_M)].astype(kind))
+    return Subset(source, np.concatenate(found))
 
 
 def hold_out(source: Source, fraction: float, seed: int = 0) -> tuple[Subset, Subset]:
@@ -994,7 +991,7 @@ def left_out(skipped: Skipped, most: int = 10) -> Iterator[str]:
 
 
 def hash64(text: str | bytes) -> int:
-    """The first half of a sha256's first half: of 200 million, two agree by chance in 1 of 900."""
+    """A quarter of a sha256: among 200 million, two agree by chance once in 900 times."""
     data = text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass")
     return int(hashlib.sha256(data).hexdigest()[:16], 16)
 
@@ -1034,26 +1031,12 @@ def open_source(spec: str, seed: int = 0) -> Source:
     return source
 
 
-def expand_braces(pattern: str) -> list[str]:
-    """The names that a shell makes of {0000..0099} and {a,b}."""
-    match = re.fullmatch(r"(.*?)\{([^{}]*)\}(.*)", pattern, re.DOTALL)
-    if not match:
-        return [pattern]
-    inside = match[2].split(",")
-    if ends := re.fullmatch(r"(\d+)\.\.(\d+)", match[2]):
-        inside = [f"{n:0{len(ends[1])}d}" for n in range(int(ends[1]), int(ends[2]) + 1)]
-    return [name for x in inside for name in expand_braces(f"{match[1]}{x}{match[3]}")]
-
-
 def _find(spec: str) -> list[Path]:
-    """What a SOURCE names: a folder or file, or all that its braces and wildcards stand for."""
-    if Path(spec).exists():
-        return [Path(spec)]
-    names = expand_braces(spec)
-    found = [path for name in names for path in sorted(glob.glob(name)) or [name]]
-    if len(names) == 1 and not Path(found[0]).exists():
+    """What a SOURCE names: a folder or file, or all that its wildcards stand for."""
+    found = [spec] if Path(spec).exists() else sorted(glob.glob(spec))
+    if not found:
         raise ValueError(f"{spec}: no such folder, file or glob; without files there is 'openmoji'")
-    return [Path(path) for path in dict.fromkeys(found)]
+    return [Path(path) for path in found]
 
 
 def with_paths(record: Record, root: Path | str, change: Callable[..., str]) -> Record:
@@ -1100,9 +1083,8 @@ def _chunks(part: Path | bytes) -> Iterator[list[bytes]]:
             found += len(chunk)
             yield chunk
     if first and (header["version"] != 1 or header["sha256"] != hashed.hexdigest()):
-        raise ValueError(
-            f"{part!s}: cut or changed; {header['count']} pictures, {found} lines found"
-        )
+        counts = f"{header['count']} pictures, {found} lines found"
+        raise ValueError(f"{part!s}: cut or changed; {counts}")
 
 
 def read_index(path: str | Path) -> tuple[Record, bytes]:
@@ -1125,9 +1107,8 @@ class Table:
     origin: which of `header["origins"]`, or -1 where the line names no source.
     """
 
-    def __init__(self, header: Record, columns: dict[str, np.ndarray], parts: Sequence[Any]):
-        self.header, self.columns, self.parts = header, columns, parts
-        self.kept: tuple[Path, str] | None = None
+    def __init__(self, header: Record, columns: Any, parts: Sequence[Any], folder: Any = None):
+        self.header, self.columns, self.parts, self.folder = header, columns, parts, folder
         self._last: tuple[int, Any] = (-1, None)  # the index file read last
 
     def __len__(self) -> int:
@@ -1137,9 +1118,8 @@ class Table:
         return self.columns[column]
 
     def __reduce__(self) -> Any:  # another process maps it, too
-        if self.kept:
-            return read_table, self.kept
-        return Table, (self.header, self.columns, self.parts)
+        known = Table, (self.header, self.columns, self.parts)
+        return (read_table, (self.folder,)) if self.folder else known
 
     def part_of(self, i: int) -> int:
         """In which of the index files a picture is."""
@@ -1176,18 +1156,23 @@ def make_table(
     first counts, unless they need not be distinct. skipped: None for what the files' headers say.
     """
     table = _parsed(parts, [""] * len(parts))
-    first_N = np.unique(table["key"], return_index=True)[1]
-    if len(first_N) < len(table) and names:
+    if names and has_doubles(table["key"]):
         table = _parsed(parts, names)
-        first_N = np.unique(table["key"], return_index=True)[1]
-    first_N = first_N if are_distinct else np.arange(len(table))
-    header, double_N = table.header, np.delete(np.arange(len(table)), first_N)
-    header["skipped"] = header["skipped"] if skipped is None else skipped
-    header["skipped"] |= {table.record(int(i))["key"]: "a key seen before" for i in double_N}
-    header["lost"] = len(double_N)
-    columns = {name: np.delete(column, double_N) for name, column in table.columns.items()}
-    firsts = np.searchsorted(np.sort(first_N), header["firsts"]).tolist()
-    return Table(header | {"firsts": firsts}, columns, parts)
+    header = table.header
+    header |= {"skipped": header["skipped"] if skipped is None else skipped, "lost": 0}
+    if are_distinct and has_doubles(table["key"]):
+        first_N = np.sort(np.unique(table["key"], return_index=True)[1])
+        for i in np.setdiff1d(np.arange(len(table)), first_N).tolist():
+            header["skipped"][table.record(i)["key"]] = "a key seen before"
+        header["lost"] = len(table) - len(first_N)
+        header["firsts"] = np.searchsorted(first_N, header["firsts"]).tolist()
+        table.columns = {name: column[first_N] for name, column in table.columns.items()}
+    return table
+
+
+def has_doubles(numbers_N: np.ndarray) -> bool:
+    ordered_N = np.sort(numbers_N)
+    return bool((ordered_N[1:] == ordered_N[:-1]).any())
 
 
 def _parsed(parts: Sequence[Path | bytes], prefixes: Sequence[str]) -> Table:
@@ -1199,7 +1184,7 @@ def _parsed(parts: Sequence[Path | bytes], prefixes: Sequence[str]) -> Table:
         chunks = _chunks(part)
         (first,) = next(chunks)
         start, header = len(first), _object(first)
-        prints.append(header.get("sha256") or hashlib.sha256(part).hexdigest())  # type: ignore[arg-type]
+        prints.append(header["sha256"] if header else hashlib.sha256(bytes(part)).hexdigest())
         skipped |= header.get("skipped", {})
         for chunk in chunks:
             try:
@@ -1225,7 +1210,7 @@ def _parsed(parts: Sequence[Path | bytes], prefixes: Sequence[str]) -> Table:
     alone = hashlib.sha256(repr((prints, *prefixes)).encode()).hexdigest()
     facts = {"firsts": firsts, "prefixes": list(prefixes), "origins": list(origins)}
     facts |= {"sha256": prints[0] if len(parts) == 1 else alone, "skipped": skipped}
-    return Table(facts, {n: np.array(c, c.typecode) for n, c in columns.items()}, parts)
+    return Table(facts, {n: np.frombuffer(c, c.typecode) for n, c in columns.items()}, parts)
 
 
 def _status(path: str | Path) -> list[int]:
@@ -1234,55 +1219,52 @@ def _status(path: str | Path) -> list[int]:
     return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
 
 
-def keep_table(table: Table, path: Path, state: str) -> Table:
-    """Write a table that `read_table` finds; returns it as it lies there."""
+def keep_table(table: Table, folder: Path) -> Table:
+    """Write a table that `read_table` finds, in place of an older one; returns it as it lies there.
+
+    The name of the folder ends in the state that it is of, so that no column is of another.
+    """
+    if not all(isinstance(part, Path) for part in table.parts):
+        return table
     with contextlib.suppress(OSError):  # it only saves time: a full disk must not end the run
-        path.parent.mkdir(parents=True, exist_ok=True)
         parts = [[os.path.abspath(part), _status(part)] for part in table.parts]
-        facts = table.header | {"state": state, "parts": parts, "count": len(table)}
-        head = json.dumps(facts).encode()
-        arrays = (table[name].data for name in COLUMNS)
-        start = head + b" " * (-(len(head) + 1) % 8) + b"\n"  # numbers lie at multiples of 8 bytes
-        write_whole(path, lambda file: file.writelines([start, *arrays]))
-    return read_table(path, state) or table
+        for old in set(folder.parent.glob(f"{folder.stem}.*")) - {folder}:
+            shutil.rmtree(old, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in COLUMNS:
+            write_whole(folder / f"{name}.npy", partial(np.save, arr=table[name]))
+        facts = table.header | {"parts": parts, "count": len(table)}
+        write_whole(folder / "table.json", json.dumps(facts).encode())
+    return read_table(folder) or table
 
 
-def read_table(path: Path, state: str) -> Table | None:
-    """The table kept at a path, mapped: its length costs nothing.
+def read_table(folder: Path) -> Table | None:
+    """The table kept in a folder, mapped: its length costs nothing.
 
-    None where there is none of this state, it is damaged, or its index files changed.
+    None where there is none, it is damaged, or its index files changed.
     """
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        with open(path, "rb") as file:
-            header = _object(file.readline(2**30))
-            start = file.tell()
-        ends = np.cumsum(
-            [0, *(header["count"] * array(code).itemsize for code in COLUMNS.values())]
-        )
-        is_whole = path.stat().st_size == start + ends[-1] and header["count"] >= 0
-        if (
-            header["state"] == state
-            and is_whole
-            and all(_status(p) == x for p, x in header["parts"])
-        ):
-            data = (
-                np.memmap(path, np.uint8, "r", start) if header["count"] else np.zeros(0, np.uint8)
-            )
-            spans = zip(COLUMNS.items(), itertools.pairwise(ends), strict=True)
-            columns = {n: data[a:b].view(code) for (n, code), (a, b) in spans}
-            table = Table(header, columns, [Path(part) for part, _ in header["parts"]])
-            table.kept = path, state
-            return table
+        header = _object((folder / "table.json").read_bytes())
+        columns = {}
+        for name, code in COLUMNS.items():
+            columns[name] = np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+            if columns[name].shape != (header["count"],) or columns[name].dtype != code:
+                return None
+        if all(_status(part) == status for part, status in header["parts"]):
+            return Table(header, columns, [Path(part) for part, _ in header["parts"]], folder)
     return None
 
 
 def kept_table(paths: Sequence[Path], are_distinct: bool = True) -> Table:
     """The table of some index files, made once while they are as they are."""
-    state = hash_of(TABLE_VERSION, [_status(path) for path in paths])
-    name = hash_of([os.path.abspath(path) for path in paths], are_distinct)
-    place = cache_home() / "tables" / f"{name}.table"
-    table = read_table(place, state)
-    return table or keep_table(make_table(paths, are_distinct=are_distinct), place, state)
+    names, state = [os.path.abspath(path) for path in paths], [_status(path) for path in paths]
+    folder = table_folder([names, are_distinct], state)
+    return read_table(folder) or keep_table(make_table(paths, are_distinct=are_distinct), folder)
+
+
+def table_folder(place: object, state: object) -> Path:
+    name = f"{hash_of(place)}.{hash_of(TABLE_VERSION, state)}"
+    return cache_home() / "tables" / name
 
 
 def hash_of(*what: object) -> str:
@@ -1396,12 +1378,12 @@ def _is_junk(name: str) -> bool:
 
 def _why_no_picture(name: str) -> str:
     """Why a file that belongs to no picture is none by its name, in folders and in tars."""
-    base, suffix = name.rpartition("/")[2], name.rpartition(".")[2].lower()
     if _is_junk(name):
         return "left by a computer or a tool, no picture"
-    if suffix in UNREAD:
+    suffixes = name.rpartition("/")[2].lower().split(".")[1:]
+    if not UNREAD.isdisjoint(suffixes):
         return "a format that we don't read: convert it to JPEG"
-    if suffix in ("tar", "tgz") or ".tar." in base:
+    if not {"tar", "tgz"}.isdisjoint(suffixes):
         return "a tar in a folder or tar: pass tars as 'DIR/*.tar'"
     return "neither a picture by its name nor a sidecar of one"
 
@@ -1531,7 +1513,7 @@ def _look(path: Path, root: Path) -> Files:
 
 def _state(path: Path, root: Path, files: Files) -> str:
     """Of the names, sizes and times of files, and of the rules here."""
-    rules = SCAN_VERSION, TABLE_VERSION, PIL.__version__, FORMATS, sorted(SUFFIXES), MAX_PIXELS
+    rules = SCAN_VERSION, PIL.__version__, FORMATS, sorted(SUFFIXES), MAX_PIXELS
     found, odd = files
     times = [(n, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for n, s in found.items()]
     return hash_of(rules, os.path.relpath(path, root), times, sorted(odd))
@@ -1545,9 +1527,9 @@ def scanned(paths: Sequence[Path], root: Path) -> Table:
     """
     looks = [_look(path, root) for path in paths]
     names = [os.path.relpath(path, root) for path in paths]
-    state = hash_of([_state(path, root, look) for path, look in zip(paths, looks, strict=True)])
-    place = cache_home() / "tables" / f"{hash_of(str(root.resolve()), names)}.table"
-    table = read_table(place, state)
+    state = [_state(path, root, look) for path, look in zip(paths, looks, strict=True)]
+    folder = table_folder([str(root.resolve()), names], state)
+    table = read_table(folder)
 
     def scan(numbers: range) -> list[Scan]:
         with ThreadPoolExecutor(min(8, len(paths))) as threads:
@@ -1555,19 +1537,22 @@ def scanned(paths: Sequence[Path], root: Path) -> Table:
             title = f"scan {root}"
             return list(progress(found, title, len(numbers), "tar") if len(paths) > 1 else found)
 
+    def make() -> Table:
+        scans = scan(range(len(paths)))
+        made = _join(dict(zip(names, scans, strict=True)))
+        return made if any(one.may_pass for one in scans) else keep_table(made, folder)
+
     rank, world = rank_and_world()
-    lacking: list[Any] = [table is None] * world
     if world > 1:
+        lacking: list[Any] = [None] * world
         dist.all_gather_object(lacking, table is None)
         if any(lacking):
             scan(range(rank, len(paths), world))
-            dist.barrier()  # then the others' scans are kept
-    if table is None:
-        scans = scan(range(len(paths)))
-        table = _join(dict(zip(names, scans, strict=True)))
-        if not any(one.may_pass for one in scans):
-            table = keep_table(table, place, state)
-    return table
+            dist.barrier()  # then the scans of all are kept
+            table = (table or make()) if rank == 0 else table
+            dist.barrier()  # then their table is, too
+            table = table or read_table(folder)
+    return table or make()
 
 
 def _join(scans: dict[str, Scan]) -> Table:
@@ -1821,9 +1806,13 @@ def setup_distributed(pg_timeout: float = 600.0, device: str = "auto") -> Group:
     group = Group(rank, world, choose_device(device, int(env.get("LOCAL_WORLD_SIZE", 1))))
     if "RANK" not in env or dist.is_initialized():
         return group
-    is_master = rank == 0 and env.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    has_agent = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     address = env["MASTER_ADDR"], int(env["MASTER_PORT"])
-    store = dist.TCPStore(*address, world, is_master=is_master, timeout=timeout)
+    # the agent's store is there before its ranks: where it is not, torchrun was killed meanwhile
+    connect = min(timeout, timedelta(seconds=20)) if has_agent else timeout
+    is_master = rank == 0 and not has_agent
+    store = dist.TCPStore(*address, world, is_master=is_master, timeout=connect)
+    store.set_timeout(timeout)
     # a restarted rank must not find the addresses of the dead ones: each attempt has its own keys
     attempt = dist.PrefixStore(f"attempt{env.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     # numbers that are on the host are summed there: NCCL would wait for the device

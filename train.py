@@ -30,10 +30,13 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import ChainMap
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -73,24 +76,21 @@ from teachers import (
 )
 
 AVERAGES = ("image", "partition", "token")  # AMoE's, RADIOv2.5's, and the ablation
+SUMMARY_KINDS: Any = ChainMap(losses.KINDS, {"angle": losses.angle_loss})  # live: one may be added
 POSITIVE, COUNT = Number(int, 1), Number(int, 0)
-RATE, SHARE, DECAY = Number(float, 0), Number(float, 0, 1), Number(float, 0, 1, below=True)
-SECONDS = Number(float, 0, 1e9, above=True)
+RATE, SOME = Number(float, 0), Number(float, 0, 1e9, above=True)
+SHARE, PART = Number(float, 0, 1), Number(float, 0, 1, below=True)
 
 # ---- Part I, the papers: the recipe
 
 
-def option(default, help: str, takes: tuple[str, ...] | Number | None = None, **metadata) -> Any:
-    """A config field: its help carries the unit and the source, and becomes the flag's help.
-
-    Args: takes: the words, or the numbers, that it may be; of a tuple, that each may be.
-    """
+def option(default, help: str, takes: Collection[str] | Number | None = None, **metadata) -> Any:
+    """A config field with its help and flag; `takes`: what each of its values may be."""
     return field(default=default, metadata={"help": help, "takes": takes, **metadata})
 
 
-def control(default, help: str, takes: tuple[str, ...] | Number | None = None) -> Any:
-    """A field that decides how a run goes, not what it computes, or that names what is compared by
-    its content: it may change on resume."""
+def control(default, help: str, takes: Collection[str] | Number | None = None) -> Any:
+    """A field that may change on resume: how a run goes, or what is compared by its content."""
     return option(default, help, takes, control=True)
 
 
@@ -100,9 +100,7 @@ class TrainConfig:
 
     preset: str = control("demo", "name of the preset that the other flags change")
     data: tuple[str, ...] = control(("openmoji",), "SOURCEs: openmoji, a folder, tars, an index")
-    data_weights: tuple[float, ...] = option(
-        (), "share of each SOURCE (default: by its size)", Number(float, 0, above=True)
-    )
+    data_weights: tuple[float, ...] = option((), "share of each SOURCE (default: by size)", SOME)
     teachers: tuple[str, ...] = control(
         ("vit-s=builtin:vit-s", "mobilenet=builtin:mobilenet"), "NAME=PATH[@layer] or PATH of each"
     )
@@ -122,22 +120,18 @@ class TrainConfig:
     evaluate_every: int = control(0, "steps between evaluations (kNN, pca.png); 0: none", COUNT)
     workers: int = control(0, "loader processes per rank; 0 loads in the main one", COUNT)
     threads: int = control(0, "torch threads per rank; 0 shares the cores evenly", COUNT)
-    pg_timeout: float = control(600.0, "seconds that a rank waits for the others", SECONDS)
+    pg_timeout: float = control(600.0, "seconds that a rank waits for the others", SOME)
     max_bad_frac: float = control(0.1, "share of pictures that may fail to decode", SHARE)
     cache: str = control("auto", "folder of features; auto: user cache; none: live teachers")
-    held_out: float = option(
-        0.15,
-        "share of each SOURCE's pictures held out of training",
-        Number(float, 0, 1, below=True),
-    )
+    held_out: float = option(0.15, "share of each SOURCE's pictures held out of training", PART)
     stages: tuple[Stage, ...] = option(
         (Stage(1.0, (Stream("native"),)),), "resolution stages, set by presets", flag=False
     )
     max_images: int = option(16, "images in a pack at the most (AMoE: batching)", POSITIVE)
     global_tokens: int = option(0, "tokens of a step; 0: the packs of the preset", COUNT)
     micro_packs: int = control(0, "packs of a forward; 0: all, on CUDA all that fit", COUNT)
-    patch_loss: str = option("mse", "feature loss of patches and registers", tuple(losses.KINDS))
-    summary_loss: str = option("mse", "feature loss of summaries", (*losses.KINDS, "angle"))
+    patch_loss: str = option("mse", "feature loss of patches and registers", losses.KINDS)
+    summary_loss: str = option("mse", "feature loss of summaries", SUMMARY_KINDS)
     # A fixed pattern of a teacher can't be learnt where each sees another view (C-RADIOv4 Eq. 1).
     shift: float = option(
         0.0, "deviation of the views' moves, in patches (C-RADIOv4: 0.5); needs --cache none", RATE
@@ -147,18 +141,18 @@ class TrainConfig:
     relation_weight: float = option(1.0, "weight of the relational loss (AMoE: 1)", RATE)
     average: str = option("image", "weigh images alike, in each stream, or by tokens", AVERAGES)
     balance: str = option("none", "weights of the losses: 1, or AdaLoss'", ("none", "adaloss"))
-    normalizer: str = option("phis", "space of the targets", tuple(losses.NORMALIZERS))
+    normalizer: str = option("phis", "space of the targets", losses.NORMALIZERS)
     stats_steps: int = option(30, "first steps of a stage that fit its targets' space", POSITIVE)
     frozen_steps: int = option(0, "first steps that train heads alone (RADIOv2.5: 5000)", COUNT)
     optimizer: str = option("adamw", "optimizer (RADIOv2.5: lamb)", ("adamw", "lamb"))
-    lr: float = option(1.5e-3, "peak learning rate", Number(float, 0, above=True))
+    lr: float = option(1.5e-3, "peak learning rate", SOME)
     trunk_lr: float = option(1.0, "the trunk's learning rate as a share of the heads'", RATE)
     min_lr: float = option(0.02, "last learning rate as a share of the peak", SHARE)
     warmup: int = option(50, "steps of linear warm-up", COUNT)
     weight_decay: float = option(0.05, "decay of matrices; vectors and scalars have none", RATE)
-    beta2: float = option(0.95, "second-moment decay of the optimizer", DECAY)
+    beta2: float = option(0.95, "second-moment decay of the optimizer", PART)
     clip: float = option(1.0, "gradient norm limit; 0: none", RATE)
-    ema: float = option(0.0, "decay of the weights' running mean, then saved; 0: none", DECAY)
+    ema: float = option(0.0, "decay of the weights' running mean, then saved; 0: none", PART)
     router_rate: float = option(1e-3, "step of experts' bias (AMoE release: balancing)", RATE)
     parallel: str = control("ddp", "copies of the weights, or shards (FSDP2)", ("ddp", "fsdp"))
     device: str = control("auto", "auto: cuda if there is one", ("auto", "cpu", "cuda"))
@@ -791,7 +785,7 @@ def resume(job: Job, state: State, stages: list[StepData]) -> int:
 
     All that can be refused has been by now: here the run folder is written to for the first time.
     """
-    # by stage, the pictures of the first epoch in packs that do not fill a step
+    # by stage and stream, the share of pictures in packs that do not fill a step
     about = {"left over": [packing.left_over(data) for data in stages]}
     if job.folder:
         saved = read_state(job.folder)
@@ -826,7 +820,7 @@ def settle(
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     images, bad = sum(map(len, micros)), sum(len(m.skipped) for m in micros)
     tokens = sum(sum(m.lengths) for m in micros) + state.student.config.prefix * images
-    known = sum_over_ranks(torch.tensor([images, tokens, bad, STOP.poll()]))  # to the host
+    known = sum_over_ranks(torch.tensor([images, tokens, bad, STOP.number]))  # to the host
     images, tokens, bad, stop = known.tolist()
     loads_LE = sum_over_ranks(torch.stack(counts).sum(0)) if counts else norm.new_ones(1, 1)
     max_load = (loads_LE.max(1).values / loads_LE.float().mean(1)).max()
@@ -928,9 +922,6 @@ def is_taught(name: str, streams: Streams) -> list[bool]:
     return [not stream.teachers or name in stream.teachers for stream in streams]
 
 
-# ---- What ranks share
-
-
 def sum_over_ranks(values: Tensor) -> Tensor:
     if dist.is_initialized():
         dist.all_reduce(values)
@@ -1000,9 +991,6 @@ def packs_in_memory(state: State, tokens: int, count: int, device: torch.device)
         )
     say(f"{int(fits)} of {count} packs in one forward")
     return int(fits)
-
-
-# ---- Which weights decay, and LAMB
 
 
 def is_decayed(name: str, p: Tensor) -> bool:
@@ -1242,11 +1230,6 @@ def find_start(cfg: TrainConfig, identity: dict[str, Any]) -> Path | None:
     return None
 
 
-def holds_a_run(out: Path) -> bool:
-    names = ("config.json", "metrics.jsonl", "summary.json")
-    return bool(checkpoints(out)) or any((out / name).exists() for name in names)
-
-
 def stays(job: Job) -> bool:
     """Does the run go on in its folder? Else what is there is an older run's."""
     if job.folder:
@@ -1265,7 +1248,9 @@ def begin_folder(job: Job, about: dict[str, Any]) -> None:
     metrics.jsonl up to the checkpoint."""
     rows = read_rows(job.folder.parent if job.folder else job.out)
     rows = [row for row in rows if row["step"] <= job.record["step"]]
-    if not stays(job) and holds_a_run(job.out):
+    names = ("config.json", "metrics.jsonl", "summary.json")
+    is_used = checkpoints(job.out) or any((job.out / name).exists() for name in names)
+    if is_used and not stays(job):
         move_aside(job.out)
     for folder in checkpoints(job.out):
         if int(folder.name[5:]) > job.record["step"]:  # damaged
@@ -1285,11 +1270,10 @@ def move_aside(out: Path) -> None:
     names = (out.with_name(f"{out.name}.{n}") for n in itertools.count(1))
     aside = next(path for path in names if not path.exists())
     out.rename(aside)
-    is_owned = LOCKS.pop(out, None)
-    out.mkdir()
-    if is_owned:
+    if LOCKS.pop(out, None):
         own(out)
         (aside / "lock").unlink()
+    out.mkdir(exist_ok=True)
     say(f"the run that was in {out} is now in {aside}")
 
 
@@ -1302,8 +1286,9 @@ def own(out: Path) -> None:
     Raises: ValueError if it is another's, which it names.
     """
     out = out.resolve()
+    is_new = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
-    for _ in range(50):  # one that is just being killed gets 5 seconds
+    for _ in range(100):  # one that is just being killed gets 10 seconds
         file = (out / "lock").open("a+")
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -1320,14 +1305,16 @@ def own(out: Path) -> None:
     file.truncate(0)
     file.write(f"process {os.getpid()} on {platform.node()} since {time.strftime('%F %T')}\n")
     file.flush()
-    LOCKS[out] = file
+    LOCKS[out] = file, is_new
 
 
 def disown(out: Path) -> None:
     """Give a run folder back; one that nothing was written to is gone again."""
-    if file := LOCKS.pop(out.resolve(), None):
+    file, is_new = LOCKS.pop(out.resolve(), (None, False))
+    if file:
         (out / "lock").unlink(missing_ok=True)
         file.close()
+    if is_new:
         with suppress(OSError):
             out.rmdir()
 
@@ -1474,20 +1461,15 @@ class Shrunk(packing.Subset):
         return at_size(sample, self.side) if is_large else sample
 
 
-@dataclass
-class Capped:
-    """A student that sees pictures at the largest size that the run's stages train at."""
-
-    student: Student
-    side: int
-
-    def encode(self, images: Any) -> Any:
-        return self.student.encode(images, max_tokens=(self.side // self.student.config.patch) ** 2)
-
-
 def largest_side(cfg: TrainConfig) -> int:
     streams = [stream for stage in cfg.stages for stream in stage.streams]
     return max(max(stream.choices, default=stream.max_side) for stream in streams)
+
+
+def capped(cfg: TrainConfig, student: Student) -> Any:
+    """A student that sees pictures at the largest size that the run's stages train at."""
+    student.precision, most = cfg.precision, (largest_side(cfg) // student.config.patch) ** 2
+    return SimpleNamespace(encode=partial(student.encode, max_tokens=most))
 
 
 def views(job: Job, count: int) -> list[Shrunk]:
@@ -1501,16 +1483,14 @@ def views(job: Job, count: int) -> list[Shrunk]:
 
 def saved_student(job: Job) -> Student:
     """That of the checkpoint just written."""
-    student = load_student(job.newest / "model.pt", device=str(job.group.device))
-    student.precision = job.cfg.precision
-    return student
+    return load_student(job.newest / "model.pt", device=str(job.group.device))
 
 
 def evaluate(job: Job, pictures: int = 500) -> dict[str, float]:
     """kNN accuracy of the checkpoint just saved, all ranks sharing the work, and pca.png."""
     if job.held_out is None:
         return {}
-    student = Capped(saved_student(job), largest_side(job.cfg))
+    student = capped(job.cfg, saved_student(job))
     train, test = (extract({"student": student}, source, 0) for source in views(job, pictures))
     if job.group.rank == 0:
         draw_pca(job, student)
@@ -1521,41 +1501,42 @@ def evaluate(job: Job, pictures: int = 500) -> dict[str, float]:
         return {}
 
 
-def draw_pca(job: Job, student: Capped) -> None:
+def draw_pca(job: Job, student: Any) -> None:
     """pca.png: held-out pictures, each teacher's maps, the student's."""
-    pictures, _ = first_pictures(views(job, 10**9)[1], 8)  # the report names bad ones
+    train, held_out = views(job, 10**9)
+    pictures, _ = first_pictures(
+        held_out if len(held_out) else train, 8
+    )  # the report names bad ones
     teachers = {teacher.name: teacher for teacher in job.teachers}
     pca_sheet(job.out / "pca.png", pictures, {"teacher": teachers, "student": student})
 
 
-def pictures_in_time(job: Job, models: dict[str, Any]) -> int:
-    """How many pictures of either kind the report takes: a tenth of the run's time, or a few."""
-    few, began = views(job, 4)[0], time.monotonic()
-    extract(models, few)
-    each = 2 * (time.monotonic() - began) / max(1, len(few))  # its figures take as long again
-    return max(REPORTED[0], min(REPORTED[1], int(job.record["seconds"] / 20 / each)))
-
-
-REPORTED = 32, 1000  # the fewest and the most pictures of either kind
+FEWEST, MOST = 32, 1000  # pictures of either kind in the report
 
 
 def finish(job: Job) -> dict[str, Any]:
-    """Score the student on held-out pictures; write summary.json and pca.png; print the table."""
+    """Score the student on held-out pictures; write summary.json and pca.png; print the table.
+
+    It takes about a tenth of the run's arithmetic, by fewer pictures, if they are not the fewest:
+    how many is a function of the run and not of the machine, or no figure would come out again.
+    """
     cfg, student, side = job.cfg, saved_student(job), largest_side(job.cfg)
-    control = random_control(student, cfg.seed)
-    control.precision = cfg.precision
     teachers = {teacher.name: teacher for teacher in job.teachers}
-    students = Capped(student, side), Capped(control, side)
-    models = {"teacher": teachers, "student": students[0], "random": students[1]}
-    count = pictures_in_time(job, models)
+    models = {"student": capped(cfg, student)}
+    models["random"] = capped(cfg, random_control(student, cfg.seed))
+    some = views(job, 100)[0]
+    areas = [min(math.prod(some.size(i)), side**2) for i in range(len(some))]
+    tokens = sum(areas) / student.config.patch**2 / len(areas)  # of a picture
+    # A token of the report, in two students without a backward, costs what one of training does.
+    count = max(FEWEST, min(MOST, int(job.record["tokens"] / 20 / tokens)))
     say(f"the report: {count} pictures of a kind at most, shrunk to {side}^2 px for the student")
     train, test = views(job, count)
-    report = final_report(*students, teachers, train, test, count)
-    draw_pca(job, students[0])
+    report = final_report(models["student"], models["random"], teachers, train, test)
+    draw_pca(job, models["student"])
     summary = {"steps": cfg.steps, "minutes": job.record["seconds"] / 60, "report": report}
     summary |= {"scored": cfg.data[0], "skipped": job.record["skipped"] | report["skipped"]}
-    summary |= {"pictures": count, "side": side, "config": cfg.identity()}
-    summary["identity"] = job.identity
+    summary |= {"pictures": count, "side": side, "identity": job.identity}
+    summary["config"] = cfg.identity()
     text = json.dumps(summary, indent=1, allow_nan=False)
     packing.write_whole(job.out / "summary.json", text.encode())
     print(format_table(report))
@@ -1582,21 +1563,25 @@ class StopSignal:
         for number in packing.STOPPING if in_main else ():  # others can't set handlers
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
                 self.before[number] = signal.signal(number, self.take)
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            threading.Thread(target=self.watch_launcher, daemon=True).start()
 
     def __exit__(self, *_: Any) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+        for number in [*self.before]:
+            signal.signal(number, self.before.pop(number))
+
+    def watch_launcher(self) -> None:
+        """A launcher that was killed counts as SIGTERM: no orphans."""
+        while os.getppid() == LAUNCHER:
+            time.sleep(0.5)
+        if self.before:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def take(self, number: int, _: Any) -> None:
         is_first, self.number = not self.number, number
         if is_first and not self.is_awaited:
             say("told to stop: no step is to be saved; the same command goes on")
             raise SystemExit(EXIT_SIGNALLED + number)
-
-    def poll(self) -> int:
-        """The signal's number, or 0. A launcher that is gone counts as SIGTERM: no orphans."""
-        orphaned = "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != LAUNCHER
-        return int(signal.SIGTERM) if orphaned else self.number
 
 
 STOP = StopSignal()  # one for the process, as its signals are
@@ -1670,9 +1655,6 @@ def say(text: str) -> None:
     """A line of the one process that prints, above the bar if there is one."""
     if is_main():
         tqdm.write(text, file=sys.stderr)
-
-
-# ---- What a configuration must be
 
 
 def require(is_right: Any, message: str) -> None:
@@ -1933,7 +1915,8 @@ def main(argv: list[str] | None = None) -> None:
         run(cfg)
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         is_ours = not isinstance(error, RuntimeError) or isinstance(error, Standstill)
-        if not is_ours and not any(x in str(error) for x in ("gloo", "DataLoader worker", "NCCL")):
+        is_known = isinstance(error, dist.DistError) or "DataLoader worker" in str(error)
+        if not is_ours and not is_known and "gloo" not in str(error):
             raise
         raise SystemExit(last_words(error)) from error
 

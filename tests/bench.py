@@ -1,9 +1,9 @@
 """Speed as ratios, each taken in one interleaved run: `python tests/bench.py [row ...]`.
 
-The row `gpu` is bench_gpu.py, on a CUDA device; without a name all others run. A row is a function
-of `ROWS` that yields `Row`s. To add one, write the function and list it.
-One thread (row 10: two), medians; a ratio above 1 means that ours is better, unless the row says
-otherwise.
+The row `gpu` is bench_gpu.py, on a CUDA device, `soak` takes half an hour; without a name all
+others run. A row is a function of `ROWS` that yields `Row`s. To add one, write the function and
+list it. One thread and its CPU time (rows of several processes: wall time), medians of interleaved
+turns; a ratio above 1 means that ours is better, unless the row says otherwise.
 """
 
 import ctypes
@@ -28,11 +28,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from test_train import train_for
+from test_train import soak, train_for
 
 from model import MODELS, Layout, ModelConfig, MoE, Student, attention
 from packing import (
@@ -65,7 +66,7 @@ TOKENS_4096 = [(8, 8), (32, 32), (28, 31), (24, 24), (20, 20), (16, 20), (16, 16
 class Row:
     """One line of the table."""
 
-    number: int
+    number: str
     what: str
     ours: float
     other: float
@@ -75,15 +76,17 @@ class Row:
     aim: str
 
 
-def interleaved(*ways: Callable[[], object], repeats: int = 7) -> list[float]:
+def interleaved(
+    *ways: Callable[[], object], repeats: int = 7, clock: Callable[[], float] = time.process_time
+) -> list[float]:
     """Median seconds of each way, run in turns so that the machine's mood hits all alike."""
     times: list[list[float]] = [[] for _ in ways]
     for turn in range(repeats + 1):
         for way, record in zip(ways, times, strict=True):
-            start = time.perf_counter()
+            start = clock()
             own = way()  # seconds, where a way measures a part of itself
             if turn:  # the first turn warms up
-                record.append(own if isinstance(own, float) else time.perf_counter() - start)
+                record.append(own if isinstance(own, float) else clock() - start)
     return [statistics.median(record) for record in times]
 
 
@@ -168,10 +171,10 @@ def padded_forward(
 
 
 def packed_forward(name: str, config: ModelConfig) -> Iterator[Row]:
-    """Rows 1 and 2: 8 mixed images, packed against padded to the longest.
+    """Rows 1 and 2: 8 mixed images, packed against padded to the longest, and one at a time.
 
     Padded with two attentions: SDPA with a mask, the best that padding can do, and the explicit
-    softmax, which is what a masked flex_attention comes to on a CPU.
+    softmax, the release's way on a CPU. One at a time, the fairest rival, needs no padding.
     """
     torch.manual_seed(0)
     student = lively(Student(config)).eval()
@@ -181,20 +184,69 @@ def packed_forward(name: str, config: ModelConfig) -> Iterator[Row]:
         lambda: student(batch).trunk_MD,
         lambda: torch.cat(padded_forward(student, images, fused)),
         lambda: torch.cat(padded_forward(student, images, explicit)),
+        lambda: torch.cat([student(x).trunk_MD for x in alone]),
+    ]
+    alone = [PackedBatch.from_images([image], 16) for image in images]
+    with torch.no_grad():
+        packed, *others = (way() for way in ways)
+        error = max(((packed - x).abs().max() / x.abs().max()).item() for x in others)
+        assert error < 1e-5, error
+        times = interleaved(*ways, repeats=5)
+        memory = [peak_extra_memory(way) for way in ways]
+    rivals = ("padded, masked SDPA", "padded, explicit softmax", "one at a time")
+    for i, rival in enumerate(rivals, start=1):
+        title = f"packed forward, {name} / {rival} (error {error:.0e})"
+        ours, other = 1e3 * times[0], 1e3 * times[i]
+        floor, aim = ("1.4", "2") if rival == "one at a time" else ("2.5", "4")
+        yield Row("1", title, ours, other, "ms", other / ours, floor, aim)
+        title, more = f"peak extra memory, {name}, {rival}", memory[i] / max(memory[0], 1e-9)
+        yield Row("2", title, memory[0], memory[i], "MiB", more, "1.5", "3")
+
+
+def radio_forward() -> Iterator[Row]:
+    """Row 1b: the RADIO form against transformers' own, which packs too; same weights."""
+    from transformers import RadioConfig, RadioModel
+
+    from model import save_transformers
+
+    torch.manual_seed(0)
+    student = lively(Student(replace(MODELS["radio-b"], n_layers=4, heads=()))).eval()
+    with tempfile.TemporaryDirectory() as folder:
+        save_transformers(student, folder)
+        config = RadioConfig.from_pretrained(folder)
+        peer = RadioModel.from_pretrained(folder, config=config).eval()
+    images = [torch.rand(3, 16 * h, 16 * w) for h, w in MIXED]
+    batch, grids = PackedBatch.from_images(images, 16), torch.tensor(MIXED)
+    patches = torch.cat(
+        [rearrange(x, "c (h p) (w q) -> (h w) (c p q)", p=16, q=16) for x in images]
+    )
+    ways = [
+        lambda: student(batch).trunk_MD,
+        lambda: peer(patches, image_grid_hw=grids).features.flatten(0, -2),
+        lambda: torch.cat([peer(x[None]).features[0] for x in images]),
     ]
     with torch.no_grad():
-        packed, *padded = (way() for way in ways)
-        error = max(((packed - x).abs().max() / x.abs().max()).item() for x in padded)
-        assert error < 1e-5, error
-        times = interleaved(*ways, repeats=2)
-        memory = [peak_extra_memory(way) for way in ways]
-    for i, attend in enumerate(("masked SDPA", "explicit softmax"), start=1):
-        what = f"{name}, {attend}"
-        title = f"packed / padded forward, {what} (error {error:.0e})"
-        ours, other = 1e3 * times[0], 1e3 * times[i]
-        yield Row(1, title, ours, other, "ms", other / ours, "3", "5")
-        title, more = f"peak extra memory, {what}", memory[i] / max(memory[0], 1e-9)
-        yield Row(2, title, memory[0], memory[i], "MiB", more, "1.5", "3")
+        ours, *others = (way() for way in ways)
+        error = max(((ours - x).abs().max() / x.abs().max()).item() for x in others)
+        assert error < 1e-4, error
+        times = [1e3 * seconds for seconds in interleaved(*ways, repeats=5)]
+    for rival, other in zip(("packed", "one at a time"), times[1:], strict=True):
+        what = f"RADIO form / transformers' RadioModel, {rival} (error {error:.0e})"
+        yield Row("1b", what, times[0], other, "ms", other / times[0], "1.0", "1.3")
+
+
+def encoding() -> Iterator[Row]:
+    """Row 1c: `encode` of 12 mixed pictures of 64 to 1024 px against one at a time."""
+    torch.manual_seed(0)
+    student = lively(Student(replace(MODELS["dense-30m"], heads=()))).eval()
+    sides = torch.logspace(6, 10, 12, base=2).tolist()
+    images = [torch.rand(3, int(s), int(s * 3 / 4)) for s in sides]
+    ways = lambda: student.encode(images), lambda: [student.encode([x])[0] for x in images]
+    for ours, other in zip(*(way() for way in ways), strict=True):
+        assert torch.allclose(ours.patches["trunk"], other.patches["trunk"], atol=1e-4, rtol=1e-3)
+    ours, other = (1e3 * seconds for seconds in interleaved(*ways, repeats=5))
+    what = "encode of 12 mixed pictures / one at a time"
+    yield Row("1c", what, ours, other, "ms", other / ours, "1.0", "1.2")
 
 
 def packed_attention() -> Iterator[Row]:
@@ -212,7 +264,7 @@ def packed_attention() -> Iterator[Row]:
         assert torch.allclose(attention(q, k, v, layout), dense(), atol=1e-5)
         times = interleaved(lambda: attention(q, k, v, layout), dense, repeats=5)
     what = f"packed attention / block mask, {len(image_N)} tokens"
-    yield Row(3, what, *[1e3 * t for t in times], "ms", times[1] / times[0], "6", "8")
+    yield Row("3", what, *[1e3 * t for t in times], "ms", times[1] / times[0], "6", "8")
 
 
 def sink_attention() -> Iterator[Row]:
@@ -241,7 +293,7 @@ def sink_attention() -> Iterator[Row]:
     )
     for part, times in (("forward", forward), ("forward + backward", both)):
         what = f"sinks / SDPA per image, {part} (smaller is better)"
-        yield Row(4, what, *[1e3 * t for t in times], "ms", times[0] / times[1], "1.15", "1.03")
+        yield Row("4", what, *[1e3 * t for t in times], "ms", times[0] / times[1], "1.15", "1.03")
 
 
 def experts() -> Iterator[Row]:
@@ -268,7 +320,7 @@ def experts() -> Iterator[Row]:
             repeats=15,
         )
         what = f"28 experts top-6 / dense, dim {dim} (smaller is better)"
-        yield Row(5, what, *[1e3 * t for t in times], "ms", times[0] / times[1], floor, aim)
+        yield Row("5", what, *[1e3 * t for t in times], "ms", times[0] / times[1], floor, aim)
 
 
 def packer() -> Iterator[Row]:
@@ -291,7 +343,7 @@ def packer() -> Iterator[Row]:
             milliseconds = (time.perf_counter() - start) * 1e3 / 20  # per 1,000 pictures
             ours, other = (100 * sum(lengths) / (n * budget) for n in (len(packs), in_order))
             what = f"fill of {budget}, look-ahead {lookahead}, {milliseconds:.1f} ms per 1000"
-            yield Row(6, what, ours, other, "%", ours / other, floor, aim)
+            yield Row("6", what, ours, other, "%", ours / other, floor, aim)
 
 
 def photos(folder: Path, count: int = 48, size: tuple[int, int] | None = None) -> str:
@@ -332,10 +384,10 @@ def training_on(source: str, cache: str, stage: int = -1, large: bool = False) -
 
 
 def seconds_to_train(training: Callable, steps: int, **more: Any) -> float:
-    """Seconds of the steps of `train.train`, from the first one's loading on."""
+    """CPU seconds of the steps of `train.train`, from the first one's loading on."""
     began = []
-    training(steps, lambda _: began.append(time.perf_counter()), **more)
-    return time.perf_counter() - began[0]
+    training(steps, lambda _: began.append(time.process_time()), **more)
+    return time.process_time() - began[0]
 
 
 def seconds_to_load(data: StepData, steps: int, workers: int) -> float:
@@ -377,15 +429,16 @@ def loader(steps: int = 6) -> Iterator[Row]:
         times: list[tuple[float, ...]] = []
         for _ in range(3):
             loading = [seconds_to_load(data, steps, workers) for workers in (0, 1)]
-            times.append((*loading, *interleaved(plain, train, repeats=1)))
+            others = interleaved(plain, train, repeats=1, clock=time.perf_counter)
+            times.append((*loading, *others))
         *ours, other, step = (statistics.median(record) for record in zip(*times, strict=True))
     for workers, seconds in enumerate(ours):
         what = f"loader / plain Pillow, workers={workers}"
         rates = len(images) / seconds, len(images) / other
-        yield Row(9, what, *rates, "img/s", other / seconds, "", "")
+        yield Row("9", what, *rates, "img/s", other / seconds, "", "")
     whole = ours[0] + step
     what = "loading / a training step with it, workers=0 (smaller is better)"
-    yield Row(9, what, 1e3 * ours[0] / steps, 1e3 * whole / steps, "ms", ours[0] / whole, "", "")
+    yield Row("9", what, 1e3 * ours[0] / steps, 1e3 * whole / steps, "ms", ours[0] / whole, "", "")
 
 
 def pixels_of(sample: dict) -> np.ndarray:
@@ -422,9 +475,11 @@ def megapixels(count: int = 96, repeats: int = 5) -> Iterator[Row]:
                 pass
 
         ways = (lambda: ours([]), lambda: ours([SizeRule("native", 16, 1024)]), theirs)
-        cached, live, other = (count / s for s in interleaved(*ways, repeats=repeats))
+        cached, live, other = (
+            count / s for s in interleaved(*ways, repeats=repeats, clock=time.perf_counter)
+        )
     for what, rate in (("cached features", cached), ("a live teacher", live)):
-        yield Row(15, f"loader of 1-megapixel JPEGs, 2 workers / webdataset, {what}", rate, other,
+        yield Row("15", f"loader of 1-megapixel JPEGs, 2 workers / webdataset, {what}", rate, other,
                   "img/s", rate / other, "1.5", "2.5")  # fmt: skip
 
 
@@ -459,9 +514,9 @@ def photographs(count: int = 20) -> Iterator[Row]:
                 / 1e6
             )
     what = "12-megapixel JPEG to its patches / decoded whole (smaller is better)"
-    yield Row(16, what, ours, other, "ms", ours / other, "40 ms", "23 ms")
+    yield Row("16", what, ours, other, "ms", ours / other, "40 ms", "23 ms")
     what = f"a step of {count}, a live teacher / whole pictures (smaller is better)"
-    yield Row(16, what, *held, "MB", held[0] / held[1], "200", "50")
+    yield Row("16", what, *held, "MB", held[0] / held[1], "200", "50")
 
 
 def cached_features(steps: int = 2) -> Iterator[Row]:
@@ -487,7 +542,9 @@ def cached_features(steps: int = 2) -> Iterator[Row]:
         ("two ViT-S, 224 px", times(-1, True)),
     ):
         milliseconds = [1e3 * seconds / steps for seconds in (ours, other)]
-        yield Row(8, f"cached / live teachers, {what}", *milliseconds, "ms", other / ours, "3", "4")
+        yield Row(
+            "8", f"cached / live teachers, {what}", *milliseconds, "ms", other / ours, "3", "4"
+        )
 
 
 def overhead(steps: int = 3) -> Iterator[Row]:
@@ -521,7 +578,20 @@ def overhead(steps: int = 3) -> Iterator[Row]:
             times = [1e3 * seconds / steps for seconds in interleaved(whole, alone, repeats=3)]
             share = 1 - times[1] / times[0]
             what = f"share of a step outside the student, {side} px (smaller is better)"
-            yield Row(9, what, *times, "ms", share, "0.20", "0.08")
+            yield Row("9", what, *times, "ms", share, "0.20", "0.08")
+
+
+def half_precision(steps: int = 16) -> Iterator[Row]:
+    """Row 11: steps of the demo in bfloat16 against float32, CPU time, cached features."""
+    with tempfile.TemporaryDirectory() as cache:
+        for stage, side in enumerate((64, 96, 224)):
+            way = training_on("openmoji:train:96", cache, stage)
+            full, *others = way.args
+            half = partial(way.func, replace(full, precision="bf16"), *others, **way.keywords)
+            runs = (partial(seconds_to_train, run, steps) for run in (half, way))
+            ours, other = (1e3 * seconds / steps for seconds in interleaved(*runs, repeats=5))
+            what = f"--precision bf16 / fp32, a step at {side} px"
+            yield Row("11", what, ours, other, "ms", other / ours, "1.25", "1.5")
 
 
 def two_processes(steps: int = 40, repeats: int = 3) -> Iterator[Row]:
@@ -541,10 +611,10 @@ def two_processes(steps: int = 40, repeats: int = 3) -> Iterator[Row]:
                 launch += ["--nproc-per-node", str(processes), "train.py", *flags, "--out", out]
                 launch += ["--threads", str(2 // processes)]
                 subprocess.run(launch, cwd=ROOT, check=True, capture_output=True)
-                lines = Path(out, "metrics.jsonl").read_text().splitlines()[2:]
+                lines = Path(out, "metrics.jsonl").read_text().splitlines()[1:]
             record.append(statistics.median(json.loads(line)["tokens_per_s"] for line in lines))
     ours, other = (statistics.median(record) for record in speeds.values())
-    yield Row(10, "two gloo processes / two threads", ours, other, "tok/s", ours / other, "0.85",
+    yield Row("10", "two gloo processes / two threads", ours, other, "tok/s", ours / other, "0.85",
               "1.1")  # fmt: skip
 
 
@@ -614,7 +684,7 @@ def kmeans_at_equal_inertia() -> Iterator[Row]:
         gap = statistics.mean(inertia["ours"]) / statistics.mean(inertia["other"]) - 1
         what = f"k-means {rows} x {dim}, k={k}, inertia {100 * gap:+.2f} %"
         # an inertia that is not reached is no speed-up
-        yield Row(7, what, ours, other, "s", other / ours if gap < 0.002 else math.nan, "3", "10")
+        yield Row("7", what, ours, other, "s", other / ours if gap < 0.002 else math.nan, "3", "10")
 
 
 def kmeans_step() -> Iterator[Row]:
@@ -634,7 +704,16 @@ def kmeans_step() -> Iterator[Row]:
         one, two, five = interleaved(*ways, repeats=5)
         ours, other = 1e3 * one, 1e3 * (five - two) / 3
         what = f"Lloyd step / faiss, {rows} x {dim}, k={k} (smaller is better)"
-        yield Row(7, what, ours, other, "ms", ours / other, "1.2", "1")
+        yield Row("7", what, ours, other, "ms", ours / other, "1.2", "1")
+
+
+def hits() -> Iterator[Row]:
+    """Row `soak`, some half an hour: a run that is hit twenty times ends as if nothing had been."""
+    with tempfile.TemporaryDirectory() as out:
+        met = soak(Path(out), steps=6000, hits=20, latest=40)
+        yield Row(
+            "0", "hits by SIGTERM, SIGINT and kill -9 survived", met, 20, "", met / 20, "1", "1"
+        )
 
 
 PLANNING = """
@@ -754,9 +833,9 @@ def index(count: int = 10**7) -> Iterator[Row]:
                  for _ in range(2)]  # fmt: skip
     (first, much, *_), (again, little, split, more) = (map(float, text.split()) for text in texts)
     what = f"opening an index of {count:.0e} lines, again / for the first time"
-    yield Row(14, what, again, first, "s", first / max(again, 1e-3), "3 s", ".5 s")
-    yield Row(14, f"{what}, peak", little, much, "MiB", much / max(little, 1), "400", "100")
-    yield Row(14, "hold_out of it, peak / seconds", more, split, "MiB", more, "", "")
+    yield Row("14", what, again, first, "s", first / max(again, 1e-3), "3 s", ".5 s")
+    yield Row("14", f"{what}, peak", little, much, "MiB", much / max(little, 1), "400", "100")
+    yield Row("14", "hold_out of it, peak / seconds", more, split, "MiB", more, "", "")
 
 
 def on_gpu() -> Iterator[Row]:
@@ -770,6 +849,8 @@ def on_gpu() -> Iterator[Row]:
 ROWS: dict[str, Callable[[], Iterator[Row]]] = {
     "packed": lambda: packed_forward("dense", replace(MODELS["dense-30m"], n_layers=4, heads=())),
     "packed-moe": lambda: packed_forward("MoE", replace(MODELS["amoe-0.3b"], n_layers=2, heads=())),
+    "packed-radio": radio_forward,
+    "encode": encoding,
     "attention": packed_attention,
     "sinks": sink_attention,
     "experts": experts,
@@ -783,15 +864,28 @@ ROWS: dict[str, Callable[[], Iterator[Row]]] = {
     "planning": planning,
     "index": index,
     "overhead": overhead,
+    "half": half_precision,
     "processes": two_processes,
+    "soak": hits,
     "gpu": on_gpu,
 }
 
 
+def machine() -> str:
+    """The processor's name, what torch makes of it, and the half precision that it knows."""
+    cpu = Path("/proc/cpuinfo")  # Linux alone
+    text = cpu.read_text() if cpu.exists() else ""
+    name = next((x.split(":")[1].strip() for x in text.splitlines() if "model name" in x), "?")
+    known = [flag for flag in ("avx512_bf16", "amx_bf16") if flag in text]
+    isa = torch.backends.cpu.get_cpu_capability()
+    return f"{name}, {isa}, {' '.join(known) or 'no bfloat16'}; torch {torch.__version__}"
+
+
 def main() -> None:
     torch.set_num_threads(1)
+    print(machine())
     print(f"{'#':>2} {'what':<66}{'ours':>10}{'other':>10}{'unit':>6}{'ratio':>8}  floor   aim")
-    for name in sys.argv[1:] or (name for name in ROWS if name != "gpu"):
+    for name in sys.argv[1:] or (name for name in ROWS if name not in ("gpu", "soak")):
         for row in ROWS[name]():
             print(
                 f"{row.number:>2} {row.what:<66}{row.ours:10.2f}{row.other:10.2f}{row.unit:>6}"

@@ -695,6 +695,16 @@ def test_overlap_keeps_settings_apart():
     assert ev.overlap(said, mask, 2).tolist() == want
 
 
+def test_what_one_class_everywhere_scores():
+    """All foreground: its share of the pixels. All of the commonest class: a quarter of its IoU."""
+    sources, square = (Pictures(12), Pictures(9, seed=1)), {"size": (32, 32)}
+    train, test = (ev.extract({"teacher": {"a": Teacher()}}, x, **square) for x in sources)
+    masks = np.concatenate([s.mask.ravel() for s in test.samples])
+    rows = [ev.segmentation(train, test, foreground)["one class everywhere"]["value"]
+            for foreground in (True, False)]  # fmt: skip
+    assert rows == pytest.approx([(masks > 0).mean(), (masks == 0).mean() / 4])
+
+
 def test_segmentation_finds_the_squares(sets):
     gap = only(sets, "teacher/a")  # class 4 instead of 1: no picture has that one
     for side in gap:
@@ -770,8 +780,9 @@ def test_merging_fills_its_table():
         return ev.extract(parts, Pictures(count, seed=seed), size=(side, side))
 
     rows = ev.merging(square(32, 36, 0), square(32, 18, 1))
-    assert len(rows) == 7 * 2  # the control has no rows
-    assert rows["student/trunk 4 tokens, merge: patch kNN"]["value"] > 0.5
+    assert len(rows) == 7 + 1  # pixels have no rows
+    floor = rows["one class everywhere"]["value"]
+    assert rows["student/trunk 4 tokens, merge"]["value"] > floor + 0.1
     with pytest.raises(ValueError, match="5x5, no multiple of 4"):
         ev.merging(square(40, 4, 0), square(40, 4, 1))
 
@@ -780,8 +791,8 @@ def test_merging_fills_its_table():
 
 
 def test_features_resume_and_refuse_another_source(tmp_path):
-    parts = {"teacher": {"a": Teacher(0)}, "pixels": ev.RawPixels()}
-    for part in (*parts["teacher"].values(), parts["pixels"]):
+    parts = {"teacher/a": Teacher(0), "pixels": ev.RawPixels()}
+    for part in parts.values():
         part.fingerprint = "fixed"
     source, out = Pictures(7, bad=(2,)), str(tmp_path)
     rows, skipped = ev.write_features(parts, source, out, True, None, shard=3)
@@ -841,12 +852,14 @@ def test_features_are_written_whole_or_not_at_all(broken, tmp_path, monkeypatch)
     assert ev.write_features({"pixels": pixels}, Pictures(3), str(tmp_path), True, None)[0]
 
 
-def test_identity_sees_every_weight():
+def test_features_are_of_every_weight(tmp_path):
     student = Student(MODELS["test"])
-    before = ev.identity({"student": student})
+    given = {"student": student}, Pictures(2), str(tmp_path), False, None
+    assert ev.write_features(*given)[0] and not ev.write_features(*given)[0]
     with torch.no_grad():
         next(student.heads.parameters()).view(-1)[0] += 1
-    assert ev.identity({"student": student}) != before
+    with pytest.raises(ValueError, match="change --out"):
+        ev.write_features(*given)
 
 
 # ------------------------------------------------------------------- pictures and report
@@ -909,7 +922,7 @@ def test_pictures_for_a_sheet_are_those_that_decode(tmp_path):
 def test_final_report_has_every_row():
     teachers, student = models()["teacher"], models()["student"]
     control, sources = Heads(a=Network(3), b=Network(4)), (Pictures(42), Pictures(18, seed=1))
-    report = ev.final_report(student, control, teachers, *sources, limit=30)
+    report = ev.final_report(student, control, teachers, *sources)
     assert report["knn"]["pixels"]["n"] == 18
     rows = {"teacher/a", "student/a", "student/concat", "random/b", "pixels", "majority class"}
     assert rows <= report["knn"].keys() and report["left out"] == {}
@@ -978,14 +991,17 @@ def workplace(tmp_path_factory):
     (root / "bare").mkdir()
     Image.fromarray(Pictures(1).load(0).image).save(root / "bare" / "x.png")
     heads = [AdapterSpec("tiny-dense", 24, 24, split=True, bias=True)]
-    save_student(Student(with_heads(MODELS["test"], heads)), root / "student.pt")
+    (root / "run").mkdir()
+    for name in ("student.pt", "run/model.pt"):
+        save_student(Student(with_heads(MODELS["test"], heads)), root / name)
     return root
 
 
 def command(root, task, *more):
-    flags = ["--student", str(root / "student.pt"), "--teacher", "tiny-dense"]
-    flags += ["--train", str(root / "train"), "--test", str(root / "test"), *more]
-    return [task, *flags]
+    flags = ["--student", str(root / "student.pt"), *more]
+    if "--teacher" not in more:
+        flags += ["--teacher", "tiny-dense"]
+    return [task, "--train", str(root / "train"), "--test", str(root / "test"), *flags]
 
 
 def test_command_prints_json_last(workplace, capsys, monkeypatch):
@@ -1000,6 +1016,30 @@ def test_command_prints_json_last(workplace, capsys, monkeypatch):
     assert {"teacher/tiny-dense", "student/tiny-dense", "majority class"} <= rows.keys()
     ev.main(command(workplace, "pca", "--out", str(workplace / "x.png"), "--sizes", "32", "48"))
     assert (workplace / "x.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "columns"),
+    [
+        ("{root}/student.pt", "{root}/student.pt", ("student/trunk", "teacher/student")),
+        ("mine={root}/run", "t={root}/run", ("student/trunk", "teacher/t")),
+        ("builtin:tiny-dense", "builtin:tiny-dense", ("student", "teacher/tiny-dense")),
+        pytest.param(
+            "{root}/vit", "{root}/vit", ("student", "teacher/vit"), marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_students_and_teachers_are_named_alike(workplace, student, teacher, columns, capsys):
+    """A file, a run's folder, a built-in, a folder of transformers; students teach by the trunk."""
+    if student.endswith("/vit"):
+        transformers = pytest.importorskip("transformers")
+        shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+        config = transformers.Dinov2Config(**shape, image_size=28)
+        transformers.Dinov2Model(config).save_pretrained(workplace / "vit")
+    ev.main(command(workplace, "knn", "--no-controls", "--student", student.format(root=workplace),
+                    "--teacher", teacher.format(root=workplace)))  # fmt: skip
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert rows[columns[0]] == rows[columns[1]]
 
 
 def test_the_last_line_is_json_also_where_a_figure_is_missing(workplace, capsys, monkeypatch):
@@ -1056,20 +1096,25 @@ def test_command_names_what_it_needs(capsys):
         (["zero-shot", "--student", "x", "--train", "y", "--test", "z"], "zero-shot needs --text"),
         (["knn", "--train", "y", "--test", "z"], "nothing to score"),
         (["sing"], "invalid choice"),
+        (["knn", "--k", "0"], "--k: 0 must be a whole number at least 1"),
+        (["knn", "--k", "2.5"], "--k: 2.5 must be"),
+        (["knn", "--size", "-7"], "--size: -7 must be a whole number at least 1 and at most 16384"),
+        (["resolution", "--sizes", "64", "0"], "--sizes: 0 must be"),
+        (["knn", "--seed", "nan"], "--seed: nan must be"),
+        (["knn", "--sedd", "1"], "did you mean --seed?"),
     ):
         with pytest.raises(SystemExit):
             ev.main(flags)
         assert message in capsys.readouterr().err
 
 
-MODULES = "losses model packing teachers sampling eval train"
+MODULES = "losses, model, packing, teachers, sampling, eval, train"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("module", MODULES.split())
-def test_a_module_imports_the_core_packages_alone(module):
+def test_the_modules_import_the_core_packages_alone():
     """What more some task needs (transformers, matplotlib, onnx, ...) waits until it is needed."""
-    listed = f"import sys, {module}; print(*{{name.partition('.')[0] for name in sys.modules}})"
+    listed = f"import sys, {MODULES}; print(*{{name.partition('.')[0] for name in sys.modules}})"
     run = subprocess.run(
         [sys.executable, "-c", listed],
         capture_output=True, text=True, check=True, timeout=100, cwd=Path(ev.__file__).parent,
@@ -1080,7 +1125,7 @@ def test_a_module_imports_the_core_packages_alone(module):
     }
     of_torch = names | {"torchgen", "functorch", "mpmath", "cython_runtime"}  # mpmath is of sympy
     found = {name for name in run.stdout.split() if not name.startswith(("_", "nvidia"))}
-    assert found - core - of_torch - set(MODULES.split()) <= set(sys.stdlib_module_names)
+    assert found - core - of_torch - set(MODULES.split(", ")) <= set(sys.stdlib_module_names)
 
 
 @pytest.mark.slow

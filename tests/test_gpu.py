@@ -445,7 +445,7 @@ def test_a_crashed_run_goes_on_bit_for_bit(tmp_path, monkeypatch):
 
 def rows(out: Path) -> list[dict]:
     """The lines of metrics.jsonl without what time decides."""
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()[1:]]
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if "tokens_per_s" not in k} for line in lines]
 
 
@@ -457,8 +457,8 @@ def test_the_debug_preset_whole(tmp_path, capsys):
     assert lines[-1]["step"] == 40 and lines[-1]["loss/total"] < lines[0]["loss/total"]
     for name in ("curves.png", "pca.png", "summary.json", "step_000040/model.pt"):
         assert (tmp_path / name).stat().st_size > 1000, name
-    header = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
-    assert header["device"].startswith("cuda")
+    about = json.loads((tmp_path / "config.json").read_text())
+    assert about["device"].startswith("cuda")
     assert "summary.json" in capsys.readouterr().out
 
 

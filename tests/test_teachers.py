@@ -1153,17 +1153,17 @@ def test_ranks_share_a_source_and_leave_together(tmp_path, monkeypatch):
     source, other, cached = Pictures(9), CachedTeacher(tiny(), tmp_path), None
     cached = CachedTeacher(tiny(), tmp_path)
     ranks = iter([0, 1])
-    monkeypatch.setattr(teachers.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(teachers.dist, "get_world_size", lambda: 2)
-    monkeypatch.setattr(teachers.dist, "get_rank", lambda: next(ranks))
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: next(ranks))
     parts = []
 
-    def barrier():
+    def barrier(*_):
         parts.append(sorted(stored(cached)))
         if len(parts) == 1:
             fill_caches([other], source)
 
-    monkeypatch.setattr(teachers.dist, "barrier", barrier)
+    monkeypatch.setattr(torch.distributed, "barrier", barrier)
     fill_caches([cached], source)
     assert len(parts) == 2 and len(parts[1]) == 2
     counts = [len(read_shard(path, cached.fingerprint)[1]["records"]) for path in parts[1]]

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickle
+import random
 import re
 import resource
 import shutil
@@ -87,13 +88,15 @@ def totals(rows: list[dict]) -> list[str]:
     return [row["loss/total"].hex() for row in rows]
 
 
-def command(out: Path, *flags: str, processes: int = 1, torchrun: tuple = ()) -> subprocess.Popen:
+def command(
+    out: Path, *flags: str, processes: int = 1, torchrun: tuple = (), **how: Any
+) -> subprocess.Popen:
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone",
               "--nproc-per-node", str(processes), *torchrun]  # fmt: skip
     line = [*launch, "train.py", *QUICK, "--out", str(out), *flags]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        line, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        line, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **how
     )
 
 
@@ -215,8 +218,8 @@ def test_a_report_without_pictures_is_refused(tmp_path):
 @pytest.mark.full_report
 def test_a_run_leaves_what_the_readme_says(tmp_path, capsys):
     run(tmp_path)
-    header = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
-    assert header["config"]["preset"] == "debug"
+    about = json.loads((tmp_path / "config.json").read_text())
+    assert about["config"]["preset"] == "debug" and about["version"] and about["left over"]
     row = rows_of(tmp_path)[-1]
     names = {"step", "loss/total", "loss/dense/patches", "loss/semantic/summary", "lr", "grad_norm"}
     assert names | {"loss/dense/relation", "tokens_per_s", "moe/max_load"} <= set(row)
@@ -224,6 +227,10 @@ def test_a_run_leaves_what_the_readme_says(tmp_path, capsys):
         assert Image.open(tmp_path / name).size[0] > 100
     assert json.loads((tmp_path / "summary.json").read_text())["steps"] == 6
     assert sorted(p.name for p in tmp_path.glob("step_*")) == [f"step_{n:06d}" for n in (2, 4, 6)]
+    newest = tmp_path / "step_000006" / "model.pt"
+    assert (tmp_path / "model.pt").read_bytes() == newest.read_bytes()
+    printed = capsys.readouterr()
+    assert str(tmp_path / "model.pt") in printed.out and "32 pictures of a kind" in printed.err
     train.main([*QUICK, "--out", str(tmp_path)])
     assert "finished" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="steps"):
@@ -826,6 +833,7 @@ def test_adaloss_brings_all_parts_near_one():
     assert second.total == pytest.approx(sum(ratios))  # each is weighed by what it was
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{"summary_loss": "angle"}, {"summary_loss": "cosine"},
                                      {"patch_loss": "am-radio", "normalizer": "none"},
                                      {"precision": "bf16"}, {"recompute": True},
@@ -885,6 +893,21 @@ def test_lamb_is_its_algorithm():
         torch.testing.assert_close(x.detach().double(), y, rtol=1e-5, atol=1e-6)
 
 
+def test_a_checkpoint_says_in_which_window_its_data_are(tmp_path, monkeypatch):
+    monkeypatch.setattr(packing, "WINDOW", 25)
+    monkeypatch.setattr(packing, "STEPS", 1)
+    run(tmp_path, "--steps", "6", "--save-every", "4", "--data", "openmoji:train:60")
+    places = [train.read_state(folder)["place"] for folder in train.checkpoints(tmp_path)]
+    assert len(places) == 2 and not places[1]  # the stage has ended
+    ((first, epoch, window),) = places[0]
+    assert 0 < first <= 4 and (epoch, window) != (0, 0)
+    shutil.rmtree(train.checkpoints(tmp_path)[-1])
+    started, real = [], packing.start_at
+    monkeypatch.setattr(packing, "start_at", lambda *a: started.append(a[1]) or real(*a))
+    run(tmp_path, "--steps", "6", "--save-every", "4", "--data", "openmoji:train:60")
+    assert started == [places[0]]
+
+
 def test_the_running_mean_is_what_is_saved(tmp_path):
     """A mean that starts at the untrained weights must soon forget them, or it is what is saved."""
     flags = ("--steps", "3", "--save-every", "1", "--lr", "0.1", "--warmup", "1")
@@ -915,6 +938,23 @@ def test_a_slow_running_mean_forgets_the_untrained_weights():
             expected[name] = (1 - rate) * expected[name] + rate * weights[name].double()
     for name, mean in run.state.average.items():
         torch.testing.assert_close(mean.double(), expected[name], rtol=1e-5, atol=1e-7)
+
+
+def test_a_report_looks_no_closer_than_the_run(tmp_path):
+    """Pictures of a megapixel: at most 96^2 px for the student, none enlarged, and so few."""
+    Image.new("RGB", (1200, 900)).save(tmp_path / "large.jpg")
+    Image.new("RGB", (40, 30)).save(tmp_path / "small.jpg")
+    source = packing.open_source(str(tmp_path))
+    for side, teachers in ((96, load_teachers(DEBUG)), (224, [SimpleNamespace(
+            size_for=SizeRule("fixed", 16, 224))])):  # fmt: skip
+        job = SimpleNamespace(cfg=DEBUG, sources=[source], held_out=None, teachers=teachers)
+        large, small = (train.views(job, 9)[1].load(i).image.shape[:2] for i in (0, 1))
+        assert large == pytest.approx((side * 0.75**0.5, side / 0.75**0.5), abs=0.5)
+        assert small == (30, 40)
+    (features,) = train.capped(DEBUG, train.Student(MODELS["test"])).encode(
+        [torch.rand(3, 300, 400)]
+    )
+    assert features.patches["trunk"].shape[:2] == (5, 6)  # 36 at most, as of 96^2 px
 
 
 def test_kept_checkpoints(tmp_path):
@@ -1463,9 +1503,10 @@ def test_a_release_goes_on_with_another_teacher(name):
 def test_a_student_goes_through_transformers_and_on_with_one_teacher_more(tmp_path):
     """The demo student in RADIO form: a folder, AutoModel, back, and trained further."""
     transformers = pytest.importorskip("transformers")
-    flags = ["--preset", "warm", "--teachers", *DEBUG.teachers, "--cache", "none", "--steps", "2"]
+    flags = ["--preset", "warm", "--teachers", *DEBUG.teachers, "--cache", "none"]
+    flags += ["--steps", "2", "--frozen-steps", "1"]
     run(tmp_path / "warm", *flags)
-    student = load_student(tmp_path / "warm" / "step_000002")
+    student = load_student(tmp_path / "warm")  # the folder of a run
     assert student.config.final_norm and student.config.cls_tokens == 2
     train.model.save_transformers(student, tmp_path / "hf")
     network = transformers.AutoModel.from_pretrained(tmp_path / "hf").eval()
@@ -1512,7 +1553,7 @@ def test_our_checkpoint_goes_on_in_another_run(reference):
 
 def test_an_init_that_does_not_fit_is_refused(tmp_path, reference):
     init = f"x={reference / 'step_000006' / 'model.pt'}"
-    with pytest.raises(SystemExit, match="prefix_RD"):
+    with pytest.raises(SystemExit, match=r"--init: .*choose the --model"):
         run(tmp_path, "--init", init, "--model", "nano")
     with pytest.raises(SystemExit, match="no/such"):
         run(tmp_path, "--init", "x=/no/such/file")
@@ -2123,14 +2164,16 @@ def test_a_checkpoint_is_flushed_before_it_appears(tmp_path, monkeypatch):
 
 
 def test_a_run_whose_launcher_is_gone_stops(monkeypatch):
-    stop = train.StopSignal()
-    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
-    monkeypatch.setattr(train, "LAUNCHER", -1)  # no parent of ours
-    assert stop.poll() == 0
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
-    assert stop.poll() == signal.SIGTERM
-    monkeypatch.setattr(train, "LAUNCHER", os.getppid())
-    assert stop.poll() == 0
+    monkeypatch.setattr(train, "LAUNCHER", -1)  # no parent of ours
+    stop = train.StopSignal()
+    stop.is_awaited = True
+    monkeypatch.setattr(stop, "take", lambda number, _: setattr(stop, "number", number))
+    with stop:
+        end = time.monotonic() + 5
+        while not stop.number and time.monotonic() < end:
+            time.sleep(0.01)
+    assert stop.number == signal.SIGTERM
 
 
 @pytest.mark.parametrize("number", packing.STOPPING)
@@ -2144,7 +2187,7 @@ def test_a_signal_ends_a_run_that_has_nothing_to_save_and_waits_for_a_step(numbe
     with stop:
         stop.is_awaited = True
         os.kill(os.getpid(), number)
-        assert stop.poll() == number
+        assert stop.number == number
     assert signal.getsignal(number) == before
 
 
@@ -2263,6 +2306,44 @@ def test_an_error_of_all_ranks_is_one_line(tmp_path):
     code, text = finished(command(tmp_path / "out", "--teachers", "a=/no/such.pt", processes=2))
     assert code != 0
     assert text.count("train.py: ") == 1, text
+
+
+def soak(out: Path, steps: int, hits: int, latest: float, seed: int = 0) -> int:
+    """A run of two processes with two workers each, hit again and again and started again.
+
+    Each hit comes at a random moment up to `latest` seconds after the start, also before step 1.
+    Returns: how many hits met the run before its end.
+    """
+    flags = ("--steps", str(steps), "--save-every", "20", "--workers", "2")
+    code, text = finished(command(out / "whole", *flags, processes=2), 1200)
+    assert code == 0, text
+    rng, met = random.Random(seed), 0
+    for hit in range(hits + 1):
+        process = command(out / "hit", *flags, processes=2, start_new_session=True)
+        if hit < hits:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(rng.uniform(2, latest))
+            number = [signal.SIGTERM, signal.SIGINT, signal.SIGKILL][hit % 3]
+            met += process.poll() is None
+            with suppress(ProcessLookupError):  # kill -9 of the launcher alone, or of its group
+                (os.kill if hit % 2 else os.killpg)(process.pid, number)
+        code, text = finished(process, 1200)
+        assert "Traceback" not in text.split("torch/distributed/elastic")[0], text
+    assert code == 0, text
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
+    assert totals(rows_of(out / "hit")) == totals(rows_of(out / "whole"))
+    assert_same_end(out / "hit", out / "whole")
+    names = [sorted(tree(out / name)) for name in ("hit", "whole")]
+    assert names[0] == names[1]
+    assert [path.name for path in sorted(out.iterdir())] == ["hit", "whole"]
+    return met
+
+
+@pytest.mark.slow
+def test_a_run_that_is_hit_again_and_again_ends_as_if_nothing_had_been(tmp_path):
+    """The short form of `tests/bench.py soak`."""
+    assert soak(tmp_path, steps=120, hits=3, latest=12) >= 2
 
 
 @pytest.mark.slow

@@ -1,0 +1,109 @@
+"""Draw the ideas of docs/papers.md by the code itself: `python tests/figures.py`, some seconds."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from losses import PhiS, arkd
+from model import golden_frequencies
+from packing import fit_size, pack
+
+plt.switch_backend("Agg")  # no window
+DOCS = Path(__file__).parents[1] / "docs"
+PATCH, PREFIX, BUDGET = 16, 5, 1200
+
+
+def save(figure: Any, name: str) -> None:
+    figure.tight_layout()
+    figure.savefig(DOCS / f"{name}.png", dpi=110)
+    plt.close(figure)
+
+
+def packing() -> None:
+    """The packs of a step: a bar each, a block per picture; what is white is left free."""
+    rng = np.random.default_rng(0)
+    sides = np.exp(rng.normal(5.0, 0.5, (200, 2))).clip(32, 400)
+    sizes = [fit_size(height, width, PATCH, 256**2) for height, width in sides]
+    lengths = [h * w // PATCH**2 + PREFIX for h, w in sizes]
+    looks = {"in order": 1, "look-ahead of 64": 64}
+    figure, axes = plt.subplots(1, 2, figsize=(9, 2.8), sharex=True)
+    for axis, (name, lookahead) in zip(axes, looks.items(), strict=True):
+        packs = pack(lengths, BUDGET, lookahead)[:8]
+        for row, members in enumerate(packs):
+            left = 0
+            for i in members:
+                colour = plt.cm.viridis(lengths[i] / max(lengths))
+                axis.barh(row, lengths[i], left=left, color=colour, edgecolor="white")
+                left += lengths[i]
+        fill = np.mean([sum(lengths[i] for i in members) for members in packs[:-1]]) / BUDGET
+        axis.set(title=f"{name}: {fill:.0%} full", xlabel="tokens", xlim=(0, BUDGET), ylabel="pack")
+        axis.invert_yaxis()
+    save(figure, "packing")
+
+
+def golden() -> None:
+    """Where golden RoPE's frequencies point, against the two axes of axial RoPE."""
+    freqs_HJ2 = golden_frequencies(n_heads=6, n_freqs=16, low=1.0, high=50.0)
+    figure, axes = plt.subplots(1, 2, figsize=(7, 3.4), sharex=True, sharey=True)
+    for head, freqs_J2 in enumerate(freqs_HJ2):
+        y, x = (
+            freqs_J2 / freqs_J2.norm(dim=1, keepdim=True) * freqs_J2.norm(dim=1)[:, None].log()
+        ).T
+        axes[0].scatter(x, y, s=12, color=plt.cm.tab10(head))
+    radius = torch.linspace(0, np.log(50), 16)
+    axes[1].scatter(radius, 0 * radius, s=12, color="grey")
+    axes[1].scatter(0 * radius, radius, s=12, color="grey")
+    for axis, name in zip(axes, ("golden: a colour a head", "axial"), strict=True):
+        axis.set(title=name, xlabel="log frequency, x", ylabel="log frequency, y", aspect="equal")
+    save(figure, "golden")
+
+
+def pair(distance: Tensor) -> Tensor:
+    """Three summaries: two at a distance, and a far one that fixes the mean."""
+    return torch.stack(
+        [torch.stack([distance, 0 * distance]), torch.zeros(2), torch.tensor([0.0, 2.0])]
+    )
+
+
+def asymmetry() -> None:
+    """ARKD of a pair that the teacher has near, and of one that it has far, over the student's."""
+    at = torch.linspace(0.05, 3, 120)
+    figure, axis = plt.subplots(figsize=(4.6, 3))
+    for name, theirs in (("near in the teacher", 0.6), ("far in the teacher", 2.6)):
+        teacher = pair(torch.tensor(theirs))
+        curve = [float(arkd(pair(d), teacher, "teacher")) for d in at]
+        axis.plot(at, curve, label=name)
+        axis.axvline(theirs, color=axis.lines[-1].get_color(), linestyle=":")
+    axis.set(xlabel="the student's distance (dotted: the teacher's)", ylabel="ARKD")
+    axis.legend()
+    save(figure, "arkd")
+
+
+def phi_s() -> None:
+    """Two channels before and after PHI-S: equal variances, one scale for all directions."""
+    torch.manual_seed(0)
+    rows_NC = torch.randn(600, 2) @ torch.tensor([[3.0, 1.2], [0.0, 0.5]]) + torch.tensor(
+        [2.0, 1.0]
+    )
+    space = PhiS(2)
+    space.update(rows_NC)
+    figure, axes = plt.subplots(1, 2, figsize=(7, 3.4), sharex=True, sharey=True)
+    for axis, rows, name in zip(
+        axes, (rows_NC, space.normalize(rows_NC)), ("before", "after"), strict=True
+    ):
+        axis.scatter(*rows.T, s=4, alpha=0.5)
+        first, second = rows.var(0, correction=0).tolist()
+        axis.set(title=f"{name}: variances {first:.2f}, {second:.2f}", aspect="equal")
+    save(figure, "phis")
+
+
+if __name__ == "__main__":
+    for draw in (packing, golden, asymmetry, phi_s):
+        draw()
