@@ -821,6 +821,7 @@ class CachedTeacher(Teacher):
         self._shards: dict[Path, np.ndarray] = {}
         self._records: dict[str, tuple[Path, list[int]]] = {}  # by digest: offset, h, w, crc32
         self.done: dict[str, set[str]] = defaultdict(set)  # source -> keys that need no look
+        self._unchecked: list[Tensor] = []  # maps of pictures, until there are enough
         for half in self.folder.glob("*.part*"):  # a killed process's; a living one is quick
             with suppress(FileNotFoundError):
                 if time.time() - half.stat().st_mtime > 600:
@@ -851,11 +852,14 @@ class CachedTeacher(Teacher):
         vectors = [x for x in (output.summary_BC, output.registers_BRC) if x is not None]
         maps = [x.flatten(0, 1) for x in output.patches]
         # of few pictures, all of one colour perhaps, one can't say how much a channel varies
-        if len(maps) >= 16 and (lost := lost_in_half(torch.cat(maps))):
-            raise TeacherError(
-                f"teacher {self.name}: {lost} of {self.dim} channels vary too little beside their "
-                "mean for the fp16 of the cache; pass --cache none"
-            )
+        self._unchecked += maps
+        if len(self._unchecked) >= 16:  # a shard of large pictures has fewer
+            lost, self._unchecked = lost_in_half(torch.cat(self._unchecked)), []
+            if lost:
+                raise TeacherError(
+                    f"teacher {self.name}: {lost} of {self.dim} channels vary too little beside "
+                    "their mean for the fp16 of the cache; pass --cache none"
+                )
         blobs: list[bytes] = []
         records, offset = {}, 0
         for row, (digest, patches_hwC) in enumerate(zip(prepared, output.patches, strict=True)):

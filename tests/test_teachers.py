@@ -1565,3 +1565,15 @@ def test_the_cache_refuses_channels_that_fp16_rounds_away():
     assert teachers.lost_in_half(tokens_MC + torch.tensor([0, 4096, 0, 4096])) == 2
     dead = tokens_MC * torch.tensor([1, 1e-6, 1, 1]) + torch.tensor([0, 4096, 0, 0])
     assert teachers.lost_in_half(dead) == 0  # it says nothing anyway
+
+
+def test_channels_are_checked_where_each_shard_holds_few_pictures(tmp_path, monkeypatch):
+    def read(network, pixels_BCHW):  # blue lies about 4096, where the step of fp16 is 4
+        summary_BC, map_BhwC, _ = cell_means(network, pixels_BCHW)
+        return summary_BC, map_BhwC + torch.tensor([0, 0, 4096]), None
+
+    backbone = Backbone(torch.nn.Identity(), read, SizeRule("native", 8, 64), teachers.NONE)
+    cached = CachedTeacher(Teacher("blue", backbone), tmp_path)
+    monkeypatch.setattr(teachers, "SHARD_IMAGES", 3)
+    with pytest.raises(TeacherError, match="teacher blue: 1 of 3 channels vary too little"):
+        fill_caches([cached], Pictures(16))
