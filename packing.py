@@ -731,7 +731,7 @@ def _opened(file: Any, name: str) -> Iterator[Image.Image]:
         raise (Unreadable if may_pass else BadImage)(why) from error
 
 
-def _orientation(image: Image.Image) -> int:
+def orientation(image: Image.Image) -> int:
     """EXIF orientation, 1 to 8, by the header alone; 1 if the EXIF cannot be read."""
     # Pillow would decode a whole PNG in search of EXIF behind the pixels, so that does not count;
     # TIFF it turns by itself.
@@ -742,12 +742,12 @@ def _orientation(image: Image.Image) -> int:
     return 1
 
 
-def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
+def upright(pixels: np.ndarray, turn: int) -> np.ndarray:
     """Turn (h, w, ...) by its EXIF orientation. Pillow's exif_transpose would write the EXIF anew,
     which fails where a tag has another type than it should."""
-    pixels = pixels.swapaxes(0, 1) if orientation in SIDEWAYS else pixels
-    pixels = pixels[::-1] if orientation in (3, 4, 7, 8) else pixels
-    return np.ascontiguousarray(pixels[:, ::-1] if orientation in (2, 3, 6, 7) else pixels)
+    pixels = pixels.swapaxes(0, 1) if turn in SIDEWAYS else pixels
+    pixels = pixels[::-1] if turn in (3, 4, 7, 8) else pixels
+    return np.ascontiguousarray(pixels[:, ::-1] if turn in (2, 3, 6, 7) else pixels)
 
 
 def _grey_range(image: Image.Image, values: np.ndarray) -> tuple[float, float]:
@@ -785,11 +785,11 @@ def decode_image(data: bytes, name: str, at_least: Size | None = None) -> np.nda
     that is still twice as large (46 dB against the full decode). Raises BadImage, with the name.
     """
     with _opened(io.BytesIO(data), name) as image:
-        turn = _orientation(image)
+        turn = orientation(image)
         if at_least is not None:
             height, width = at_least[::-1] if turn in SIDEWAYS else at_least
             image.draft(None, (2 * width, 2 * height))
-        pixels = _upright(to_rgb(image), turn)
+        pixels = upright(to_rgb(image), turn)
     return pixels
 
 
@@ -798,7 +798,7 @@ def decode_mask(data: bytes, name: str) -> np.ndarray:
     with _opened(io.BytesIO(data), name) as image:
         if image.mode not in ("L", "P", "1"):
             raise BadImage(f"a mask is grey or has a palette, but this is {image.mode}")
-        ids = _upright(np.array(image, dtype=np.uint8), _orientation(image))
+        ids = upright(np.array(image, dtype=np.uint8), orientation(image))
     return ids
 
 
@@ -1486,7 +1486,7 @@ def _to_records(
             data = _read(record, root)
             record["digest"] = hashlib.sha256(data).hexdigest()
             with _opened(io.BytesIO(data), _printable(name)) as image:
-                sides = image.size if _orientation(image) in SIDEWAYS else image.size[::-1]
+                sides = image.size if orientation(image) in SIDEWAYS else image.size[::-1]
             record |= zip(("height", "width"), sides, strict=True)
             record |= _texts({s: _read(places[file], root) for s, file in beside.items()})
             records.append(record)

@@ -359,7 +359,7 @@ class Family(NamedTuple):
 
     model: str  # its vision class
     kind: str  # of SizeRule
-    stats: tuple  # where the folder has no preprocessor_config.json; NONE whatever that says
+    stats: tuple  # where no file of the processor says; NONE whatever that says
     class_tokens: int = 0  # before the registers and the patches
     options: Any = None  # of `from_pretrained`
 
@@ -429,19 +429,26 @@ def load_transformers(spec: TeacherSpec) -> Backbone:
 
 
 def preprocessing(spec: TeacherSpec, stats: tuple) -> tuple[tuple, str]:
-    """(mean, deviation) and filter, as preprocessor_config.json says; else `stats` and bicubic."""
-    find = need("transformers").utils.cached_file
-    file = find(spec.path, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False)
-    if file is None:
-        return stats, "bicubic"
-    told = json.loads(Path(file).read_text())
-    if stats != NONE:
-        stats = (told.get("image_mean", stats[0]), told.get("image_std", stats[1]))
-        stats = NONE if told.get("do_normalize") is False else tuple(map(tuple, stats))
-    if [len(part) for part in stats] != [3, 3] or not all(x > 0 for x in stats[1]):
-        raise TeacherError(f"teacher {spec.name}: {file}: image_mean, image_std are {stats}")
+    """(mean, deviation) and filter, as the files of its processor say; else `stats` and bicubic."""
+    cached_file = need("transformers").utils.cached_file
+    find = partial(cached_file, spec.path, _raise_exceptions_for_missing_entries=False)
+    file = find("processor_config.json")  # what transformers 5 writes for a model of two towers
+    try:
+        told = file and json.loads(Path(file).read_text()).get("image_processor")
+        if told is None:
+            file = find("preprocessor_config.json")
+            told = json.loads(Path(file).read_text()) if file else {}
+        if stats != NONE:
+            stats = (told.get("image_mean", stats[0]), told.get("image_std", stats[1]))
+            stats = NONE if told.get("do_normalize") is False else stats
+        is_rgb = [np.shape(part) for part in stats] == [(3,), (3,)] and np.isfinite(stats).all()
+        if not is_rgb or min(stats[1]) <= 0:
+            raise ValueError(f"image_mean, image_std are {stats}, not three numbers each")
+    except (ValueError, TypeError, AttributeError) as error:  # JSON of any content, or none
+        raise TeacherError(f"teacher {spec.name}: {file}: {error}; fetch it again") from error
     # 1 is Lanczos, which torch does not have
-    return stats, "bilinear" if told.get("resample") == 2 else "bicubic"
+    bilinear = told.get("resample") == 2
+    return tuple(map(tuple, stats)), "bilinear" if bilinear else "bicubic"
 
 
 def read_transformers(family: Family, model: Any, pixels_BCHW: Tensor) -> Reading:
@@ -814,6 +821,7 @@ class CachedTeacher(Teacher):
         self._shards: dict[Path, np.ndarray] = {}
         self._records: dict[str, tuple[Path, list[int]]] = {}  # by digest: offset, h, w, crc32
         self.done: dict[str, set[str]] = defaultdict(set)  # source -> keys that need no look
+        self._unchecked: list[Tensor] = []  # maps of pictures, until there are enough
         for half in self.folder.glob("*.part*"):  # a killed process's; a living one is quick
             with suppress(FileNotFoundError):
                 if time.time() - half.stat().st_mtime > 600:
@@ -844,11 +852,14 @@ class CachedTeacher(Teacher):
         vectors = [x for x in (output.summary_BC, output.registers_BRC) if x is not None]
         maps = [x.flatten(0, 1) for x in output.patches]
         # of few pictures, all of one colour perhaps, one can't say how much a channel varies
-        if len(maps) >= 16 and (lost := lost_in_half(torch.cat(maps))):
-            raise TeacherError(
-                f"teacher {self.name}: {lost} of {self.dim} channels vary too little beside their "
-                "mean for the fp16 of the cache; pass --cache none"
-            )
+        self._unchecked += maps
+        if len(self._unchecked) >= 16:  # a shard of large pictures has fewer
+            lost, self._unchecked = lost_in_half(torch.cat(self._unchecked)), []
+            if lost:
+                raise TeacherError(
+                    f"teacher {self.name}: {lost} of {self.dim} channels vary too little beside "
+                    "their mean for the fp16 of the cache; pass --cache none"
+                )
         blobs: list[bytes] = []
         records, offset = {}, 0
         for row, (digest, patches_hwC) in enumerate(zip(prepared, output.patches, strict=True)):

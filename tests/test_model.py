@@ -1156,8 +1156,12 @@ def test_encode_inputs_agree():
     array = np.random.default_rng(0).integers(0, 256, (70, 37, 3), dtype=np.uint8)
     turned = Image.fromarray(np.rot90(array).copy())
     turned.getexif()[0x0112] = 6  # shown after a quarter turn clockwise
+    wrong = struct.pack("<HHI4s", 305, 5, 1, bytes(4))  # Software as a rational, nowhere
+    exif = b"II*\0\x08\0\0\0\2\0" + struct.pack("<HHII", 274, 3, 1, 6) + wrong + bytes(4)
+    turned.save(file := io.BytesIO(), "PNG", exif=exif)
     as_float = torch.tensor(array).permute(2, 0, 1).float() / 255
-    found = student.encode([array, Image.fromarray(array), as_float, as_float.double(), turned])
+    kinds = [Image.fromarray(array), as_float, as_float.double(), turned, Image.open(file)]
+    found = student.encode([array, *kinds])
     assert found[0].patches["trunk"].shape == (4, 2, 48)
     for other in found[1:]:
         close(other.patches["a"], found[0].patches["a"])
@@ -1215,6 +1219,7 @@ def test_encode_resizes_antialiased_and_answers_in_float32():
         (np.zeros((4, 4, 3)), "float64"),
         (np.zeros((4, 4), np.uint8), r"\(4, 4\)"),
         ("cat.png", "str"),
+        (Image.fromarray(np.full((4, 4), np.nan, np.float32)), "does not decode.*not finite"),
     ],
 )
 def test_encode_refuses(bad, message):

@@ -700,10 +700,45 @@ def test_a_teacher_is_fed_as_its_folder_says(tmp_path):
     array = (picture * 255).byte().permute(1, 2, 0).numpy()  # from a file, too
     live = teacher.targets([Sample("k", "d", array)]).patches[0]
     assert torch.equal(live, teacher([array]).patches[0])
-    told["image_std"] = [0.2, 0.0, 0.2]
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps(told))
-    with pytest.raises(TeacherError, match=r"preprocessor_config.json: image_mean, image_std"):
-        load_teacher(TeacherSpec("t", str(tmp_path)))
+
+
+IMAGE = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
+
+
+@pytest.mark.parametrize(
+    ("preprocessor", "processor", "mean"),
+    [
+        (None, {"image_processor": IMAGE}, 0.1),  # as ProcessorMixin.save_pretrained of 5.x
+        ({}, {"image_processor": IMAGE}, 0.1),  # it counts before the older file
+        (IMAGE, {"processor_class": "SiglipProcessor"}, 0.1),
+        (IMAGE | {"image_mean": None, "do_normalize": False}, None, 0),
+        (None, None, 0.5),
+    ],
+)
+def test_mean_and_deviation_are_found_where_transformers_finds_them(
+    tmp_path, preprocessor, processor, mean
+):
+    pytest.importorskip("transformers")
+    for name, told in (("preprocessor", preprocessor), ("processor", processor)):
+        if told is not None:
+            (tmp_path / f"{name}_config.json").write_text(json.dumps(told))
+    stats, _ = teachers.preprocessing(TeacherSpec("t", str(tmp_path)), teachers.HALF_RGB)
+    assert stats[0][0] == mean
+
+
+@pytest.mark.parametrize(
+    "told",
+    ["{", "[1]", "7", '{"image_mean": null}', '{"image_std": 0.5}', '{"image_mean": ["a", 1, 1]}',
+     '{"image_std": [0.2, 0.0, 0.2]}', '{"image_mean": [NaN, 0, 0]}'],
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["preprocessor", "processor"])
+def test_a_processor_that_can_not_be_is_refused_by_its_file(tmp_path, name, told):
+    pytest.importorskip("transformers")
+    if name == "processor" and told[1:2] == '"':
+        told = f'{{"image_processor": {told}}}'
+    (tmp_path / f"{name}_config.json").write_text(told)
+    with pytest.raises(TeacherError, match=rf"teacher t: .*/{name}_config.json: "):
+        teachers.preprocessing(TeacherSpec("t", str(tmp_path)), teachers.HALF_RGB)
 
 
 def test_metas_own_file_is_named_with_the_way_out(tmp_path):
@@ -1530,3 +1565,15 @@ def test_the_cache_refuses_channels_that_fp16_rounds_away():
     assert teachers.lost_in_half(tokens_MC + torch.tensor([0, 4096, 0, 4096])) == 2
     dead = tokens_MC * torch.tensor([1, 1e-6, 1, 1]) + torch.tensor([0, 4096, 0, 0])
     assert teachers.lost_in_half(dead) == 0  # it says nothing anyway
+
+
+def test_channels_are_checked_where_each_shard_holds_few_pictures(tmp_path, monkeypatch):
+    def read(network, pixels_BCHW):  # blue lies about 4096, where the step of fp16 is 4
+        summary_BC, map_BhwC, _ = cell_means(network, pixels_BCHW)
+        return summary_BC, map_BhwC + torch.tensor([0, 0, 4096]), None
+
+    backbone = Backbone(torch.nn.Identity(), read, SizeRule("native", 8, 64), teachers.NONE)
+    cached = CachedTeacher(Teacher("blue", backbone), tmp_path)
+    monkeypatch.setattr(teachers, "SHARD_IMAGES", 3)
+    with pytest.raises(TeacherError, match="teacher blue: 1 of 3 channels vary too little"):
+        fill_caches([cached], Pictures(16))
