@@ -37,6 +37,7 @@ import stat
 import sys
 import tarfile
 import threading
+import time
 import unicodedata
 import warnings
 import weakref
@@ -703,6 +704,7 @@ UNREAD = {"heic", "heif", "jxl", "svg", "dng", "cr2", "cr3", "nef", "arw", "psd"
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5/\xfd")  # gzip, bzip2, xz, zstd
 JUNK = {"__MACOSX", "@eaDir", ".ipynb_checkpoints", ".DS_Store", "Thumbs.db", "desktop.ini"}
 SCAN_VERSION = 2  # of what a kept scan means
+UNUSED = 60 * 86400  # seconds after which a kept scan or table of an older state goes
 
 
 class BadImage(ValueError):
@@ -1119,7 +1121,7 @@ class Table:
 
     def __reduce__(self) -> Any:  # another process maps it, too
         known = Table, (self.header, self.columns, self.parts)
-        return (read_table, (self.folder,)) if self.folder else known
+        return (mapped_table, (self.folder,)) if self.folder else known
 
     def part_of(self, i: int) -> int:
         """In which of the index files a picture is."""
@@ -1214,27 +1216,41 @@ def _parsed(parts: Sequence[Path | bytes], prefixes: Sequence[str]) -> Table:
 
 
 def _status(path: str | Path) -> list[int]:
-    """What tells whether a file is still the one that it was."""
+    """What tells whether a file is still the one that it was; ctime last, `mark_used` changes it."""
     status = os.stat(path)
-    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+    return [status.st_size, status.st_mtime_ns, status.st_ino, status.st_ctime_ns]
+
+
+def mark_used(path: Path) -> None:
+    """Now and then set the time when something kept was last read, by which `drop_old` goes."""
+    with contextlib.suppress(OSError):  # it may be another user's
+        status = os.stat(path)
+        if time.time() - status.st_atime > UNUSED / 60:
+            os.utime(path, ns=(time.time_ns(), status.st_mtime_ns))
+
+
+def drop_old(new: Path) -> None:
+    """Remove what was kept of this place in other states, but not what a run may still read."""
+    for old in set(new.parent.iterdir()) - {new}:
+        if time.time() - max(old.stat().st_atime, old.stat().st_mtime) > UNUSED:
+            shutil.rmtree(old) if old.is_dir() else old.unlink()
 
 
 def keep_table(table: Table, folder: Path) -> Table:
-    """Write a table that `read_table` finds, in place of an older one; returns it as it lies there.
+    """Write a table that `read_table` finds; returns it as it lies there.
 
-    The name of the folder ends in the state that it is of, so that no column is of another.
+    The name of the folder is the state that it is of, so that no column is of another.
     """
     if not all(isinstance(part, Path) for part in table.parts):
         return table
     with contextlib.suppress(OSError):  # it only saves time: a full disk must not end the run
-        parts = [[os.path.abspath(part), _status(part)] for part in table.parts]
-        for old in set(folder.parent.glob(f"{folder.stem}.*")) - {folder}:
-            shutil.rmtree(old, ignore_errors=True)
+        parts = [[os.path.abspath(part), _status(part)[:3]] for part in table.parts]
         folder.mkdir(parents=True, exist_ok=True)
         for name in COLUMNS:
             write_whole(folder / f"{name}.npy", partial(np.save, arr=table[name]))
         facts = table.header | {"parts": parts, "count": len(table)}
         write_whole(folder / "table.json", json.dumps(facts).encode())
+        drop_old(folder)
     return read_table(folder) or table
 
 
@@ -1250,9 +1266,19 @@ def read_table(folder: Path) -> Table | None:
             columns[name] = np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
             if columns[name].shape != (header["count"],) or columns[name].dtype != code:
                 return None
-        if all(_status(part) == status for part, status in header["parts"]):
-            return Table(header, columns, [Path(part) for part, _ in header["parts"]], folder)
+        parts = [Path(part) for part, _ in header["parts"]]
+        if [_status(part)[:3] for part in parts] == [status for _, status in header["parts"]]:
+            for kept in (folder, *parts):
+                mark_used(kept)
+            return Table(header, columns, parts, folder)
     return None
+
+
+def mapped_table(folder: Path) -> Table:
+    """The kept table that another process has mapped; ValueError where it is gone or changed."""
+    if table := read_table(folder):
+        return table
+    raise ValueError(f"{folder}: changed or removed since the source was opened; start again")
 
 
 def kept_table(paths: Sequence[Path], are_distinct: bool = True) -> Table:
@@ -1263,8 +1289,7 @@ def kept_table(paths: Sequence[Path], are_distinct: bool = True) -> Table:
 
 
 def table_folder(place: object, state: object) -> Path:
-    name = f"{hash_of(place)}.{hash_of(TABLE_VERSION, state)}"
-    return cache_home() / "tables" / name
+    return cache_home() / "tables" / hash_of(place) / hash_of(TABLE_VERSION, state)
 
 
 def hash_of(*what: object) -> str:
@@ -1581,12 +1606,12 @@ def _scan(path: Path, root: Path, files: Files) -> Scan:
     if path != root and not found:
         return Scan(b"", 0, odd, 0, False, True)
     state = _state(path, root, files)
-    kept = cache_home() / "scans" / f"{hash_of(str(path.resolve()))}.jsonl"
+    kept = cache_home() / "scans" / hash_of(str(path.resolve())) / f"{state}.jsonl"
     with contextlib.suppress(OSError, ValueError):
         header = read_index(kept)[0]
-        if header["state"] == state:
-            rest = header["skipped"] | odd, header["lost"] + unseen, header["is_whole"]
-            return Scan(kept, header["count"], *rest, bool(unseen))
+        mark_used(kept)
+        rest = header["skipped"] | odd, header["lost"] + unseen, header["is_whole"]
+        return Scan(kept, header["count"], *rest, bool(unseen))
     others, damage = Skipped(), None
     if path == root:
         places: dict[str, Record] = {n: {"path": n, "size": s.st_size} for n, s in found.items()}
@@ -1601,11 +1626,12 @@ def _scan(path: Path, root: Path, files: Files) -> Scan:
         may_pass |= isinstance(damage, OSError | Unreadable)
     part: Any = _to_lines(records)
     if not may_pass:
-        facts = {"state": state, "skipped": skipped, "lost": lost, "is_whole": damage is None}
+        facts = {"skipped": skipped, "lost": lost, "is_whole": damage is None}
         with contextlib.suppress(OSError):  # it only saves time: a full disk must not end the run
             kept.parent.mkdir(parents=True, exist_ok=True)
             write_index(kept, part, **facts)
             part = kept
+            drop_old(kept)
     failed = may_pass or bool(unseen)
     return Scan(part, len(records), skipped | odd, lost + unseen, damage is None, failed)
 

@@ -737,7 +737,7 @@ def test_an_index_opens_again_without_its_lines_and_is_the_same(tmp_path, monkey
 
 def column(name: str, change) -> None:
     """Change a kept column."""
-    (path,) = packing.cache_home().glob(f"tables/*/{name}.npy")
+    (path,) = packing.cache_home().glob(f"tables/*/*/{name}.npy")
     np.save(path, change(np.load(path)))
 
 
@@ -768,6 +768,44 @@ def test_a_kept_table_is_not_trusted(tmp_path, name, change):
             again.record(0)
     else:
         assert again.record(5)["key"] == source.key(5)
+
+
+@pytest.mark.parametrize("in_tar", [True, False])
+def test_what_an_open_source_needs_outlives_another_scan(tmp_path, in_tar):
+    """Another root or one more picture is another state, which replaces nothing; lines come late.
+
+    Only what nobody has opened for two months goes, and then a worker that is spawned says so.
+    """
+    for n in range(3):
+        root = tmp_path / "d" / "ab"[n // 2]
+        root.mkdir(parents=True, exist_ok=True)
+        for key, data in shard_members(2, start=2 * n).items():
+            (root / Path(key).name).write_bytes(data)
+        if in_tar:
+            write_shard(root / f"{n}.tar", shard_members(2, start=2 * n))
+    few, all_of_them = ("d/a/*.tar", "d/*/*.tar") if in_tar else ("d", "d")
+    first = open_source(str(tmp_path / few))
+    pickled, count = pickle.dumps(first), len(first)
+    (tmp_path / "d" / "a" / "new.jpg").write_bytes(RED)
+    assert len(open_source(str(tmp_path / all_of_them))) > count
+    for source in (first, pickle.loads(pickled)):
+        found = [source.load(i) for i in range(len(source))]
+        assert [sample.image.shape[:2] for sample in found] == [(40 + i, 50) for i in range(count)]
+    kept = [*packing.cache_home().glob("*/*/*")]
+    for path in kept:
+        os.utime(path, (0, path.stat().st_mtime))
+    open_source(str(tmp_path / all_of_them))  # its own are in use again
+    used = [path for path in kept if path.stat().st_atime > 0]
+    for path in kept:
+        os.utime(path, (path.stat().st_atime, 0))
+    (tmp_path / "d" / "a" / "newer.jpg").write_bytes(GREEN)
+    for n in range(2):
+        write_shard(tmp_path / "d" / "a" / f"{n}.tar", {"x.jpg": RED})
+    open_source(str(tmp_path / few))
+    open_source(str(tmp_path / all_of_them))
+    assert 0 < len(used) < len(kept) and [path for path in kept if path.exists()] == used
+    with pytest.raises(ValueError, match="removed since the source was opened; start again"):
+        pickle.loads(pickled)
 
 
 def test_one_more_shard_is_scanned_alone(tmp_path, monkeypatch):
