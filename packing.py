@@ -715,11 +715,15 @@ class Unreadable(BadImage):
     """It could not be read for a reason that may pass: a permission, the network, memory."""
 
 
+# of odd metadata and sizes; once, as threads that change the filters side by side mix them up
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
 @contextlib.contextmanager
 def _opened(file: Any, name: str) -> Iterator[Image.Image]:
     """A picture whose header is read and allowed; any failure in the block becomes a BadImage."""
     try:
-        with warnings.catch_warnings(action="ignore"), Image.open(file, formats=FORMATS) as image:
+        with Image.open(file, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise BadImage(f"{image.height}x{image.width} pixels, more than {MAX_PIXELS}")
             if not isinstance(image.info.get("xmp", b""), bytes | str):
@@ -971,13 +975,15 @@ def subset(source: Source, is_chosen: Callable[[np.ndarray], np.ndarray]) -> Sub
 def hold_out(source: Source, fraction: float, seed: int = 0) -> tuple[Subset, Subset]:
     """Split into (train, test); the side of a picture depends on its content alone.
 
-    So copies are on one side, also those in another source.
+    So copies are on one side, also those in another source. Raises: Unreadable for a file that has
+    to be read for that and cannot be.
     """
-
-    def is_test(ids_M: np.ndarray) -> np.ndarray:
-        return uniform(source.contents(ids_M), "held out", seed) < fraction
-
-    return subset(source, lambda ids_M: ~is_test(ids_M)), subset(source, is_test)
+    test = subset(
+        source, lambda ids_M: uniform(source.contents(ids_M), "held out", seed) < fraction
+    )
+    is_test_N = np.zeros(len(source), bool)  # asked once: a file may change in between
+    is_test_N[test.indices] = True
+    return subset(source, lambda ids_M: ~is_test_N[ids_M]), test
 
 
 def left_out(skipped: Skipped, most: int = 10) -> Iterator[str]:
@@ -999,13 +1005,15 @@ def hash64(text: str | bytes) -> int:
 
 
 def content_of(record: Record) -> int:
-    """What tells a picture from others: of its digest, or of its key where it cannot be read."""
+    """What tells a picture from others: of its digest, or of its key where its file is cut."""
     if "digest" in record:
         return int(record["digest"][:16], 16)
-    with contextlib.suppress(BadImage):
-        if "path" in record:
-            return hash64(_read(record))
-    return hash64(record["key"])
+    try:
+        return hash64(_read(record) if "path" in record else record["key"])
+    except Unreadable:  # it may be read the next time, and would change sides
+        raise
+    except BadImage:
+        return hash64(record["key"])
 
 
 def open_source(spec: str, seed: int = 0) -> Source:
@@ -1079,6 +1087,9 @@ def _chunks(part: Path | bytes) -> Iterator[list[bytes]]:
         header, hashed, found = _object(first), hashlib.sha256(), 0
         if header.get("format") != "amoe-index" and isinstance(part, Path):
             raise ValueError(f"{part}: not an index file")
+        for name in ("version", "count", "sha256") if first else ():
+            if name not in header:
+                raise ValueError(f"{part!s}: its first line has no {name}; see `write_index`")
         yield [first]
         while chunk := file.readlines(2**20):
             hashed.update(b"".join(chunk))
@@ -1128,7 +1139,11 @@ class Table:
         return bisect.bisect_right(self.header["firsts"], i) - 1
 
     def record(self, i: int) -> Record:
-        """What the line of a picture says."""
+        """What the line of a picture says.
+
+        The columns are checked by it, as a checksum of them all would take seconds at each opening.
+        Raises: ValueError where they differ; a kept table is removed then, to be made anew.
+        """
         number, start, size = self.part_of(i), int(self.columns["start"][i]), 4096
         part = self.parts[number]
         if isinstance(part, bytes):
@@ -1140,9 +1155,14 @@ class Table:
             while b"\n" not in (line := os.pread(file.fileno(), size, start)) and len(line) == size:
                 size *= 16
         record = _object(line.partition(b"\n")[0])
+        is_same = all(self[name][i] == record.get(name) for name in ("height", "width"))
+        if is_same and self["content"][i]:
+            is_same = self["content"][i] == content_of(record)
         record["key"] = f"{self.header['prefixes'][number]}{record.get('key')}"
-        if hash64(record["key"]) != self.columns["key"][i]:
-            raise ValueError(f"{part!s}: changed since it was opened; start again")
+        if not is_same or hash64(record["key"]) != self["key"][i]:
+            shutil.rmtree(self.folder or "", ignore_errors=True)
+            what = f" or its table {self.folder}, which is now removed," if self.folder else ""
+            raise ValueError(f"{part!s}:{what} changed since it was opened; start again")
         return record
 
 
@@ -1216,7 +1236,7 @@ def _parsed(parts: Sequence[Path | bytes], prefixes: Sequence[str]) -> Table:
 
 
 def _status(path: str | Path) -> list[int]:
-    """What tells whether a file is still the one that it was; ctime last, `mark_used` changes it."""
+    """What tells whether a file is still the one that it was (ctime last: `mark_used` sets it)."""
     status = os.stat(path)
     return [status.st_size, status.st_mtime_ns, status.st_ino, status.st_ctime_ns]
 
@@ -1573,9 +1593,9 @@ def scanned(paths: Sequence[Path], root: Path) -> Table:
         dist.all_gather_object(lacking, table is None)
         if any(lacking):
             scan(range(rank, len(paths), world))
-            dist.barrier()  # then the scans of all are kept
+            wait_for_all()  # then the scans of all are kept
             table = (table or make()) if rank == 0 else table
-            dist.barrier()  # then their table is, too
+            wait_for_all()  # then their table is, too
             table = table or read_table(folder)
     return table or make()
 
@@ -1717,7 +1737,8 @@ class Number:
         """Read a flag's text (argparse's `type`); 1e9 is a count, too."""
         try:
             value = float(text)
-            value = int(value) if self.kind is int and value == int(value) else value
+            if self.kind is int and value == int(value):  # a float holds whole ones up to 2**53
+                value = int(value) if re.search("[.e]", text, re.IGNORECASE) else int(text)
         except (ValueError, OverflowError):
             value = math.nan
         if value not in self:
