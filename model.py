@@ -1582,7 +1582,8 @@ def save_transformers(student: Student, folder: str | Path) -> None:
     file["radio_model.summary_idxs"] = torch.tensor(summary)
     told = dict(model_type="radio", hidden_size=config.dim, num_attention_heads=config.n_heads)
     told |= dict(num_hidden_layers=config.n_layers + config.final_norm, head_dim=config.head_dim)
-    told |= dict(mlp_ratio=config.ffn_dim / config.dim, patch_size=config.patch)
+    ratio = (config.ffn_dim + 0.5) / config.dim  # RadioModel cuts off the half, not a whole one
+    told |= dict(mlp_ratio=ratio, patch_size=config.patch)
     told |= dict(max_img_size=config.position_grid * config.patch, num_registers=config.registers)
     told |= dict(num_cls_tokens=config.cls_tokens, summary_idxs=summary)
     told |= dict(layer_norm_eps=1e-6 * (SMALLER**2 if config.final_norm else 1))
@@ -1640,9 +1641,12 @@ def read_folder(folder: Path) -> tuple[ModelConfig, Weights]:
     file = file.renamed([(r"^radio_model\.", "")]).without("adaptors.")
     summary = file.pop("summary_idxs", torch.tensor([0])).tolist()
     count, n_heads = told.get("num_cls_tokens", 3), told.get("num_attention_heads", 16)
+    x = file.renamed(RADIO)
+    if count not in range(1, len(x["prefix_RD"]) + 1):
+        raise ValueError(f"num_cls_tokens={count!r}, but its prefix has {len(x['prefix_RD'])}")
     make = partial(RadioSpec, dim=None, summary_dim=None)  # which CLS tokens make the summary
     specs = tuple(make(f"cls{i}", token=i, in_trunk_summary=i in summary) for i in range(count))
-    config, x = radio_config(file.renamed(RADIO), n_heads, count, specs if count > 1 else ())
+    config, x = radio_config(x, n_heads, count, specs if count > 1 else ())
     if (folder / "heads.safetensors").is_file():
         heads, ours = read_safetensors(folder / "heads.safetensors")
         config = read_config(json.loads(ours["config"]))
