@@ -450,10 +450,12 @@ def test_a_scan_is_cached_until_the_folder_changes(tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(packing, "_to_records", lambda *_, **__: pytest.fail("scanned again"))
         assert open_source(str(root)).fingerprint() == source.fingerprint()
+    older = set(packing.cache_home().rglob("*.*"))
     (root / "class0" / "0000.png").unlink()
     changed = open_source(str(root))
     assert len(changed) == 4 and changed.fingerprint() != source.fingerprint()
-    kept = [path for path in packing.cache_home().rglob("*.*") if path.is_file()]
+    kept = set(packing.cache_home().rglob("*.*")) - older
+    assert len(kept) == len(older)
     for cached in kept:  # what is damaged is made anew
         whole = cached.read_bytes()
         cached.write_bytes(whole[:-30])
