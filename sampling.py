@@ -36,16 +36,7 @@ from torch import Generator, Tensor
 from tqdm import tqdm
 
 import packing
-from packing import (
-    Group,
-    Number,
-    open_source,
-    progress,
-    read_index,
-    wait_for_all,
-    with_paths,
-    write_whole,
-)
+from packing import Group, Number, open_source, progress, read_index, with_paths, write_whole
 from teachers import load_teacher, parse_teacher, sha256_of
 
 COUNT = Number(int, 1)
@@ -798,7 +789,7 @@ def embed(args: argparse.Namespace, group: Group) -> None:
         made_of = f"2 {teacher.fingerprint} {source.fingerprint()} {rows}"  # 2: the version
         if not is_embedded(paths[n], made_of):
             embed_part(paths[n], source, rows, teacher, args.batch, made_of)
-    wait_for_all()
+    packing.wait_for_all()
     if group.rank == 0:
         heads = [read_index(path.with_suffix(".jsonl"))[0] for path in paths]
         skipped = {key: why for x in sources for key, why in x.skipped.items()}
@@ -915,7 +906,7 @@ def assign(args: argparse.Namespace, group: Group) -> None:
             check_finite(rows)
             found = step(rows, c_KD)
             write_array(paths[p], np.stack([found.cluster_N.double(), found.distance_N.double()]))
-    wait_for_all()
+    packing.wait_for_all()
     if group.rank == 0:
         cluster_N, distance_N = np.concatenate([np.load(path) for path in paths], axis=1)
         first = Level(tree[0].centroids, cluster_N.astype(np.int32), distance_N.astype(np.float32))
