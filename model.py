@@ -45,17 +45,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from packing import (
-    PackedBatch,
-    fit_size,
-    orientation,
-    resize,
-    to_device,
-    to_float,
-    to_rgb,
-    upright,
-    write_whole,
-)
+from packing import PackedBatch, fit_size, resize, to_device, to_float, to_rgb, write_whole
 
 HALF_RGB = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))  # mean, std
 CLIP_RGB = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
@@ -1110,8 +1100,7 @@ def autocast(device: torch.device, precision: str = "auto") -> Any:
 def read_image(image: Any, name: str) -> Tensor:
     """An image of any kind that `encode` takes, as float32 (3, H, W) in [0, 1]."""
     try:
-        if isinstance(image, Image.Image):
-            image = upright(to_rgb(image), orientation(image))
+        image = to_rgb(image) if isinstance(image, Image.Image) else image
     except Exception as error:  # a decoder of hostile bytes may raise anything
         raise ValueError(f"{name}: does not decode ({error}); leave it out") from error
     is_bytes = isinstance(image, np.ndarray) and image.dtype == np.uint8
@@ -1582,7 +1571,8 @@ def save_transformers(student: Student, folder: str | Path) -> None:
     file["radio_model.summary_idxs"] = torch.tensor(summary)
     told = dict(model_type="radio", hidden_size=config.dim, num_attention_heads=config.n_heads)
     told |= dict(num_hidden_layers=config.n_layers + config.final_norm, head_dim=config.head_dim)
-    told |= dict(mlp_ratio=config.ffn_dim / config.dim, patch_size=config.patch)
+    ratio = (config.ffn_dim + 0.5) / config.dim  # RadioModel cuts off the half, not a whole one
+    told |= dict(mlp_ratio=ratio, patch_size=config.patch)
     told |= dict(max_img_size=config.position_grid * config.patch, num_registers=config.registers)
     told |= dict(num_cls_tokens=config.cls_tokens, summary_idxs=summary)
     told |= dict(layer_norm_eps=1e-6 * (SMALLER**2 if config.final_norm else 1))
@@ -1640,9 +1630,12 @@ def read_folder(folder: Path) -> tuple[ModelConfig, Weights]:
     file = file.renamed([(r"^radio_model\.", "")]).without("adaptors.")
     summary = file.pop("summary_idxs", torch.tensor([0])).tolist()
     count, n_heads = told.get("num_cls_tokens", 3), told.get("num_attention_heads", 16)
+    x = file.renamed(RADIO)
+    if count not in range(1, len(x["prefix_RD"]) + 1):
+        raise ValueError(f"num_cls_tokens={count!r}, but its prefix has {len(x['prefix_RD'])}")
     make = partial(RadioSpec, dim=None, summary_dim=None)  # which CLS tokens make the summary
     specs = tuple(make(f"cls{i}", token=i, in_trunk_summary=i in summary) for i in range(count))
-    config, x = radio_config(file.renamed(RADIO), n_heads, count, specs if count > 1 else ())
+    config, x = radio_config(x, n_heads, count, specs if count > 1 else ())
     if (folder / "heads.safetensors").is_file():
         heads, ours = read_safetensors(folder / "heads.safetensors")
         config = read_config(json.loads(ours["config"]))

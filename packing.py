@@ -736,7 +736,7 @@ def _opened(file: Any, name: str) -> Iterator[Image.Image]:
         raise (Unreadable if may_pass else BadImage)(why) from error
 
 
-def orientation(image: Image.Image) -> int:
+def _orientation(image: Image.Image) -> int:
     """EXIF orientation, 1 to 8, by the header alone; 1 if the EXIF cannot be read."""
     # Pillow would decode a whole PNG in search of EXIF behind the pixels, so that does not count;
     # TIFF it turns by itself.
@@ -747,7 +747,7 @@ def orientation(image: Image.Image) -> int:
     return 1
 
 
-def upright(pixels: np.ndarray, turn: int) -> np.ndarray:
+def _upright(pixels: np.ndarray, turn: int) -> np.ndarray:
     """Turn (h, w, ...) by its EXIF orientation. Pillow's exif_transpose would write the EXIF anew,
     which fails where a tag has another type than it should."""
     pixels = pixels.swapaxes(0, 1) if turn in SIDEWAYS else pixels
@@ -769,18 +769,19 @@ def _grey_range(image: Image.Image, values: np.ndarray) -> tuple[float, float]:
 
 
 def to_rgb(image: Image.Image) -> np.ndarray:
-    """(H, W, 3) uint8; Pillow's own conversion saturates deep pictures and drops the alpha."""
+    """Upright (H, W, 3) uint8; Pillow's conversion saturates deep pictures and drops the alpha."""
+    turn = _orientation(image)
     if image.mode.startswith(("I", "F")):
         values = np.asarray(image)
         low, high = _grey_range(image, values)
         grey = np.rint((values.astype(float) - low) * (255 / max(high - low, 1e-12)))
         if "transparency" in image.info:
             grey[values == image.info["transparency"]] = ALPHA_GROUND[0]
-        return np.repeat(grey.astype(np.uint8)[..., None], 3, axis=2)
+        return _upright(np.repeat(grey.astype(np.uint8)[..., None], 3, axis=2), turn)
     if image.has_transparency_data:
         ground = Image.new("RGBA", image.size, ALPHA_GROUND)
         image = Image.alpha_composite(ground, image.convert("RGBA"))
-    return np.array(image.convert("RGB"))
+    return _upright(np.array(image.convert("RGB")), turn)
 
 
 def decode_image(data: bytes, name: str, at_least: Size | None = None) -> np.ndarray:
@@ -790,11 +791,10 @@ def decode_image(data: bytes, name: str, at_least: Size | None = None) -> np.nda
     that is still twice as large (46 dB against the full decode). Raises BadImage, with the name.
     """
     with _opened(io.BytesIO(data), name) as image:
-        turn = orientation(image)
         if at_least is not None:
-            height, width = at_least[::-1] if turn in SIDEWAYS else at_least
+            height, width = at_least[::-1] if _orientation(image) in SIDEWAYS else at_least
             image.draft(None, (2 * width, 2 * height))
-        pixels = upright(to_rgb(image), turn)
+        pixels = to_rgb(image)
     return pixels
 
 
@@ -803,7 +803,7 @@ def decode_mask(data: bytes, name: str) -> np.ndarray:
     with _opened(io.BytesIO(data), name) as image:
         if image.mode not in ("L", "P", "1"):
             raise BadImage(f"a mask is grey or has a palette, but this is {image.mode}")
-        ids = upright(np.array(image, dtype=np.uint8), orientation(image))
+        ids = _upright(np.array(image, dtype=np.uint8), _orientation(image))
     return ids
 
 
@@ -1532,7 +1532,7 @@ def _to_records(
             data = _read(record, root)
             record["digest"] = hashlib.sha256(data).hexdigest()
             with _opened(io.BytesIO(data), _printable(name)) as image:
-                sides = image.size if orientation(image) in SIDEWAYS else image.size[::-1]
+                sides = image.size if _orientation(image) in SIDEWAYS else image.size[::-1]
             record |= zip(("height", "width"), sides, strict=True)
             record |= _texts({s: _read(places[file], root) for s, file in beside.items()})
             records.append(record)

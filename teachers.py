@@ -911,21 +911,20 @@ class CachedTeacher(Teacher):
         return torch.frombuffer(bytearray(blob), dtype=torch.float16), (h, w)
 
 
-def refuse_full_disk(
-    caches: list[CachedTeacher], source: Source, mine: list[int], world: int
-) -> None:
-    """TeacherError where the features that are missing, by a thousand of them, would not fit."""
-    some, numbers = [mine[i] for i in evenly(len(mine), 1000)], 0
+def refuse_full_disk(caches: list[CachedTeacher], source: Source, done: set[str]) -> None:
+    """TeacherError where the features that are missing, by a thousand pictures, would not fit."""
+    some, numbers = evenly(len(source), 1000), 0
+    missing = [i for i in some if source.key(i) not in done]
     for cache in caches:
-        grids = [math.prod(cache.size_for(*source.size(i))) // cache.patch**2 for i in some]
-        vectors = len(some) * ((cache.summary_dim or 0) + cache.registers * cache.dim)
+        grids = [math.prod(cache.size_for(*source.size(i))) // cache.patch**2 for i in missing]
+        vectors = len(missing) * ((cache.summary_dim or 0) + cache.registers * cache.dim)
         numbers += vectors + sum(grids) * cache.dim
-    needed = 2 * numbers * len(mine) * world // max(len(some), 1)
+    needed = 2 * numbers * len(source) // max(len(some), 1)
     folder = next(path for path in caches[0].folder.absolute().parents if path.exists())
     if needed > (free := shutil.disk_usage(folder).free):
         raise TeacherError(
-            f"features of {len(mine) * world} pictures of {source.name} take {needed / 1e9:,.1f} "
-            f"GB, and {folder} has {free / 1e9:,.1f} GB free: pass --cache none, so that the "
+            f"features of {source.name}, of {len(source)} pictures, take {needed / 1e9:,.1f} GB "
+            f"more, and {folder} has {free / 1e9:,.1f} GB free: pass --cache none, so that the "
             "teachers run live, or another --cache FOLDER"
         )
 
@@ -941,8 +940,8 @@ def fill_caches(caches: list[CachedTeacher], source: Source) -> dict[str, str]:
     rank, world = rank_and_world()
     origin = source.fingerprint()
     done = set.intersection(*(cache.done[origin] for cache in caches))
+    refuse_full_disk(caches, source, done)  # before all records are read, which may take hours
     mine = [i for i in range(rank, len(source), world) if source.key(i) not in done]
-    refuse_full_disk(caches, source, mine, world)
     sizes = {i: [cache.size_for(*source.size(i)) for cache in caches] for i in mine}
     mine.sort(key=sizes.__getitem__)  # equal sizes side by side make full batches
     label = f"{', '.join(cache.name for cache in caches)} features"

@@ -1402,6 +1402,11 @@ def test_a_cache_that_does_not_fit_is_refused_before_any_work(tmp_path, monkeypa
     assert pictures.loads == 0
     free[0] += 1
     fill_caches(caches, pictures)
+    free[0], large, looked = 10 * bytes_of_three, Pictures(5_000), []
+    large.key = lambda i: looked.append(i) or str(i)
+    with pytest.raises(TeacherError, match="5000 pictures"):
+        fill_caches(caches, large)
+    assert len(looked) <= 1000
 
 
 def test_a_picture_that_was_never_cached_is_named(tmp_path):
