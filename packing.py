@@ -37,7 +37,6 @@ import stat
 import sys
 import tarfile
 import threading
-import time
 import unicodedata
 import warnings
 import weakref
@@ -45,7 +44,7 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from datetime import timedelta
+from datetime import datetime, timedelta
 from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, NoReturn, Protocol
@@ -1245,14 +1244,16 @@ def mark_used(path: Path) -> None:
     """Now and then set the time when something kept was last read, by which `drop_old` goes."""
     with contextlib.suppress(OSError):  # it may be another user's
         status = os.stat(path)
-        if time.time() - status.st_atime > UNUSED / 60:
-            os.utime(path, ns=(time.time_ns(), status.st_mtime_ns))
+        now = datetime.now().timestamp()
+        if now - status.st_atime > UNUSED / 60:
+            os.utime(path, ns=(int(now * 1e9), status.st_mtime_ns))
 
 
 def drop_old(new: Path) -> None:
     """Remove what was kept of this place in other states, but not what a run may still read."""
+    now = datetime.now().timestamp()
     for old in set(new.parent.iterdir()) - {new}:
-        if time.time() - max(old.stat().st_atime, old.stat().st_mtime) > UNUSED:
+        if now - max(old.stat().st_atime, old.stat().st_mtime) > UNUSED:
             shutil.rmtree(old) if old.is_dir() else old.unlink()
 
 

@@ -762,7 +762,7 @@ def test_embed_and_assign_wait_for_the_other_ranks_without_their_limit(tmp_path,
     )
     monkeypatch.setattr(sampling.dist, "barrier", lambda: pytest.fail("within the limit"))
     monkeypatch.setattr(sampling.dist, "all_gather_object", lambda *_: None)
-    monkeypatch.setattr(sampling, "wait_for_all", lambda: waits.append(1))
+    monkeypatch.setattr(sampling.packing, "wait_for_all", lambda: waits.append(1))
     run(*embed("openmoji:test:4", tmp_path / "pool"))
     tree = hierarchical_kmeans(sampling.Pool(tmp_path / "pool")[:].float(), [2])
     teacher = sampling.Pool(tmp_path / "pool").manifest["teacher"]
