@@ -45,17 +45,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from packing import (
-    PackedBatch,
-    fit_size,
-    orientation,
-    resize,
-    to_device,
-    to_float,
-    to_rgb,
-    upright,
-    write_whole,
-)
+from packing import PackedBatch, fit_size, resize, to_device, to_float, to_rgb, write_whole
 
 HALF_RGB = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))  # mean, std
 CLIP_RGB = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
@@ -1110,8 +1100,7 @@ def autocast(device: torch.device, precision: str = "auto") -> Any:
 def read_image(image: Any, name: str) -> Tensor:
     """An image of any kind that `encode` takes, as float32 (3, H, W) in [0, 1]."""
     try:
-        if isinstance(image, Image.Image):
-            image = upright(to_rgb(image), orientation(image))
+        image = to_rgb(image) if isinstance(image, Image.Image) else image
     except Exception as error:  # a decoder of hostile bytes may raise anything
         raise ValueError(f"{name}: does not decode ({error}); leave it out") from error
     is_bytes = isinstance(image, np.ndarray) and image.dtype == np.uint8

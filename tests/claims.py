@@ -1,29 +1,34 @@
-"""Do the papers' claims hold? Small experiments over seeds, run by hand.
+"""Do the papers' claims hold? Paired experiments over seeds, each with its design on one page.
 
-    python tests/claims.py arkd                 # one claim, or all; what ran already is not rerun
-    python tests/claims.py table                # docs/claims.md, and the README's table of it
-    python tests/claims.py figures              # docs/claims.png, from the same lines
+    python tests/claims.py run              # all that is missing, a line of docs/claims each
+    python tests/claims.py run arkd --seeds 100 101    # one claim, on seeds of your own
+    python tests/claims.py table            # docs/claims.md, and the README's rows; recomputes all
 
 A claim has arms that share everything but what is named, and effects: the difference of a figure
-between two arms with the same seed, counted such that it is positive if the claim holds. The first
-effect is the primary one; all are named here, before any run, and all that ran are shown. A line of
-docs/claims/NAME.jsonl is one run: its arm, seed and figures. A run takes a minute on a quiet core.
+between two arms of the same seed. All was named in git before any run: arms, the primary effect,
+seeds, the smallest effect that matters. An arm's learning rate is its own best of three, by the
+figure `judged`, on seed 99, which is in no effect. Intervals are Student's t over the paired
+differences; primary effects are corrected by Holm. Where a premise fails, there was no test.
 
-Figures: "64/vit-s/patches" is the variance explained (eval.Fidelity) of that head and part on
-held-out drawings of 64 x 64 px; the other names are given where they are computed.
+EV is the variance explained of a teacher's features (eval.Fidelity) on held-out drawings: the
+training mean has 0, the teacher 1. "EV 64 vit-s patches": at 64 px, of that head and part. A figure
+is the mean over ten blocks of the test pictures, which tell its sampling error; numbers of one
+entry have no blocks. Reference arms (base, random, constant, teacher, ..) are floors, ceilings.
 """
 
 import argparse
 import copy
+import dataclasses
 import hashlib
 import json
+import re
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
-from itertools import pairwise
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -34,131 +39,668 @@ import torch
 import torch.nn.functional as F
 from einops import repeat
 from torch import Tensor, nn
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import losses
 import train
 from eval import (
+    VOID,
     FeatureSet,
-    bootstrap,
+    Fidelity,
+    caption_pairs,
     class_ids,
-    extract,
-    fidelity,
-    knn,
+    fit_text_map,
     knn_votes,
+    random_control,
+    recall_hits,
     reduce_map,
+    same_grid,
     token_labels,
 )
-from model import (
-    MODELS,
-    GoldenPositions,
-    Layout,
-    ModelConfig,
-    Student,
-    count_flops,
-    load_student,
-    save_student,
-)
-from packing import Group, Sample, Source, Subset, cache_home, evenly, large_enough
+from losses import resize_map
+from model import Student, load_student, save_student
+from packing import Sample, Source, Subset, cache_home, evenly, large_enough, open_source, to_float
 from sampling import balanced_sample, hierarchical_kmeans
-from teachers import CachedTeacher, Teacher, TeacherOutput
-from train import (
-    Stage,
-    State,
-    Stream,
-    TrainConfig,
-    load_teachers,
-    open_sources,
-    part_weight,
+from teachers import (
+    CachedTeacher,
+    SizeRule,
+    Teacher,
+    TeacherOutput,
+    fill_caches,
+    load_teacher,
+    load_text,
+    parse_teacher,
 )
+from train import Stage, Stream, TrainConfig
 
 FOLDER = Path(__file__).parents[1] / "docs" / "claims"
-GROUP = Group(0, 1, torch.device("cpu"))
-LOW, HIGH = 48, 128  # px, where a claim has two resolutions
-CURVE = (LOW, HIGH, 32, 64, 96, 160, 192)  # px, of the mode-switch curve
-PARTS = ("summary", "patches")
-ARM_OF_MERGING = ("modes", "all")  # the students whose tokens are merged: they know 128 px
+TUNING = 99  # the seed on which learning rates are chosen
+Figures = dict[str, Any]  # name -> ten numbers, of blocks of the test pictures, or one
 
 
-# ------------------------------------------------------------------------------ the claims
+# ---- Part I, the papers: what a claim is
 
 
 @dataclass(frozen=True)
 class Effect:
-    """The mean of some figures in one arm minus that in another; positive if the claim holds."""
+    """A figure in one arm minus the same in another."""
 
-    what: str
-    figures: tuple[str, ...]
+    figure: str
     arm: str
     other: str
-    paper: str  # what the paper found, and where
+    matters: float  # the smallest difference that would matter, in either direction
+    paper: str = "no figure"
+    is_primary: bool = False
+
+
+@dataclass(frozen=True)
+class Premise:
+    """What must hold for the effects to be a test: a figure's mean is above `least`."""
+
+    figure: str
+    arm: str
+    other: str  # subtracted; "" nothing
+    least: float
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much of everything; `QUICK` is the same code on next to nothing, for tests."""
+
+    train: int = 4000  # drawings that are trained on
+    test: int = 1200  # of characters that are never trained on
+    seen: int = 400  # of these, for EV
+    base_steps: int = 1200
+    most_steps: int = 10_000
+    reader_steps: int = 300
+    merging: tuple[int, int] = (600, 300)  # drawings that a reader learns from, and is tested on
+    mosaic: tuple[int, int] = (72, 54)
+    largest: int = 160  # drawings of the most frequent of `concepts`
+    concepts: int = 300
+    teachers: tuple[str, ...] = ("vit-s=builtin:vit-s", "mobilenet=builtin:mobilenet")
+    text: str = "builtin:minilm"  # "": letters are counted
+
+
+FULL = Scale()
+QUICK = Scale(
+    240, 40, 12, 2, 2, 2, (120, 30), (6, 4), 30, 24,
+    ("vit-s=builtin:tiny-dense", "mobilenet=builtin:tiny-semantic"), "",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of one arm."""
+
+    arm: str
+    change: dict[str, Any]  # of `TRAINING`, by the claim and by the arm
+    seed: int
+    rate: float
+    scale: Scale
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A question, the arms that answer it, and the effects; the first is the primary one."""
+    """A question, and what answers it."""
 
     question: str
-    scale: str
-    arms: dict[str, dict[str, Any]]  # name -> its changes of the configuration
+    arms: dict[str, dict[str, Any]]
     effects: tuple[Effect, ...]
-    base: dict[str, Any] = field(default_factory=dict)  # changes for all arms
-    sizes: tuple[int, ...] = (64,)  # px of the held-out drawings; the first one serves kNN, too
-    loud: dict[str, float] = field(default_factory=dict)  # teacher -> factor on its features
-    patterned: tuple[str, ...] = ()  # arms in which the teachers' maps have a fixed pattern
-    unenlarged: bool = True  # only drawings at least as large as the largest square
-    positions: dict[str, Any] = field(default_factory=dict)  # arm -> instead of GoldenPositions
-    run: Callable[..., dict] | None = None  # (name, arm, seed, quick) -> figures; None: `distil`
+    run: Callable[[Run], Figures]
+    floor: str = ""  # the arm whose figure says nothing; "" where 0 says nothing
+    premise: Premise | None = None
+    rates: tuple[float, ...] = ()  # from which each arm has its own; () there is none to choose
+    judged: str = "EV"
+    seeds: int = 10
+    common: dict[str, Any] = field(default_factory=dict)  # what the claim changes for all arms
 
 
-def squares(side: int, images: int, prefix: int = 5, **more: Any) -> Stream:
-    """One pack of `images` drawings as squares in each step; nano has 5 tokens beside patches."""
-    tokens = (side // 16) ** 2 + prefix
-    return Stream(f"{side} px", choices=(side,), budget=images * tokens, packs=1, **more)
+BASE: dict[str, Any] = {"steps": 0}  # reference arms: the common base, not trained on
+RANDOM: dict[str, Any] = {"steps": -1}  # random weights, see eval.random_control
+NEAR = (3.5e-4, 7e-4, 1.4e-3)  # learning rates, from the base on
+TEACHERS = ("vit-s", "mobilenet")
 
 
-def explained(side: int, *teachers: str) -> tuple[str, ...]:
-    """Names of the variances explained on drawings of one size."""
-    return tuple(f"{side}/{t}/{part}" for t in teachers or ("vit-s", "mobilenet") for part in PARTS)
+def squares(side: int, images: int, **more: Any) -> Stream:
+    """A pack of so many square drawings; nano has 5 tokens beside the patches."""
+    tokens = images * ((side // 16) ** 2 + 5)
+    return Stream(f"{side} px", choices=(side,), budget=tokens, packs=1, **more)
 
 
-def dense(*sides: int) -> tuple[str, ...]:
-    return tuple(f"{side}/{t}/patches" for side in sides for t in ("vit-s", "mobilenet"))
+# ---- AMoE: ARKD
 
 
-MIXED = Stream("mixed", choices=(LOW, HIGH), budget=512, packs=2)
-BASE = TrainConfig(
-    preset="claims",
-    data=("openmoji:train",),
-    head_hidden=384,
-    steps=120,
-    stages=(Stage(1.0, (replace(squares(64, 16), packs=2),)),),
-    stats_steps=10,
-    warmup=10,
-    lr=2e-3,
+def run_arkd(run: Run) -> Figures:
+    """Does ARKD keep the relations that a text tower reads?
+
+    nano from the common base, 150 steps of 32 drawings at 64 px, with each relational loss. A ridge
+    from the ViT's summaries to MiniLM's captions is fitted on the *teacher's* training summaries,
+    so that a head serves it only as far as it lies where the teacher's would (AMoE reads its DINOv3
+    head with a text tower that was aligned to DINOv3). R@10 among 1,200 drawings, both ways.
+    """
+    if run.arm == "teacher":
+        return read_by_text(teacher_summaries(run.scale)[1], run.scale)
+    student = student_of(run)
+    said = student_maps(student, data(run.scale)[1].samples, 64)
+    head_NC = torch.stack([x["vit-s summary"].flatten() for x in said])
+    return explained(student, (64,), run.scale) | read_by_text(head_NC, run.scale)
+
+
+ARKD = Claim(
+    "ARKD against no relational loss and against RKD",
+    {
+        "none": {},
+        "rkd": {"relation": "rkd"},
+        "arkd": {"relation": "arkd"},
+        "arkd teacher's mean": {"relation": "arkd", "relation_mean": "teacher"},
+        "base": BASE,
+        "random": RANDOM,
+        "teacher": BASE,
+    },
+    (
+        Effect("text R@10", "arkd", "none", 0.01, "image-text +2.6 points (AMoE Table 4)", True),
+        Effect("EV", "arkd", "none", 0.003, "no figure", True),
+        Effect("text R@10", "arkd", "rkd", 0.01, "image-text +0.7 points (AMoE Table 4)"),
+        Effect("relation", "arkd", "none", 0.01),
+        Effect("relation", "arkd", "rkd", 0.01),
+        Effect("zero-shot", "arkd", "none", 0.01, "image-text +2.6 points (AMoE Table 4)"),
+        Effect("EV", "arkd teacher's mean", "none", 0.003),
+        Effect("text R@10", "arkd teacher's mean", "none", 0.01),
+    ),
+    run_arkd,
+    floor="random",
+    rates=NEAR,
+    common={"steps": 150, "stages": (Stage(1.0, (squares(64, 32),)),)},
 )
-TINY = {"builtin:vit-s": "builtin:tiny-dense", "builtin:mobilenet": "builtin:tiny-semantic",
-        "nano": "test", "nano-dense": "test"}  # fmt: skip
-QUICK: dict[str, Any] = {"steps": 2, "stats_steps": 1, "data": ("openmoji:train:240",)}
 
-# The same active parameters as nano: 2 of 8 experts of width 256.
-MODELS["nano-dense"] = replace(MODELS["nano"], experts=0, top_k=0, ffn_dim=512)
-# RADIO's form at the same active parameters: GELU MLPs, a position table, a CLS per teacher.
-MODELS["nano-radio"] = ModelConfig(
-    "radio", 192, 6, 3, 64, 768, cls_tokens=2, gated_ffn=False, final_norm=False, position_grid=32
+
+# ---- AMoE: token-balanced batching
+
+
+def run_balance(run: Run) -> Figures:
+    """Do per-image means in full packs keep low resolution alive?
+
+    Every drawing is a square of 48 or 128 px by lot. image: packs of 512 tokens, two a step, an
+    image counts the same whatever its size. token: the same packs, a patch counts the same (what
+    a mean over a batch's tokens does). fixed: 24 drawings a step, 996 tokens on average, per-image
+    means. Drawings of at least 128 px only; nano from the common base, 80 steps.
+    """
+    return explained(student_of(run, 128), (48, 128), run.scale)
+
+
+_MIXED = Stream("mixed", choices=(48, 128), budget=512, packs=2)
+BALANCE = Claim(
+    "full packs with per-image means against per-token means and against fixed counts",
+    {
+        "image": {},
+        "token": {"average": "token"},
+        "fixed": {"stages": (Stage(1.0, (replace(_MIXED, budget=9999),)),), "max_images": 12},
+        "base": BASE,
+    },
+    (
+        Effect("EV 48", "image", "token", 0.005, "low resolution kept (AMoE: batching)", True),
+        Effect("EV 128", "image", "token", 0.005, "no figure"),
+        Effect("EV 48", "image", "fixed", 0.005, "low resolution kept (AMoE: batching)"),
+        Effect("EV 128", "image", "fixed", 0.005, "no figure"),
+        Effect("gradient spread", "fixed", "image", 0.05, "high-norm gradients (AMoE: batching)"),
+    ),
+    run_balance,
+    rates=NEAR,
+    common={"steps": 80, "stages": (Stage(1.0, (_MIXED,)),)},
 )
 
-# Claims of the papers that have no arms yet; the table names them.
-NOT_RUN = ("PHI-S on a bimodal register", "mosaic against resizing")
+
+# ---- AMoE: clustering and balanced sampling
 
 
-# ------------------------------------------------------------------------------ training
+def run_sampling(run: Run) -> Figures:
+    """Does hierarchical sampling serve the tail?
+
+    A pool of 300 characters whose number of drawings falls as 1 / rank, from 160 to 1, each drawing
+    another view of it (size, angle, ground); ViT-S summaries; trees of n/6, n/20 and 16 clusters; a
+    fifth is sampled, three times a pool. Test: other views of the same characters, 1-NN among the
+    300; tail: the ranks from 31 on. The oracle, which knows the characters, takes them evenly; the
+    pool is all of it.
+    """
+    x_NC, label_N, test_MC, test_M, tree = pool_of(run.seed, run.scale)
+    n, tail, rows = len(label_N), run.scale.concepts // 10, []
+    for draw in range(1 if run.arm == "pool" else 3):
+        picks = picked(run.arm, tree, label_N, n // 5, 1000 * run.seed + draw)
+        cosine_MK = F.normalize(test_MC) @ F.normalize(x_NC[picks]).T
+        is_hit_M = torch.from_numpy(label_N[picks])[cosine_MK.argmax(1)] == test_M
+        hits = {"tail 1-NN": blocks(is_hit_M[test_M >= tail]), "1-NN": blocks(is_hit_M)}
+        share, characters = (label_N[picks] >= tail).mean(), len(set(label_N[picks].tolist()))
+        rows.append(hits | {"tail share": float(share), "characters": characters})
+    return {name: np.mean([row[name] for row in rows], 0).tolist() for name in rows[0]}
+
+
+def picked(arm: str, tree: Any, label_N: np.ndarray, target: int, seed: int) -> np.ndarray:
+    """The rows of a pool that an arm samples."""
+    order = np.random.default_rng(seed).permutation(len(label_N))
+    if arm == "pool":
+        return order
+    if arm == "random":
+        return order[:target]
+    if arm == "oracle":  # the first drawing of every character, then every second one, ...
+        seen: Counter = Counter()
+        turn = [(seen.update([k]), seen[k])[1] for k in label_N[order].tolist()]
+        return order[np.argsort(turn, kind="stable")[:target]]
+    levels, how = (tree[:1], "equal") if arm == "flat" else (tree, arm)
+    return balanced_sample(levels, target, seed, weighting=how)
+
+
+SAMPLING = Claim(
+    "hierarchical against random sampling of a long-tailed pool",
+    {arm: {} for arm in ("random", "flat", "equal", "volume", "oracle", "pool")},
+    (
+        Effect("tail 1-NN", "equal", "random", 0.02, "kNN +2.4 points (AMoE: data)", True),
+        Effect("tail 1-NN", "oracle", "random", 0.02),
+        Effect("1-NN", "equal", "random", 0.02, "kNN +2.4 points (AMoE: data)"),
+        Effect("tail 1-NN", "flat", "random", 0.02),
+        Effect("tail 1-NN", "volume", "random", 0.02, "ours"),
+        Effect("tail share", "equal", "random", 0.02),
+    ),
+    run_sampling,
+    premise=Premise("tail share", "equal", "random", 0.02),
+)
+
+
+# ---- RADIOv2.5: multi-resolution training
+
+
+def run_modes(run: Run) -> Figures:
+    """Does a head know a size at which its teacher was never shown?
+
+    all: 16 drawings at 48 px and 10 at 128 px, both teachers on all, as RADIOv2.5. split: the ViT
+    on 32 drawings at 48 px, the CNN on 20 at 128 px, as AM-RADIO had its teachers: as many pairs of
+    a teacher and a picture (52), and twice the student's passes. Drawings of at least 128 px; nano
+    from the common base, which knows 64 px, 80 steps. "EV lacked": the ViT's head at 128 px and the
+    CNN's at 48. "jump": the largest step of a head's EV between neighbours of 48, 64, 96, 128 px.
+    """
+    student = student_of(run, 128)
+    found = explained(student, (48, 128), run.scale)
+    found["EV lacked"] = joined(found, "EV 128 vit-s", "EV 48 mobilenet")
+    found["EV own"] = joined(found, "EV 48 vit-s", "EV 128 mobilenet")
+    curve = found | explained(student, (64, 96), run.scale)
+    keys = [f"EV {side} {name} patches" for name in TEACHERS for side in (48, 64, 96, 128)]
+    steps_TS = np.diff(np.reshape([np.mean(curve[key]) for key in keys], (2, 4)))
+    return found | {"jump": float(np.abs(steps_TS).max(1).mean())}
+
+
+_SPLIT = squares(48, 32, teachers=("vit-s",)), squares(128, 20, teachers=("mobilenet",))
+MODES = Claim(
+    "all teachers at all resolutions against one resolution a teacher",
+    {"all": {}, "split": {"stages": (Stage(1.0, _SPLIT),)}, "base": BASE},
+    (
+        Effect("EV lacked", "all", "split", 0.01, ".829, else .013 zero-shot (RADIOv2.1)", True),
+        Effect("EV own", "all", "split", 0.005),
+        Effect("jump", "split", "all", 0.01, "no mode switch (RADIOv2.5)"),
+    ),
+    run_modes,
+    premise=Premise("EV own", "split", "base", 0.0),
+    rates=NEAR,
+    common={"steps": 80, "stages": (Stage(1.0, (squares(48, 16), squares(128, 10))),)},
+)
+
+
+# ---- RADIOv2.5: mosaic augmentation
+
+
+def run_mosaic(run: Run) -> Figures:
+    """What does a mosaic cost, and what are its targets worth?
+
+    No training: drawings of 64 px through ViT-S on canvases of 224 px. mosaic: nine to a canvas.
+    alone: one to a canvas, the rest blank. enlarged: each to 224 px. own: the original's pixels to
+    224 px, a ceiling. Cost: CPU time a picture, as its logarithm. Worth: IoU of a ridge from tokens
+    to "at least half foreground" on 4 x 4 cells, fitted to 72 drawings, on 54 others of characters
+    that it never saw. Each seed has its own drawings. constant: says foreground everywhere.
+    """
+    sides = drawings(run.seed, run.scale.mosaic)
+    share_NQ, test_NQ = (torch.stack([foreground(s) for s in samples]) for samples in sides)
+    said_NQ, found = torch.ones_like(test_NQ), {}
+    if run.arm != "constant":
+        kind = {"enlarged": "fixed", "own": "fixed"}.get(run.arm, "canvas")
+        teacher, began = canvas_teacher(kind, run.scale), time.process_time()
+        maps = [mosaic_maps(teacher, run.arm, samples) for samples in sides]
+        cost = (time.process_time() - began) / sum(map(len, sides))
+        found, said_NQ = {"log cost": float(np.log(cost))}, ridge(maps[0], share_NQ, maps[1])
+    both, either = (f(said_NQ > 0.5, test_NQ > 0.5) for f in (torch.logical_and, torch.logical_or))
+    return found | {"IoU": float(both.sum() / either.sum().clamp_min(1))}
+
+
+MOSAIC = Claim(
+    "a mosaic against one canvas a picture",
+    {arm: {} for arm in ("mosaic", "alone", "enlarged", "own", "constant")},
+    (
+        Effect("log cost", "alone", "mosaic", 0.69, "k^2 (RADIOv2.5: mosaic)", True),
+        Effect("IoU", "mosaic", "alone", 0.02, "quality no worse (RADIOv2.5: mosaic)"),
+        Effect("IoU", "mosaic", "enlarged", 0.02),
+    ),
+    run_mosaic,
+)
+
+
+# ---- PHI-S: balance
+
+
+def run_phis(run: Run) -> Figures:
+    """Does PHI-S let a quiet teacher be heard?
+
+    The ViT's features are multiplied by 100 (RADIO's teachers differ 191-fold). From scratch, as
+    the balance of the losses shapes the start; 120 steps of 32 drawings at 64 px. phis, global and
+    channel: the targets' space. mse: the mean squared error of the raw features, by heads that
+    start at the teachers' scale (their losses in PHI-S space, weighed by its scale squared, which
+    is the same number), so that it is not lost by heads that can't reach 100.
+    """
+
+    def loud(name: str, out: TeacherOutput) -> TeacherOutput:
+        factor = LOUD.get(name, 1.0)
+        return TeacherOutput(out.summary_BC * factor, [x * factor for x in out.patches])
+
+    def weigh(state: train.State, name: str) -> float:
+        teacher, part = name.split("/")
+        return float(state.spaces[teacher].parts[part].current().scale.mean() ** 2)
+
+    raw = mock.patch.object(train, "part_weight", weigh)
+    with raw if run.arm == "mse" else nullcontext():
+        return explained(student_of(run, hear=loud), (64,), run.scale, LOUD)
+
+
+LOUD = {"vit-s": 100.0}
+PHIS = Claim(
+    "PHI-S against other spaces, one teacher's features 100 times as large",
+    {
+        "phis": {},
+        "global": {"normalizer": "global"},
+        "channel": {"normalizer": "channel"},
+        "mse": {},
+    },
+    (
+        Effect("EV 64 mobilenet", "phis", "mse", 0.01, "rank 2.92 and 7.83 (PHI-S Sec. 4)", True),
+        Effect("EV 64 mobilenet", "phis", "global", 0.005, "rank 2.92 and 3.81 (PHI-S Sec. 4)"),
+        Effect("EV 64 mobilenet", "phis", "channel", 0.005, "rank 2.92 and 4.21 (PHI-S Sec. 4)"),
+        Effect("EV", "phis", "mse", 0.01),
+        Effect("EV", "phis", "global", 0.005),
+        Effect("EV", "phis", "channel", 0.005),
+    ),
+    run_phis,
+    premise=Premise("EV 64 vit-s", "mse", "", 0.02),
+    rates=(1e-3, 2e-3, 4e-3),
+    common={"steps": 120, "init": "", "stages": (Stage(1.0, (squares(64, 32),)),)},
+)
+
+
+# ---- C-RADIOv4: shift-equivariant loss
+
+
+def run_shift(run: Run) -> Figures:
+    """Does shifting the views keep a teacher's fixed pattern out of the student?
+
+    The ViT's maps get the same noise at the same place of the student's 6 x 6 patches, whatever the
+    picture, as strong as its features vary: an artefact of positions. plain: as ever. shift: the
+    student and the live teacher look at crops of an enlarged picture, moved apart by whole patches,
+    N(0, .5) (the makers'), nothing is cut off a crop; the loss is of the overlap. ViT-S alone, nano
+    from the common base, 100 steps of 20 drawings at 96 px. EV is of clean maps. "pattern": how
+    much of it the student says, by regression of its mean map.
+    """
+    pattern = pattern_of(run.scale)
+
+    def patterned(_: str, out: TeacherOutput) -> TeacherOutput:
+        return TeacherOutput(out.summary_BC, [resize_map(x, (6, 6)) + pattern for x in out.patches])
+
+    student = student_of(run, 96, patterned)
+    samples, known = held_out(run.scale, 96), reference(run.scale, 96, "vit-s")
+    said = torch.stack([x["vit-s"] for x in student_maps(student, samples, 96)])
+    clean = torch.stack([resize_map(y, (6, 6)) for y in known.maps])
+    strange = pattern / known.std_C
+    more = (said.mean(0) - clean.mean(0)) / known.std_C
+    found = explained(student, (96,), run.scale)
+    found["EV"] = found["EV 96 vit-s patches"]
+    return found | {"pattern": float((more * strange).sum() / strange.square().sum())}
+
+
+SHIFT = Claim(
+    "the shift-equivariant loss against plain MSE, a teacher with a fixed pattern",
+    {"plain": {}, "shift": {"shift": 0.5, "cache": "none"}, "base": BASE},
+    (
+        Effect("EV", "shift", "plain", 0.01, "pattern not learnt (C-RADIOv4 Eq. 1)", True),
+        Effect("pattern", "plain", "shift", 0.1, "pattern not learnt (C-RADIOv4 Eq. 1)"),
+        Effect("EV 96 vit-s summary", "shift", "plain", 0.01),
+    ),
+    run_shift,
+    premise=Premise("pattern", "plain", "base", 0.5),
+    rates=NEAR,
+    common={"steps": 100, "stages": (Stage(1.0, (squares(96, 20),)),), "teachers": ("vit-s",)},
+)
+
+
+# ---- RADIOv2.5: token merging
+
+
+def run_merging(run: Run) -> Figures:
+    """What is left of a map when a quarter of the tokens stands for it?
+
+    docs/student.pt at 128 px: 64 tokens, of which 16 are left. Reading: a small attention reader is
+    trained on 600 drawings to answer four questions of each, and asked on 300 of characters that
+    the student never saw. patch kNN: the mask's class at each place by the token that stands for
+    it. Each seed has its own drawings. all: every token. constant: the commonest answers.
+    """
+    sides, asked = merging_sets(run.seed, run.scale)
+    if run.arm == "constant":
+        common = [x_Q[x_Q >= 0].mode().values for x_Q in asked[0].T]
+        hits_NQ = asked[1] == torch.stack(common)
+        return {"reading": answered(hits_NQ, asked[1]), "patch kNN": patch_hits(sides, None)}
+    maps = [found.patches["student/trunk"] for found in sides]
+    grid = maps[0][0].shape[:2]
+    ways = [[reduced(x, run.arm) for x in side] for side in maps]
+    hits_NQ = read(*ways, grid, *asked, run)
+    back = [[tokens_KC[index_P].unflatten(0, grid) for tokens_KC, index_P in side] for side in ways]
+    return {"reading": answered(hits_NQ, asked[1]), "patch kNN": patch_hits(sides, back)}
+
+
+def reduced(map_hwC: Tensor, way: str) -> tuple[Tensor, Tensor]:
+    """The tokens (K, C) that stand for a map, and which of them stands for each place."""
+    if way != "all":
+        return reduce_map(map_hwC, way, 2)
+    return map_hwC.flatten(0, 1).float(), torch.arange(map_hwC[..., 0].numel())
+
+
+MERGING = Claim(
+    "token merging against pixel unshuffle at equal counts",
+    {arm: {} for arm in ("all", "merge", "unshuffle", "average", "constant")},
+    (
+        Effect("reading", "merge", "unshuffle", 0.01, "+5.9 points, VLM average (RADIOv2.5)", True),
+        Effect("reading", "merge", "average", 0.01),
+        Effect("patch kNN", "merge", "unshuffle", 0.01),
+        Effect("patch kNN", "merge", "average", 0.01),
+    ),
+    run_merging,
+    floor="constant",
+    premise=Premise("reading", "all", "average", 0.0),  # or few tokens lose nothing
+    rates=(5e-4, 1e-3, 2e-3),
+    judged="reading",
+    seeds=20,
+)
+
+CLAIMS = {
+    **{"merging": MERGING, "mosaic": MOSAIC, "arkd": ARKD, "balance": BALANCE},
+    **{"modes": MODES, "sampling": SAMPLING, "shift": SHIFT, "phis": PHIS},
+}
+
+
+# ---- The verdict
+
+
+def by_seed(rows: Sequence[dict], arm: str, figure: str) -> dict[int, np.ndarray]:
+    """A figure of an arm, the runs of the tuning left out: seed -> its blocks."""
+    of_arm = [row for row in rows if row["arm"] == arm and row["seed"] != TUNING]
+    figures = {row["seed"]: row["figures"] for row in of_arm}
+    return {seed: np.atleast_1d(x[figure]) for seed, x in figures.items() if figure in x}
+
+
+def measure(effect: Effect, rows: Sequence[dict]) -> dict[str, Any]:
+    """An effect, paired by seed: mean, 95 % interval by Student's t, p, each base's mean, and the
+    deviation that other test pictures would bring (from ten blocks of them)."""
+    new, old = (by_seed(rows, arm, effect.figure) for arm in (effect.arm, effect.other))
+    differences = {seed: new[seed] - old[seed] for seed in sorted(new.keys() & old.keys())}
+    if len(differences) < 2:
+        return {"n": len(differences)}
+    found = student_t([x.mean() for x in differences.values()])
+    for base in (0, 1):
+        of_base = [x.mean() for seed, x in differences.items() if base_of(seed) == base]
+        found[f"base {base}"] = float(np.mean(of_base)) if of_base else None
+    blocks = np.mean(list(differences.values()), 0)
+    error = blocks.std(ddof=1) / len(blocks) ** 0.5 if len(blocks) > 1 else None
+    return found | {"pictures": error}
+
+
+def student_t(values: Any) -> dict[str, Any]:
+    """Mean, 95 % interval and two-sided p of a sample of a mean of 0."""
+    x = np.asarray(values, float)
+    error, df = x.std(ddof=1) / len(x) ** 0.5, len(x) - 1
+    mean, width = float(x.mean()), t_quantile(df) * error
+    p = t_tail(abs(mean) / error, df) if error else float(mean == 0)
+    return {"n": len(x), "value": mean, "low": mean - width, "high": mean + width, "p": p}
+
+
+def t_tail(t: float, df: int) -> float:
+    """P(|T| > t): with T = sqrt(df) tan(angle), the angle's density goes as cos^(df - 1)."""
+    angles = [np.linspace(low, np.pi / 2, 20_001) for low in (np.arctan(t / df**0.5), 0.0)]
+    tail, whole = (np.trapezoid(np.cos(x) ** (df - 1), x) for x in angles)
+    return float(tail / whole)
+
+
+def t_quantile(df: int, p: float = 0.05) -> float:
+    """The t beyond which the two-sided p is less, by bisection."""
+    low, high = 0.0, 1e4
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if t_tail(middle, df) > p else (low, middle)
+    return high
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """Holm's adjusted p: the smallest times n, the next times n - 1, .., never falling."""
+    adjusted, most = [0.0] * len(p), 0.0
+    for rank, i in enumerate(sorted(range(len(p)), key=p.__getitem__)):
+        most = max(most, min(1.0, p[i] * (len(p) - rank)))
+        adjusted[i] = most
+    return adjusted
+
+
+def verdict(claim: Claim, effect: Effect, rows: Sequence[dict], adjusted: float) -> str:
+    """What a primary effect says of the claim, by its p after Holm's correction."""
+    found = measure(effect, rows)
+    if (premise := claim.premise) and not premise_value(premise, rows) > premise.least:
+        return "no test: its premise failed"
+    if not any(above_floor(claim, effect, arm, rows) for arm in (effect.arm, effect.other)):
+        return "can't be tested at this scale: no arm leaves its floor"
+    inside = max(abs(found["low"]), abs(found["high"])) < effect.matters
+    if adjusted < 0.05 and not inside:
+        size = "" if abs(found["value"]) >= effect.matters else ", less than matters"
+        return ("shown" if found["value"] > 0 else "the opposite") + size
+    if inside:
+        return f"no difference that matters (within {effect.matters:g})"
+    return f"not shown; could see {(found['high'] - found['low']) / 2:.3f}"
+
+
+def premise_value(premise: Premise, rows: Sequence[dict]) -> float:
+    """Its figure's mean, less that of `other`; nan without runs."""
+    arms = (premise.arm, premise.other) if premise.other else (premise.arm,)
+    first, *rest = (list(by_seed(rows, arm, premise.figure).values()) or [np.nan] for arm in arms)
+    return float(np.mean(first) - sum(map(np.mean, rest)))
+
+
+def above_floor(claim: Claim, effect: Effect, arm: str, rows: Sequence[dict]) -> bool:
+    """Is an arm's figure above the floor's by more than its own 95 % interval?"""
+    if claim.floor:
+        return measure(replace(effect, arm=arm, other=claim.floor), rows).get("low", -1.0) > 0
+    values = [x.mean() for x in by_seed(rows, arm, effect.figure).values()]
+    return effect.figure.startswith("log") or student_t(values)["low"] > 0
+
+
+# ---- Part II: the plumbing
+# ---- Data and teachers
+
+
+class Memory(Subset):
+    """A source whose pictures stay in memory."""
+
+    def __init__(self, source: Any):
+        super().__init__(source, range(len(source)))
+        self.samples: list[Sample] = [source.load(i) for i in range(len(source))]
+
+    def load(self, i: int, at_least: Any = None) -> Sample:
+        del at_least
+        return self.samples[i]
+
+
+@cache
+def data(scale: Scale) -> tuple[Memory, Memory]:
+    """Drawings to train on, and of other characters to test on."""
+    sides = {"train": scale.train, "test": scale.test}
+    train_set, test_set = (Memory(open_source(f"openmoji:{k}:{n}")) for k, n in sides.items())
+    return train_set, test_set
+
+
+@cache
+def held_out(scale: Scale, side: int) -> list[Sample]:
+    """Held-out drawings of at least side x side, evenly spread."""
+    source = large_enough(data(scale)[1], side)
+    return [source.load(i) for i in evenly(len(source), scale.seen)]
+
+
+def drawings(seed: int, counts: tuple[int, int], side: int = 0) -> list[list[Sample]]:
+    """Fresh drawings of that seed: of training characters, and of held-out ones."""
+    found = []
+    for split, count in zip(("train", "test"), counts, strict=True):
+        source = open_source(f"openmoji:{split}:{4 * count}", 1000 + seed)
+        enough = large_enough(source, side) if side else source
+        found.append([enough.load(i) for i in range(min(count, len(enough)))])
+    return found
+
+
+@cache
+def teachers(scale: Scale) -> dict[str, CachedTeacher]:
+    """The two teachers, with all features of `data` in their caches."""
+    live = [load_teacher(parse_teacher(text)) for text in scale.teachers]
+    caches = [CachedTeacher(t, cache_home() / "features") for t in live]
+    for source in data(scale):
+        fill_caches(caches, source)
+    return {t.name: t for t in caches}
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What a teacher says of the held-out drawings, and the measures by its training features."""
+
+    measures: dict[str, Fidelity]  # of "summary" and "patches"
+    summary_NC: Tensor
+    maps: list[Tensor]
+    std_C: Tensor  # of its patches in training
+
+
+@cache
+def reference(scale: Scale, side: int, name: str) -> Reference:
+    source, teacher = data(scale)[0], teachers(scale)[name]
+    known = teacher.targets([source.load(i) for i in evenly(len(source), 400)])
+    said = teacher.targets(held_out(scale, side))
+    rows = {"summary": [known.summary_BC], "patches": [x.flatten(0, 1) for x in known.patches]}
+    std_C = torch.cat(rows["patches"]).std(0)
+    measures = {part: Fidelity(x) for part, x in rows.items()}
+    return Reference(measures, said.summary_BC, said.patches, std_C)  # type: ignore[arg-type]
+
+
+@cache
+def teacher_summaries(scale: Scale) -> tuple[Tensor, Tensor]:
+    """The ViT's summaries of all drawings, in training and held out."""
+    vit = teachers(scale)["vit-s"]
+    train_NC, test_NC = (vit.targets(source.samples).summary_BC for source in data(scale))
+    return train_NC, test_NC  # type: ignore[return-value]
 
 
 def changed(teacher: Teacher, change: Callable[[TeacherOutput], TeacherOutput]) -> Teacher:
-    """A copy of a teacher, live or cached as it is, with a change to all that it says."""
+    """A copy of a teacher, live or cached, with a change to all that it says."""
     other, name = copy.copy(teacher), "features"
     if isinstance(teacher, CachedTeacher):
         name = "targets"
@@ -167,245 +709,173 @@ def changed(teacher: Teacher, change: Callable[[TeacherOutput], TeacherOutput]) 
     return other
 
 
-def loud(out: TeacherOutput, factor: float) -> TeacherOutput:
-    """Features multiplied: RADIO's teachers differ 191-fold (PHI-S)."""
-    assert out.summary_BC is not None
-    return TeacherOutput(out.summary_BC * factor, [x * factor for x in out.patches])
+def pattern_of(scale: Scale) -> Tensor:
+    """The artefact: the same numbers at each of 6 x 6 places, as strong as the features vary."""
+    std_C = reference(scale, 96, "vit-s").std_C
+    return torch.randn(6, 6, len(std_C), generator=torch.Generator().manual_seed(0)) * std_C
 
 
-def patterned(out: TeacherOutput, strength_C: Tensor) -> TeacherOutput:
-    """Maps with the same pattern at the same place whatever the picture, as strong as the features
-    vary: the artefacts of position embeddings and windows that C-RADIOv4 names."""
-    noise = torch.randn(64, 64, len(strength_C), generator=torch.Generator().manual_seed(0))
-    maps = [x + (noise * strength_C)[: x.shape[0], : x.shape[1]] for x in out.patches]
-    return TeacherOutput(out.summary_BC, maps)
+# ---- Training
 
 
-class Axial(GoldenPositions):
-    """RoPE whose frequencies turn with the row or with the column, one half each.
+TRAINING = TrainConfig(
+    preset="claims", data=("openmoji:train:4000",), head_hidden=384, relation="none",
+    stats_steps=10, warmup=10, lr=2e-3, steps=1200, max_images=64,
+    stages=(Stage(1.0, (squares(64, 32),)),),
+)  # fmt: skip
 
-    Per patch is the usual form: a patch is one unit, and frequencies fall from 1 by a base of 100
-    (we chose; rope_max is not used). Else magnitudes and coordinates are the golden ones.
-    """
 
-    def __init__(self, config: ModelConfig, per_patch: bool):
-        super().__init__(config)
-        self.per_patch = per_patch
-        half = torch.linspace(0, 1, self.freqs_HJ2.shape[1] // 2)
-        size_J = 100**-half if per_patch else config.rope_min * (
-            config.rope_max / config.rope_min) ** half  # fmt: skip
-        zero_J = torch.zeros_like(size_J)
-        rows_J2, columns_J2 = (torch.stack(x, 1) for x in ((size_J, zero_J), (zero_J, size_J)))
-        self.freqs_HJ2.copy_(torch.cat([rows_J2, columns_J2]))
-
-    def coordinates(self, layout: Layout) -> Tensor:
-        return layout.row_column_M2.float() if self.per_patch else super().coordinates(layout)
+def base_of(seed: int) -> int:
+    """Which of the two bases a seed's runs start from: 0 for seeds 0 to 4, 1 for 5 to 9, .."""
+    return seed % 10 // 5
 
 
 @cache
-def opened(
-    teachers: tuple, quick: bool, cache: str = "auto"
-) -> tuple[Source, Source, list[Teacher]]:
-    """(training drawings, held-out drawings, teachers), once for all runs of this process."""
-    cfg = replace(BASE, teachers=teachers, cache=cache, **QUICK if quick else {})
-    (source,), held_out = open_sources(cfg)
-    return source, held_out, load_teachers(cfg, [source, held_out], GROUP)
+def base_path(which: int, scale: Scale) -> Path:
+    """The common base, trained once: no relational loss, 32 drawings of 64 px a step."""
+    cfg = replace(TRAINING, seed=1000 + which, steps=scale.base_steps)
+    facts = json.dumps([cfg.identity(), dataclasses.asdict(scale)], sort_keys=True)
+    name = hashlib.sha256(facts.encode()).hexdigest()[:12]
+    path = cache_home() / "claims" / f"base-{which}-{name}.pt"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_student(distil(cfg, list(teachers(scale).values()), data(scale)[0])[0], path)
+    return path
 
 
-def config(name: str, arm: str, seed: int, quick: bool) -> TrainConfig:
-    """The configuration of one run; quick: two steps on random teachers, for tests."""
-    claim = CLAIMS[name]
-    cfg = replace(BASE, **claim.base | claim.arms[arm], seed=seed)
-    if not quick:
-        return cfg
-    tiny = [text.split("=") for text in cfg.teachers]
-    teachers = tuple(f"{name}={TINY[path]}" for name, path in tiny)
-    return replace(cfg, **QUICK, teachers=teachers, model=TINY.get(cfg.model, cfg.model))
+def student_of(
+    run: Run, side: int = 0, hear: Callable[[str, TeacherOutput], TeacherOutput] | None = None
+) -> Student:
+    """Train an arm's student; one that is not trained on is the base or the random control.
 
-
-def mark(name: str, arm: str, seed: int, quick: bool) -> str:
-    """Hash of what makes a run: the fields unlike the default's, so that new fields may come."""
-    default = TrainConfig().identity()
-    cfg = config(name, arm, seed, quick).identity()
-    changed = {key: value for key, value in cfg.items() if value != default[key]}
-    facts = [name, arm, seed, changed, CLAIMS[name].sizes, CLAIMS[name].loud]
-    facts += [part for part in (CLAIMS[name].patterned, sorted(CLAIMS[name].positions)) if part]
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def student_path(name: str, arm: str, seed: int, quick: bool) -> Path:
-    return cache_home() / "claims" / f"{mark(name, arm, seed, quick)}.pt"
-
-
-def spread(source: Source, limit: int) -> Subset:
-    """At most `limit` pictures, evenly spread."""
-    return Subset(source, evenly(len(source), limit))
-
-
-def folded(state: State) -> Student:
-    """The student as `load_student` would read it: its heads answer in the teachers' own spaces."""
-    student = Student(state.student.config)
-    student.positions = copy.deepcopy(state.student.positions)
-    student.load_state_dict(state.student.state_dict())
-    for name, head in student.heads.items():
-        state.spaces[name].fold_into(head)
+    Args:
+        side: drawings smaller than side x side are left out.
+        hear: (teacher's name, what it says) -> what it says in training.
+    """
+    change, steps = dict(run.change), min(run.change["steps"], run.scale.most_steps)
+    base = base_path(base_of(run.seed), run.scale)
+    if steps <= 0:
+        return random_control(load_student(base), run.seed) if steps else load_student(base)
+    names = change.pop("teachers", TEACHERS)
+    given: list[Teacher] = [teachers(run.scale)[name] for name in names]
+    if change.get("cache") == "none":  # live: they look at crops
+        specs = [parse_teacher(text) for text in run.scale.teachers]
+        given = [load_teacher(spec) for spec in specs if spec.name in names]
+    if hear:
+        given = [changed(t, partial(hear, t.name)) for t in given]
+    change = {"init": f"base={base}"} | change | {"steps": steps}
+    source = large_enough(data(run.scale)[0], side) if side else data(run.scale)[0]
+    student, course = distil(replace(TRAINING, seed=run.seed, lr=run.rate, **change), given, source)
+    student.course = course  # type: ignore[assignment]
     return student
 
 
-def distil(name: str, arm: str, seed: int, quick: bool) -> dict[str, Any]:
-    """Train a student and measure it on held-out drawings: the figures, and how it got there."""
-    claim, cfg = CLAIMS[name], config(name, arm, seed, quick)
-    source, held_out, teachers = opened(cfg.teachers, quick, cfg.cache)
-    factors = [claim.loud.get(t.name, 1.0) for t in teachers]
-    teachers = [changed(t, partial(loud, factor=x)) for t, x in zip(teachers, factors, strict=True)]
-    if claim.unenlarged:
-        streams = [stream for stage in cfg.stages for stream in stage.streams]
-        side = max(side for stream in streams for side in stream.choices)
-        source, held_out = large_enough(source, side), large_enough(held_out, side)
-    named = {t.name: t for t in teachers}
-    reference = extract({"teacher": named}, spread(source, 200))
-    if arm in claim.patterned:  # in training alone
-        maps = [reference.patches[f"teacher/{t.name}"] for t in teachers]
-        stds = [torch.cat([x.flatten(0, 1) for x in its]).std(0) for its in maps]
-        pairs = zip(teachers, stds, strict=True)
-        teachers = [changed(t, partial(patterned, strength_C=std_C)) for t, std_C in pairs]
-
-    history: list[train.StepReport] = []
-    dynamics: list[dict] = []
-    lengths: list[int] = []  # patches of all pictures so far
-    at = {round(cfg.steps * part) for part in (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1)}
-    states: list[State] = []
-
-    def look(state: State, report: train.StepReport) -> None:
-        states[:] = [state]
-        history.append(report)
-        if report.step not in at:
-            return
-        models, cost = {"teacher": named, "student": folded(state)}, gflop_of(state.student.config)
-        few = extract(models, spread(held_out, 64), size=(claim.sizes[0],) * 2)
-        seen = {k: sum(getattr(r, k) for r in history) for k in ("images", "tokens")}
-        seen["gflop"] = round(sum(float(cost(n)) for n in lengths))
-        dynamics.append({"step": report.step} | seen | variances(reference, few))
-
-    train_and_look(cfg, teachers, source, claim.positions.get(arm), lengths, look)
-    student = folded(states[0])
-    if (name, arm) == ARM_OF_MERGING:
-        path = student_path(name, arm, seed, quick)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_student(student, path)
-    figures = final(student, named, source, held_out, reference, claim.sizes)
-    return {"figures": course(history, states[0]) | figures, "dynamics": dynamics}
+def distil(cfg: TrainConfig, given: list, source: Source) -> tuple[Student, Figures]:
+    """`train.train` in a folder that is thrown away -> the student, and how it went."""
+    with TemporaryDirectory() as out:
+        cfg = replace(cfg, out=out, save_every=cfg.steps, log_every=1, threads=1)
+        job = train.train(cfg, given, [source])
+        student = load_student(job.newest / "model.pt")
+        lines = (Path(out) / "metrics.jsonl").read_text().splitlines()
+    norms = [row["grad_norm"] for row in map(json.loads, lines) if "grad_norm" in row]
+    late = norms[len(norms) // 2 :]
+    course = {key: job.record[key] / cfg.steps for key in ("images", "tokens")}
+    return student, course | {"gradient spread": float(np.std(late) / np.mean(late))}
 
 
-def train_and_look(
-    cfg: TrainConfig, teachers: list[Teacher], source: Source, positions: Any, lengths: list[int],
-    look: Callable[[State, train.StepReport], None],
-) -> None:  # fmt: skip
-    """`train.train` in a folder that is thrown away; `look` is called after each step.
+# ---- Measuring
 
-    Args: positions: makes the student's of its configuration, or None; lengths: gets the patches of
-        all pictures.
+
+def blocks(*values: Tensor) -> list[float]:
+    """Means of ten blocks of the test pictures, each the mean over all rows of values (N,)."""
+    parts = [[float(x.double().mean()) for x in v.tensor_split(10)] for v in values]
+    return np.mean(parts, 0).tolist()
+
+
+def joined(found: Figures, *names: str) -> list[float]:
+    """The mean of some figures, block by block."""
+    return np.mean([found[name] for name in names], 0).tolist()
+
+
+def batches(samples: list, size: int = 32) -> list[list]:
+    return [samples[i : i + size] for i in range(0, len(samples), size)]
+
+
+@torch.no_grad()
+def student_maps(student: Student, samples: list[Sample], side: int) -> list[dict[str, Tensor]]:
+    """Of each drawing the heads' maps (h, w, C), and their summaries as maps of one token."""
+    found = []
+    for some in batches(samples):
+        for out in student.encode([to_float(s.image, (side, side)) for s in some]):
+            tokens = {f"{name} summary": x_C[None, None] for name, x_C in out.summary.items()}
+            found.append(out.patches | tokens)
+    return found
+
+
+def explained(
+    student: Student, sides: Sequence[int], scale: Scale, factors: dict[str, float] | None = None
+) -> Figures:
+    """The variance explained at each size, of each head and part, and means over them.
+
+    Args: factors: of the teachers' features in training, which the heads answer with.
     """
-    build, settle, save = train.build_student, train.settle, train.save
+    found: Figures = dict(getattr(student, "course", {}))
+    names = [name for name in TEACHERS if name in student.heads]
+    for side in sides:
+        said = student_maps(student.eval(), held_out(scale, side), side)
+        for name in names:
+            known, factor = reference(scale, side, name), (factors or {}).get(name, 1.0)
+            summaries = [x_C[None, None] for x_C in known.summary_NC]
+            for part, theirs in (("summary", summaries), ("patches", known.maps)):
+                key = name if part == "patches" else f"{name} summary"
+                pairs = [same_grid(x[key] / factor, y) for x, y in zip(said, theirs, strict=True)]
+                found[f"EV {side} {name} {part}"] = blocks(ev(known.measures[part], pairs))
+            both = (f"EV {side} {name} {part}" for part in ("summary", "patches"))
+            found[f"EV {side} {name}"] = joined(found, *both)
+        found[f"EV {side}"] = joined(found, *(f"EV {side} {name}" for name in names))
+    return found | {"EV": joined(found, *(f"EV {side}" for side in sides))}
 
-    def built(*given: Any) -> tuple[Student, set[str]]:
-        student, trained_heads = build(*given)
-        if positions:
-            student.positions = positions(student.config)
-        return student, trained_heads
 
-    def settled(job, state, step, parts, norm, counts, micros, targets) -> train.StepReport:
-        lengths.extend(n for batch in micros for n in batch.lengths)
-        return settle(job, state, step, parts, norm, counts, micros, targets)
-
-    def looked(job, state, report) -> None:
-        look(state, report)
-        save(job, state, report)
-
-    verbs = mock.patch.multiple(train, build_student=built, settle=settled, save=looked)
-    with TemporaryDirectory() as out, verbs:
-        cfg = replace(cfg, out=out, save_every=cfg.steps, log_every=cfg.steps, threads=1)
-        train.train(cfg, teachers, [source])
+def ev(measure: Fidelity, pairs: Sequence[Sequence[Tensor]]) -> Tensor:
+    """Each picture's part in the variance explained, whose mean it is (eval.Fidelity.report)."""
+    rows = [[x.flatten(0, 1).double() for x in pair] for pair in pairs]
+    error_NC = torch.stack([(s_MC - t_MC).square().mean(0) for s_MC, t_MC in rows])
+    mean_C = torch.stack([t_MC.mean(0) for _, t_MC in rows]).mean(0)
+    spread_C = torch.stack([(t_MC - mean_C).square().mean(0) for _, t_MC in rows]).mean(0)
+    return 1 - (error_NC * measure.scale_C).mean(1) / (spread_C * measure.scale_C).mean()
 
 
 @cache
-def gflop_of(config: ModelConfig) -> np.poly1d:
-    """Of a picture of so many patches, whatever its aspect; `count_flops` is quadratic in them."""
-    known = [(n * n, count_flops(config, config.patch * n) / 1e9) for n in (2, 6, 12)]
-    return np.poly1d(np.polyfit(*zip(*known, strict=True), 2))
+def text_side(scale: Scale) -> tuple[Callable[[Tensor], Tensor], Tensor, Tensor]:
+    """The ridge from the teacher's summaries to texts; held-out captions (K, D); who has which."""
+    train_set, test_set = data(scale)
+    captions = [str(sample.caption).splitlines()[0] for sample in train_set.samples]
+    texts, is_pair_NK = caption_pairs(FeatureSet(test_set.samples), "--test")
+    embed = load_text(parse_teacher(scale.text)) if scale.text else letters
+    known_ND, text_KD = (torch.cat([embed(x) for x in batches(y, 256)]) for y in (captions, texts))
+    return fit_text_map(teacher_summaries(scale)[0], known_ND), text_KD, is_pair_NK
 
 
-def variances(reference: FeatureSet, test: FeatureSet) -> dict[str, float]:
-    """Variance explained of each head and part, "vit-s/patches"; a constant has 0, all is 1."""
-    rows = fidelity(reference, test).items()
-    parts = {name: row["value"] for name, row in rows if name.startswith("student/")}
-    return {k.removeprefix("student/").replace(" ", "/"): v for k, v in parts.items()}
+def letters(texts: list[str]) -> Tensor:
+    """Instead of a text tower, for tests."""
+    return torch.tensor([[len(text), text.count("e")] for text in texts]).float()
 
 
-def course(history: list, state: State) -> dict[str, float]:
-    """Figures of the second half of the training: what the steps' numbers vary by, and shares.
-
-    "... spread" is the deviation over the mean; "share/TEACHER" is its part of the weighted loss.
-    """
-    late = history[len(history) // 2 :]
-    sums = {name: part_weight(state, name) * sum(report.losses[name] for report in late)
-            for name in late[0].losses}  # fmt: skip
-    found: dict[str, float] = {}
-    for key, what in (("gradient spread", "grad_norm"), ("token spread", "tokens")):
-        values = [getattr(report, what) for report in late]
-        found[key] = float(np.std(values) / np.mean(values))
-    for teacher in state.spaces:
-        parts = [value for name, value in sums.items() if name.startswith(f"{teacher}/")]
-        found[f"share/{teacher}"] = sum(parts) / sum(sums.values())
-    return found
-
-
-# ------------------------------------------------------------------------------ measuring
-
-
-def final(student: Student, teachers: dict, train: Source, test: Source, reference: FeatureSet,
-          sizes: tuple[int, ...]) -> dict[str, float]:  # fmt: skip
-    """The figures of a trained student.
-
-    "SIZE/HEAD/PART"  variance explained
-    "worst"           that of the teacher who has least, mean of its parts, at the first size
-    "jump"            largest change of a head's patches from a size to the next, mean over heads
-    "kNN", "trunk kNN"  20-NN accuracy of the heads' ensemble and of the trunk, 12 labels
-    "zero-shot"       nearest class mean of the teacher, mean over heads
-    "relation"        rank correlation of the pictures' distances, head and teacher, mean over heads
-    """
-    models, first = {"teacher": teachers, "student": student}, sizes[0]
-    found: dict[str, float] = {}
-    for side in sizes:
-        few = extract(models, spread(test, 100), size=(side, side))
-        found |= {f"{side}/{key}": value for key, value in variances(reference, few).items()}
-    found["worst"] = min(mean_of(found, explained(first, name)) for name in teachers)
-    curves = [[found[f"{side}/{name}/patches"] for side in sorted(sizes)] for name in teachers]
-    jumps = [max((abs(b - a) for a, b in pairwise(curve)), default=0.0) for curve in curves]
-    found["jump"] = float(np.mean(jumps))
-    train_set, test_set = (extract(models, spread(source, limit), dense=0, size=(first, first))
-                           for source, limit in ((train, 1000), (test, 300)))  # fmt: skip
-    rows = knn(train_set, test_set)
-    one_head = f"student/{next(iter(teachers))}"
-    found["kNN"] = rows.get("student/ensemble", rows[one_head])["value"]
-    found["trunk kNN"] = rows["student/trunk"]["value"]
-    found["zero-shot"] = float(np.mean([zero_shot(train_set, test_set, t) for t in teachers]))
-    pairs = [[test_set.summary[f"{model}/{t}"] for model in models] for t in teachers]
-    found["relation"] = float(np.mean([relation(*pair) for pair in pairs]))
-    return found
-
-
-def mean_of(figures: dict[str, float], names: tuple[str, ...]) -> float:
-    return float(np.mean([figures[name] for name in names]))
-
-
-def zero_shot(train: FeatureSet, test: FeatureSet, head: str) -> float:
-    """Accuracy of the nearest class by cosine; the teacher's class means stand in for texts."""
-    names, train_N, test_N = class_ids(train, test)
-    teacher_NC = train.summary[f"teacher/{head}"]
+def read_by_text(head_NC: Tensor, scale: Scale) -> Figures:
+    """What the ViT's head is worth to the teacher's own text map, and to its class means."""
+    ridge_map, text_KD, is_pair_NK = text_side(scale)
+    scores_NK = F.normalize(ridge_map(head_NC)) @ F.normalize(text_KD).T
+    hits = recall_hits(scores_NK, is_pair_NK, 10), recall_hits(scores_NK.T, is_pair_NK.T, 10)
+    train_set, test_set = data(scale)
+    teacher_NC, teacher_test_NC = teacher_summaries(scale)
+    names, train_N, test_N = class_ids(*(FeatureSet(x.samples) for x in (train_set, test_set)))
     means_KC = torch.stack([teacher_NC[train_N == k].mean(0) for k in range(len(names))])
-    scores_NK = test.summary[f"student/{head}"] @ F.normalize(means_KC, dim=1).T
-    return float((scores_NK.argmax(1) == test_N).double().mean())
+    said_N = (head_NC @ F.normalize(means_KC).T).argmax(1)
+    some = evenly(len(test_N), 500)
+    majority = train_N.bincount().argmax()
+    found = {"text R@10": blocks(*hits), "zero-shot": blocks(said_N == test_N)}
+    found["relation"] = relation(teacher_test_NC[some], head_NC[some])
+    return found | {"majority class": float((test_N == majority).double().mean())}
 
 
 def relation(teacher_NC: Tensor, student_NC: Tensor) -> float:
@@ -415,428 +885,97 @@ def relation(teacher_NC: Tensor, student_NC: Tensor) -> float:
     return float(torch.corrcoef(ranks)[0, 1])
 
 
-# ------------------------------------------------------------------------------ merging tokens
+# ---- Pools to sample from
 
 
-def merge(name: str, arm: str, seed: int, quick: bool) -> dict[str, Any]:
-    """How much is left of a trained student's map when few tokens stand for it (RADIOv2.5)."""
-    path = student_path(*ARM_OF_MERGING, seed, quick)
-    if not path.exists():
-        raise SystemExit(f"no student of seed {seed}; run: python tests/claims.py modes")
-    models = {"student": load_student(path)}
-    cfg = config(name, arm, seed, quick)
-    train, held_out, _ = opened(cfg.teachers, quick)
-    some = [
-        spread(large_enough(source, HIGH), limit)
-        for source, limit in ((train, 600), (held_out, 300))
-    ]
-    sets = [extract(models, source, size=(HIGH, HIGH)) for source in some]
-    asked, figures, column = questions(*sets), {}, "student/trunk"
-    grid = sets[0].patches[column][0].shape[:2]
-    for side in (2, 4):
-        few = [[reduce_map(x, arm, side) for x in found.patches[column]] for found in sets]
-        figures[f"reading 1/{side**2}"] = reading(*few, grid, *asked)["value"]
-        back = [replace(found, patches={column: [x[i].unflatten(0, grid) for x, i in part]})
-                for found, part in zip(sets, few, strict=True)]  # fmt: skip
-        figures[f"patch kNN 1/{side**2}"] = patch_knn(*back, column)
-    return {"figures": figures}
-
-
-def patch_knn(train: FeatureSet, test: FeatureSet, column: str) -> float:
-    """Accuracy of single tokens in telling the mask's classes, against 10,000 training tokens."""
-    sides = []
-    for found in (train, test):
-        masks = [torch.from_numpy(np.array(found.samples[i].mask)) for i in found.dense]
-        sides.append(token_labels(found.patches[column], masks))
-    (bank_MC, bank_M), (test_MC, test_M) = sides
-    picks = torch.randperm(len(bank_M), generator=torch.Generator().manual_seed(0))[:10_000]
-    votes = knn_votes(bank_MC[picks], bank_M[picks], test_MC, 256)
-    return float((votes.argmax(1) == test_M).double().mean())
-
-
-# ------------------------------------------------------------------------------ sampling
+@lru_cache(1)
+def pool_of(seed: int, scale: Scale) -> tuple:
+    """A long-tailed pool: features, labels by rank, those of the test, and its tree."""
+    source = data(scale)[0]
+    character_N = np.array([s.key.split("-")[-1] for s in source.samples])
+    names = sorted(set(character_N))
+    chosen = np.random.default_rng(seed).permutation(names)[: scale.concepts].tolist()
+    counts = [max(1, scale.largest // (rank + 1)) for rank in range(len(chosen))]
+    label_N = np.repeat(range(len(chosen)), counts)
+    pairs = zip(chosen, counts, strict=True)
+    views = [view_of(view, name, scale) for name, n in pairs for view in range(1, 1 + n)]
+    x_NC = torch.stack(views)
+    rank_of = {name: rank for rank, name in enumerate(chosen)}
+    test = [i for i, name in enumerate(character_N) if name in rank_of]
+    test_M = torch.tensor([rank_of[character_N[i]] for i in test])
+    n = len(label_N)
+    tree = hierarchical_kmeans(x_NC.numpy(), [n // 6, n // 20, min(16, n // 40)], seed)
+    return x_NC, label_N, teacher_summaries(scale)[0][test], test_M, tree
 
 
 @cache
-def summaries(teachers: tuple, quick: bool) -> tuple:
-    """Summaries (n, C) by the first teacher and labels as numbers, in training and held out."""
-    train, held_out, (teacher, *_) = opened(teachers, quick)
-    sets = [extract({"teacher": teacher}, source, dense=0) for source in (train, held_out)]
-    _, train_N, test_N = class_ids(*sets)
-    (train_NC, test_NC) = (found.summary["teacher"] for found in sets)
-    return train_NC, train_N.numpy(), test_NC, test_N
+def view_of(view: int, character: str, scale: Scale) -> Tensor:
+    """The ViT's summary of another drawing of a character than those of `data`."""
+    source = open_source("openmoji:train:1054", view)  # each character once
+    if view not in PLACES:
+        keys = [source.key(i).split("-")[-1] for i in range(len(source))]
+        PLACES[view] = {key: i for i, key in enumerate(keys)}
+    image = to_float(source.load(PLACES[view][character]).image)
+    return teachers(scale)["vit-s"]([image]).summary_BC[0]  # type: ignore[index]
 
 
-def long_tailed(labels: np.ndarray, rng: np.random.Generator, exponent: float = 1.25) -> tuple:
-    """A pool whose label of rank r has about largest / r^exponent pictures; `rng` draws the ranks.
-
-    Returns: pool (rows), and the labels from the most to the least frequent.
-    """
-    order = rng.permutation(labels.max() + 1)
-    largest = float(np.median(np.bincount(labels)))  # a label with fewer gives all that it has
-    counts = [max(8, int(largest / rank**exponent)) for rank in range(1, len(order) + 1)]
-    pairs = zip(order, counts, strict=True)
-    rows = [rng.permutation(np.flatnonzero(labels == k))[:n] for k, n in pairs]
-    return np.concatenate(rows), order
+PLACES: dict[int, dict[str, int]] = {}  # view -> character -> its place
 
 
-def sample(name: str, arm: str, seed: int, quick: bool) -> dict[str, Any]:
-    """A sample of a fifth of a long-tailed pool, scored by kNN on the rarer half of the labels."""
-    cfg = config(name, arm, seed, quick)
-    train_NC, train_N, test_NC, test_N = summaries(cfg.teachers, quick)
-    pool, order = long_tailed(train_N, np.random.default_rng(seed))
-    x_NC, y_N, target = train_NC[pool], train_N[pool], len(pool) // 5
-    levels = [len(pool) // 8, len(pool) // 20, min(16, len(pool) // 40)]
-    if arm == "random":
-        picks = np.random.default_rng(seed).permutation(len(pool))[:target]
-    else:
-        tree = hierarchical_kmeans(x_NC, levels, seed)
-        tree, weighting = (tree[:1], "equal") if arm == "flat" else (tree, arm)
-        picks = balanced_sample(tree, target, seed, weighting=weighting)
-    is_rare_N = np.isin(test_N, order[len(order) // 2 :])
-    share = np.isin(y_N[picks], order[len(order) // 2 :]).mean()
-    figures = {"rare share": float(share), "pool": float(len(pool))}
-    for k in (5, 20):
-        bank_NC, bank_N = x_NC[picks], torch.from_numpy(y_N[picks])
-        votes = knn_votes(bank_NC, bank_N, test_NC, len(order), k)
-        hits_N = (votes.argmax(1) == test_N).numpy()
-        figures[f"rare {k}-NN"] = float(hits_N[is_rare_N].mean())
-        figures[f"all {k}-NN"] = float(hits_N.mean())
-    return {"figures": figures}
+# ---- A teacher with a canvas
 
 
-# ------------------------------------------------------------------------------ the table of claims
-
-CLAIMS: dict[str, Claim] = {
-    "arkd": Claim(
-        "ARKD against symmetric RKD against none",
-        "nano, 300 steps x 32 drawings, 64 px",
-        {loss: {"relation": loss} for loss in ("none", "rkd", "arkd")}
-        | {"arkd, teacher's mean": {"relation": "arkd", "relation_mean": "teacher"}},
-        (
-            Effect("zero-shot", ("zero-shot",), "arkd", "none", "+.026 (AMoE Table 4)"),
-            Effect("zero-shot", ("zero-shot",), "arkd", "rkd", "+.007 (AMoE Table 4)"),
-            Effect("20-NN", ("kNN",), "arkd", "rkd", "+.010 (AMoE Table 4)"),
-            Effect("20-NN", ("kNN",), "arkd", "none", "+.001 (AMoE Table 4)"),
-            Effect("relation fidelity", ("relation",), "arkd", "none", "no figure"),
-            Effect("relation fidelity", ("relation",), "arkd", "rkd", "no figure"),
-            # What ARKD divides by is not known to us; the teacher's mean fixes the student's scale.
-            *(Effect(what, (key,), "arkd", "arkd, teacher's mean", "no figure") for what, key in
-              (("zero-shot", "zero-shot"), ("20-NN", "kNN"), ("relation fidelity", "relation"))),
-        ),
-        {"steps": 300},
-    ),
-    "balance": Claim(
-        "full packs with per-image means against per-token means and fixed-count batches",
-        f"nano, 80 steps x 1,024 tokens, {LOW} and {HIGH} px",
-        {
-            "image": {"stages": (Stage(1.0, (MIXED,)),)},
-            "token": {"stages": (Stage(1.0, (MIXED,)),), "average": "token"},
-            "fixed": {"stages": (Stage(1.0, (replace(MIXED, budget=9999),)),), "max_images": 12},
-        },
-        (
-            Effect("EV at low resolution", explained(LOW), "image", "token", "up (AMoE: batching)"),
-            Effect("EV at high resolution", explained(HIGH), "image", "token", "no figure"),
-            Effect("EV at low resolution", explained(LOW), "image", "fixed", "up (AMoE: batching)"),
-            Effect("gradient-norm spread", ("gradient spread",), "token", "image", "no figure"),
-            Effect("gradient-norm spread", ("gradient spread",), "fixed", "image", "no figure"),
-            Effect("tokens-per-step spread", ("token spread",), "fixed", "image", "no figure"),
-        ),
-        {"steps": 80, "max_images": 64},
-        (LOW, HIGH),
-    ),
-    "modes": Claim(
-        "all teachers at all resolutions against one resolution per teacher",
-        f"nano, 80 steps x 28 drawings, {LOW} and {HIGH} px",
-        {
-            "all": {"stages": (Stage(1.0, (squares(LOW, 16), squares(HIGH, 12))),)},
-            "split": {"stages": (Stage(1.0, (squares(LOW, 16, teachers=("vit-s",)),
-                                             squares(HIGH, 12, teachers=("mobilenet",)))),)},
-        },
-        (
-            Effect("EV of a head at the size where one arm was not taught",
-                   explained(HIGH, "vit-s") + explained(LOW, "mobilenet"), "all", "split",
-                   "zero-shot .829 at 512 px, .013 at 768 px without (RADIOv2.1)"),
-            Effect("jump of the mode-switch curve", ("jump",), "split", "all", "cured (RADIOv2.5)"),
-            Effect("EV of a head at its own size", explained(LOW, "vit-s")
-                   + explained(HIGH, "mobilenet"), "all", "split", "no figure"),
-        ),
-        {"steps": 80},
-        CURVE,
-    ),
-    "phis": Claim(
-        "PHI-S against other balancing, one teacher's features 100 times as large",
-        "nano, 120 steps x 32 drawings, 64 px, no relational loss",
-        {
-            "phis": {},
-            "none": {"normalizer": "none"},
-            "global": {"normalizer": "global"},
-            "channel": {"normalizer": "channel"},
-            "adaloss": {"normalizer": "none", "balance": "adaloss"},
-        },
-        (
-            Effect("worst teacher's EV", ("worst",), "phis", "none",
-                   "rank 2.92, 7.83 (PHI-S)"),
-            Effect("worst teacher's EV", ("worst",), "phis", "global", "rank 2.92, 3.81 (PHI-S)"),
-            Effect("worst teacher's EV", ("worst",), "phis", "channel", "rank 2.92, 4.21 (PHI-S)"),
-            Effect("worst teacher's EV", ("worst",), "phis", "adaloss", "no figure"),
-            Effect("the loud teacher's share of the loss", ("share/vit-s",), "none", "phis",
-                   "no figure"),
-        ),
-        {"relation": "none"},
-        loud={"vit-s": 100.0},
-    ),
-    "sampling": Claim(
-        "hierarchical against random sampling of a long-tailed pool",
-        "a fifth of a Zipf pool of 12 labels of drawings, ViT-S summaries",
-        {"random": {}, "flat": {}, "equal": {}, "volume": {}},
-        (
-            Effect("rare labels, 5-NN", ("rare 5-NN",), "equal", "random", "kNN +.024 (AMoE)"),
-            Effect("rare labels, 20-NN", ("rare 20-NN",), "equal", "random", "kNN +.024 (AMoE)"),
-            Effect("all labels, 5-NN", ("all 5-NN",), "equal", "random", "kNN +.024 (AMoE)"),
-            Effect("rare labels, 5-NN", ("rare 5-NN",), "equal", "flat", "no figure"),
-            Effect("rare labels, 5-NN", ("rare 5-NN",), "volume", "random", "ours"),
-            Effect("rare labels' share", ("rare share",), "equal", "random", "no figure"),
-        ),
-        run=sample,
-    ),
-    "merging": Claim(
-        "token merging against pixel unshuffle at equal counts",
-        f"600 + 250 drawings of {HIGH} px, 64 tokens, students of `modes`",
-        {"merge": {}, "unshuffle": {}, "average": {}},
-        (
-            Effect("reading, 16 tokens", ("reading 1/4",), "merge", "unshuffle",
-                   "+5.9 points, VLM average (RADIOv2.5 Table 1)"),
-            Effect("reading, 4 tokens", ("reading 1/16",), "merge", "unshuffle", "no figure"),
-            Effect("patch kNN, 16 tokens", ("patch kNN 1/4",), "merge", "unshuffle", "no figure"),
-            Effect("reading, 16 tokens", ("reading 1/4",), "merge", "average", "no figure"),
-        ),
-        run=merge,
-    ),
-    "replay": Claim(
-        "a high-resolution stage with and without low-resolution replay",
-        f"nano, 80 steps x 830 tokens at most, first {LOW}, then {HIGH} px",
-        {
-            "replay": {"stages": (Stage(0.5, (squares(LOW, 16),)),
-                                  Stage(1.0, (squares(HIGH, 9), squares(LOW, 14))))},
-            "none": {"stages": (Stage(0.5, (squares(LOW, 16),)), Stage(1.0, (squares(HIGH, 12),)))},
-        },
-        (
-            Effect("EV at low resolution", explained(LOW), "replay", "none", "up (AMoE: recipe)"),
-            Effect("EV at high resolution", explained(HIGH), "none", "replay", "no figure"),
-        ),
-        {"steps": 80},
-        (LOW, HIGH),
-    ),
-    "both": Claim(
-        "both teachers against each one alone",
-        "nano, 120 steps x 32 drawings, 64 px",
-        {
-            "both": {},
-            "vit-s": {"teachers": ("vit-s=builtin:vit-s",)},
-            "mobilenet": {"teachers": ("mobilenet=builtin:mobilenet",)},
-        },
-        (
-            Effect("20-NN of the trunk", ("trunk kNN",), "both", "vit-s",
-                   "grounding 54.7 against 45.1 (AMoE: grounding)"),
-            Effect("20-NN of the trunk", ("trunk kNN",), "both", "mobilenet",
-                   "grounding 54.7 against 40.7 (AMoE: grounding)"),
-            Effect("EV of ViT-S", explained(64, "vit-s"), "both", "vit-s", "no figure"),
-            Effect("EV of MobileNetV2", explained(64, "mobilenet"), "both", "mobilenet",
-                   "no figure"),
-        ),
-    ),
-    "experts": Claim(
-        "mixture of experts against a dense student with the same active parameters",
-        "nano, 120 steps x 32 drawings, 64 px",
-        {"moe": {}, "dense": {"model": "nano-dense"}},
-        (
-            Effect("mean EV", explained(64), "moe", "dense", "no figure at equal active size"),
-            Effect("20-NN", ("kNN",), "moe", "dense", "no figure at equal active size"),
-        ),
-    ),
-    "recipe": Claim(
-        "the AMoE recipe against the RADIO recipe at equal FLOPs",
-        "about 2.8 M active parameters, AdamW for both; AMoE: 210 steps x 16 drawings of their own "
-        "shape up to 128 px; RADIO: 200 steps x 16 of 64 px + 8 of 128 px",
-        {
-            "amoe": {"stages": (Stage(1.0, (Stream("native", 128, budget=1024, packs=1),)),),
-                     "steps": 210},
-            "radio": {"model": "nano-radio", "relation": "none", "summary_loss": "cosine",
-                      "average": "partition",
-                      "stages": (Stage(1.0, (squares(64, 16, prefix=6),
-                                             squares(128, 8, prefix=6))),)},
-        },
-        (
-            Effect("EV of patches", dense(64, 128), "amoe", "radio", "no figure"),
-            Effect("20-NN", ("kNN",), "amoe", "radio", "no figure"),
-            Effect("20-NN of the trunk", ("trunk kNN",), "amoe", "radio", "no figure"),
-            Effect("zero-shot", ("zero-shot",), "amoe", "radio", "no figure"),
-        ),
-        {"steps": 200},
-        (64, 128),
-        unenlarged=False,
-    ),
-    "rope": Claim(
-        "golden RoPE against axial RoPE, on larger pictures than trained on",
-        "nano, 120 steps x 32 drawings, 64 px; scored at 128 and 192 px",
-        {"golden": {}, "axial per patch": {}, "axial": {}},
-        (
-            Effect("EV of patches at 2x and 3x", dense(128, 192), "golden", "axial per patch",
-                   "coherent at 2048 px (AMoE Fig. 3)"),
-            Effect("EV of patches at 2x and 3x", dense(128, 192), "golden", "axial", "no figure"),
-            Effect("EV of patches at the trained size", dense(64), "golden", "axial per patch",
-                   "no figure"),
-            Effect("EV of patches at the trained size", dense(64), "golden", "axial", "no figure"),
-        ),
-        sizes=(64, 128, 192),
-        positions={"axial per patch": partial(Axial, per_patch=True),
-                   "axial": partial(Axial, per_patch=False)},
-    ),
-    "shift": Claim(
-        "shift-equivariant loss against plain MSE, teachers with a fixed pattern",
-        "nano, 120 steps x 20 drawings, 96 px of 6 x 6 patches, live teachers, moves of N(0, .5)",
-        {"shift": {"shift": 0.5}, "plain": {}},
-        (
-            Effect("EV of the clean patches", dense(96), "shift", "plain",
-                   "pattern not learnt (C-RADIOv4 Eq. 1)"),
-            Effect("20-NN of the trunk", ("trunk kNN",), "shift", "plain", "no figure"),
-        ),
-        {"stages": (Stage(1.0, (squares(96, 20),)),), "max_images": 32, "cache": "none"},
-        (96,),
-        patterned=("shift", "plain"),
-    ),
-}  # fmt: skip
+@cache
+def canvas_teacher(kind: str, scale: Scale) -> Teacher:
+    """The ViT, fed as SAM is: 224 px whatever comes, or parts of a canvas of 224 px."""
+    vit = load_teacher(parse_teacher(scale.teachers[0])).backbone
+    sizes = SizeRule(kind, vit.sizes.patch, 224)
+    read = partial(maps_alone, vit.read)
+    return Teacher("canvas", replace(vit, read=read, sizes=sizes))
 
 
-# ------------------------------------------------------------------------------ running
+def maps_alone(read: Callable, network: nn.Module, pixels_BCHW: Tensor) -> tuple:
+    return None, read(network, pixels_BCHW)[1], None
 
 
-def rows_of(name: str, folder: Path, quick: bool = False) -> list[dict]:
-    """The runs of a claim as it is defined now; lines of another configuration do not count."""
-    path, arms = folder / f"{name}.jsonl", CLAIMS[name].arms
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    known = [row for row in rows if row["arm"] in arms]
-    return [row for row in known if row["mark"] == mark(name, row["arm"], row["seed"], quick)]
+def mosaic_maps(teacher: Teacher, arm: str, samples: list[Sample]) -> Tensor:
+    """(N, 16, C): the maps of drawings, on 4 x 4 cells."""
+    size = None if arm == "own" else (64, 64)
+    images = [teacher.prepare(to_float(sample.image, size)) for sample in samples]
+    out = [teacher.features(x, share_canvas=arm != "alone") for x in batches(images, 36)]
+    maps = [x for part in out for x in part.patches]
+    return torch.stack([resize_map(x, (4, 4)).flatten(0, 1) for x in maps])
 
 
-def run_claim(name: str, seeds: int, folder: Path = FOLDER, quick: bool = False) -> None:
-    """Run what is missing of a claim, seed by seed, and append a line for each run."""
-    run = CLAIMS[name].run or distil
-    done = {(row["arm"], row["seed"]) for row in rows_of(name, folder, quick)}
-    todo = [(arm, seed) for seed in range(seeds) for arm in CLAIMS[name].arms]
-    folder.mkdir(parents=True, exist_ok=True)
-    for arm, seed in tqdm([one for one in todo if one not in done], name, unit="run"):
-        began = time.monotonic()
-        row = {"claim": name, "arm": arm, "seed": seed, "mark": mark(name, arm, seed, quick)}
-        row |= run(name, arm, seed, quick)
-        row["seconds"] = time.monotonic() - began
-        with (folder / f"{name}.jsonl").open("a") as file:
-            short = json.loads(json.dumps(row), parse_float=lambda text: round(float(text), 5))
-            file.write(json.dumps(short, allow_nan=False) + "\n")
+def foreground(sample: Sample) -> Tensor:
+    """(16,) the share of each of 4 x 4 cells that is not background."""
+    mask = torch.from_numpy((np.asarray(sample.mask) > 0).astype(np.float32))
+    return F.interpolate(mask[None, None], (4, 4), mode="area").flatten()
 
 
-def measure(effect: Effect, rows: list[dict]) -> dict[str, float]:
-    """An effect, paired by seed: its mean and 95 % interval by bootstrap over the seeds."""
-    by_arm: dict[str, dict[int, float]] = {effect.arm: {}, effect.other: {}}
-    for row in rows:
-        if row["arm"] in by_arm:
-            by_arm[row["arm"]][row["seed"]] = mean_of(row["figures"], effect.figures)
-    seeds = sorted(by_arm[effect.arm].keys() & by_arm[effect.other].keys())
-    differences = [by_arm[effect.arm][seed] - by_arm[effect.other][seed] for seed in seeds]
-    if len(seeds) < 2:
-        return {"n": len(seeds)}
-    return bootstrap(torch.tensor(differences)[:, None], lambda means_1: means_1[..., 0])
+def ridge(x_NQC: Tensor, y_NQ: Tensor, test_NQC: Tensor, penalty: float = 30.0) -> Tensor:
+    """Tokens -> (N, Q) by ridge regression on standardised channels."""
+    rows = [x.flatten(0, 1).double() for x in (x_NQC, test_NQC)]
+    mean_C, std_C = rows[0].mean(0), rows[0].std(0) + 1e-6
+    x, test = (torch.cat([(r - mean_C) / std_C, torch.ones(len(r), 1)], 1) for r in rows)
+    gram = x.T @ x + penalty * torch.eye(x.shape[1])
+    return (test @ torch.linalg.solve(gram, x.T @ y_NQ.flatten().double())).view(test_NQC.shape[:2])
 
 
-def verdict(found: dict[str, float]) -> str:
-    """What an effect says of the claim; else the smallest effect that could have been seen."""
-    if found["low"] > 0:
-        return "shown"
-    if found["high"] < 0:
-        return "the opposite"
-    return f"not shown; could see {(found['high'] - found['low']) / 2:.3f}"
+# ---- A small reader of tokens
 
 
-# Their arms ran with a relational loss without its own mean's gradient, PHI-S fitted to other maps
-# than the losses see, other shifts, or designs that could not answer: no figure of theirs counts.
-BEING_REDONE = ("arkd", "both", "sampling", "phis", "shift", "experts")
-
-
-def table(folder: Path = FOLDER, primary: bool = False) -> str:
-    """The claims' effects as markdown, or each one's first; one without runs is named as such."""
-    lines = ["| claim | effect | paper | ours, 95 % interval | verdict | seeds | minutes |",
-             "|---|---|---|---|---|---|---|"]  # fmt: skip
-    notes = []
-    for name, claim in CLAIMS.items():
-        rows = rows_of(name, folder)
-        if name in BEING_REDONE and folder == FOLDER:
-            lines.append(f"| {claim.question} | | | | being redone | | |")
-            continue
-        if not rows:
-            lines.append(f"| {claim.question} | | | not run yet | | | |")
-            continue
-        notes.append(f"`python tests/claims.py {name}`: {claim.scale}.")
-        minutes = f"{sum(row['seconds'] for row in rows) / 60:.0f}"
-        for number, effect in enumerate(claim.effects[:1] if primary else claim.effects):
-            found = measure(effect, rows)
-            shown = (
-                "{value:+.3f} [{low:+.3f}, {high:+.3f}]".format(**found) if "low" in found else ""
-            )
-            lines.append(
-                f"| {claim.question if number == 0 else ''} | {effect.what}: {effect.arm} - "
-                f"{effect.other} | {effect.paper} | {shown} | {verdict(found) if shown else ''} "
-                f"| {found['n']} | {minutes if number == 0 else ''} |"
-            )
-    lines += [f"| {question} | | | not run yet | | | |" for question in NOT_RUN]
-    return "\n".join(lines if primary else [*lines, "", *notes])
-
-
-# ------------------------------------------------------------------------------ figures
-
-
-def draw(folder: Path = FOLDER) -> Path:
-    """Which teacher is learnt when, the mode-switch curve, and ARKD's asymmetry, as one picture."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(13, 3.6), layout="constrained")
-    left, middle, right = figure.subplots(1, 3)
-    runs = [row["dynamics"] for row in rows_of("arkd", folder) if row["arm"] == "arkd"]
-    for name in [key.partition("/")[2] for key in explained(64)] if runs else []:
-        values = np.mean([[look[name] for look in run] for run in runs], 0)
-        left.plot([look["images"] for look in runs[0]], values, marker=".", label=name)
-    left.set(xscale="log", xlabel="images seen", title="variance explained: who is learnt when")
-    for arm, style in {"split": "--", "all": "-"}.items():
-        figures = [row["figures"] for row in rows_of("modes", folder) if row["arm"] == arm]
-        for colour, head in enumerate(("vit-s", "mobilenet")):
-            curve = [[f[f"{side}/{head}/patches"] for side in sorted(CURVE)] for f in figures]
-            label = f"{head}, {'one size' if arm == 'split' else 'all sizes'}"
-            if curve:
-                middle.plot(
-                    sorted(CURVE), np.mean(curve, 0), style, color=f"C{colour}", label=label
-                )
-    middle.set(xlabel="input size, px", title=f"patches; taught at {LOW} and {HIGH} px")
-    for kind, (near, far) in {"near": (1.0, 1.5), "far": (1.5, 1.0)}.items():
-        sides = np.linspace(0.05, 1.95, 96)
-        pairs = [(triangle(side, far), triangle(near, far)) for side in sides]
-        values = [losses.arkd(*pair, "teacher").item() for pair in pairs]  # the scale stays
-        right.plot(sides, values, label=f"{kind} pair, teacher's distance {near}")
-    right.set(xlabel="student's distance of the pair", title="ARKD of one pair, all else equal")
-    for axis in (left, middle, right):
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize=8)
-    path = folder.parent / "claims.png"
-    figure.savefig(path, dpi=110)
-    return path
-
-
-def triangle(base: float, leg: float) -> Tensor:
-    """Three points (3, 2): two at a distance of `base`, and both at `leg` from the third."""
-    height = (leg**2 - base**2 / 4) ** 0.5
-    return torch.tensor([[-base / 2, 0], [base / 2, 0], [0, height]])
-
-
-# ------------------------------------------------------------------------------ a small reader
+@lru_cache(1)
+def merging_sets(seed: int, scale: Scale) -> tuple[list[FeatureSet], tuple[Tensor, Tensor]]:
+    """The shipped student's maps of fresh drawings, and the answers to what is asked of them."""
+    student = load_student(Path(__file__).parents[1] / "docs" / "student.pt")
+    sides = []
+    for samples in drawings(seed, scale.merging, 128):
+        maps = [x["trunk"] for x in student_maps(student, samples, 128)]
+        sides.append(
+            FeatureSet(samples, patches={"student/trunk": maps}, dense=list(range(len(maps))))
+        )
+    return sides, questions(*sides)
 
 
 def questions(train: FeatureSet, test: FeatureSet) -> tuple[Tensor, Tensor]:
@@ -887,12 +1026,15 @@ class Reader(nn.Module):
         return [layer(read[:, q]) for q, layer in enumerate(self.answer)]
 
 
-def reading(train: Sequence, test: Sequence, grid: Any, train_NQ: Tensor, test_NQ: Tensor) -> dict:
-    """Share of questions that a trained `Reader` answers right on held-out pictures.
+def read(
+    train: Sequence, test: Sequence, grid: Any, train_NQ: Tensor, test_NQ: Tensor, run: Run
+) -> Tensor:
+    """(N, Q) is the trained reader's answer right, on held-out pictures?
 
     Args:
         train, test: (tokens (K, C), index (h w,)) of each picture, see `reduce_map`. A token also
             carries the mean row and column of its members, as a prompt's order would tell.
+        train_NQ: unanswered questions (-1) teach nothing.
     """
     place_P2 = torch.cartesian_prod(*(torch.linspace(-1, 1, n) for n in grid))
 
@@ -902,51 +1044,199 @@ def reading(train: Sequence, test: Sequence, grid: Any, train_NQ: Tensor, test_N
 
     train_NKC, test_NKC = (torch.stack([placed(*one) for one in side]) for side in (train, test))
     mean_C, scale_C = train_NKC.mean((0, 1)), train_NKC.std((0, 1)).clamp_min(1e-6)
-    reader = train_reader((train_NKC - mean_C) / scale_C, train_NQ)
-    with torch.no_grad():
-        logits = reader((test_NKC - mean_C) / scale_C)
-    is_asked_NQ = test_NQ >= 0
-    is_right_NQ = torch.stack([x.argmax(1) for x in logits], 1).eq(test_NQ) & is_asked_NQ
-    parts_NP = torch.stack([is_right_NQ.sum(1), is_asked_NQ.sum(1)], 1)
-    return bootstrap(
-        parts_NP, lambda means: means[..., 0] / means[..., 1], why="no question has an answer"
-    )
-
-
-def train_reader(tokens_NKC: Tensor, answers_NQ: Tensor, steps: int = 300) -> Reader:
-    """Fit a `Reader` by AdamW; unanswered questions (-1) teach nothing."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        reader = Reader(tokens_NKC.shape[-1], (answers_NQ.amax(0) + 1).clamp_min(1).tolist())
-    adam, generator = torch.optim.AdamW(reader.parameters(), 1e-3), torch.Generator().manual_seed(0)
-    for _ in range(steps):
-        rows = torch.randint(len(answers_NQ), (64,), generator=generator)
-        pairs = zip(reader(tokens_NKC[rows]), answers_NQ[rows].T, strict=True)
+        torch.manual_seed(run.seed)
+        reader = Reader(train_NKC.shape[-1], (train_NQ.amax(0) + 1).clamp_min(1).tolist())
+    adam = torch.optim.AdamW(reader.parameters(), run.rate)
+    generator = torch.Generator().manual_seed(run.seed)
+    for _ in range(run.scale.reader_steps):
+        rows = torch.randint(len(train_NQ), (64,), generator=generator)
+        pairs = zip(reader((train_NKC[rows] - mean_C) / scale_C), train_NQ[rows].T, strict=True)
         losses = [F.cross_entropy(x, y, ignore_index=-1, reduction="sum") for x, y in pairs]
         adam.zero_grad()
         (torch.stack(losses).sum() / len(rows)).backward()
         adam.step()
-    return reader
+    with torch.no_grad():
+        logits = reader((test_NKC - mean_C) / scale_C)
+    return torch.stack([x.argmax(1) for x in logits], 1) == test_NQ
+
+
+def answered(hits_NQ: Tensor, test_NQ: Tensor) -> list[float]:
+    """The share of the questions with an answer that are answered right, in ten blocks."""
+    asked_NQ = test_NQ >= 0
+    pairs = zip((hits_NQ & asked_NQ).tensor_split(10), asked_NQ.tensor_split(10), strict=True)
+    return [float(right.sum() / asked.sum().clamp_min(1)) for right, asked in pairs]
+
+
+def patch_hits(sides: list[FeatureSet], maps: list[list[Tensor]] | None) -> list[float]:
+    """Single tokens tell the mask's class of their place by 20-NN, among 5,000 of training; every
+    fifth of a test picture is asked. Without maps: the commonest class is said everywhere."""
+    masks = [[torch.from_numpy(np.array(x.mask)) for x in found.samples] for found in sides]
+    given = maps or [found.patches["student/trunk"] for found in sides]
+    pairs = [token_labels(*pair) for pair in zip(given, masks, strict=True)]
+    (bank_MC, bank_M), (test_MC, test_M) = pairs
+    if maps is None:
+        return blocks((test_M == bank_M.mode().values).double().view(len(masks[1]), -1).mean(1))
+    bank = torch.randperm(len(bank_M), generator=torch.Generator().manual_seed(0))[:5_000]
+    asked = torch.arange(len(test_M)).view(len(masks[1]), -1)[:, ::5].flatten()
+    votes_MK = knn_votes(bank_MC[bank], bank_M[bank], test_MC[asked], VOID + 1)
+    return blocks((votes_MK.argmax(1) == test_M[asked]).double().view(len(masks[1]), -1).mean(1))
+
+
+# ---- Running
+
+
+def configuration(claim: Claim, arm: str) -> dict[str, Any]:
+    return claim.common | claim.arms[arm]
+
+
+def mark(name: str, run: Run) -> str:
+    """Hash of what makes a run; of streams only what is unlike the default, so that new fields may
+    come."""
+
+    def shown(x: Any) -> Any:
+        pairs = [(f.name, getattr(x, f.name), f.default) for f in dataclasses.fields(x)]
+        return {key: value for key, value, default in pairs if value != default}
+
+    facts = [name, run.arm, run.change, run.seed, run.rate, run.scale]
+    text = json.dumps(facts, sort_keys=True, default=shown)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def rows_of(name: str, folder: Path, scale: Scale = FULL) -> list[dict]:
+    """The runs of a claim as it is defined now; lines of another configuration do not count."""
+    path, claim = folder / f"{name}.jsonl", CLAIMS[name]
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def is_of(row: dict) -> bool:
+        change = configuration(claim, row["arm"])
+        return row["mark"] == mark(name, Run(row["arm"], change, row["seed"], row["rate"], scale))
+
+    return [row for row in rows if row["arm"] in claim.arms and is_of(row)]
+
+
+def chosen_rate(claim: Claim, arm: str, rows: Sequence[dict]) -> float:
+    """The learning rate of an arm that did best on the seed of tuning."""
+    tuned = [row for row in rows if row["arm"] == arm and row["seed"] == TUNING]
+    best = max(tuned, key=lambda row: np.mean(row["figures"][claim.judged]), default={"rate": 0.0})
+    return best["rate"]
+
+
+def missing(claim: Claim, rows: Sequence[dict], seeds: Sequence[int]) -> list[tuple]:
+    """(arm, seed, rate) of the next runs: the tuning, then seed by seed. Arms that are not trained
+    have no rate to choose; where they are no floor, a run for each base will do."""
+    given = [arm for arm in claim.arms if configuration(claim, arm).get("steps", 1) <= 0]
+    tuned = [arm for arm in claim.arms if arm not in (*given, "constant") and claim.rates]
+    tuning = [(arm, TUNING, rate) for arm in tuned for rate in claim.rates]
+    done = {(row["arm"], row["seed"], row["rate"]) for row in rows}
+    if todo := [one for one in tuning if one not in done]:
+        return todo
+    runs = []
+    for seed in seeds:
+        for arm in claim.arms:
+            if arm not in given or arm == claim.floor or seed % 5 == 0:
+                runs.append((arm, seed, chosen_rate(claim, arm, rows) if arm in tuned else 0.0))
+    return [one for one in runs if one not in done]
+
+
+def run_claim(name: str, seeds: Sequence[int], folder: Path = FOLDER, scale: Scale = FULL) -> None:
+    """Run what is missing of a claim and append a line for each run."""
+    claim = CLAIMS[name]
+    folder.mkdir(parents=True, exist_ok=True)
+    while todo := missing(claim, rows_of(name, folder, scale), seeds):
+        for arm, seed, rate in todo:
+            began, run = time.monotonic(), Run(arm, configuration(claim, arm), seed, rate, scale)
+            row = {"claim": name, "arm": arm, "seed": seed, "rate": rate, "mark": mark(name, run)}
+            row["figures"] = claim.run(run)
+            row["seconds"] = time.monotonic() - began
+            print(f"{name}: {arm}, seed {seed}, rate {rate:g}: {row['seconds']:.0f} s", flush=True)
+            with (folder / f"{name}.jsonl").open("a") as file:
+                short = json.loads(json.dumps(row), parse_float=lambda text: round(float(text), 5))
+                file.write(json.dumps(short, allow_nan=False) + "\n")
+
+
+# ---- The tables
+
+
+def verdicts(folder: Path = FOLDER, scale: Scale = FULL) -> dict[tuple[str, Effect], str]:
+    """What each primary effect says, all of them corrected together."""
+    rows = {name: rows_of(name, folder, scale) for name in CLAIMS}
+    keys = [(name, e) for name, claim in CLAIMS.items() for e in claim.effects if e.is_primary]
+    found = {(name, effect): measure(effect, rows[name]) for name, effect in keys}
+    ready = [key for key, one in found.items() if "p" in one]
+    adjusted = holm([found[key]["p"] for key in ready])
+    said = dict.fromkeys(found, "not run yet")
+    for (name, effect), p in zip(ready, adjusted, strict=True):
+        what, count = verdict(CLAIMS[name], effect, rows[name], p), found[name, effect]["n"]
+        if count < CLAIMS[name].seeds:  # no verdict before the seeds that were named are all in
+            what = f"so far, by {count} of {CLAIMS[name].seeds} seeds: {what}"
+        said[name, effect] = f"{what} (Holm p {p:.2g})"
+    return said
+
+
+def table(name: str, said: dict, folder: Path = FOLDER, scale: Scale = FULL) -> str:
+    """A claim's arms in absolute figures, then its effects."""
+    claim, rows = CLAIMS[name], rows_of(name, folder, scale)
+    figures = list(dict.fromkeys(effect.figure for effect in claim.effects))
+    lines = [f"| arm | rate | {' | '.join(figures)} | runs |", "|---" * (len(figures) + 3) + "|"]
+    for arm in claim.arms:
+        values = [list(by_seed(rows, arm, figure).values()) for figure in figures]
+        shown = [f"{np.mean(x):.3f}" if x else "" for x in values]
+        runs = max(map(len, values))
+        best = chosen_rate(claim, arm, rows)
+        rate = f"{best:.1e}" if best else ""
+        lines.append(f"| {arm} | {rate} | {' | '.join(shown)} | {runs} |")
+    own = [effect_line(name, effect, measure(effect, rows), said) for effect in claim.effects]
+    return "\n".join([*lines, "", EFFECTS, "|---" * 8 + "|", *own])
+
+
+EFFECTS = "| effect | paper | difference, 95 % interval | p | base 0, 1 | pictures | n | verdict |"
+
+
+def effect_line(name: str, effect: Effect, found: dict[str, Any], said: dict) -> str:
+    """A row of the table: "pictures" is the deviation of the mean over other test pictures."""
+    cells = [f"`{name}` {effect.figure}: {effect.arm} - {effect.other}", effect.paper]
+    if "p" in found:
+        cells += ["{value:+.4f} [{low:+.4f}, {high:+.4f}]".format(**found), f"{found['p']:.1g}"]
+        bases = [found[base] for base in ("base 0", "base 1") if BASE in CLAIMS[name].arms.values()]
+        cells += [", ".join(f"{x:+.3f}" for x in bases if x is not None)]
+        cells += ["" if found["pictures"] is None else f"± {found['pictures']:.3f}"]
+    else:
+        cells += ["", "", "", ""]
+    return f"| {' | '.join(cells)} | {found['n']} | {said.get((name, effect), '')} |"
+
+
+def write_tables(page: Path, folder: Path = FOLDER, scale: Scale = FULL) -> str:
+    """Put the tables into a page, each behind the line <!-- NAME -->; returns the summary."""
+    said, text = verdicts(folder, scale), page.read_text()
+    tables = {name: table(name, said, folder, scale) for name in CLAIMS}
+    primary = [
+        effect_line(*key, measure(key[1], rows_of(key[0], folder, scale)), said) for key in said
+    ]
+    tables["summary"] = "\n".join([EFFECTS, "|---" * 8 + "|", *primary])
+    for name, rows in tables.items():
+        text = re.sub(rf"<!-- {name} -->\n(\|.*\n|\n(?=\|))*", f"<!-- {name} -->\n{rows}\n", text)
+    page.write_text(text)
+    return tables["summary"]
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("what", choices=[*CLAIMS, "all", "table", "figures"])
-    parser.add_argument("--seeds", type=int, default=5, help="runs of each arm [5]")
-    parser.add_argument("--quick", action="store_true", help="two steps, tiny teachers, not kept")
+    parser.add_argument("what", choices=["run", "table"])
+    parser.add_argument("claims", nargs="*", metavar="CLAIM", help=f"{', '.join(CLAIMS)} [all]")
+    parser.add_argument("--seeds", type=int, nargs="+", help="instead of the claim's own")
+    parser.add_argument("--quick", action="store_true", help="a few steps, tiny teachers, not kept")
     args = parser.parse_args(argv)
-    torch.set_num_threads(1)  # so that two claims can run side by side on two cores
+    if unknown := set(args.claims) - CLAIMS.keys():
+        parser.error(f"no claim {sorted(unknown)}; there are {', '.join(CLAIMS)}")
+    torch.set_num_threads(1)  # so that two can run side by side on two cores
     if args.what == "table":
-        page = FOLDER.parent / "claims.md"
-        _, heading, remarks = page.read_text().partition("## Remarks")  # written by hand
-        page.write_text(f"# Do the claims hold?\n\n{table()}\n\n{heading}{remarks}")
-        print(table(primary=True))
-    elif args.what == "figures":
-        print(draw())
-    names = list(CLAIMS) if args.what == "all" else [args.what] if args.what in CLAIMS else []
+        print(write_tables(FOLDER.parent / "claims.md"))
+        return
     with TemporaryDirectory() as scratch:
-        for name in names:
-            run_claim(name, args.seeds, Path(scratch) if args.quick else FOLDER, args.quick)
+        where = (Path(scratch), QUICK) if args.quick else (FOLDER, FULL)
+        for name in args.claims or CLAIMS:
+            run_claim(name, args.seeds or range(CLAIMS[name].seeds), *where)
 
 
 if __name__ == "__main__":

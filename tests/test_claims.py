@@ -1,33 +1,135 @@
-"""The experiments of `claims.py` in their quick form: two steps, two seeds, random teachers."""
+"""The statistics of `claims.py` against scipy, its experiments in their quick form."""
 
 import json
-from functools import partial
 
 import claims
 import numpy as np
 import pytest
 import torch
-from claims import CLAIMS, Claim, Effect
+from claims import CLAIMS, TUNING, Claim, Effect, Premise
 
 import train
-from eval import FeatureSet
+from eval import FeatureSet, Fidelity
+from model import MODELS
 from packing import Group, PackedBatch, Sample
-from teachers import CachedTeacher, fill_caches, load_teacher, parse_teacher
+from teachers import CachedTeacher, TeacherOutput, fill_caches, load_teacher, parse_teacher
 
 
-def test_an_effect_is_paired_by_seed_and_says_what_it_could_have_seen():
-    effect = Effect("score", ("a", "b"), "new", "old", "up")
-    rows = []
-    for seed in range(6):
+def row(arm, seed, rate=0.0, **figures):
+    return {"arm": arm, "seed": seed, "rate": rate, "figures": figures}
+
+
+@pytest.mark.parametrize("n", [2, 3, 10, 20])
+def test_the_interval_and_p_are_scipys(n):
+    stats = pytest.importorskip("scipy.stats")
+    x = np.random.default_rng(n).normal(0.3, 1.0, n)
+    found, wanted = claims.student_t(x), stats.ttest_1samp(x, 0)
+    low, high = wanted.confidence_interval(0.95)
+    assert (found["low"], found["high"]) == pytest.approx((low, high), rel=1e-6)
+    assert found["p"] == pytest.approx(wanted.pvalue, rel=1e-6)
+    assert claims.t_quantile(n) == pytest.approx(stats.t.ppf(0.975, n), rel=1e-6)
+    assert claims.t_tail(8.0, n) == pytest.approx(2 * stats.t.sf(8.0, n), rel=1e-4)
+
+
+def test_holm_by_hand_and_by_its_steps():
+    assert claims.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    p = np.random.default_rng(0).uniform(0, 0.1, 9)
+    adjusted = claims.holm(p.tolist())
+    for level in (0.01, 0.05, 0.2):  # step down: reject the smallest while p <= level / (left)
+        rejected = set()
+        for left, i in zip(range(9, 0, -1), np.argsort(p), strict=True):
+            if p[i] > level / left:
+                break
+            rejected.add(i)
+        assert {i for i, a in enumerate(adjusted) if a <= level} == rejected
+
+
+def test_an_effect_is_paired_by_seed_without_the_tuning_and_knows_bases_and_blocks():
+    rows = [row("new", TUNING, s=[9.0, 9.0]), row("old", TUNING, s=[0.0, 0.0])]
+    rows += [row("new", 3, s=[1.0, 1.0])]  # has no partner
+    for seed, gain in {0: 1.0, 1: 2.0, 5: 6.0}.items():
         level = 10.0 * seed  # the seed's own luck, the same in both arms, must cancel
-        rows.append({"arm": "old", "seed": seed, "figures": {"a": level, "b": level}})
-        rows.append({"arm": "new", "seed": seed, "figures": {"a": level + 1, "b": level + 2}})
-    found = claims.measure(effect, [*rows, {"arm": "new", "seed": 9, "figures": {"a": 0, "b": 0}}])
-    assert (found["n"], found["value"], found["low"], found["high"]) == (6, 1.5, 1.5, 1.5)
-    assert claims.verdict(found) == "shown"
-    assert claims.verdict({"low": -3.0, "high": -1.0}) == "the opposite"
-    assert claims.verdict({"low": -0.1, "high": 0.3}) == "not shown; could see 0.200"
-    assert claims.measure(effect, rows[:2]) == {"n": 1}
+        rows += [row("old", seed, s=[level, level])]
+        rows += [row("new", seed, s=[level + gain - 1, level + gain + 1])]
+    found = claims.measure(Effect("s", "new", "old", 0.1), rows)
+    assert (found["n"], found["value"], found["base 0"], found["base 1"]) == (3, 3.0, 1.5, 6.0)
+    assert found["pictures"] == pytest.approx(1.0)  # blocks of 2 and 4: deviation 2^.5, of two
+    assert claims.measure(Effect("s", "new", "none", 0.1), rows) == {"n": 0}
+
+
+@pytest.mark.parametrize(
+    "arms, floor, least, adjusted, said",
+    [
+        ({"old": 1.0, "new": 2.0}, 0.0, 0.0, 0.01, "shown"),
+        ({"old": 2.0, "new": 1.0}, 0.0, 0.0, 0.01, "the opposite"),
+        ({"old": 1.0, "new": 1.2}, 0.0, 0.0, 0.01, "shown, less than matters"),
+        ({"old": 1.0, "new": 1.01}, 0.0, 0.0, 0.01, "no difference that matters (within 0.5)"),
+        ({"old": 1.0, "new": 1.3}, 0.0, 0.0, 0.20, "not shown; could see 0.551"),
+        ({"old": 1.0, "new": 2.0}, 9.0, 0.0, 0.01, "can't be tested at this scale"),
+        ({"old": 1.0, "new": 2.0}, 0.0, 3.0, 0.01, "no test: its premise failed"),
+    ],
+)
+def test_verdicts(arms, floor, least, adjusted, said):
+    effect = Effect("s", "new", "old", 0.5)
+    wobble = 0.3 if 0.05 < arms["new"] - arms["old"] < 0.5 else 0.01
+    claim = Claim("?", {}, (effect,), lambda _: {}, "floor", Premise("s", "new", "", least))
+    rows = [row("floor", s, s=floor) for s in range(4)]
+    for seed in range(4):
+        rows += [row("old", seed, s=arms["old"])]
+        rows += [row("new", seed, s=arms["new"] + wobble * (-1) ** seed)]
+    assert claims.verdict(claim, effect, rows, adjusted).startswith(said)
+
+
+def test_rates_are_tuned_first_and_each_arm_has_its_own_best():
+    claim = Claim(
+        "?", {"a": {}, "b": {}, "base": claims.BASE}, (), lambda _: {}, rates=(1.0, 2.0), judged="s"
+    )
+    tuning = claims.missing(claim, [], [0])
+    assert tuning == [
+        ("a", TUNING, 1.0),
+        ("a", TUNING, 2.0),
+        ("b", TUNING, 1.0),
+        ("b", TUNING, 2.0),
+    ]
+    rows = [row(arm, seed, rate, s=rate if arm == "a" else -rate) for arm, seed, rate in tuning]
+    wanted = [("a", 0, 2.0), ("b", 0, 1.0), ("base", 0, 0.0), ("a", 1, 2.0), ("b", 1, 1.0)]
+    assert claims.missing(claim, rows, [0, 1]) == wanted
+    rows += [row("a", 0, 2.0, s=0.0)]
+    assert claims.missing(claim, rows, [0, 1]) == wanted[1:]
+
+
+def test_every_claim_names_one_primary_effect_first_and_its_arms_make_other_runs():
+    marks, runs = set(), 0
+    for name, claim in CLAIMS.items():
+        assert claim.effects[0].is_primary
+        assert all({e.arm, e.other} <= claim.arms.keys() and e.matters > 0 for e in claim.effects)
+        for arm in claim.arms:
+            change = claims.configuration(claim, arm)
+            for seed in (0, 1):
+                marks.add(claims.mark(name, claims.Run(arm, change, seed, 1e-3, claims.FULL)))
+                runs += 1
+    assert len(marks) == runs
+
+
+def test_a_changed_claim_does_not_use_old_runs(tmp_path, monkeypatch):
+    toy = Claim("?", {"x": {"stages": claims.TRAINING.stages}}, (), lambda _: {})
+    monkeypatch.setitem(CLAIMS, "toy", toy)
+    claims.run_claim("toy", [0], tmp_path)
+    assert len(claims.rows_of("toy", tmp_path)) == 1
+    monkeypatch.setitem(CLAIMS, "toy", Claim("?", {"x": {"steps": 7}}, (), lambda _: {}))
+    assert claims.rows_of("toy", tmp_path) == []
+
+
+def test_a_pictures_part_in_the_variance_explained_adds_up_to_evals():
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(7, 3, 2, 5, generator=generator) for _ in range(2))
+    measure = Fidelity([torch.randn(50, 5, generator=generator)])
+    wanted = measure.report(
+        (a.flatten(0, 1), b.flatten(0, 1)) for a, b in zip(student, teacher, strict=True)
+    )
+    found = claims.ev(measure, list(zip(student, teacher, strict=True)))
+    assert float(found.mean()) == pytest.approx(wanted["value"], rel=1e-6)
+    assert np.mean(claims.blocks(torch.arange(20.0), torch.arange(10.0))) == pytest.approx(7.0)
 
 
 def test_relation_is_a_rank_correlation():
@@ -37,23 +139,25 @@ def test_relation_is_a_rank_correlation():
     assert abs(claims.relation(x_NC, other_NC)) < 0.5
 
 
-def test_arms_name_what_there_is_and_the_seed_and_arm_mark_a_run():
-    marks = set()
-    for name, claim in CLAIMS.items():
-        for effect in claim.effects:
-            assert {effect.arm, effect.other} <= claim.arms.keys()
-        marks |= {claims.mark(name, arm, seed, False) for arm in claim.arms for seed in (0, 1)}
-    assert len(marks) == 2 * sum(len(claim.arms) for claim in CLAIMS.values())
+def test_the_oracle_takes_every_character_before_a_second_of_any():
+    label_N = np.repeat(np.arange(6), [20, 9, 3, 2, 1, 1])
+    assert sorted(label_N[claims.picked("oracle", [], label_N, 6, 0)]) == list(range(6))
+    counts = np.bincount(label_N[claims.picked("oracle", [], label_N, 14, 0)])
+    assert counts.tolist() == [4, 3, 3, 2, 1, 1] or counts.tolist() == [3, 4, 3, 2, 1, 1]
 
 
-def test_a_changed_claim_does_not_use_old_runs(tmp_path, monkeypatch):
-    row = {"arm": "x", "seed": 0}
-    monkeypatch.setitem(CLAIMS, "toy", Claim("?", "", {"x": {}}, ()))
-    row["mark"] = claims.mark("toy", "x", 0, False)
-    (tmp_path / "toy.jsonl").write_text(json.dumps(row) + "\n")
-    assert claims.rows_of("toy", tmp_path) == [row]
-    monkeypatch.setitem(CLAIMS, "toy", Claim("?", "", {"x": {"lr": 1e-4}}, ()))
-    assert claims.rows_of("toy", tmp_path) == []
+def test_the_ridge_is_sklearns():
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    rng = np.random.default_rng(0)
+    x, y, test = rng.normal(size=(5, 4, 3)), rng.normal(size=(5, 4)), rng.normal(size=(2, 4, 3))
+    flat = x.reshape(-1, 3)
+    mean, std = flat.mean(0), flat.std(0, ddof=1)
+    ones = np.ones((20, 1))
+    model = linear_model.Ridge(alpha=30.0, fit_intercept=False)
+    model.fit(np.hstack([(flat - mean) / std, ones]), y.ravel())
+    wanted = model.predict(np.hstack([(test.reshape(-1, 3) - mean) / std, ones[:8]]))
+    found = claims.ridge(*map(torch.from_numpy, (x, y, test)))
+    assert found.flatten().numpy() == pytest.approx(wanted, rel=1e-4, abs=1e-6)
 
 
 @pytest.mark.parametrize("is_cached", [False, True])
@@ -65,8 +169,12 @@ def test_a_changed_teacher_is_what_training_hears(is_cached, tmp_path):
         teacher = CachedTeacher(teacher, tmp_path)
         fill_caches([teacher], source)
     group, heard = Group(0, 1, torch.device("cpu")), []
-    for one in (teacher, claims.changed(teacher, partial(claims.loud, factor=100.0))):
-        (data,) = train.make_stages(cfg, [source], claims.MODELS["test"], group, [one])
+
+    def loud(out):
+        return TeacherOutput(out.summary_BC * 100, [x * 100 for x in out.patches])
+
+    for one in (teacher, claims.changed(teacher, loud)):
+        (data,) = train.make_stages(cfg, [source], MODELS["test"], group, [one])
         batch = PackedBatch.cat(data[0])
         assert bool(batch.pixels) != is_cached
         heard.append(train.ask(one, batch, range(len(batch))))
@@ -84,16 +192,15 @@ def drawn(label, caption, rows=(0, 0), columns=(0, 0)):
 def test_questions():
     """Label, the caption's last word (five pictures have it), place of 3 x 3, size of 4."""
     names = (("cat", "red cat, tree"), ("dog", "blue dog"), ("owl", "green owl"))
-    train = FeatureSet([drawn(*name, (0, 15), (0, 15)) for name in names * 5])
-    test = FeatureSet([
-        drawn("dog", "a dog", (0, 9), (21, 30)),
-        drawn("emu", "an emu", (22, 28), (1, 5)),
-        drawn("owl", "owl", (0, 30), (0, 30)),
-        drawn("cat", None),
-    ])  # fmt: skip
-    known, asked = claims.questions(train, test)
-    assert known.tolist() == [[i % 3, i % 3, 0, 2] for i in range(15)]
-    assert asked.tolist() == [[1, 1, 2, 0], [-1, -1, 6, 0], [2, 2, 4, 3], [0, -1, -1, -1]]
+    known = [drawn(*name, (0, 15), (0, 15)) for name in names * 5]
+    asked = [drawn("dog", "a dog", (0, 9), (21, 30)), drawn("emu", "an emu", (22, 28), (1, 5))]
+    asked += [drawn("owl", "owl", (0, 30), (0, 30)), drawn("cat", None)]
+    known_NQ, asked_NQ = claims.questions(FeatureSet(known), FeatureSet(asked))
+    assert known_NQ.tolist() == [[i % 3, i % 3, 0, 2] for i in range(15)]
+    assert asked_NQ.tolist() == [[1, 1, 2, 0], [-1, -1, 6, 0], [2, 2, 4, 3], [0, -1, -1, -1]]
+    right_NQ = torch.tensor([[True, True, False, True], [True] * 4, [False] * 4, [True] * 4])
+    parts = claims.answered(right_NQ.repeat(10, 1), asked_NQ.repeat(10, 1))  # 3 + 2 + 0 + 1 of 11
+    assert np.mean(parts) == pytest.approx(6 / 11)
 
 
 @pytest.mark.slow
@@ -103,48 +210,38 @@ def test_reading_finds_what_tokens_say_and_where():
     places = torch.randint(16, (90,), generator=generator)
     tokens[torch.arange(90), places] = torch.eye(4)[torch.arange(90) % 4] * 8
     answers = torch.stack([torch.arange(90) % 4, places // 8, torch.full((90,), -1)], 1)
-    read = [(x, torch.arange(16)) for x in tokens]
-    row = claims.reading(read[:60], read[60:], (4, 4), answers[:60], answers[60:])
-    assert row["value"] > 0.65 and row["n"] == 30  # guessing: 0.37
-
-
-@pytest.fixture(scope="module")
-def quick_runs(tmp_path_factory):
-    """The folder with two seeds of every arm of every claim."""
-    folder, threads = tmp_path_factory.mktemp("claims"), torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
-        patch.setattr(claims, "train_reader", partial(claims.train_reader, steps=2))
-        for name in CLAIMS:
-            claims.run_claim(name, 2, folder, quick=True)
-    torch.set_num_threads(threads)
-    return folder
-
-
-@pytest.mark.slow
-def test_every_claim_runs_resumes_and_has_its_figures(quick_runs):
-    for name, claim in CLAIMS.items():
-        lines = (quick_runs / f"{name}.jsonl").read_text()
-        rows = claims.rows_of(name, quick_runs, quick=True)
-        assert sorted((row["arm"], row["seed"]) for row in rows) == sorted(
-            (arm, seed) for arm in claim.arms for seed in (0, 1)
-        )
-        for effect in claim.effects:
-            assert claims.measure(effect, rows)["n"] == 2
-        claims.run_claim(name, 2, quick_runs, quick=True)  # nothing is missing
-        assert (quick_runs / f"{name}.jsonl").read_text() == lines
-
-
-@pytest.mark.slow
-def test_the_table_and_the_figures_are_of_the_runs(quick_runs, monkeypatch):
-    marked = claims.mark
-    monkeypatch.setattr(claims, "mark", lambda *run: marked(*run[:3], True))
-    text = claims.table(quick_runs)
-    assert text.count("not run yet") == len(claims.NOT_RUN)
-    for claim in CLAIMS.values():
-        assert text.count(f"| {claim.question} |") == 1
-    assert claims.draw(quick_runs).stat().st_size > 10_000
-    assert claims.table(quick_runs / "nothing").count("not run yet") == len(
-        [*CLAIMS, *claims.NOT_RUN]
+    pairs, run = (
+        [(x, torch.arange(16)) for x in tokens],
+        claims.Run("all", {}, 0, 1e-3, claims.FULL),
     )
+    hits_NQ = claims.read(pairs[:60], pairs[60:], (4, 4), answers[:60], answers[60:], run)
+    assert hits_NQ[:, :2].double().mean() > 0.65  # guessing: 0.37
+
+
+@pytest.mark.slow
+def test_every_claim_runs_resumes_and_fills_the_page(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for name, claim in CLAIMS.items():
+        monkeypatch.setitem(CLAIMS, name, claims.replace(claim, rates=claim.rates[:2]))
+        claims.run_claim(name, (0, 5), tmp_path, claims.QUICK)
+        lines = (tmp_path / f"{name}.jsonl").read_text()
+        rows = claims.rows_of(name, tmp_path, claims.QUICK)
+        assert len(rows) == len(lines.splitlines())
+        assert {r["arm"] for r in rows if r["seed"] == 5} == claim.arms.keys()
+        assert all(claims.measure(effect, rows)["n"] == 2 for effect in claim.effects)
+        claims.run_claim(name, (0, 5), tmp_path, claims.QUICK)  # nothing is missing
+        assert (tmp_path / f"{name}.jsonl").read_text() == lines
+    torch.set_num_threads(threads)
+    page = tmp_path / "claims.md"
+    page.write_text(
+        "".join(f"<!-- {name} -->\n\nProse of {name}.\n" for name in ["summary", *CLAIMS])
+    )
+    claims.write_tables(page, tmp_path, claims.QUICK)
+    text = page.read_text()
+    assert text.count("Prose of") == 1 + len(CLAIMS) and "not run yet" not in text
+    assert text.count("| EV 48: image - token |") == 1
+    claims.write_tables(page, tmp_path, claims.QUICK)  # the same again
+    assert page.read_text() == text
+    assert json.loads(lines.splitlines()[0])["claim"] == name
