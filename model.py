@@ -1225,13 +1225,18 @@ def save_student(student: Student, path: str | Path, half: bool = False) -> None
     write_whole(path, lambda file: torch.save(content, file))
 
 
+def in_run(path: str | Path) -> str | Path:
+    """The model.pt of a run's folder, or of one of its checkpoints; any other path as it is."""
+    file = Path(path) / "model.pt"
+    return file if file.is_file() else path
+
+
 def is_student(path: Path) -> bool:
-    """Is this a file that `load_student` may read, the folder of a run, or one of RADIO's?"""
+    """Is this a file that `load_student` may read, or a folder of RADIO's?"""
     if path.is_file():
         return path.suffix != ".onnx"
     told = path / "config.json"
-    is_radio = told.is_file() and json.loads(told.read_text()).get("model_type") == "radio"
-    return is_radio or (path / "model.pt").is_file()
+    return told.is_file() and json.loads(told.read_text()).get("model_type") == "radio"
 
 
 def load_student(path: str | Path, top_k: int | None = None, device: str = "cpu") -> Student:
@@ -1243,8 +1248,7 @@ def load_student(path: str | Path, top_k: int | None = None, device: str = "cpu"
         top_k: experts per token instead of the config's; a SigLino file without one has 6.
     Raises: ValueError: unreadable file, other content, missing or unexpected keys, wrong shapes.
     """
-    path = Path(path)
-    path = path / "model.pt" if (path / "model.pt").is_file() else path
+    path = Path(in_run(path))
     content = None if path.is_dir() else read_checkpoint(path)
     try:
         if content is None:

@@ -42,6 +42,7 @@ from model import (
     HALF_RGB,
     autocast,
     hash_weights,
+    in_run,
     load_student,
     need,
     read_checkpoint,
@@ -309,9 +310,7 @@ def parse_teacher(text: str) -> TeacherSpec:
         raise TeacherError(
             f"teacher {text!r} is not NAME=PATH[@layer] nor PATH, e.g. vit=builtin:vit-s@11"
         )
-    if (Path(path) / "model.pt").is_file():  # a run's folder, or one of its checkpoints'
-        path = str(Path(path) / "model.pt")
-    return TeacherSpec(name, path, None if layer is None else int(layer))
+    return TeacherSpec(name, str(in_run(path)), None if layer is None else int(layer))
 
 
 def load_teacher(
@@ -344,7 +343,6 @@ def load_backbone(spec: TeacherSpec) -> Backbone:
             raise TeacherError(f"teacher {spec.name}: {spec.path} is not one of {known}")
         spec = replace(spec, path=str(fetch(WHEELS[builtin], spec.name)))
     path = Path(spec.path)
-    path = path / "model.pt" if (path / "model.pt").is_file() else path  # the folder of a run
     if path.is_file():
         return load_vit_s(spec) if path.suffix == ".onnx" else load_torch(spec.name, path)
     looks_like = re.fullmatch(r"\w[\w.-]*/[\w.-]+", spec.path)
@@ -504,6 +502,9 @@ def pretrained(spec: TeacherSpec, class_name: str, **options: Any) -> Any:
     broken = need("safetensors").SafetensorError
     try:
         return getattr(need("transformers"), class_name).from_pretrained(source, **options)
+    except ImportError as error:  # several lines, of a package that this model alone needs
+        why = " ".join(str(error).split())
+        raise ImportError(f"teacher {spec.name}: {spec.path}: {why}") from error
     except (OSError, ValueError, RuntimeError, KeyError, broken) as error:
         way_out = f"Is it cut, or a pointer of Git LFS? Fetch {spec.path} again"
         if not Path(spec.path).exists():
@@ -838,10 +839,6 @@ class CachedTeacher(Teacher):
         for index in found:  # a shard's keys may have their features in another, deleted one
             keys = index["keys"].items()
             self.done[index["source"]].update(k for k, digest in keys if digest in self._records)
-
-    def fill(self, source: Source) -> dict[str, str]:
-        """Compute and store what is missing of `source`, see `fill_caches`."""
-        return fill_caches([self], source)
 
     def store(self, origin: str, keys: dict[str, str], prepared: dict[str, Tensor]) -> None:
         """Run the teacher on new pictures (digest -> prepared) and write one shard.
