@@ -835,7 +835,10 @@ def pca_sheet(
         ImageDraw.Draw(sheet).text((x + cell // 2, 17), title.strip(), "black", font, anchor="mm")
         for (width, height), y, image in zip(shapes, tops[:-1], images, strict=True):
             sheet.paste(image.resize((width, height)), (x + (cell - width) // 2, y))
-    sheet.save(path)
+    kind = Image.registered_extensions().get(Path(path).suffix.lower())  # a draft ends otherwise
+    if kind is None:
+        raise ValueError(f"{path} is no picture's name: pass one that ends in .png or .jpg")
+    packing.write_whole(path, partial(sheet.save, format=kind))
 
 
 def main_axes(maps: Sequence[Tensor]) -> Tensor:
@@ -975,7 +978,8 @@ def run_task(args: argparse.Namespace, models: Any, train: Any, test: Any) -> tu
         return write_features(models, test, args.out, args.maps, args.size)
     if args.task == "pca":
         (pictures, skipped), out = first_pictures(test, 8), args.out or "pca.png"
-        pca_sheet(out, pictures, models, args.sizes or [args.size])
+        if rank_and_world()[0] == 0:
+            pca_sheet(out, pictures, models, args.sizes or [args.size])
         return {out: {"value": len(pictures)}}, skipped
     has_maps = args.task in ("segmentation", "merging", "resolution")
     asked = product([train, test], [args.size])

@@ -41,7 +41,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -1100,8 +1100,8 @@ def autocast(device: torch.device, precision: str = "auto") -> Any:
 def read_image(image: Any, name: str) -> Tensor:
     """An image of any kind that `encode` takes, as float32 (3, H, W) in [0, 1]."""
     try:
-        image = to_rgb(ImageOps.exif_transpose(image)) if isinstance(image, Image.Image) else image
-    except OSError as error:
+        image = to_rgb(image) if isinstance(image, Image.Image) else image
+    except Exception as error:  # a decoder of hostile bytes may raise anything
         raise ValueError(f"{name}: does not decode ({error}); leave it out") from error
     is_bytes = isinstance(image, np.ndarray) and image.dtype == np.uint8
     is_float = isinstance(image, Tensor) and image.is_floating_point()
@@ -1225,13 +1225,18 @@ def save_student(student: Student, path: str | Path, half: bool = False) -> None
     write_whole(path, lambda file: torch.save(content, file))
 
 
+def in_run(path: str | Path) -> str | Path:
+    """The model.pt of a run's folder, or of one of its checkpoints; any other path as it is."""
+    file = Path(path) / "model.pt"
+    return file if file.is_file() else path
+
+
 def is_student(path: Path) -> bool:
-    """Is this a file that `load_student` may read, the folder of a run, or one of RADIO's?"""
+    """Is this a file that `load_student` may read, or a folder of RADIO's?"""
     if path.is_file():
         return path.suffix != ".onnx"
     told = path / "config.json"
-    is_radio = told.is_file() and json.loads(told.read_text()).get("model_type") == "radio"
-    return is_radio or (path / "model.pt").is_file()
+    return told.is_file() and json.loads(told.read_text()).get("model_type") == "radio"
 
 
 def load_student(path: str | Path, top_k: int | None = None, device: str = "cpu") -> Student:
@@ -1243,8 +1248,7 @@ def load_student(path: str | Path, top_k: int | None = None, device: str = "cpu"
         top_k: experts per token instead of the config's; a SigLino file without one has 6.
     Raises: ValueError: unreadable file, other content, missing or unexpected keys, wrong shapes.
     """
-    path = Path(path)
-    path = path / "model.pt" if (path / "model.pt").is_file() else path
+    path = Path(in_run(path))
     content = None if path.is_dir() else read_checkpoint(path)
     try:
         if content is None:
@@ -1571,7 +1575,8 @@ def save_transformers(student: Student, folder: str | Path) -> None:
     file["radio_model.summary_idxs"] = torch.tensor(summary)
     told = dict(model_type="radio", hidden_size=config.dim, num_attention_heads=config.n_heads)
     told |= dict(num_hidden_layers=config.n_layers + config.final_norm, head_dim=config.head_dim)
-    told |= dict(mlp_ratio=config.ffn_dim / config.dim, patch_size=config.patch)
+    ratio = (config.ffn_dim + 0.5) / config.dim  # RadioModel cuts off the half, not a whole one
+    told |= dict(mlp_ratio=ratio, patch_size=config.patch)
     told |= dict(max_img_size=config.position_grid * config.patch, num_registers=config.registers)
     told |= dict(num_cls_tokens=config.cls_tokens, summary_idxs=summary)
     told |= dict(layer_norm_eps=1e-6 * (SMALLER**2 if config.final_norm else 1))
@@ -1629,9 +1634,12 @@ def read_folder(folder: Path) -> tuple[ModelConfig, Weights]:
     file = file.renamed([(r"^radio_model\.", "")]).without("adaptors.")
     summary = file.pop("summary_idxs", torch.tensor([0])).tolist()
     count, n_heads = told.get("num_cls_tokens", 3), told.get("num_attention_heads", 16)
+    x = file.renamed(RADIO)
+    if count not in range(1, len(x["prefix_RD"]) + 1):
+        raise ValueError(f"num_cls_tokens={count!r}, but its prefix has {len(x['prefix_RD'])}")
     make = partial(RadioSpec, dim=None, summary_dim=None)  # which CLS tokens make the summary
     specs = tuple(make(f"cls{i}", token=i, in_trunk_summary=i in summary) for i in range(count))
-    config, x = radio_config(file.renamed(RADIO), n_heads, count, specs if count > 1 else ())
+    config, x = radio_config(x, n_heads, count, specs if count > 1 else ())
     if (folder / "heads.safetensors").is_file():
         heads, ours = read_safetensors(folder / "heads.safetensors")
         config = read_config(json.loads(ours["config"]))

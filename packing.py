@@ -44,7 +44,7 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from datetime import timedelta
+from datetime import datetime, timedelta
 from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, NoReturn, Protocol
@@ -703,6 +703,7 @@ UNREAD = {"heic", "heif", "jxl", "svg", "dng", "cr2", "cr3", "nef", "arw", "psd"
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5/\xfd")  # gzip, bzip2, xz, zstd
 JUNK = {"__MACOSX", "@eaDir", ".ipynb_checkpoints", ".DS_Store", "Thumbs.db", "desktop.ini"}
 SCAN_VERSION = 2  # of what a kept scan means
+UNUSED = 60 * 86400  # seconds after which a kept scan or table of an older state goes
 
 
 class BadImage(ValueError):
@@ -713,11 +714,15 @@ class Unreadable(BadImage):
     """It could not be read for a reason that may pass: a permission, the network, memory."""
 
 
+# of odd metadata and sizes; once, as threads that change the filters side by side mix them up
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
 @contextlib.contextmanager
 def _opened(file: Any, name: str) -> Iterator[Image.Image]:
     """A picture whose header is read and allowed; any failure in the block becomes a BadImage."""
     try:
-        with warnings.catch_warnings(action="ignore"), Image.open(file, formats=FORMATS) as image:
+        with Image.open(file, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise BadImage(f"{image.height}x{image.width} pixels, more than {MAX_PIXELS}")
             if not isinstance(image.info.get("xmp", b""), bytes | str):
@@ -742,12 +747,12 @@ def _orientation(image: Image.Image) -> int:
     return 1
 
 
-def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
+def _upright(pixels: np.ndarray, turn: int) -> np.ndarray:
     """Turn (h, w, ...) by its EXIF orientation. Pillow's exif_transpose would write the EXIF anew,
     which fails where a tag has another type than it should."""
-    pixels = pixels.swapaxes(0, 1) if orientation in SIDEWAYS else pixels
-    pixels = pixels[::-1] if orientation in (3, 4, 7, 8) else pixels
-    return np.ascontiguousarray(pixels[:, ::-1] if orientation in (2, 3, 6, 7) else pixels)
+    pixels = pixels.swapaxes(0, 1) if turn in SIDEWAYS else pixels
+    pixels = pixels[::-1] if turn in (3, 4, 7, 8) else pixels
+    return np.ascontiguousarray(pixels[:, ::-1] if turn in (2, 3, 6, 7) else pixels)
 
 
 def _grey_range(image: Image.Image, values: np.ndarray) -> tuple[float, float]:
@@ -764,18 +769,19 @@ def _grey_range(image: Image.Image, values: np.ndarray) -> tuple[float, float]:
 
 
 def to_rgb(image: Image.Image) -> np.ndarray:
-    """(H, W, 3) uint8; Pillow's own conversion saturates deep pictures and drops the alpha."""
+    """Upright (H, W, 3) uint8; Pillow's conversion saturates deep pictures and drops the alpha."""
+    turn = _orientation(image)
     if image.mode.startswith(("I", "F")):
         values = np.asarray(image)
         low, high = _grey_range(image, values)
         grey = np.rint((values.astype(float) - low) * (255 / max(high - low, 1e-12)))
         if "transparency" in image.info:
             grey[values == image.info["transparency"]] = ALPHA_GROUND[0]
-        return np.repeat(grey.astype(np.uint8)[..., None], 3, axis=2)
+        return _upright(np.repeat(grey.astype(np.uint8)[..., None], 3, axis=2), turn)
     if image.has_transparency_data:
         ground = Image.new("RGBA", image.size, ALPHA_GROUND)
         image = Image.alpha_composite(ground, image.convert("RGBA"))
-    return np.array(image.convert("RGB"))
+    return _upright(np.array(image.convert("RGB")), turn)
 
 
 def decode_image(data: bytes, name: str, at_least: Size | None = None) -> np.ndarray:
@@ -785,11 +791,10 @@ def decode_image(data: bytes, name: str, at_least: Size | None = None) -> np.nda
     that is still twice as large (46 dB against the full decode). Raises BadImage, with the name.
     """
     with _opened(io.BytesIO(data), name) as image:
-        turn = _orientation(image)
         if at_least is not None:
-            height, width = at_least[::-1] if turn in SIDEWAYS else at_least
+            height, width = at_least[::-1] if _orientation(image) in SIDEWAYS else at_least
             image.draft(None, (2 * width, 2 * height))
-        pixels = _upright(to_rgb(image), turn)
+        pixels = to_rgb(image)
     return pixels
 
 
@@ -969,13 +974,15 @@ def subset(source: Source, is_chosen: Callable[[np.ndarray], np.ndarray]) -> Sub
 def hold_out(source: Source, fraction: float, seed: int = 0) -> tuple[Subset, Subset]:
     """Split into (train, test); the side of a picture depends on its content alone.
 
-    So copies are on one side, also those in another source.
+    So copies are on one side, also those in another source. Raises: Unreadable for a file that has
+    to be read for that and cannot be.
     """
-
-    def is_test(ids_M: np.ndarray) -> np.ndarray:
-        return uniform(source.contents(ids_M), "held out", seed) < fraction
-
-    return subset(source, lambda ids_M: ~is_test(ids_M)), subset(source, is_test)
+    test = subset(
+        source, lambda ids_M: uniform(source.contents(ids_M), "held out", seed) < fraction
+    )
+    is_test_N = np.zeros(len(source), bool)  # asked once: a file may change in between
+    is_test_N[test.indices] = True
+    return subset(source, lambda ids_M: ~is_test_N[ids_M]), test
 
 
 def left_out(skipped: Skipped, most: int = 10) -> Iterator[str]:
@@ -997,13 +1004,15 @@ def hash64(text: str | bytes) -> int:
 
 
 def content_of(record: Record) -> int:
-    """What tells a picture from others: of its digest, or of its key where it cannot be read."""
+    """What tells a picture from others: of its digest, or of its key where its file is cut."""
     if "digest" in record:
         return int(record["digest"][:16], 16)
-    with contextlib.suppress(BadImage):
-        if "path" in record:
-            return hash64(_read(record))
-    return hash64(record["key"])
+    try:
+        return hash64(_read(record) if "path" in record else record["key"])
+    except Unreadable:  # it may be read the next time, and would change sides
+        raise
+    except BadImage:
+        return hash64(record["key"])
 
 
 def open_source(spec: str, seed: int = 0) -> Source:
@@ -1077,6 +1086,9 @@ def _chunks(part: Path | bytes) -> Iterator[list[bytes]]:
         header, hashed, found = _object(first), hashlib.sha256(), 0
         if header.get("format") != "amoe-index" and isinstance(part, Path):
             raise ValueError(f"{part}: not an index file")
+        for name in ("version", "count", "sha256") if first else ():
+            if name not in header:
+                raise ValueError(f"{part!s}: its first line has no {name}; see `write_index`")
         yield [first]
         while chunk := file.readlines(2**20):
             hashed.update(b"".join(chunk))
@@ -1119,14 +1131,18 @@ class Table:
 
     def __reduce__(self) -> Any:  # another process maps it, too
         known = Table, (self.header, self.columns, self.parts)
-        return (read_table, (self.folder,)) if self.folder else known
+        return (mapped_table, (self.folder,)) if self.folder else known
 
     def part_of(self, i: int) -> int:
         """In which of the index files a picture is."""
         return bisect.bisect_right(self.header["firsts"], i) - 1
 
     def record(self, i: int) -> Record:
-        """What the line of a picture says."""
+        """What the line of a picture says.
+
+        The columns are checked by it, as a checksum of them all would take seconds at each opening.
+        Raises: ValueError where they differ; a kept table is removed then, to be made anew.
+        """
         number, start, size = self.part_of(i), int(self.columns["start"][i]), 4096
         part = self.parts[number]
         if isinstance(part, bytes):
@@ -1138,9 +1154,14 @@ class Table:
             while b"\n" not in (line := os.pread(file.fileno(), size, start)) and len(line) == size:
                 size *= 16
         record = _object(line.partition(b"\n")[0])
+        is_same = all(self[name][i] == record.get(name) for name in ("height", "width"))
+        if is_same and self["content"][i]:
+            is_same = self["content"][i] == content_of(record)
         record["key"] = f"{self.header['prefixes'][number]}{record.get('key')}"
-        if hash64(record["key"]) != self.columns["key"][i]:
-            raise ValueError(f"{part!s}: changed since it was opened; start again")
+        if not is_same or hash64(record["key"]) != self["key"][i]:
+            shutil.rmtree(self.folder or "", ignore_errors=True)
+            what = f" or its table {self.folder}, which is now removed," if self.folder else ""
+            raise ValueError(f"{part!s}:{what} changed since it was opened; start again")
         return record
 
 
@@ -1214,27 +1235,43 @@ def _parsed(parts: Sequence[Path | bytes], prefixes: Sequence[str]) -> Table:
 
 
 def _status(path: str | Path) -> list[int]:
-    """What tells whether a file is still the one that it was."""
+    """What tells whether a file is still the one that it was (ctime last: `mark_used` sets it)."""
     status = os.stat(path)
-    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+    return [status.st_size, status.st_mtime_ns, status.st_ino, status.st_ctime_ns]
+
+
+def mark_used(path: Path) -> None:
+    """Now and then set the time when something kept was last read, by which `drop_old` goes."""
+    with contextlib.suppress(OSError):  # it may be another user's
+        status = os.stat(path)
+        now = datetime.now().timestamp()
+        if now - status.st_atime > UNUSED / 60:
+            os.utime(path, ns=(int(now * 1e9), status.st_mtime_ns))
+
+
+def drop_old(new: Path) -> None:
+    """Remove what was kept of this place in other states, but not what a run may still read."""
+    now = datetime.now().timestamp()
+    for old in set(new.parent.iterdir()) - {new}:
+        if now - max(old.stat().st_atime, old.stat().st_mtime) > UNUSED:
+            shutil.rmtree(old) if old.is_dir() else old.unlink()
 
 
 def keep_table(table: Table, folder: Path) -> Table:
-    """Write a table that `read_table` finds, in place of an older one; returns it as it lies there.
+    """Write a table that `read_table` finds; returns it as it lies there.
 
-    The name of the folder ends in the state that it is of, so that no column is of another.
+    The name of the folder is the state that it is of, so that no column is of another.
     """
     if not all(isinstance(part, Path) for part in table.parts):
         return table
     with contextlib.suppress(OSError):  # it only saves time: a full disk must not end the run
-        parts = [[os.path.abspath(part), _status(part)] for part in table.parts]
-        for old in set(folder.parent.glob(f"{folder.stem}.*")) - {folder}:
-            shutil.rmtree(old, ignore_errors=True)
+        parts = [[os.path.abspath(part), _status(part)[:3]] for part in table.parts]
         folder.mkdir(parents=True, exist_ok=True)
         for name in COLUMNS:
             write_whole(folder / f"{name}.npy", partial(np.save, arr=table[name]))
         facts = table.header | {"parts": parts, "count": len(table)}
         write_whole(folder / "table.json", json.dumps(facts).encode())
+        drop_old(folder)
     return read_table(folder) or table
 
 
@@ -1250,9 +1287,19 @@ def read_table(folder: Path) -> Table | None:
             columns[name] = np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
             if columns[name].shape != (header["count"],) or columns[name].dtype != code:
                 return None
-        if all(_status(part) == status for part, status in header["parts"]):
-            return Table(header, columns, [Path(part) for part, _ in header["parts"]], folder)
+        parts = [Path(part) for part, _ in header["parts"]]
+        if [_status(part)[:3] for part in parts] == [status for _, status in header["parts"]]:
+            for kept in (folder, *parts):
+                mark_used(kept)
+            return Table(header, columns, parts, folder)
     return None
+
+
+def mapped_table(folder: Path) -> Table:
+    """The kept table that another process has mapped; ValueError where it is gone or changed."""
+    if table := read_table(folder):
+        return table
+    raise ValueError(f"{folder}: changed or removed since the source was opened; start again")
 
 
 def kept_table(paths: Sequence[Path], are_distinct: bool = True) -> Table:
@@ -1263,8 +1310,7 @@ def kept_table(paths: Sequence[Path], are_distinct: bool = True) -> Table:
 
 
 def table_folder(place: object, state: object) -> Path:
-    name = f"{hash_of(place)}.{hash_of(TABLE_VERSION, state)}"
-    return cache_home() / "tables" / name
+    return cache_home() / "tables" / hash_of(place) / hash_of(TABLE_VERSION, state)
 
 
 def hash_of(*what: object) -> str:
@@ -1548,9 +1594,9 @@ def scanned(paths: Sequence[Path], root: Path) -> Table:
         dist.all_gather_object(lacking, table is None)
         if any(lacking):
             scan(range(rank, len(paths), world))
-            dist.barrier()  # then the scans of all are kept
+            wait_for_all()  # then the scans of all are kept
             table = (table or make()) if rank == 0 else table
-            dist.barrier()  # then their table is, too
+            wait_for_all()  # then their table is, too
             table = table or read_table(folder)
     return table or make()
 
@@ -1581,12 +1627,12 @@ def _scan(path: Path, root: Path, files: Files) -> Scan:
     if path != root and not found:
         return Scan(b"", 0, odd, 0, False, True)
     state = _state(path, root, files)
-    kept = cache_home() / "scans" / f"{hash_of(str(path.resolve()))}.jsonl"
+    kept = cache_home() / "scans" / hash_of(str(path.resolve())) / f"{state}.jsonl"
     with contextlib.suppress(OSError, ValueError):
         header = read_index(kept)[0]
-        if header["state"] == state:
-            rest = header["skipped"] | odd, header["lost"] + unseen, header["is_whole"]
-            return Scan(kept, header["count"], *rest, bool(unseen))
+        mark_used(kept)
+        rest = header["skipped"] | odd, header["lost"] + unseen, header["is_whole"]
+        return Scan(kept, header["count"], *rest, bool(unseen))
     others, damage = Skipped(), None
     if path == root:
         places: dict[str, Record] = {n: {"path": n, "size": s.st_size} for n, s in found.items()}
@@ -1601,11 +1647,12 @@ def _scan(path: Path, root: Path, files: Files) -> Scan:
         may_pass |= isinstance(damage, OSError | Unreadable)
     part: Any = _to_lines(records)
     if not may_pass:
-        facts = {"state": state, "skipped": skipped, "lost": lost, "is_whole": damage is None}
+        facts = {"skipped": skipped, "lost": lost, "is_whole": damage is None}
         with contextlib.suppress(OSError):  # it only saves time: a full disk must not end the run
             kept.parent.mkdir(parents=True, exist_ok=True)
             write_index(kept, part, **facts)
             part = kept
+            drop_old(kept)
     failed = may_pass or bool(unseen)
     return Scan(part, len(records), skipped | odd, lost + unseen, damage is None, failed)
 
@@ -1691,7 +1738,8 @@ class Number:
         """Read a flag's text (argparse's `type`); 1e9 is a count, too."""
         try:
             value = float(text)
-            value = int(value) if self.kind is int and value == int(value) else value
+            if self.kind is int and value == int(value):  # a float holds whole ones up to 2**53
+                value = int(value) if re.search("[.e]", text, re.IGNORECASE) else int(text)
         except (ValueError, OverflowError):
             value = math.nan
         if value not in self:

@@ -789,8 +789,7 @@ def embed(args: argparse.Namespace, group: Group) -> None:
         made_of = f"2 {teacher.fingerprint} {source.fingerprint()} {rows}"  # 2: the version
         if not is_embedded(paths[n], made_of):
             embed_part(paths[n], source, rows, teacher, args.batch, made_of)
-    if group.world > 1:
-        dist.barrier()
+    packing.wait_for_all()
     if group.rank == 0:
         heads = [read_index(path.with_suffix(".jsonl"))[0] for path in paths]
         skipped = {key: why for x in sources for key, why in x.skipped.items()}
@@ -907,8 +906,7 @@ def assign(args: argparse.Namespace, group: Group) -> None:
             check_finite(rows)
             found = step(rows, c_KD)
             write_array(paths[p], np.stack([found.cluster_N.double(), found.distance_N.double()]))
-    if group.world > 1:
-        dist.barrier()
+    packing.wait_for_all()
     if group.rank == 0:
         cluster_N, distance_N = np.concatenate([np.load(path) for path in paths], axis=1)
         first = Level(tree[0].centroids, cluster_N.astype(np.int32), distance_N.astype(np.float32))

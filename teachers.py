@@ -42,6 +42,7 @@ from model import (
     HALF_RGB,
     autocast,
     hash_weights,
+    in_run,
     load_student,
     need,
     read_checkpoint,
@@ -309,9 +310,7 @@ def parse_teacher(text: str) -> TeacherSpec:
         raise TeacherError(
             f"teacher {text!r} is not NAME=PATH[@layer] nor PATH, e.g. vit=builtin:vit-s@11"
         )
-    if (Path(path) / "model.pt").is_file():  # a run's folder, or one of its checkpoints'
-        path = str(Path(path) / "model.pt")
-    return TeacherSpec(name, path, None if layer is None else int(layer))
+    return TeacherSpec(name, str(in_run(path)), None if layer is None else int(layer))
 
 
 def load_teacher(
@@ -344,7 +343,6 @@ def load_backbone(spec: TeacherSpec) -> Backbone:
             raise TeacherError(f"teacher {spec.name}: {spec.path} is not one of {known}")
         spec = replace(spec, path=str(fetch(WHEELS[builtin], spec.name)))
     path = Path(spec.path)
-    path = path / "model.pt" if (path / "model.pt").is_file() else path  # the folder of a run
     if path.is_file():
         return load_vit_s(spec) if path.suffix == ".onnx" else load_torch(spec.name, path)
     looks_like = re.fullmatch(r"\w[\w.-]*/[\w.-]+", spec.path)
@@ -359,7 +357,7 @@ class Family(NamedTuple):
 
     model: str  # its vision class
     kind: str  # of SizeRule
-    stats: tuple  # where the folder has no preprocessor_config.json; NONE whatever that says
+    stats: tuple  # where no file of the processor says; NONE whatever that says
     class_tokens: int = 0  # before the registers and the patches
     options: Any = None  # of `from_pretrained`
 
@@ -429,19 +427,26 @@ def load_transformers(spec: TeacherSpec) -> Backbone:
 
 
 def preprocessing(spec: TeacherSpec, stats: tuple) -> tuple[tuple, str]:
-    """(mean, deviation) and filter, as preprocessor_config.json says; else `stats` and bicubic."""
-    find = need("transformers").utils.cached_file
-    file = find(spec.path, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False)
-    if file is None:
-        return stats, "bicubic"
-    told = json.loads(Path(file).read_text())
-    if stats != NONE:
-        stats = (told.get("image_mean", stats[0]), told.get("image_std", stats[1]))
-        stats = NONE if told.get("do_normalize") is False else tuple(map(tuple, stats))
-    if [len(part) for part in stats] != [3, 3] or not all(x > 0 for x in stats[1]):
-        raise TeacherError(f"teacher {spec.name}: {file}: image_mean, image_std are {stats}")
+    """(mean, deviation) and filter, as the files of its processor say; else `stats` and bicubic."""
+    cached_file = need("transformers").utils.cached_file
+    find = partial(cached_file, spec.path, _raise_exceptions_for_missing_entries=False)
+    file = find("processor_config.json")  # what transformers 5 writes for a model of two towers
+    try:
+        told = file and json.loads(Path(file).read_text()).get("image_processor")
+        if told is None:
+            file = find("preprocessor_config.json")
+            told = json.loads(Path(file).read_text()) if file else {}
+        if stats != NONE:
+            stats = (told.get("image_mean", stats[0]), told.get("image_std", stats[1]))
+            stats = NONE if told.get("do_normalize") is False else stats
+        is_rgb = [np.shape(part) for part in stats] == [(3,), (3,)] and np.isfinite(stats).all()
+        if not is_rgb or min(stats[1]) <= 0:
+            raise ValueError(f"image_mean, image_std are {stats}, not three numbers each")
+    except (ValueError, TypeError, AttributeError) as error:  # JSON of any content, or none
+        raise TeacherError(f"teacher {spec.name}: {file}: {error}; fetch it again") from error
     # 1 is Lanczos, which torch does not have
-    return stats, "bilinear" if told.get("resample") == 2 else "bicubic"
+    bilinear = told.get("resample") == 2
+    return tuple(map(tuple, stats)), "bilinear" if bilinear else "bicubic"
 
 
 def read_transformers(family: Family, model: Any, pixels_BCHW: Tensor) -> Reading:
@@ -497,6 +502,9 @@ def pretrained(spec: TeacherSpec, class_name: str, **options: Any) -> Any:
     broken = need("safetensors").SafetensorError
     try:
         return getattr(need("transformers"), class_name).from_pretrained(source, **options)
+    except ImportError as error:  # several lines, of a package that this model alone needs
+        why = " ".join(str(error).split())
+        raise ImportError(f"teacher {spec.name}: {spec.path}: {why}") from error
     except (OSError, ValueError, RuntimeError, KeyError, broken) as error:
         way_out = f"Is it cut, or a pointer of Git LFS? Fetch {spec.path} again"
         if not Path(spec.path).exists():
@@ -814,6 +822,7 @@ class CachedTeacher(Teacher):
         self._shards: dict[Path, np.ndarray] = {}
         self._records: dict[str, tuple[Path, list[int]]] = {}  # by digest: offset, h, w, crc32
         self.done: dict[str, set[str]] = defaultdict(set)  # source -> keys that need no look
+        self._unchecked: list[Tensor] = []  # maps of pictures, until there are enough
         for half in self.folder.glob("*.part*"):  # a killed process's; a living one is quick
             with suppress(FileNotFoundError):
                 if time.time() - half.stat().st_mtime > 600:
@@ -831,10 +840,6 @@ class CachedTeacher(Teacher):
             keys = index["keys"].items()
             self.done[index["source"]].update(k for k, digest in keys if digest in self._records)
 
-    def fill(self, source: Source) -> dict[str, str]:
-        """Compute and store what is missing of `source`, see `fill_caches`."""
-        return fill_caches([self], source)
-
     def store(self, origin: str, keys: dict[str, str], prepared: dict[str, Tensor]) -> None:
         """Run the teacher on new pictures (digest -> prepared) and write one shard.
 
@@ -844,11 +849,14 @@ class CachedTeacher(Teacher):
         vectors = [x for x in (output.summary_BC, output.registers_BRC) if x is not None]
         maps = [x.flatten(0, 1) for x in output.patches]
         # of few pictures, all of one colour perhaps, one can't say how much a channel varies
-        if len(maps) >= 16 and (lost := lost_in_half(torch.cat(maps))):
-            raise TeacherError(
-                f"teacher {self.name}: {lost} of {self.dim} channels vary too little beside their "
-                "mean for the fp16 of the cache; pass --cache none"
-            )
+        self._unchecked += maps
+        if len(self._unchecked) >= 16:  # a shard of large pictures has fewer
+            lost, self._unchecked = lost_in_half(torch.cat(self._unchecked)), []
+            if lost:
+                raise TeacherError(
+                    f"teacher {self.name}: {lost} of {self.dim} channels vary too little beside "
+                    "their mean for the fp16 of the cache; pass --cache none"
+                )
         blobs: list[bytes] = []
         records, offset = {}, 0
         for row, (digest, patches_hwC) in enumerate(zip(prepared, output.patches, strict=True)):
@@ -900,21 +908,20 @@ class CachedTeacher(Teacher):
         return torch.frombuffer(bytearray(blob), dtype=torch.float16), (h, w)
 
 
-def refuse_full_disk(
-    caches: list[CachedTeacher], source: Source, mine: list[int], world: int
-) -> None:
-    """TeacherError where the features that are missing, by a thousand of them, would not fit."""
-    some, numbers = [mine[i] for i in evenly(len(mine), 1000)], 0
+def refuse_full_disk(caches: list[CachedTeacher], source: Source, done: set[str]) -> None:
+    """TeacherError where the features that are missing, by a thousand pictures, would not fit."""
+    some, numbers = evenly(len(source), 1000), 0
+    missing = [i for i in some if source.key(i) not in done]
     for cache in caches:
-        grids = [math.prod(cache.size_for(*source.size(i))) // cache.patch**2 for i in some]
-        vectors = len(some) * ((cache.summary_dim or 0) + cache.registers * cache.dim)
+        grids = [math.prod(cache.size_for(*source.size(i))) // cache.patch**2 for i in missing]
+        vectors = len(missing) * ((cache.summary_dim or 0) + cache.registers * cache.dim)
         numbers += vectors + sum(grids) * cache.dim
-    needed = 2 * numbers * len(mine) * world // max(len(some), 1)
+    needed = 2 * numbers * len(source) // max(len(some), 1)
     folder = next(path for path in caches[0].folder.absolute().parents if path.exists())
     if needed > (free := shutil.disk_usage(folder).free):
         raise TeacherError(
-            f"features of {len(mine) * world} pictures of {source.name} take {needed / 1e9:,.1f} "
-            f"GB, and {folder} has {free / 1e9:,.1f} GB free: pass --cache none, so that the "
+            f"features of {source.name}, of {len(source)} pictures, take {needed / 1e9:,.1f} GB "
+            f"more, and {folder} has {free / 1e9:,.1f} GB free: pass --cache none, so that the "
             "teachers run live, or another --cache FOLDER"
         )
 
@@ -930,8 +937,8 @@ def fill_caches(caches: list[CachedTeacher], source: Source) -> dict[str, str]:
     rank, world = rank_and_world()
     origin = source.fingerprint()
     done = set.intersection(*(cache.done[origin] for cache in caches))
+    refuse_full_disk(caches, source, done)  # before all records are read, which may take hours
     mine = [i for i in range(rank, len(source), world) if source.key(i) not in done]
-    refuse_full_disk(caches, source, mine, world)
     sizes = {i: [cache.size_for(*source.size(i)) for cache in caches] for i in mine}
     mine.sort(key=sizes.__getitem__)  # equal sizes side by side make full batches
     label = f"{', '.join(cache.name for cache in caches)} features"

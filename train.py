@@ -148,7 +148,7 @@ class TrainConfig:
     lr: float = option(1.5e-3, "peak learning rate", SOME)
     trunk_lr: float = option(1.0, "the trunk's learning rate as a share of the heads'", RATE)
     min_lr: float = option(0.02, "last learning rate as a share of the peak", SHARE)
-    warmup: int = option(50, "steps of linear warm-up", COUNT)
+    warmup: int = option(50, "steps of linear warm-up, --steps at the most", COUNT)
     weight_decay: float = option(0.05, "decay of matrices; vectors and scalars have none", RATE)
     beta2: float = option(0.95, "second-moment decay of the optimizer", PART)
     clip: float = option(1.0, "gradient norm limit; 0: none", RATE)
@@ -294,7 +294,7 @@ def train(
             # Targets: how a teacher's features vary depends on the resolution, so each stage has
             # its own PHI-S, estimated before its first step; the heads move along.
             fitted = fit_spaces(cfg, teachers, data, streams, device)
-            carry_heads(state, fitted, None if stage else trained_heads)
+            carry_heads(state, fitted, None if first else trained_heads)
         size = 0  # packs of a forward, found at the stage's first step
         steps = begin - first, last - first
         loader = packing.make_loader(data, *steps, cfg.workers, device.type == "cuda")
@@ -405,16 +405,14 @@ def head_spec(
 
 
 def make_stages(
-    cfg: TrainConfig, sources: list[Source], config: ModelConfig, group: Group, teachers: Any
+    cfg: TrainConfig, sources: list[Source], config: ModelConfig, group: Group, teachers: Teachers
 ) -> list[StepData]:
     """One `StepData` per stage; each stage starts its own epoch 0.
 
     What the live `teachers` see of a picture is made in the loader's workers, which then keep the
-    picture itself. None: the samples have it.
+    picture itself.
     """
-    live = None
-    if teachers is not None:
-        live = {t.name: t.size_for for t in teachers if not isinstance(t, CachedTeacher)}
+    live = {t.name: t.size_for for t in teachers if not isinstance(t, CachedTeacher)}
     shares = cfg.data_weights or tuple(float(len(s)) for s in sources)
     mix = list(zip(sources, shares, strict=True))
     stages = []
@@ -642,9 +640,10 @@ def part_weight(state: State, name: str) -> float:
 
 def set_lr(cfg: TrainConfig, optimizer: torch.optim.Optimizer, step: int) -> float:
     """Linear warm-up, then cosine down to min_lr (RADIOv2.5: cosine; AMoE does not say)."""
-    part = min(1.0, max(0.0, (step - cfg.warmup) / max(1, cfg.steps - cfg.warmup)))
+    warmup = min(cfg.warmup, cfg.steps)
+    part = min(1.0, max(0.0, (step - warmup) / max(1, cfg.steps - warmup)))
     cosine = cfg.min_lr + (1 - cfg.min_lr) * 0.5 * (1 + math.cos(math.pi * part))
-    lr = cfg.lr * min(1.0, step / max(1, cfg.warmup)) * cosine
+    lr = cfg.lr * min(1.0, step / max(1, warmup)) * cosine
     for group in optimizer.param_groups:
         group["lr"] = lr * group["share"]
     return lr
@@ -889,12 +888,12 @@ def save(job: Job, state: State, report: StepReport) -> None:
         write_step(job, state)
     if is_evaluation:
         write_metrics(job, {"step": step, **evaluate(job)})
-    if report.stop and not is_last:
-        say(f"told to stop: step {step} is saved in {cfg.out}; the same command goes on")
-        raise SystemExit(EXIT_SIGNALLED + (STOP.number or signal.SIGTERM))
     if is_last:
         job.bar.close()
-        STOP.is_awaited = False
+        STOP.is_awaited = False  # from here on a signal ends the process at once
+    if report.stop or (is_last and STOP.number):
+        say(f"told to stop: step {step} is saved in {cfg.out}; the same command goes on")
+        raise SystemExit(EXIT_SIGNALLED + (STOP.number or signal.SIGTERM))
 
 
 # ---- What teachers are asked, and what for
@@ -1112,14 +1111,24 @@ def write_files(job: Job, state: State, saved: dict[str, Any]) -> None:
             f"they are not saved; {way_out(job.out)}"
         )
     write_checkpoint(job.newest, state, saved)
+    tidy(job)
+
+
+def link(path: Any, new: Any) -> None:
+    """A second name for a file, or a copy on a file system without links."""
+    try:
+        os.link(path, new)
+    except OSError:
+        shutil.copyfile(path, new)
+
+
+def tidy(job: Job) -> None:
+    """What stands beside a new checkpoint, and the old ones that are not kept."""
     with spared("the stable path to the newest student"):
-        link = job.out / "model.pt.part"
-        link.unlink(missing_ok=True)
-        try:
-            os.link(job.newest / "model.pt", link)
-        except OSError:  # a file system without links
-            shutil.copyfile(job.newest / "model.pt", link)
-        link.replace(job.out / "model.pt")
+        part = job.out / "model.pt.part"
+        part.unlink(missing_ok=True)
+        link(job.newest / "model.pt", part)
+        part.replace(job.out / "model.pt")
     for old in checkpoints(job.out)[: -job.cfg.keep]:
         if not job.cfg.keep_every or int(old.name[5:]) % job.cfg.keep_every:
             with spared("an old checkpoint"):
@@ -1193,14 +1202,33 @@ def checkpoints(out: Path) -> list[Path]:
     return sorted(found, key=lambda p: int(p.name[5:]))
 
 
-def is_restart() -> bool:
-    """True in a run that torchrun restarted: it goes on, whatever --resume said."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+def begun(out: Path) -> dict[str, Any]:
+    """What config.json says of the run in a folder; {} where it can't be read."""
+    with suppress(OSError, ValueError):
+        return json.loads((out / "config.json").read_text())
+    return {}
+
+
+def launch() -> str:
+    """The name of the torchrun that started this process, the same after it restarted it."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    return name if name != "none" else f"{LAUNCHER} on {platform.node()}"
+
+
+def is_restart(cfg: TrainConfig) -> bool:
+    """True where torchrun restarted a run that had begun: it goes on, whatever --resume said."""
+    count = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    return count > 0 and begun(Path(cfg.out)).get("launch") == launch()
 
 
 def rewinds(cfg: TrainConfig) -> bool:
-    """True where --resume names a checkpoint of the run folder itself."""
-    return Path(cfg.resume).resolve().parent == Path(cfg.out).resolve() and not is_restart()
+    """True where --resume names a checkpoint of the run folder itself, and this command has not
+    gone back to it yet."""
+    is_ours = Path(cfg.resume).resolve().parent == Path(cfg.out).resolve()
+    is_given = cfg.resume not in ("auto", "none")
+    return (
+        is_given and is_ours and begun(Path(cfg.out)).get("config", {}).get("resume") != cfg.resume
+    )
 
 
 def find_start(cfg: TrainConfig, identity: dict[str, Any]) -> Path | None:
@@ -1211,7 +1239,7 @@ def find_start(cfg: TrainConfig, identity: dict[str, Any]) -> Path | None:
     Raises: ValueError if it is of another run, or if all are damaged.
     """
     own, reasons = checkpoints(Path(cfg.out)), []
-    if cfg.resume == "none" and not is_restart():
+    if cfg.resume == "none" and not is_restart(cfg):
         return None
     is_given = cfg.resume not in ("auto", "none") and (not own or rewinds(cfg))
     for folder in [Path(cfg.resume)] if is_given else reversed(own):
@@ -1234,37 +1262,45 @@ def stays(job: Job) -> bool:
     """Does the run go on in its folder? Else what is there is an older run's."""
     if job.folder:
         is_here = job.folder.resolve().parent == job.out.resolve()
-        return is_here and not (
-            rewinds(job.cfg) and job.folder.name < checkpoints(job.out)[-1].name
-        )
-    with suppress(OSError, ValueError, KeyError):  # it was ended before its first checkpoint
-        started = json.loads((job.out / "config.json").read_text())["identity"]
-        return started == job.identity and (job.cfg.resume != "none" or is_restart())
-    return False
+        steps = [int(path.name[5:]) for path in checkpoints(job.out)]
+        return is_here and not (rewinds(job.cfg) and job.record["step"] < max(steps, default=0))
+    # it was ended before its first checkpoint
+    is_same = begun(job.out).get("identity") == job.identity
+    return is_same and (job.cfg.resume != "none" or is_restart(job.cfg))
 
 
 def begin_folder(job: Job, about: dict[str, Any]) -> None:
-    """The first write of a run: an older run moves aside whole; then config.json, and the lines of
-    metrics.jsonl up to the checkpoint."""
+    """The first write of a run: an older run moves aside whole, all but the checkpoint to go on
+    from; then config.json, and the lines of metrics.jsonl up to it."""
     rows = read_rows(job.folder.parent if job.folder else job.out)
     rows = [row for row in rows if row["step"] <= job.record["step"]]
     names = ("config.json", "metrics.jsonl", "summary.json")
     is_used = checkpoints(job.out) or any((job.out / name).exists() for name in names)
-    if is_used and not stays(job):
-        move_aside(job.out)
+    start, is_new = job.folder, not stays(job)
+    if is_used and is_new:
+        aside = move_aside(job.out)
+        start = aside / start.name if start and not start.exists() else start
+    if start and is_new:
+        draft = job.newest.with_name(job.newest.name + ".tmp")
+        shutil.rmtree(draft, ignore_errors=True)
+        shutil.copytree(start, draft, copy_function=link)
+        draft.rename(job.newest)
     for folder in checkpoints(job.out):
         if int(folder.name[5:]) > job.record["step"]:  # damaged
             with spared("a damaged checkpoint"):
                 folder.rename(folder.with_name(f"damaged_{folder.name}_{time.time():.0f}"))
     about |= {"config": dataclasses.asdict(job.cfg), "identity": job.identity, "version": VERSION}
     about |= {"torch": torch.__version__, "device": str(job.group.device)}
-    text = json.dumps(about | {"world": job.group.world}, indent=1, allow_nan=False)
+    about |= {"world": job.group.world, "launch": launch()}
+    text = json.dumps(about, indent=1, allow_nan=False)
     packing.write_whole(job.out / "config.json", text.encode())
     lines = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
     packing.write_whole(job.out / "metrics.jsonl", lines.encode())
+    if start and is_new:
+        tidy(job)
 
 
-def move_aside(out: Path) -> None:
+def move_aside(out: Path) -> Path:
     """Rename a run folder to the first free of OUT.1, OUT.2 ...; the new one is locked again."""
     out = out.resolve()
     names = (out.with_name(f"{out.name}.{n}") for n in itertools.count(1))
@@ -1275,6 +1311,7 @@ def move_aside(out: Path) -> None:
         (aside / "lock").unlink()
     out.mkdir(exist_ok=True)
     say(f"the run that was in {out} is now in {aside}")
+    return aside
 
 
 LOCKS: dict[Path, Any] = {}  # the run folders that this process owns
@@ -1341,10 +1378,11 @@ def identity_of(cfg: TrainConfig, sources: list[Source], teachers: Teachers = ()
 
 
 def content_of(init: str) -> str | None:
-    """A hash of the files that --init names; None where they are gone."""
+    """A hash of the files that --init names, or its name on the hub; None where files are gone."""
     spec = parse_teacher(init)
     path, layer = Path(spec.path), f"@{spec.layer}" if spec.layer else ""
-    if spec.path.startswith("builtin:"):
+    is_of_hub = spec.path.count("/") == 1 and not path.exists() and not path.parent.exists()
+    if spec.path.startswith("builtin:") or is_of_hub:
         return f"{spec.path}{layer}"
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     hashes = [sha256_of(file) for file in files if file.exists()]
@@ -1503,10 +1541,8 @@ def evaluate(job: Job, pictures: int = 500) -> dict[str, float]:
 
 def draw_pca(job: Job, student: Any) -> None:
     """pca.png: held-out pictures, each teacher's maps, the student's."""
-    train, held_out = views(job, 10**9)
-    pictures, _ = first_pictures(
-        held_out if len(held_out) else train, 8
-    )  # the report names bad ones
+    train, held_out = views(job, 64)  # some may be bad; the report names them
+    pictures, _ = first_pictures(held_out if len(held_out) else train, 8)
     teachers = {teacher.name: teacher for teacher in job.teachers}
     pca_sheet(job.out / "pca.png", pictures, {"teacher": teachers, "student": student})
 
@@ -1579,8 +1615,9 @@ class StopSignal:
 
     def take(self, number: int, _: Any) -> None:
         is_first, self.number = not self.number, number
-        if is_first and not self.is_awaited:
-            say("told to stop: no step is to be saved; the same command goes on")
+        if not self.is_awaited:
+            if is_first:
+                say("told to stop: no step is to be saved; the same command goes on")
             raise SystemExit(EXIT_SIGNALLED + number)
 
 
@@ -1594,7 +1631,7 @@ def on_main(task: Callable[[], Any]) -> Any:
         try:
             found[0] = task()
         except (ValueError, OSError, Standstill) as error:
-            found[1] = str(error)
+            found[1] = str(error) or repr(error)
     if dist.is_initialized():
         dist.broadcast_object_list(found, group=packing.PATIENT[0] if packing.PATIENT else None)
     if found[1]:
@@ -1621,7 +1658,7 @@ def refuse_bad_fraction(cfg: TrainConfig, bad: int, good: int) -> None:
         )
 
 
-def note_scan(cfg: TrainConfig, sources: list[Source]) -> dict[str, str]:
+def note_scan(cfg: TrainConfig, sources: list[Source]) -> None:
     """Name what the sources skipped when they were scanned; refuse those with too many broken."""
     skipped = {key: reason for source in sources for key, reason in source.skipped.items()}
     for line in packing.left_out(skipped):
@@ -1631,7 +1668,6 @@ def note_scan(cfg: TrainConfig, sources: list[Source]) -> dict[str, str]:
         refuse_bad_fraction(cfg, getattr(scanned, "lost", 0), len(scanned))
     if len(sources) > 1:
         say(f"the report scores pictures of {cfg.data[0]}, the first SOURCE")
-    return skipped
 
 
 def note_registers(config: ModelConfig, teachers: Teachers) -> None:
@@ -1769,10 +1805,7 @@ def open_sources(
 
 
 def load_teachers(cfg: TrainConfig, sources: list[Source], group: Group) -> list:
-    """The frozen teachers; with a cache, after their features of all pictures are on the disk.
-
-    Raises: Standstill if too many pictures do not decode. Those met in training are named there.
-    """
+    """The frozen teachers; with a cache, after their features of `sources` are on the disk."""
     is_half = group.device.type == "cuda" and cfg.precision != "fp32"
     dtype = torch.bfloat16 if is_half else None
     teachers = [load_teacher(parse_teacher(text), group.device, dtype) for text in cfg.teachers]
@@ -1780,10 +1813,19 @@ def load_teachers(cfg: TrainConfig, sources: list[Source], group: Group) -> list
         return teachers
     folder = packing.cache_home() / "features" if cfg.cache == "auto" else Path(cfg.cache)
     cached = [CachedTeacher(teacher, folder) for teacher in teachers]
-    for source in sources:
+    fill(cfg, cached, sources)
+    return cached
+
+
+def fill(cfg: TrainConfig, teachers: Teachers, sources: list[Source]) -> None:
+    """Put the features of all pictures on the disk, for those teachers that have a cache.
+
+    Raises: Standstill if too many pictures do not decode. Those met in training are named there.
+    """
+    cached = [teacher for teacher in teachers if isinstance(teacher, CachedTeacher)]
+    for source in sources if cached else ():
         bad = merge_skipped([fill_caches(cached, source)], True)
         refuse_bad_fraction(cfg, len(bad), len(source) - len(bad))
-    return cached
 
 
 def start_process(cfg: TrainConfig) -> Group:
@@ -1851,14 +1893,16 @@ def whole_run(
             on_main(lambda: find_start(cfg, identity))
 
     compare(())
-    teachers = teachers or load_teachers(cfg, [*train_sources, held_out], group)
-    compare(teachers)
+    loaded = teachers or load_teachers(cfg, [], group)
+    compare(loaded)
     if summary and is_main():
         print(f"{cfg.out} is finished ({summary['steps']} steps); another --out starts a new run")
         print(format_table(summary["report"]))
     if summary:
         return summary
-    job = train(cfg, teachers, train_sources, held_out)
+    if not teachers:
+        fill(cfg, loaded, [*train_sources, held_out])
+    job = train(cfg, loaded, train_sources, held_out)
     if dist.is_initialized():
         dist.destroy_process_group()
     return finish(job) if group.rank == 0 else None
@@ -1893,12 +1937,13 @@ def last_words(error: Exception) -> str | int:
     if "Original Traceback" in text:  # of a loader's process
         text = text.splitlines()[-1]
     is_lost = "gloo" in text or isinstance(error, dist.DistError)
+    is_worker = isinstance(error, RuntimeError) and "DataLoader worker" in text
+    if STOP.number and (is_lost or is_worker):  # because the others have left
+        return EXIT_SIGNALLED + STOP.number
     if is_lost:
         text = "another process of this run has ended, or was silent for --pg-timeout seconds"
-    elif isinstance(error, RuntimeError) and "DataLoader worker" in text:
+    elif is_worker:
         text = f"{text.splitlines()[0]} The same command goes on from the newest checkpoint"
-    if STOP.number:  # what fails now does so because the others have left
-        return EXIT_SIGNALLED + STOP.number
     is_news = is_main()
     if dist.is_initialized():
         with suppress(RuntimeError):  # the store has ended with its process

@@ -1167,7 +1167,9 @@ def verdicts(folder: Path = FOLDER, scale: Scale = FULL) -> dict[tuple[str, Effe
     adjusted = holm([found[key]["p"] for key in ready])
     said = dict.fromkeys(found, "not run yet")
     for (name, effect), p in zip(ready, adjusted, strict=True):
-        what = verdict(CLAIMS[name], effect, rows[name], p)
+        what, count = verdict(CLAIMS[name], effect, rows[name], p), found[name, effect]["n"]
+        if count < CLAIMS[name].seeds:  # no verdict before the seeds that were named are all in
+            what = f"so far, by {count} of {CLAIMS[name].seeds} seeds: {what}"
         said[name, effect] = f"{what} (Holm p {p:.2g})"
     return said
 

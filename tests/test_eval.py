@@ -5,9 +5,12 @@ import json
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -876,6 +879,26 @@ def test_pca_sheet_has_a_column_for_each_map(tmp_path):
     (high, wide), x = boxes[0], 8 + (80 - boxes[0][1]) // 2
     shown = np.asarray(sheet)[34 : 34 + high, x : x + wide].mean((0, 1))
     np.testing.assert_allclose(shown, pictures[0].image.mean((0, 1)), atol=2)
+
+
+def test_a_pca_sheet_is_whole_or_not_there_and_of_one_rank(tmp_path, monkeypatch):
+    path, pictures = tmp_path / "pca.png", [Pictures(4, side=(64, 96)).load(0)]
+    ev.pca_sheet(path, pictures, {})
+    old = path.read_bytes()
+
+    def full(_: Image.Image, file: Any, **__: Any) -> None:
+        with nullcontext(file) if hasattr(file, "write") else open(file, "wb") as opened:
+            opened.write(b"half")
+        raise OSError("no space left")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    with pytest.raises(OSError, match="no space"):
+        ev.pca_sheet(path, pictures, {})
+    assert path.read_bytes() == old and len(list(tmp_path.iterdir())) == 1
+    monkeypatch.setattr(ev, "rank_and_world", lambda: (1, 2))
+    args = SimpleNamespace(task="pca", out=str(path), sizes=[], size=None)
+    ev.run_task(args, {}, None, Pictures(4, side=(64, 96)))
+    assert path.read_bytes() == old
 
 
 def test_pca_draws_every_token_by_the_three_main_axes():

@@ -5,6 +5,7 @@ import copy
 import dataclasses
 import hashlib
 import io
+import json
 import math
 import os
 import pickle
@@ -322,12 +323,15 @@ def test_transformers_radio_model_is_our_radio_form(tmp_path):
         close(found.patches["trunk"].flatten(0, 1), patches)
 
 
-@pytest.mark.parametrize("like", ["RADIO", "DINOv2"])
+@pytest.mark.parametrize("like", ["RADIO", "DINOv2", "odd MLP"])
 def test_a_student_as_a_folder_of_transformers(tmp_path, like):
     """DINOv2's final norm and biased patches, which RadioModel has not, go and come back."""
     transformers = pytest.importorskip("transformers")
-    dino = {"final_norm": True, "layer_scale": True, "patch_bias": True}
-    student = lively(radio_config(**dino if like == "DINOv2" else {}))
+    changes = {
+        "DINOv2": {"final_norm": True, "layer_scale": True, "patch_bias": True},
+        "odd MLP": {"dim": 112, "n_heads": 7, "ffn_dim": 237},  # 112 * (237 / 112) < 237
+    }
+    student = lively(radio_config(**changes.get(like, {})))
     model.save_transformers(student, tmp_path)
     network, pictures = transformers.AutoModel.from_pretrained(tmp_path).eval(), images(GRIDS)
     assert type(network).__name__ == "RadioModel"
@@ -363,6 +367,16 @@ def test_a_folder_with_a_broken_file_is_refused(tmp_path, damage, message):
     file = tmp_path / "model.safetensors"
     file.write_bytes(damage(file.read_bytes()))
     with pytest.raises(ValueError, match=message):
+        load_student(tmp_path)
+
+
+@pytest.mark.parametrize("count", [0, 6, 10**5, "3", 2.5])
+def test_a_folder_with_other_cls_tokens_than_its_prefix_is_refused(tmp_path, count):
+    pytest.importorskip("safetensors")
+    model.save_transformers(lively(radio_config()), tmp_path)  # a prefix of 3 and 2
+    told = json.loads((tmp_path / "config.json").read_text()) | {"num_cls_tokens": count}
+    (tmp_path / "config.json").write_text(json.dumps(told))
+    with pytest.raises(ValueError, match=rf"{tmp_path}: num_cls_tokens={count!r}, .* prefix has 5"):
         load_student(tmp_path)
 
 
@@ -1156,8 +1170,12 @@ def test_encode_inputs_agree():
     array = np.random.default_rng(0).integers(0, 256, (70, 37, 3), dtype=np.uint8)
     turned = Image.fromarray(np.rot90(array).copy())
     turned.getexif()[0x0112] = 6  # shown after a quarter turn clockwise
+    wrong = struct.pack("<HHI4s", 305, 5, 1, bytes(4))  # Software as a rational, nowhere
+    exif = b"II*\0\x08\0\0\0\2\0" + struct.pack("<HHII", 274, 3, 1, 6) + wrong + bytes(4)
+    turned.save(file := io.BytesIO(), "PNG", exif=exif)
     as_float = torch.tensor(array).permute(2, 0, 1).float() / 255
-    found = student.encode([array, Image.fromarray(array), as_float, as_float.double(), turned])
+    kinds = [Image.fromarray(array), as_float, as_float.double(), turned, Image.open(file)]
+    found = student.encode([array, *kinds])
     assert found[0].patches["trunk"].shape == (4, 2, 48)
     for other in found[1:]:
         close(other.patches["a"], found[0].patches["a"])
@@ -1215,6 +1233,7 @@ def test_encode_resizes_antialiased_and_answers_in_float32():
         (np.zeros((4, 4, 3)), "float64"),
         (np.zeros((4, 4), np.uint8), r"\(4, 4\)"),
         ("cat.png", "str"),
+        (Image.fromarray(np.full((4, 4), np.nan, np.float32)), "does not decode.*not finite"),
     ],
 )
 def test_encode_refuses(bad, message):

@@ -248,6 +248,7 @@ def png_bomb(side: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("side", [10_000, 20_000])
 def test_bombs_are_refused_by_their_header(side, tmp_path):
     (tmp_path / "data").mkdir()
@@ -449,10 +450,12 @@ def test_a_scan_is_cached_until_the_folder_changes(tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(packing, "_to_records", lambda *_, **__: pytest.fail("scanned again"))
         assert open_source(str(root)).fingerprint() == source.fingerprint()
+    older = set(packing.cache_home().rglob("*.*"))
     (root / "class0" / "0000.png").unlink()
     changed = open_source(str(root))
     assert len(changed) == 4 and changed.fingerprint() != source.fingerprint()
-    kept = [path for path in packing.cache_home().rglob("*.*") if path.is_file()]
+    kept = set(packing.cache_home().rglob("*.*")) - older
+    assert len(kept) == len(older)
     for cached in kept:  # what is damaged is made anew
         whole = cached.read_bytes()
         cached.write_bytes(whole[:-30])
@@ -709,6 +712,11 @@ def test_index_files_that_are_cut_changed_or_double(tmp_path):
     path.write_bytes(b"".join([header, *lines[1:]]))
     with pytest.raises(ValueError, match=r"i\.jsonl"):
         open_source(str(path))
+    for lacking in ("version", "count", "sha256"):
+        header = {k: v for k, v in json.loads(lines[0]).items() if k != lacking}
+        path.write_bytes(b"".join([json.dumps(header).encode() + b"\n", *lines[1:]]))
+        with pytest.raises(ValueError, match=rf"i\.jsonl: its first line has no {lacking}"):
+            open_source(str(path))
     write_index(path, [source.record(i) for i in (0, 1, 0)])
     index = open_source(str(path))
     assert len(index) == 2 and list(index.skipped) == [source.key(0)]
@@ -737,7 +745,7 @@ def test_an_index_opens_again_without_its_lines_and_is_the_same(tmp_path, monkey
 
 def column(name: str, change) -> None:
     """Change a kept column."""
-    (path,) = packing.cache_home().glob(f"tables/*/{name}.npy")
+    (path,) = packing.cache_home().glob(f"tables/*/*/{name}.npy")
     np.save(path, change(np.load(path)))
 
 
@@ -750,24 +758,70 @@ def column(name: str, change) -> None:
         ("start", lambda x: x + 7),
         ("start", lambda x: x * 0 + 10**15),
         ("start", lambda x: x[::-1]),
+        ("height", lambda x: x ^ 64),  # as where a bit has flipped
+        ("content", lambda x: x ^ np.uint64(1 << 40)),
     ],
 )
 def test_a_kept_table_is_not_trusted(tmp_path, name, change):
-    """It is made anew where its form is wrong, and refused where its lines are others."""
+    """It is made anew where its form is wrong, or at the next start where its lines are others."""
     source = OpenMoji("test", 6)
+    form_is_wrong = len(changed := change(np.arange(6, dtype=packing.COLUMNS[name]))) < 6 or (
+        changed.dtype != packing.COLUMNS[name]
+    )
     write_index(tmp_path / "i.jsonl", [source.record(i) for i in range(6)])
     open_source(str(tmp_path / "i.jsonl"))
     column(name, change)
     again = open_source(str(tmp_path / "i.jsonl"))
+    if not form_is_wrong:
+        with pytest.raises(
+            ValueError, match=r"i\.jsonl: or its table .* removed, changed since it"
+        ):
+            again.record(0)
+        again = open_source(str(tmp_path / "i.jsonl"))
     assert (
         len(again) == 6
         and again.sizes(np.arange(6)).tolist() == source.sizes(np.arange(6)).tolist()
     )
-    if name == "start":
-        with pytest.raises(ValueError, match=r"i\.jsonl: changed since it was opened"):
-            again.record(0)
-    else:
-        assert again.record(5)["key"] == source.key(5)
+    assert [again.record(i)["key"] for i in range(6)] == [source.key(i) for i in range(6)]
+    assert again.contents(np.arange(6)).tolist() == source.contents(np.arange(6)).tolist()
+
+
+@pytest.mark.parametrize("in_tar", [True, False])
+def test_what_an_open_source_needs_outlives_another_scan(tmp_path, in_tar):
+    """Another root or one more picture is another state, which replaces nothing; lines come late.
+
+    Only what nobody has opened for two months goes, and then a worker that is spawned says so.
+    """
+    for n in range(3):
+        root = tmp_path / "d" / "ab"[n // 2]
+        root.mkdir(parents=True, exist_ok=True)
+        for key, data in shard_members(2, start=2 * n).items():
+            (root / Path(key).name).write_bytes(data)
+        if in_tar:
+            write_shard(root / f"{n}.tar", shard_members(2, start=2 * n))
+    few, all_of_them = ("d/a/*.tar", "d/*/*.tar") if in_tar else ("d", "d")
+    first = open_source(str(tmp_path / few))
+    pickled, count = pickle.dumps(first), len(first)
+    (tmp_path / "d" / "a" / "new.jpg").write_bytes(RED)
+    assert len(open_source(str(tmp_path / all_of_them))) > count
+    for source in (first, pickle.loads(pickled)):
+        found = [source.load(i) for i in range(len(source))]
+        assert [sample.image.shape[:2] for sample in found] == [(40 + i, 50) for i in range(count)]
+    kept = [*packing.cache_home().glob("*/*/*")]
+    for path in kept:
+        os.utime(path, (0, path.stat().st_mtime))
+    open_source(str(tmp_path / all_of_them))  # its own are in use again
+    used = [path for path in kept if path.stat().st_atime > 0]
+    for path in kept:
+        os.utime(path, (path.stat().st_atime, 0))
+    (tmp_path / "d" / "a" / "newer.jpg").write_bytes(GREEN)
+    for n in range(2):
+        write_shard(tmp_path / "d" / "a" / f"{n}.tar", {"x.jpg": RED})
+    open_source(str(tmp_path / few))
+    open_source(str(tmp_path / all_of_them))
+    assert 0 < len(used) < len(kept) and [path for path in kept if path.exists()] == used
+    with pytest.raises(ValueError, match="removed since the source was opened; start again"):
+        pickle.loads(pickled)
 
 
 def test_one_more_shard_is_scanned_alone(tmp_path, monkeypatch):
@@ -793,6 +847,45 @@ def test_hold_out_depends_on_the_keys_alone():
     part = Subset(source, range(100, 200))
     fewer = hold_out(part, 0.25, seed=1)[1]
     assert {fewer.key(i) for i in range(len(fewer))} == keys & {part.key(i) for i in range(100)}
+
+
+def test_reading_pictures_side_by_side_leaves_the_warnings_as_they_were():
+    before = list(packing.warnings.filters)
+    with packing._opened(io.BytesIO(RED), "a") as _:
+        other = packing._opened(io.BytesIO(GREEN), "b")
+        other.__enter__()
+    other.__exit__(None, None, None)
+    assert packing.warnings.filters == before
+
+
+def test_hold_out_reads_once_and_refuses_what_may_be_read_next_time(tmp_path, monkeypatch):
+    folder = open_source(str(write_folder(tmp_path / "data", 5)))
+    known = [folder.record(i) for i in range(5)]
+    write_index(tmp_path / "i.jsonl", [{k: r[k] for k in r if k != "digest"} for r in known])
+    source, real, asked = open_source(str(tmp_path / "i.jsonl")), packing._read, []
+
+    def read(place, root=""):
+        asked.append(place["path"])
+        if len(asked) == 7:
+            raise packing.Unreadable(f"{place['path']}: Input/output error")
+        return real(place, root)
+
+    monkeypatch.setattr(packing, "_read", read)
+    sides = hold_out(source, 0.5)
+    assert len(asked) == 5 and sum(map(len, sides)) == 5
+    with pytest.raises(packing.Unreadable, match=r"png: Input/output error"):
+        hold_out(source, 0.5)
+
+
+def test_a_scan_waits_for_the_other_ranks_without_their_limit(tmp_path, monkeypatch):
+    groups, shard = [], write_shard(tmp_path / "a.tar", {"a.jpg": RED})
+    monkeypatch.setattr(packing, "rank_and_world", lambda: (0, 2))
+    monkeypatch.setattr(packing, "PATIENT", ["the patient group"])
+    monkeypatch.setattr(packing.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(packing.dist, "barrier", lambda *group: groups.append(group))
+    gather = lambda lacking, own: lacking.__setitem__(slice(None), [own, own])  # noqa: E731
+    monkeypatch.setattr(packing.dist, "all_gather_object", gather)
+    assert len(open_source(str(shard))) == 1 and groups == [("the patient group",)] * 2
 
 
 def test_hold_out_never_parts_copies(tmp_path):
@@ -1909,6 +2002,7 @@ def test_photographs_of_a_megapixel_read_as_webdataset_reads_them(tmp_path):
     ],
 )
 def test_a_number_is_of_its_kind_and_range(number, taken, refused):
+    assert packing.Number()("9007199254740993") == 2**53 + 1  # no float
     assert [number(text) for text in taken] == [number.kind(float(text)) for text in taken]
     for text in refused:
         with pytest.raises(argparse.ArgumentTypeError, match="number"):

@@ -755,6 +755,22 @@ def test_embed_resumes_and_notices_damage(pool, pictures, monkeypatch):
     run(*embed(pictures, pool))
 
 
+def test_embed_and_assign_wait_for_the_other_ranks_without_their_limit(tmp_path, monkeypatch):
+    waits = []
+    monkeypatch.setattr(
+        sampling.packing, "setup_distributed", lambda **_: Group(0, 2, torch.device("cpu"))
+    )
+    monkeypatch.setattr(sampling.dist, "barrier", lambda: pytest.fail("within the limit"))
+    monkeypatch.setattr(sampling.dist, "all_gather_object", lambda *_: None)
+    monkeypatch.setattr(sampling.packing, "wait_for_all", lambda: waits.append(1))
+    run(*embed("openmoji:test:4", tmp_path / "pool"))
+    tree = hierarchical_kmeans(sampling.Pool(tmp_path / "pool")[:].float(), [2])
+    teacher = sampling.Pool(tmp_path / "pool").manifest["teacher"]
+    sampling.save_tree(tmp_path / "tree", tree, {"teacher": teacher})
+    run("assign", tmp_path / "pool", tmp_path / "tree", "--out", tmp_path / "again")
+    assert len(waits) == 2
+
+
 def test_cluster_resumes_after_a_level_and_refuses_other_settings(pool, tmp_path, monkeypatch):
     run("cluster", pool, "--clusters", 9, 3, "--out", tmp_path / "whole")
     levels, real = [], sampling.cluster_level

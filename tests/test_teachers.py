@@ -700,10 +700,45 @@ def test_a_teacher_is_fed_as_its_folder_says(tmp_path):
     array = (picture * 255).byte().permute(1, 2, 0).numpy()  # from a file, too
     live = teacher.targets([Sample("k", "d", array)]).patches[0]
     assert torch.equal(live, teacher([array]).patches[0])
-    told["image_std"] = [0.2, 0.0, 0.2]
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps(told))
-    with pytest.raises(TeacherError, match=r"preprocessor_config.json: image_mean, image_std"):
-        load_teacher(TeacherSpec("t", str(tmp_path)))
+
+
+IMAGE = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
+
+
+@pytest.mark.parametrize(
+    ("preprocessor", "processor", "mean"),
+    [
+        (None, {"image_processor": IMAGE}, 0.1),  # as ProcessorMixin.save_pretrained of 5.x
+        ({}, {"image_processor": IMAGE}, 0.1),  # it counts before the older file
+        (IMAGE, {"processor_class": "SiglipProcessor"}, 0.1),
+        (IMAGE | {"image_mean": None, "do_normalize": False}, None, 0),
+        (None, None, 0.5),
+    ],
+)
+def test_mean_and_deviation_are_found_where_transformers_finds_them(
+    tmp_path, preprocessor, processor, mean
+):
+    pytest.importorskip("transformers")
+    for name, told in (("preprocessor", preprocessor), ("processor", processor)):
+        if told is not None:
+            (tmp_path / f"{name}_config.json").write_text(json.dumps(told))
+    stats, _ = teachers.preprocessing(TeacherSpec("t", str(tmp_path)), teachers.HALF_RGB)
+    assert stats[0][0] == mean
+
+
+@pytest.mark.parametrize(
+    "told",
+    ["{", "[1]", "7", '{"image_mean": null}', '{"image_std": 0.5}', '{"image_mean": ["a", 1, 1]}',
+     '{"image_std": [0.2, 0.0, 0.2]}', '{"image_mean": [NaN, 0, 0]}'],
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["preprocessor", "processor"])
+def test_a_processor_that_can_not_be_is_refused_by_its_file(tmp_path, name, told):
+    pytest.importorskip("transformers")
+    if name == "processor" and told[1:2] == '"':
+        told = f'{{"image_processor": {told}}}'
+    (tmp_path / f"{name}_config.json").write_text(told)
+    with pytest.raises(TeacherError, match=rf"teacher t: .*/{name}_config.json: "):
+        teachers.preprocessing(TeacherSpec("t", str(tmp_path)), teachers.HALF_RGB)
 
 
 def test_metas_own_file_is_named_with_the_way_out(tmp_path):
@@ -737,6 +772,15 @@ def test_hub_id_without_network_says_what_to_do(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(TeacherError, match=r"hf download nobody/nothing .* t=DIR"):
         load_teacher(TeacherSpec("t", "nobody/nothing"))
+
+
+def test_a_package_that_one_model_needs_is_named_in_one_line(tmp_path, monkeypatch):
+    known = hugging_face().utils.import_utils.BACKENDS_MAPPING
+    monkeypatch.setitem(known, "timm", (lambda: False, known["timm"][1]))
+    told = {"model_type": "timm_wrapper", "architecture": "resnet18"}
+    (tmp_path / "config.json").write_text(json.dumps(told))
+    with pytest.raises(ImportError, match=rf"^teacher t: {tmp_path}: .*pip install timm.*$"):
+        load_teacher(TeacherSpec("t", str(tmp_path)))
 
 
 def test_missing_package_says_pip_install(monkeypatch):
@@ -1044,7 +1088,7 @@ def assert_equal_targets(cached, live, samples):
 def test_cache_gives_what_the_live_teacher_gives(tmp_path):
     source = Pictures(20, bad=(4, 11))
     cached = CachedTeacher(tiny(), tmp_path)
-    skipped = cached.fill(source)
+    skipped = fill_caches([cached], source)
     assert skipped == {"0/4": "0/4: truncated", "0/11": "0/11: truncated"}
     samples = source.samples()
     assert_equal_targets(cached, tiny(), samples)
@@ -1061,7 +1105,7 @@ def test_cache_keeps_registers_and_has_no_summary_where_there_is_none(tmp_path):
         make(tmp_path / family, family)
         teacher = load_teacher(TeacherSpec(family, str(tmp_path / family)))
         cached = CachedTeacher(teacher, tmp_path)
-        cached.fill(source)
+        fill_caches([cached], source)
         out, samples = cached.targets(source.samples()), source.samples()
         live = teacher.features(
             [teacher.prepare(to_float(s.image)) for s in samples], share_canvas=False
@@ -1077,19 +1121,19 @@ def test_cache_keeps_registers_and_has_no_summary_where_there_is_none(tmp_path):
 def test_a_second_fill_computes_nothing(tmp_path, monkeypatch):
     source = Pictures(10)
     cached = CachedTeacher(tiny(), tmp_path)
-    cached.fill(source)
+    fill_caches([cached], source)
     source.loads = 0
     before = stored(cached)
     again = CachedTeacher(tiny(), tmp_path)
     monkeypatch.setattr(again, "_read", None)  # would raise
-    again.fill(source)
+    fill_caches([again], source)
     assert source.loads == 0 and stored(again) == before
     larger = Pictures(10)  # the same pictures from a source that says it changed
     larger.fingerprint = lambda: "grown"
-    again.fill(larger)
+    fill_caches([again], larger)
     assert larger.loads == 10
     larger.loads = 0
-    again.fill(larger)
+    fill_caches([again], larger)
     assert larger.loads == 0
 
 
@@ -1099,7 +1143,7 @@ def test_a_cache_never_meets_another_checkpoint_of_its_name(tmp_path):
     for stats in (teachers.NONE, teachers.IMAGENET):
         teacher = colours(SizeRule("fixed", 8, 32), stats=stats)
         cached = CachedTeacher(teacher, tmp_path)
-        cached.fill(source)
+        fill_caches([cached], source)
         assert_equal_targets(cached, teacher, source.samples())
     assert len(list(tmp_path.glob("t-*"))) == 2
 
@@ -1119,7 +1163,7 @@ def test_a_shard_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda file: (calls.append("fsync"), fsync(file)))
     monkeypatch.setattr(os, "replace", lambda a, b: (calls.append("rename"), rename(a, b))[1])
     cached = CachedTeacher(tiny(), tmp_path)
-    cached.fill(Pictures(2))
+    fill_caches([cached], Pictures(2))
     assert calls == ["fsync", "rename"] and len(stored(cached)) == 1
 
 
@@ -1138,10 +1182,10 @@ def test_shards_are_of_so_many_pictures_or_bytes(tmp_path, monkeypatch):
     """A picture of the tiny teacher weighs some 100 KB before and 8 KB after it."""
     monkeypatch.setattr(teachers, "SHARD_BYTES", 300_000)
     few, many = CachedTeacher(tiny(), tmp_path / "a"), CachedTeacher(tiny(), tmp_path / "b")
-    few.fill(Pictures(9))
+    fill_caches([few], Pictures(9))
     monkeypatch.setattr(teachers, "SHARD_BYTES", 10**9)
     monkeypatch.setattr(teachers, "SHARD_IMAGES", 4)
-    many.fill(Pictures(9))
+    fill_caches([many], Pictures(9))
     for cached, counts in ((few, {3}), (many, {1, 4})):
         indexes = [read_shard(path, cached.fingerprint)[1] for path in stored(cached)]
         assert {len(index["records"]) for index in indexes} == counts
@@ -1175,7 +1219,7 @@ def test_ranks_share_a_source_and_leave_together(tmp_path, monkeypatch):
 def test_several_caches_fill_from_one_decode(tmp_path, monkeypatch):
     source = Pictures(9)
     caches = [CachedTeacher(tiny(text), tmp_path) for text in (DENSE, SEMANTIC)]
-    caches[0].fill(Pictures(9))
+    fill_caches([caches[0]], Pictures(9))
     monkeypatch.setattr(caches[0], "_read", None)  # it has all, so it must not run
     fill_caches(caches, source)
     assert source.loads == 9
@@ -1189,7 +1233,7 @@ def test_equal_pictures_are_stored_once(tmp_path):
     load = source.load
     source.load = lambda i, at_least: Sample(source.key(i), "d", load(0, at_least).image)
     cached = CachedTeacher(tiny(), tmp_path)
-    cached.fill(source)
+    fill_caches([cached], source)
     (path,) = stored(cached)
     assert path.stat().st_size < 2 * (24 + 24 * 150) + 2000
 
@@ -1207,11 +1251,11 @@ def test_a_fill_killed_in_the_middle_goes_on(tmp_path, monkeypatch):
     source.load = dies
     cached = CachedTeacher(tiny(), tmp_path)
     with pytest.raises(KeyboardInterrupt):
-        cached.fill(source)
+        fill_caches([cached], source)
     assert len(stored(cached)) == 3
     source.load, source.loads = load, 0
     cached = CachedTeacher(tiny(), tmp_path)
-    cached.fill(source)
+    fill_caches([cached], source)
     assert source.loads == 8
     assert_equal_targets(cached, tiny(), source.samples())
 
@@ -1220,8 +1264,8 @@ def test_a_fill_killed_in_the_middle_goes_on(tmp_path, monkeypatch):
 def test_kill_9_at_any_moment_leaves_a_cache_that_goes_on(tmp_path):
     code = (
         "import sys; sys.path[:0] = ['tests']; import teachers; teachers.SHARD_IMAGES = 5\n"
-        "from test_teachers import CachedTeacher, Pictures, tiny\n"
-        f"CachedTeacher(tiny(), {str(tmp_path)!r}).fill(Pictures(800))"
+        "from test_teachers import CachedTeacher, Pictures, fill_caches, tiny\n"
+        f"fill_caches([CachedTeacher(tiny(), {str(tmp_path)!r})], Pictures(800))"
     )
     counts, was_alive = [], []
     for _ in range(4):
@@ -1237,7 +1281,7 @@ def test_kill_9_at_any_moment_leaves_a_cache_that_goes_on(tmp_path):
         counts.append(len(stored(CachedTeacher(tiny(), tmp_path))))  # every whole shard opens
     assert all(was_alive) and counts == sorted(counts) and 16 <= counts[-1] < 160
     cached = CachedTeacher(tiny(), tmp_path)
-    cached.fill(Pictures(800))
+    fill_caches([cached], Pictures(800))
     assert_equal_targets(cached, tiny(), Pictures(800).samples())
     records = sum(
         len(read_shard(path, cached.fingerprint)[1]["records"]) for path in stored(cached)
@@ -1251,12 +1295,12 @@ def test_a_kill_within_a_write_leaves_no_shard(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     monkeypatch.setattr(Path, "unlink", lambda *_, **__: None)  # a kill -9 tidies nothing up
     with pytest.raises(KeyboardInterrupt):
-        cached.fill(source)
+        fill_caches([cached], source)
     monkeypatch.undo()
     (half,) = cached.folder.glob("*.part")
     os.utime(half, (0, 0))  # long ago, so that nobody can be writing it
     cached = CachedTeacher(tiny(), tmp_path)
-    cached.fill(source)
+    fill_caches([cached], source)
     assert not half.exists()
     assert_equal_targets(cached, tiny(), source.samples())
 
@@ -1264,7 +1308,7 @@ def test_a_kill_within_a_write_leaves_no_shard(tmp_path, monkeypatch):
 @pytest.mark.parametrize("keep", [0, 10, 0.3, 0.9, -1])
 def test_truncated_shard_is_refused_by_name(tmp_path, keep):
     cached = CachedTeacher(tiny(), tmp_path)
-    cached.fill(Pictures(6))
+    fill_caches([cached], Pictures(6))
     (path,) = stored(cached)
     data = path.read_bytes()
     path.write_bytes(data[: int(keep * len(data)) if isinstance(keep, float) else keep])
@@ -1272,7 +1316,7 @@ def test_truncated_shard_is_refused_by_name(tmp_path, keep):
         CachedTeacher(tiny(), tmp_path)
     path.unlink()  # what the message says
     cached = CachedTeacher(tiny(), tmp_path)
-    cached.fill(Pictures(6))
+    fill_caches([cached], Pictures(6))
     assert_equal_targets(cached, tiny(), Pictures(6).samples())
 
 
@@ -1280,12 +1324,12 @@ def test_a_deleted_shard_is_made_anew_though_another_source_relied_on_it(tmp_pat
     first, second = Pictures(6), Pictures(6)
     second.fingerprint = lambda: "the same pictures under another name"
     cached = CachedTeacher(tiny(), tmp_path)
-    cached.fill(first)
+    fill_caches([cached], first)
     (path,) = stored(cached)
-    cached.fill(second)  # a shard with keys alone
+    fill_caches([cached], second)  # a shard with keys alone
     path.unlink()
     cached = CachedTeacher(tiny(), tmp_path)
-    cached.fill(second)
+    fill_caches([cached], second)
     assert_equal_targets(cached, tiny(), second.samples())
 
 
@@ -1313,7 +1357,7 @@ def test_a_live_teacher_sees_no_more_pixels_than_the_student(kind, calls):
 
 def test_a_cache_refuses_views_that_it_does_not_hold(tmp_path):
     cached, samples = CachedTeacher(tiny(), tmp_path), Pictures(1).samples()
-    cached.fill(Pictures(1))
+    fill_caches([cached], Pictures(1))
     assert len(cached.targets(samples, [(32, 32)], None).patches) == 1
     with pytest.raises(TeacherError, match="pass --cache none"):
         cached.targets(samples, [(32, 32)], [(0.0, 0.0, 0.5, 0.5)])
@@ -1321,7 +1365,7 @@ def test_a_cache_refuses_views_that_it_does_not_hold(tmp_path):
 
 def test_longer_shard_and_garbage_are_refused(tmp_path):
     cached = CachedTeacher(tiny(), tmp_path)
-    cached.fill(Pictures(6))
+    fill_caches([cached], Pictures(6))
     (path,) = stored(cached)
     data = path.read_bytes()
     for bad in (data + b"x", b"\xff" * 500, data[:-8] + b"TEACHER0"):
@@ -1333,7 +1377,7 @@ def test_longer_shard_and_garbage_are_refused(tmp_path):
 def test_one_flipped_byte_is_noticed(tmp_path):
     cached = CachedTeacher(tiny(), tmp_path)
     samples = Pictures(6).samples()
-    cached.fill(Pictures(6))
+    fill_caches([cached], Pictures(6))
     (path,) = stored(cached)
     data = bytearray(path.read_bytes())
     data[100] ^= 1
@@ -1344,8 +1388,8 @@ def test_one_flipped_byte_is_noticed(tmp_path):
 
 def test_another_teachers_shard_is_refused_by_name(tmp_path):
     one, two = CachedTeacher(tiny(), tmp_path), CachedTeacher(tiny(SEMANTIC), tmp_path)
-    one.fill(Pictures(6))
-    two.fill(Pictures(6))
+    fill_caches([one], Pictures(6))
+    fill_caches([two], Pictures(6))
     assert one.folder != two.folder
     (path,) = stored(one)
     path.rename(two.folder / path.name)
@@ -1367,11 +1411,16 @@ def test_a_cache_that_does_not_fit_is_refused_before_any_work(tmp_path, monkeypa
     assert pictures.loads == 0
     free[0] += 1
     fill_caches(caches, pictures)
+    free[0], large, looked = 10 * bytes_of_three, Pictures(5_000), []
+    large.key = lambda i: looked.append(i) or str(i)
+    with pytest.raises(TeacherError, match="5000 pictures"):
+        fill_caches(caches, large)
+    assert len(looked) <= 1000
 
 
 def test_a_picture_that_was_never_cached_is_named(tmp_path):
     cached = CachedTeacher(tiny(), tmp_path)
-    cached.fill(Pictures(6))
+    fill_caches([cached], Pictures(6))
     stranger = Pictures(1, seed=5).samples()[0]
     with pytest.raises(TeacherError, match=rf"nothing on '5/0' \(digest {stranger.digest}\)"):
         cached.targets([stranger])
@@ -1379,7 +1428,7 @@ def test_a_picture_that_was_never_cached_is_named(tmp_path):
 
 def test_a_shard_of_another_process_is_found_on_demand(tmp_path):
     reader, writer = CachedTeacher(tiny(), tmp_path), CachedTeacher(tiny(), tmp_path)
-    writer.fill(Pictures(6))
+    fill_caches([writer], Pictures(6))
     assert_equal_targets(reader, tiny(), Pictures(6).samples())
 
 
@@ -1391,7 +1440,7 @@ def test_features_that_fp16_cannot_hold_are_refused(tmp_path):
     )
     cached = CachedTeacher(teachers.Teacher("big", large), tmp_path)
     with pytest.raises(TeacherError, match=r"teacher big: features of .* not finite"):
-        cached.fill(Pictures(2))
+        fill_caches([cached], Pictures(2))
     assert stored(cached) == []
 
 
@@ -1402,13 +1451,13 @@ def test_full_disk_is_one_clear_error(tmp_path, monkeypatch):
     cached = CachedTeacher(tiny(), tmp_path)
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(TeacherError, match=r"can't write .*\.features: No space left"):
-        cached.fill(Pictures(6))
+        fill_caches([cached], Pictures(6))
     assert list(cached.folder.iterdir()) == []
 
 
 def test_shard_layout_is_summary_registers_patches(tmp_path):
     cached = CachedTeacher(tiny(), tmp_path)
-    cached.fill(Pictures(1))
+    fill_caches([cached], Pictures(1))
     data, index = read_shard(stored(cached)[0], cached.fingerprint)
     ((offset, h, w, _),) = index["records"].values()
     live = tiny().targets(Pictures(1).samples())
@@ -1514,11 +1563,11 @@ def test_a_picture_replaced_at_equal_byte_size_is_computed(tmp_path, monkeypatch
     for i in range(4):
         Image.new("RGB", (64, 48), (60 * i, 0, 0)).save(root / f"{i}.bmp")
     cached = CachedTeacher(tiny(), tmp_path / "features")
-    cached.fill(packing.open_source(str(root)))
+    fill_caches([cached], packing.open_source(str(root)))
     Image.new("RGB", (64, 48), (0, 200, 0)).save(root / "2.bmp")
     source, looked = packing.open_source(str(root)), []
     monkeypatch.setattr(cached, "prepare", lambda x: looked.append(x) or tiny().prepare(x))
-    cached.fill(source)
+    fill_caches([cached], source)
     assert len(looked) == 1 and looked[0][1].mean() > 0.7
     assert_equal_targets(cached, tiny(), [source.load(i) for i in range(4)])
 
@@ -1530,3 +1579,15 @@ def test_the_cache_refuses_channels_that_fp16_rounds_away():
     assert teachers.lost_in_half(tokens_MC + torch.tensor([0, 4096, 0, 4096])) == 2
     dead = tokens_MC * torch.tensor([1, 1e-6, 1, 1]) + torch.tensor([0, 4096, 0, 0])
     assert teachers.lost_in_half(dead) == 0  # it says nothing anyway
+
+
+def test_channels_are_checked_where_each_shard_holds_few_pictures(tmp_path, monkeypatch):
+    def read(network, pixels_BCHW):  # blue lies about 4096, where the step of fp16 is 4
+        summary_BC, map_BhwC, _ = cell_means(network, pixels_BCHW)
+        return summary_BC, map_BhwC + torch.tensor([0, 0, 4096]), None
+
+    backbone = Backbone(torch.nn.Identity(), read, SizeRule("native", 8, 64), teachers.NONE)
+    cached = CachedTeacher(Teacher("blue", backbone), tmp_path)
+    monkeypatch.setattr(teachers, "SHARD_IMAGES", 3)
+    with pytest.raises(TeacherError, match="teacher blue: 1 of 3 channels vary too little"):
+        fill_caches([cached], Pictures(16))

@@ -461,7 +461,8 @@ def train_for(cfg: train.TrainConfig, steps=0, ready=lambda _: None, teachers=No
 def whole_pictures(run: Run) -> list:
     """A run's data, but with the pictures as they are in its samples."""
     sources, _ = train.open_sources(run.cfg)
-    return train.make_stages(run.cfg, sources, run.state.student.config, CPU, None)
+    stages = train.make_stages(run.cfg, sources, run.state.student.config, CPU, run.teachers)
+    return [dataclasses.replace(data, teachers=None) for data in stages]
 
 
 def raw(teacher: Teacher, batch: PackedBatch):
@@ -957,6 +958,16 @@ def test_a_report_looks_no_closer_than_the_run(tmp_path):
     assert features.patches["trunk"].shape[:2] == (5, 6)  # 36 at most, as of 96^2 px
 
 
+def test_the_picture_of_a_large_source_looks_at_a_few(monkeypatch):
+    source = packing.Subset(packing.open_source("openmoji:train:24"), np.zeros(10**6, int))
+    job = SimpleNamespace(cfg=DEBUG, sources=[source], held_out=None, teachers=[], out=Path("x"))
+    monkeypatch.setattr(train, "pca_sheet", lambda *_: None)
+    monkeypatch.setattr(train, "first_pictures", lambda given, _: (seen.append(len(given)), {}))
+    seen: list[int] = []
+    train.draw_pca(job, None)
+    assert 8 < seen[0] <= 100
+
+
 def test_kept_checkpoints(tmp_path):
     run(tmp_path, "--save-every", "1", "--keep", "2", "--keep-every", "3")
     assert [int(path.name[5:]) for path in train.checkpoints(tmp_path)] == [3, 5, 6]
@@ -1039,6 +1050,12 @@ def test_the_learning_rate_by_hand():
         assert train.set_lr(cfg, optimizer, step) == pytest.approx(2 * share, rel=1e-5)
         rates = [group["lr"] for group in optimizer.param_groups]
         assert rates == pytest.approx([share, share, 2 * share, 2 * share], rel=1e-5)
+
+
+def test_a_warm_up_longer_than_the_run_ends_with_it():
+    cfg = dataclasses.replace(DEBUG, steps=10, warmup=10**6, lr=2.0)
+    optimizer = SimpleNamespace(param_groups=[])
+    assert [train.set_lr(cfg, optimizer, step) for step in (5, 10)] == [1.0, 2.0]
 
 
 def test_the_first_step_is_as_long_as_the_learning_rate_of_step_1():
@@ -1229,7 +1246,7 @@ def test_the_weights_of_sources_decide_how_often_they_are_seen(tmp_path):
     for weights, share in (((), 1 / 3), ((3.0, 1.0), 3 / 4)):
         cfg = dataclasses.replace(DEBUG, data=folders, data_weights=weights)
         sources = [packing.open_source(folder) for folder in folders]
-        (data,) = train.make_stages(cfg, sources, MODELS["test"], CPU, None)
+        (data,) = train.make_stages(cfg, sources, MODELS["test"], CPU, [])
         keys = [s.key for step in range(8) for batch in data[step] for s in batch.samples]
         found = sum(key.startswith("a/") for key in keys) / len(keys)
         assert len(keys) > 100 and found == pytest.approx(share, abs=0.06)
@@ -1244,7 +1261,7 @@ def test_a_stream_draws_from_its_sources_in_packs_of_so_many_pictures(tmp_path):
         DEBUG, data=folders, stages=(train.Stage(1.0, streams),), max_images=3
     )
     sources = [packing.open_source(folder) for folder in folders]
-    (data,) = train.make_stages(cfg, sources, MODELS["test"], CPU, None)
+    (data,) = train.make_stages(cfg, sources, MODELS["test"], CPU, [])
     packs = [[sample.key[0] for sample in batch.samples] for batch in data[0]]
     assert packs == [["b"] * 3, ["b"] * 3, ["a"] * 3]
 
@@ -1705,6 +1722,13 @@ def test_stages_follow_each_other_also_through_interruptions(tmp_path, monkeypat
     assert_same_end(tmp_path / "cut", tmp_path / "whole")
 
 
+def test_a_stage_of_no_steps_is_left_out():
+    stages = (train.Stage(0.4, DEBUG.stages[0].streams), DEBUG.stages[0])
+    cfg = dataclasses.replace(DEBUG, steps=1, stages=stages)
+    assert cfg.stage_bounds() == [(0, 0), (0, 1)]
+    assert len(train_for(cfg, steps=1).reports) == 1
+
+
 def test_each_stage_has_an_order_of_its_own():
     stages = (train.Stage(0.5, DEBUG.stages[0].streams), train.Stage(1.0, DEBUG.stages[0].streams))
     both = train_for(dataclasses.replace(DEBUG, stages=stages)).stages
@@ -1756,6 +1780,8 @@ def test_a_restart_by_the_launcher_goes_on_whatever_resume_says(tmp_path, monkey
     assert train.find_start(cfg, {}) is None
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert train.find_start(cfg, {}) == tmp_path / "step_000002"
+    monkeypatch.setattr(train, "LAUNCHER", -1)  # the folder is of before this torchrun
+    assert train.find_start(cfg, {}) is None
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "no manifest", "other student"])
@@ -1949,6 +1975,20 @@ def test_one_run_at_a_time_in_a_folder(tmp_path, monkeypatch):
     assert not out.exists()
 
 
+def test_another_runs_folder_is_refused_before_a_cache_is_filled(tmp_path, stopped, monkeypatch):
+    out = shutil.copytree(stopped, tmp_path / "out")
+    monkeypatch.setattr(train, "fill_caches", lambda *_: pytest.fail("the cache was filled"))
+    with pytest.raises(SystemExit, match=r"another run\. teachers: .* cached"):
+        run(out, "--cache", str(tmp_path / "cache"))
+
+
+def test_an_init_is_known_by_its_content_or_its_name_on_the_hub(tmp_path):
+    for text in ("facebook/dinov2-base@8", "facebook/dinov2-large@3", "builtin:vit-s@8"):
+        assert train.content_of(f"v={text}") == text
+    for gone in (tmp_path / "gone", tmp_path / "no" / "such.pt"):
+        assert train.content_of(f"v={gone}") is None
+
+
 def test_damaged_checkpoints_only_stop_the_run_with_the_way_out(tmp_path, stopped):
     out = shutil.copytree(stopped, tmp_path / "out")
     (out / "step_000002" / "state.pt").write_bytes(b"x")
@@ -2000,7 +2040,46 @@ def test_resume_from_a_folder_goes_on_in_its_own(tmp_path, stopped, reference, m
     kept = tree(out)
     assert totals(run(out, "--resume", str(out / "step_000004"))) == totals(rows_of(reference))
     assert tree(tmp_path / "out.1") == kept
-    assert [path.name for path in train.checkpoints(out)] == ["step_000006"]
+    assert [path.name for path in train.checkpoints(out)] == ["step_000004", "step_000006"]
+
+
+def test_going_back_loses_neither_the_way_back_nor_what_came_after(
+    tmp_path, reference, monkeypatch
+):
+    out = shutil.copytree(reference, tmp_path / "out")
+    flags = ("--resume", str(out / "step_000002"))
+    with monkeypatch.context() as patch:
+        interrupt_before(3, patch)  # before its first save
+        with pytest.raises(Interrupted):
+            run(out, *flags)
+    seen = watch_steps(monkeypatch)
+    for _ in range(2):  # the same command goes on, and back no more
+        assert totals(run(out, *flags)) == totals(rows_of(reference))
+        assert [step for step, _, _ in seen] == [3, 4, 5, 6]
+    assert tree(tmp_path / "out.1") == tree(reference) and not (tmp_path / "out.2").exists()
+
+
+def test_resume_from_a_whole_run_has_its_student_in_the_new_folder(
+    tmp_path, reference, monkeypatch
+):
+    monkeypatch.setattr(train, "finish", train.saved_student)
+    (tmp_path / "step_000006.tmp").mkdir()  # of a run that was killed here
+    run(tmp_path, "--resume", str(reference / "step_000006"))
+    for path in (tmp_path, tmp_path / "step_000006"):
+        assert (path / "model.pt").read_bytes() == (reference / "model.pt").read_bytes()
+
+
+def test_where_a_run_goes_back(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert not train.rewinds(dataclasses.replace(DEBUG, out="."))
+    for step in (999_999, 1_000_000):
+        cfg = dataclasses.replace(DEBUG, out=".", resume=f"step_{step}")
+        Path(cfg.resume).mkdir()
+        job = SimpleNamespace(folder=Path(cfg.resume), out=Path("."), cfg=cfg)
+        job.record = {"step": step}
+        assert train.stays(job)
+    job.folder, job.record = Path("step_999999"), {"step": 999_999}
+    assert not train.stays(job)
 
 
 @pytest.mark.parametrize("damage", ["torn", "nul", "bad line", "utf8", "empty", "gone"])
@@ -2188,7 +2267,45 @@ def test_a_signal_ends_a_run_that_has_nothing_to_save_and_waits_for_a_step(numbe
         stop.is_awaited = True
         os.kill(os.getpid(), number)
         assert stop.number == number
+        stop.is_awaited = False  # the report, which nothing waits for
+        with pytest.raises(SystemExit):
+            os.kill(os.getpid(), number)
+            time.sleep(1)
     assert signal.getsignal(number) == before
+
+
+def test_a_signal_during_the_last_save_ends_before_the_report(tmp_path, monkeypatch):
+    whole = train.write_checkpoint
+
+    def hit(folder: Path, *given: Any) -> None:
+        whole(folder, *given)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(train, "write_checkpoint", hit)
+    monkeypatch.setattr(train, "finish", lambda *_: pytest.fail("the report was begun"))
+    with pytest.raises(SystemExit) as left:
+        run(tmp_path, "--steps", "1")
+    assert left.value.code == 128 + signal.SIGTERM
+    assert [path.name for path in train.checkpoints(tmp_path)] == ["step_000001"]
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (train.Standstill("step 4: not finite"), "train.py: step 4: not finite"),
+        (OSError("no space"), "train.py: no space"),
+        (RuntimeError("gloo: connection closed"), 143),
+        (RuntimeError("DataLoader worker (pid 1) is killed"), 143),
+    ],
+)
+def test_after_a_signal_only_the_leaving_of_others_is_silent(error, words, monkeypatch):
+    monkeypatch.setattr(train.STOP, "number", signal.SIGTERM)
+    assert train.last_words(error) == words
+
+
+def test_an_error_without_words_is_an_error():
+    with pytest.raises(train.Standstill, match="OSError"):
+        train.on_main(lambda: (_ for _ in ()).throw(OSError()))
 
 
 def test_too_many_bad_pictures_stop_the_run(tmp_path):
@@ -2590,7 +2707,7 @@ def test_lost_shards_and_pictures_count_and_harmless_files_do_not(tmp_path, caps
     folder = dataclasses.replace(config, data=(str(tmp_path / "pictures"),) * 2)
     sources, held_out = train.open_sources(folder)
     capsys.readouterr()
-    assert len(train.note_scan(folder, sources)) == 30
+    train.note_scan(folder, sources)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2 and lines[0].startswith("skipped 30 files: ._000.jpg, ")
     assert f"scores pictures of {folder.data[0]}, the first" in lines[1]
@@ -2610,10 +2727,10 @@ def test_with_cached_features_no_picture_leaves_the_loader(tmp_path):
     live = [train.load_teacher(train.parse_teacher(text)) for text in cfg.teachers]
     cached = [train.CachedTeacher(teacher, tmp_path) for teacher in live]
     sources, _ = train.open_sources(cfg)
-    for teachers, own, seen in ((cached, False, 0), (live, False, 2), (None, True, 0)):
+    for teachers, seen in ((cached, 0), (live, 2)):
         (data,) = train.make_stages(cfg, sources, MODELS["test"], CPU, teachers)
         pixels = [s.image.size for batch in data[0] for s in batch.samples]
-        assert (min(pixels) > 0) == (max(pixels) > 0) == own
+        assert max(pixels) == 0
         assert {len(batch.pixels) for batch in data[0]} == {seen}
 
 
