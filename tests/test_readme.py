@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -138,10 +139,14 @@ def test_modules_import_with_the_core_packages_alone():
 
 @pytest.mark.slow
 def test_the_examples_run_one_after_the_other(tmp_path):
-    """The Python blocks of README and CONTRIBUTING, in a folder with a student and a picture."""
+    """The Python blocks of README and CONTRIBUTING, in a folder with two students and a picture."""
     blocks = re.findall(r"```python\n(.*?)```", README + PAGES["CONTRIBUTING.md"], re.S)
     (tmp_path / "docs").mkdir()
     save_student(Student(MODELS["nano"]), tmp_path / "docs" / "student.pt")
+    small = dict(dim=48, n_layers=1, n_heads=3, head_dim=16, ffn_dim=96, heads=())
+    (tmp_path / "runs" / "warm").mkdir(parents=True)
+    radio = Student(replace(MODELS["radio-b"], **small))
+    save_student(radio, tmp_path / "runs" / "warm" / "model.pt")
     Image.new("RGB", (64, 48)).save(tmp_path / "photo.jpg")
     text = "\n".join(blocks).replace('hub.load(".",', f"hub.load({str(ROOT)!r},")
     (tmp_path / "example.py").write_text(text)
