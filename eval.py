@@ -216,12 +216,23 @@ def take(found: FeatureSet, places: list[int]) -> FeatureSet:
     return replace(found, samples=samples, summary=summary, patches=patches, dense=dense)
 
 
+WHERE = {"label": "its first folder's name, or a .cls", "caption": "a .txt", "mask": "a .mask.png"}
+
+
+def bare_of(side: str, what: str, bare: Sequence[str], count: int) -> str:
+    """The message where pictures lack what a figure is made of."""
+    return (
+        f"{side}: {len(bare)} of {count} have no {what}, {WHERE.get(what, 'it')} beside the "
+        f"picture: {list(bare[:5])}; add it, or take them out"
+    )
+
+
 def known(found: FeatureSet, what: str, side: str) -> list[Any]:
     """A field of every sample; samples without it are an error that names them."""
     values = [getattr(sample, what) for sample in found.samples]
     bare = [s.key for s, value in zip(found.samples, values, strict=True) if value is None]
     if bare or not values:
-        raise ValueError(f"{side}: {len(bare)} of {len(values)} have no {what}: {bare[:5]}")
+        raise ValueError(bare_of(side, what, bare, len(values)))
     return values
 
 
@@ -1066,7 +1077,7 @@ def check_fields(args: argparse.Namespace, models: Any, train: Any, test: Any) -
         # A drawing's record says how it is drawn; its mask comes of that.
         bare = [record["key"] for record in records if what not in record and "spec" not in record]
         if bare:
-            raise ValueError(f"{side}: {len(bare)} of {len(source)} have no {what}: {bare[:5]}")
+            raise ValueError(bare_of(side, what, bare, len(source)))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

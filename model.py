@@ -1561,7 +1561,10 @@ def save_transformers(student: Student, folder: str | Path) -> None:
     """
     config, state = student.config, Weights(student.state_dict())
     if config.form != "radio" or config.gated_ffn:
-        raise ValueError(f"{folder}: RadioModel is no {config.form} form with {config.gated_ffn=}")
+        raise ValueError(
+            f"RadioModel is not of {config.form} form with gated_ffn={config.gated_ffn}: take "
+            "torch.hub or save_onnx, or a student that --preset warm trained"
+        )
     x, heads = state.without("heads."), {k: w for k, w in state.items() if k.startswith("heads.")}
     if config.patch_bias:  # each patch gets one entry of the table, or a mean of four
         x["positions.pos_embed"] = x["positions.pos_embed"] + x.take("embed.bias")

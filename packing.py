@@ -1085,7 +1085,7 @@ def _chunks(part: Path | bytes) -> Iterator[list[bytes]]:
         first = b"" if isinstance(part, bytes) else file.readline(2**24)
         header, hashed, found = _object(first), hashlib.sha256(), 0
         if header.get("format") != "amoe-index" and isinstance(part, Path):
-            raise ValueError(f"{part}: not an index file")
+            raise ValueError(f"{part}: not an index file; a picture is given by its folder")
         for name in ("version", "count", "sha256") if first else ():
             if name not in header:
                 raise ValueError(f"{part!s}: its first line has no {name}; see `write_index`")

@@ -778,8 +778,8 @@ def embed(args: argparse.Namespace, group: Group) -> None:
     teacher = load_teacher(parse_teacher(args.teacher), group.device)
     if not teacher.summary_dim:
         raise ValueError(f"teacher {teacher.name} has no summary to embed with; take another")
-    args.out.mkdir(parents=True, exist_ok=True)
     sources = named_apart(args.source)
+    args.out.mkdir(parents=True, exist_ok=True)
     plan = [(s, a) for s in sources for a in range(0, len(s), args.part_rows)]
     paths = [args.out / f"part-{n:05d}" for n in range(len(plan))]
     mine = range(group.rank, len(plan), group.world)

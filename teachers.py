@@ -349,7 +349,10 @@ def load_backbone(spec: TeacherSpec) -> Backbone:
     is_hub_id = looks_like and not (path.exists() or path.parent.exists())
     if is_hub_id or (path / "config.json").is_file():
         return load_transformers(spec)
-    raise TeacherError(f"teacher {spec.name}: {path} is no file nor a folder with a config.json")
+    raise TeacherError(
+        f"teacher {spec.name}: {path} is no file nor a folder with a config.json; a hub id is "
+        f"OWNER/NAME, and built in are {', '.join(f'builtin:{name}' for name in WHEELS)}"
+    )
 
 
 class Family(NamedTuple):

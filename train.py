@@ -1617,7 +1617,7 @@ class StopSignal:
         is_first, self.number = not self.number, number
         if not self.is_awaited:
             if is_first:
-                say("told to stop: no step is to be saved; the same command goes on")
+                say("told to stop: all steps are saved that were taken; the same command goes on")
             raise SystemExit(EXIT_SIGNALLED + number)
 
 
@@ -1722,7 +1722,7 @@ def check(cfg: TrainConfig) -> None:
         (cfg.shift < side / 16,
          f"--shift {cfg.shift} is beyond the {side // 16} patches of the smallest pictures' side"),
         (cfg.frozen_steps <= cfg.steps,
-         f"--frozen-steps {cfg.frozen_steps} is beyond --steps {cfg.steps}"),
+         f"--frozen-steps {cfg.frozen_steps} is beyond --steps {cfg.steps}; pass fewer of them"),
         (untils == sorted(untils) and untils[-1] == 1.0,
          f"stages end at {untils}; they must rise to 1.0"),
         (names and len(set(names)) == len(names),
