@@ -222,8 +222,8 @@ WHERE = {"label": "its first folder's name, or a .cls", "caption": "a .txt", "ma
 def bare_of(side: str, what: str, bare: Sequence[str], count: int) -> str:
     """The message where pictures lack what a figure is made of."""
     return (
-        f"{side}: {len(bare)} of {count} have no {what}, {WHERE.get(what, 'it')} beside the "
-        f"picture: {list(bare[:5])}; add it, or take them out"
+        f"{side}: {len(bare)} of {count} have no {what} ({WHERE[what]} beside the picture): "
+        f"{list(bare[:5])}; add it, or take them out"
     )
 
 
