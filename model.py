@@ -1781,8 +1781,8 @@ def load_pretrained(student: Student, given: Student) -> set[str]:
     except RuntimeError as error:
         shapes = (f"{c.n_layers} blocks of width {c.dim}" for c in (given.config, student.config))
         raise ValueError(
-            "--init: the file has {}, --model {}, or other parts; choose the --model that it was, or "
-            "--model init".format(*shapes)
+            "--init: the file has {}, --model {}, or other parts; choose the --model that it was, "
+            "or --model init".format(*shapes)
         ) from error
     return heads
 
