@@ -1970,9 +1970,10 @@ def test_one_run_at_a_time_in_a_folder(tmp_path, monkeypatch):
     other.kill()
     other.wait()
     monkeypatch.undo()
-    train.own(out)
-    train.disown(out)
-    assert not out.exists()
+    for folder, was_there in ((out, True), (tmp_path / "new", False)):
+        train.own(folder)
+        train.disown(folder)
+        assert folder.exists() == was_there and not (folder / "lock").exists()
 
 
 def test_another_runs_folder_is_refused_before_a_cache_is_filled(tmp_path, stopped, monkeypatch):
