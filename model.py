@@ -1779,11 +1779,8 @@ def load_pretrained(student: Student, given: Student) -> set[str]:
     try:
         student.load_state_dict(state | {n: x for n, x in ours.items() if n.startswith(new)})
     except RuntimeError as error:
-        shapes = (f"{c.n_layers} blocks of width {c.dim}" for c in (given.config, student.config))
-        raise ValueError(
-            "--init: the file has {}, --model {}, or other parts; choose the --model that it was, "
-            "or --model init".format(*shapes)
-        ) from error
+        remedy = "choose the --model that it was, or --model init"
+        raise ValueError(f"--init: {' '.join(str(error).split())[:300]}; {remedy}") from error
     return heads
 
 
