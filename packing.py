@@ -985,6 +985,11 @@ def hold_out(source: Source, fraction: float, seed: int = 0) -> tuple[Subset, Su
     return subset(source, lambda ids_M: ~is_test_N[ids_M]), test
 
 
+def skipped_by(sources: Iterable[Source]) -> Skipped:
+    """What the scans of some sources left out, key or file -> reason."""
+    return {name: why for source in sources for name, why in source.skipped.items()}
+
+
 def left_out(skipped: Skipped, most: int = 10) -> Iterator[str]:
     """A line per reason: how many files were left out for it, and the first names."""
     groups: dict[str, list[tuple[str, str]]] = {}
@@ -1579,7 +1584,7 @@ def scanned(paths: Sequence[Path], root: Path) -> Table:
 
     def scan(numbers: range) -> list[Scan]:
         with ThreadPoolExecutor(min(8, len(paths))) as threads:
-            found = threads.map(lambda n: _scan(paths[n], root, looks[n]), numbers)
+            found = threads.map(lambda n: _scan(paths[n], root, looks[n], state[n]), numbers)
             title = f"scan {root}"
             return list(progress(found, title, len(numbers), "tar") if len(paths) > 1 else found)
 
@@ -1617,16 +1622,15 @@ def _join(scans: dict[str, Scan]) -> Table:
     return table
 
 
-def _scan(path: Path, root: Path, files: Files) -> Scan:
+def _scan(path: Path, root: Path, files: Files, state: str) -> Scan:
     """Index lines and skipped files of the folder `root`, or of a shard below it.
 
-    They are kept; what failed for a reason that may pass is not.
+    They are kept under their `_state`; what failed for a reason that may pass is not.
     """
     found, odd = files
     unseen = sum(why.startswith(UNSEEN) for why in odd.values())
     if path != root and not found:
         return Scan(b"", 0, odd, 0, False, True)
-    state = _state(path, root, files)
     kept = cache_home() / "scans" / hash_of(str(path.resolve())) / f"{state}.jsonl"
     with contextlib.suppress(OSError, ValueError):
         header = read_index(kept)[0]
@@ -1677,6 +1681,11 @@ def write_whole(path: str | Path, content: bytes | Callable[[BinaryIO], Any]) ->
         raise
 
 
+def is_main() -> bool:
+    """True in the one process that prints; holds before the process group is there, too."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def rank_and_world() -> tuple[int, int]:
     """(0, 1) without a process group."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -1722,9 +1731,8 @@ class Number:
         ends = [f"above {low:g}" if self.above else f"at least {low:g}"] * (low > -math.inf)
         ends += [f"below {high:g}" if self.below else f"at most {high:g}"] * (high < math.inf)
         what = "a whole number" if self.kind is int else "a finite number"
-        return " ".join([what, " and ".join(ends)]).strip() + f", or 0: {self.zero}" * bool(
-            self.zero
-        )
+        zero = f", or 0: {self.zero}" if self.zero else ""
+        return f"{what} {' and '.join(ends)}".strip() + zero
 
     def __contains__(self, value: Any) -> bool:
         kinds = (int,) if self.kind is int else (int, float)
@@ -1788,8 +1796,7 @@ def progress(
         count = "{desc}: {n_fmt}/{total_fmt} {unit}, {elapsed}<{remaining}, {rate_fmt}{postfix}"
         how = {"file": _Lines(), "mininterval": 30, "maxinterval": 30, "miniters": 1, "delay": 20}
         how["bar_format"] = count
-    silent = int(os.environ.get("RANK", "0")) > 0  # there before the process group is, too
-    return tqdm(items, title, total, unit=unit, initial=initial, disable=silent, **how)
+    return tqdm(items, title, total, unit=unit, initial=initial, disable=not is_main(), **how)
 
 
 # ---- The loader and the process group

