@@ -32,7 +32,7 @@ import threading
 import time
 from collections import ChainMap
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stderr, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stderr, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -375,7 +375,11 @@ def build_student(cfg: TrainConfig, teachers: Teachers) -> tuple[Student, set[st
     for teacher in teachers:
         if student.heads[teacher.name].spec.pool:
             model.copy_pool(student.heads[teacher.name].pool, teacher.backbone.network.head)
-    return student, model.load_pretrained(student, given) if given else set()
+    if not given:
+        return student, set()
+    kept = model.load_pretrained(student, given)
+    note_heads(cfg.init, kept, {*student.heads}, {*given.heads})
+    return student, kept
 
 
 def head_spec(
@@ -396,8 +400,13 @@ def head_spec(
     if hasattr(pool, "probe"):
         kind |= {"pool_hidden": pool.mlp.fc1.out_features, "pool_heads": pool.attention.num_heads}
         return model.AdapterSpec(name, dim, dim, pool=True, pool_eps=pool.layernorm.eps, **kind)
-    # registers are matched one to one, so there must be as many (AMoE: DINOv3's 4)
+    # Registers are matched one to one, so there must be as many (AMoE: DINOv3's 4).
     has_registers = teacher.registers == base.registers > 0
+    if teacher.registers and not has_registers:
+        say(
+            f"teacher {name} has {teacher.registers} registers, the student {base.registers}: they "
+            "are matched one to one, so these have no loss; it takes a --model with as many"
+        )
     return model.AdapterSpec(name, dim, summary_dim, registers=has_registers, split=True, **kind)
 
 
@@ -407,10 +416,9 @@ def head_spec(
 def make_stages(
     cfg: TrainConfig, sources: list[Source], config: ModelConfig, group: Group, teachers: Teachers
 ) -> list[StepData]:
-    """One `StepData` per stage; each stage starts its own epoch 0.
+    """One `StepData` per stage, each with an epoch 0 of its own.
 
-    What the live `teachers` see of a picture is made in the loader's workers, which then keep the
-    picture itself.
+    What live teachers see of a picture is made in the loader's workers, which then keep it.
     """
     live = {t.name: t.size_for for t in teachers if not isinstance(t, CachedTeacher)}
     shares = cfg.data_weights or tuple(float(len(s)) for s in sources)
@@ -560,14 +568,11 @@ def forward(state: State, step: int, batch: PackedBatch) -> StudentOutput:
         windows_B5 = torch.cat([torch.zeros(0, 5), *rows])
     with model.autocast(batch.patches_MX.device, cfg.precision):
         out = state.replica(batch, windows_B5)
-    return dataclasses.replace(out, summary=summaries(state, out))
-
-
-def summaries(state: State, out: StudentOutput) -> dict[str, Tensor]:
-    """Predicted summaries in the space of the loss; a pooling head answers in the teacher's."""
-    pooled = {head.name for head in state.student.config.heads if head.pool}
-    norms = {name: state.spaces[name].parts["summary"] for name in pooled}
-    return {k: norms[k].normalize(v) if k in pooled else v for k, v in out.summary.items()}
+    # A teacher's frozen pooling head answers as the teacher does.
+    pooled = [head.name for head in state.student.config.heads if head.pool]
+    spaces = {name: state.spaces[name].parts["summary"] for name in pooled}
+    normal = {name: space.normalize(out.summary[name]) for name, space in spaces.items()}
+    return dataclasses.replace(out, summary=out.summary | normal)
 
 
 def feature_losses(
@@ -769,10 +774,12 @@ class StepReport:
 def open_run(
     cfg: TrainConfig, teachers: Teachers, sources: list[Source], held_out: Source | None
 ) -> Job:
-    """Join the processes and choose the checkpoint to go on from; writes nothing."""
+    """Join the processes, choose the checkpoint to go on from, fill the caches of the teachers that
+    have one; writes nothing to the run folder."""
     need("matplotlib", "curves.png")
     group, identity = start_process(cfg), identity_of(cfg, sources, teachers)
     folder = on_main(lambda: find_start(cfg, identity))
+    fill(cfg, teachers, [*sources, held_out] if held_out else sources)
     record: dict[str, Any] = {"step": 0, "seconds": 0.0, "images": 0, "tokens": 0, "bad": 0}
     record |= {"skipped": packing.skipped_by(sources), "place": []}  # of the data, in its stage
     return Job(cfg, group, teachers, sources, held_out, folder, identity, record)
@@ -793,8 +800,6 @@ def resume(job: Job, state: State, stages: list[StepData]) -> int:
     for data, _ in going_on(job):
         packing.start_at(data, job.record["place"])
     step = job.record["step"]
-    if job.group.rank == 0:
-        note_registers(state.student.config, job.teachers)
     on_main(lambda: begin_folder(job, about))
     if step:
         say(f"resumed at step {step}")
@@ -929,18 +934,13 @@ def sum_over_ranks(values: Tensor) -> Tensor:
 def gather_rows(rows_BC: Tensor) -> tuple[Tensor, slice]:
     """All ranks' rows in rank order, without gradient, and where this rank's own lie."""
     rank, world = rank_and_world()
-    if world == 1:
-        return rows_BC, slice(0, len(rows_BC))
     sizes = torch.zeros(world, dtype=torch.int64)  # on the host, see `setup_distributed`
     sizes[rank] = len(rows_BC)
-    counts = sum_over_ranks(sizes).tolist()
-    padded = rows_BC.new_zeros(max(counts), rows_BC.shape[1])
-    padded[: len(rows_BC)] = rows_BC
-    parts = [torch.empty_like(padded) for _ in counts]
-    dist.all_gather(parts, padded)
-    start = sum(counts[:rank])
-    everyone = torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)])
-    return everyone, slice(start, start + len(rows_BC))
+    ends = sum_over_ranks(sizes).cumsum(0).tolist()
+    own = slice(ends[rank] - len(rows_BC), ends[rank])
+    everyone_BC = rows_BC.new_zeros(ends[-1], rows_BC.shape[1])
+    everyone_BC[own] = rows_BC.detach()
+    return sum_over_ranks(everyone_BC), own
 
 
 def merge_skipped(parts: list[dict[str, str]], any_rank: bool) -> dict[str, str]:
@@ -1055,10 +1055,7 @@ WHOLE = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def state_dict(state: State) -> dict[str, Any]:
-    """Everything that the next step depends on, but the data, which is a function of the step.
-
-    A collective call under FSDP2: rank 0 gets whole tensors.
-    """
+    """All that the next step depends on but the data; a collective, rank 0 gets whole tensors."""
     return {
         "student": dcp.get_model_state_dict(state.student, options=WHOLE),
         "optimizer": dcp.get_optimizer_state_dict(state.student, state.optimizer, options=WHOLE),
@@ -1084,11 +1081,10 @@ def load_state(state: State, saved: dict[str, Any]) -> None:
     state.ada.load_state_dict(saved["adaloss"])
 
 
-def save_folded(state: State, saved: dict[str, Any], path: Path) -> None:
-    """Write the student that `load_student` reads: the running mean if there is one, with PHI-S
-    folded into its heads."""
+def save_folded(state: State, weights: dict[str, Tensor], path: Path) -> None:
+    """Write the student that `load_student` reads, with PHI-S folded into its heads."""
     folded = Student(state.student.config)
-    folded.load_state_dict(saved["student"] | saved["average"])
+    folded.load_state_dict(weights)
     for name, head in folded.heads.items():
         state.spaces[name].fold_into(head)
     model.save_student(folded, path)
@@ -1098,19 +1094,8 @@ def write_step(job: Job, state: State) -> None:
     """Write step_NNNNNN on rank 0, redraw the curves, drop the checkpoints that are not kept."""
     job.record["place"] = [x for here in going_on(job) for x in packing.place_of(*here)]
     saved = {**job.record, "identity": job.identity, **state_dict(state)}
-    on_main(lambda: write_files(job, state, saved))
-
-
-def write_files(job: Job, state: State, saved: dict[str, Any]) -> None:
-    weights = (saved["student"] | saved["average"]).items()
-    bad = [name for name, x in weights if x.is_floating_point() and not x.isfinite().all()]
-    if bad:
-        raise Standstill(
-            f"step {saved['step']}: not finite: {', '.join(bad[:3])}, {len(bad)} of the weights; "
-            f"they are not saved; {way_out(job.out)}"
-        )
-    write_checkpoint(job.newest, state, saved)
-    tidy(job)
+    on_main(lambda: write_checkpoint(job.newest, state, saved))
+    on_main(lambda: tidy(job))
 
 
 def link(path: Any, new: Any) -> None:
@@ -1153,21 +1138,23 @@ def fsync(path: Path) -> None:
 
 
 def write_checkpoint(folder: Path, state: State, saved: dict[str, Any]) -> None:
-    """Write `folder` so that it is whole or absent, whatever happens meanwhile.
-
-    All files go to a temporary folder and are flushed to the disk; the manifest with their SHA-256
-    comes last; a rename makes the folder appear. A full disk leaves the older checkpoints alone.
-    """
+    """Write `folder` so that it is whole or absent, whatever happens meanwhile: to a temporary one,
+    flushed to the disk, with a manifest of SHA-256s last, and by a rename."""
+    weights = saved["student"] | saved["average"]  # the running mean, if there is one
+    if bad := [n for n, x in weights.items() if x.is_floating_point() and not x.isfinite().all()]:
+        raise Standstill(
+            f"step {saved['step']}: not finite: {', '.join(bad[:3])}, {len(bad)} of the weights; "
+            f"they are not saved; {way_out(folder.parent)}"
+        )
     draft = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(draft, ignore_errors=True)
     try:
         draft.mkdir(parents=True)
-        save_folded(state, saved, draft / "model.pt")
-        fsync(draft / "model.pt")
+        save_folded(state, weights, draft / "model.pt")
         packing.write_whole(draft / "state.pt", lambda file: torch.save(saved, file))
         manifest = {name: sha256_of(draft / name) for name in ("model.pt", "state.pt")}
         made = {"version": VERSION, "sha256": manifest, "identity": saved.get("identity")}
-        packing.write_whole(draft / "manifest.json", json.dumps(made).encode())
+        write_json(draft / "manifest.json", made)
         fsync(draft)
         if folder.exists():  # a damaged one, or the same step
             shutil.rmtree(folder)
@@ -1181,14 +1168,25 @@ def write_checkpoint(folder: Path, state: State, saved: dict[str, Any]) -> None:
         ) from error
 
 
-def manifest_of(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "manifest.json").read_text())
+def write_json(path: Path, what: dict[str, Any]) -> None:
+    packing.write_whole(path, json.dumps(what, indent=1, allow_nan=False).encode())
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What a file of the run folder says; {} where there is none, or it can't be read."""
+    try:
+        return dict(json.loads(path.read_text()))
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, TypeError) as error:
+        say(f"{path} can't be read: {error}")
+    return {}
 
 
 def broken(folder: Path) -> str | None:
     """Why a checkpoint can't be trusted, or None."""
     try:
-        manifest = manifest_of(folder)
+        manifest = json.loads((folder / "manifest.json").read_text())
         if manifest["version"] != VERSION:
             return f"{folder} is of version {manifest['version']}, not {VERSION}"
         for name in ("model.pt", "state.pt"):
@@ -1205,13 +1203,6 @@ def checkpoints(out: Path) -> list[Path]:
     return sorted(found, key=lambda p: int(p.name[5:]))
 
 
-def begun(out: Path) -> dict[str, Any]:
-    """What config.json says of the run in a folder; {} where it can't be read."""
-    with suppress(OSError, ValueError):
-        return json.loads((out / "config.json").read_text())
-    return {}
-
-
 def launch() -> str:
     """The name of the torchrun that started this process, the same after it restarted it."""
     name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
@@ -1221,32 +1212,22 @@ def launch() -> str:
 def is_restart(cfg: TrainConfig) -> bool:
     """True where torchrun restarted a run that had begun: it goes on, whatever --resume said."""
     count = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-    return count > 0 and begun(Path(cfg.out)).get("launch") == launch()
-
-
-def rewinds(cfg: TrainConfig) -> bool:
-    """True where --resume names a checkpoint of the run folder itself, and this command has not
-    gone back to it yet."""
-    is_ours = Path(cfg.resume).resolve().parent == Path(cfg.out).resolve()
-    is_given = cfg.resume not in ("auto", "none")
-    before = begun(Path(cfg.out)).get("config", {}).get("resume")
-    return is_given and is_ours and before != cfg.resume
+    return count > 0 and read_json(Path(cfg.out) / "config.json").get("launch") == launch()
 
 
 def find_start(cfg: TrainConfig, identity: dict[str, Any]) -> Path | None:
-    """The checkpoint to go on from; None for a new run.
+    """The checkpoint to go on from: the newest whole one of the run folder, or, where that has none
+    yet, the one that --resume names. None for a new run.
 
-    It is the newest whole one of the run folder. Where there is none yet, or to go back in the same
-    folder, it is the one that --resume names.
     Raises: ValueError if it is of another run, or if all are damaged.
     """
-    own, reasons = checkpoints(Path(cfg.out)), []
     if cfg.resume == "none" and not is_restart(cfg):
         return None
-    is_given = cfg.resume not in ("auto", "none") and (not own or rewinds(cfg))
+    own, reasons = checkpoints(Path(cfg.out)), []
+    is_given = cfg.resume not in ("auto", "none") and not own
     for folder in [Path(cfg.resume)] if is_given else reversed(own):
         if not (reason := broken(folder)):
-            refuse_changes(folder, manifest_of(folder)["identity"], identity)
+            refuse_changes(folder, read_json(folder / "manifest.json")["identity"], identity)
             return folder
         require(not is_given, f"--resume {cfg.resume}: {reason}")
         say(f"skipping a broken checkpoint: {reason}")
@@ -1262,25 +1243,20 @@ def find_start(cfg: TrainConfig, identity: dict[str, Any]) -> Path | None:
 def stays(job: Job) -> bool:
     """Does the run go on in its folder? Else what is there is an older run's."""
     if job.folder:
-        is_here = job.folder.resolve().parent == job.out.resolve()
-        steps = [int(path.name[5:]) for path in checkpoints(job.out)]
-        return is_here and not (rewinds(job.cfg) and job.record["step"] < max(steps, default=0))
+        return job.folder.resolve().parent == job.out.resolve()
     # it was ended before its first checkpoint
-    is_same = begun(job.out).get("identity") == job.identity
+    is_same = read_json(job.out / "config.json").get("identity") == job.identity
     return is_same and (job.cfg.resume != "none" or is_restart(job.cfg))
 
 
 def begin_folder(job: Job, about: dict[str, Any]) -> None:
-    """The first write of a run: an older run moves aside whole, all but the checkpoint to go on
-    from; then config.json, and the lines of metrics.jsonl up to it."""
-    rows = read_rows(job.folder.parent if job.folder else job.out)
-    rows = [row for row in rows if row["step"] <= job.record["step"]]
-    names = ("config.json", "metrics.jsonl", "summary.json")
-    is_used = checkpoints(job.out) or any((job.out / name).exists() for name in names)
+    """The first write of a run: an older run moves aside whole; then the checkpoint to go on from,
+    config.json, and the lines of metrics.jsonl up to it."""
     start, is_new = job.folder, not stays(job)
-    if is_used and is_new:
-        aside = move_aside(job.out)
-        start = aside / start.name if start and not start.exists() else start
+    rows = read_rows(start.parent if start else job.out)
+    names = ("config.json", "metrics.jsonl", "summary.json")
+    if is_new and (checkpoints(job.out) or any((job.out / name).exists() for name in names)):
+        move_aside(job.out)
     if start and is_new:
         draft = job.newest.with_name(job.newest.name + ".tmp")
         shutil.rmtree(draft, ignore_errors=True)
@@ -1291,10 +1267,9 @@ def begin_folder(job: Job, about: dict[str, Any]) -> None:
             with spared("a damaged checkpoint"):
                 folder.rename(folder.with_name(f"damaged_{folder.name}_{time.time():.0f}"))
     about |= {"config": dataclasses.asdict(job.cfg), "identity": job.identity, "version": VERSION}
-    about |= {"torch": torch.__version__, "device": str(job.group.device)}
-    about |= {"world": job.group.world, "launch": launch()}
-    text = json.dumps(about, indent=1, allow_nan=False)
-    packing.write_whole(job.out / "config.json", text.encode())
+    about |= {"torch": torch.__version__, "device": str(job.group.device), "launch": launch()}
+    write_json(job.out / "config.json", about | {"world": job.group.world})
+    rows = [row for row in rows if row["step"] <= job.record["step"]]
     lines = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
     packing.write_whole(job.out / "metrics.jsonl", lines.encode())
     if start and is_new:
@@ -1319,25 +1294,22 @@ LOCKS: dict[Path, Any] = {}  # the run folders that this process owns
 
 
 def own(out: Path) -> None:
-    """Make a run folder this process's, until it ends however it ends.
-
-    Raises: ValueError if it is another's, which it names.
-    """
+    """Make a run folder this process's, until it ends however it ends; ValueError if another has
+    it."""
     out = out.resolve()
     is_new = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
     for _ in range(100):  # one that is just being killed gets 10 seconds
         file = (out / "lock").open("a+")
-        try:
+        with suppress(BlockingIOError, PermissionError, FileNotFoundError):
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            with suppress(FileNotFoundError):  # or its owner has just gone, and it with him
-                if os.path.samestat(os.fstat(file.fileno()), (out / "lock").stat()):
-                    break
-        except (BlockingIOError, PermissionError):
-            file.seek(0)
-            owner = file.read().strip()
-            time.sleep(0.1)
+            # else its owner has just gone, and it with him
+            if os.path.samestat(os.fstat(file.fileno()), (out / "lock").stat()):
+                break
+        file.seek(0)
+        owner = file.read().strip()
         file.close()
+        time.sleep(0.1)
     else:
         raise ValueError(f"{out} is in use by {owner}; stop it, or pass another --out")
     file.truncate(0)
@@ -1364,22 +1336,14 @@ def read_state(folder: Path) -> dict:
         raise ValueError(f"{folder / 'state.pt'} can't be read safely: {error}") from error
 
 
-def identity_of(cfg: TrainConfig, sources: list[Source], teachers: Teachers = ()) -> dict[str, Any]:
-    """What a run reads, by its content: what a resumed run must share with its checkpoint.
-
-    Args: teachers: () before they are loaded.
-    """
+def identity_of(cfg: TrainConfig, sources: list[Source], teachers: Teachers) -> dict[str, Any]:
+    """What a run reads, by its content: what a resumed run must share with its checkpoint."""
     found = cfg.identity() | {"order": packing.ORDER}
     found["sources"] = [f"{len(s)} pictures, {s.fingerprint()[:32]}" for s in sources]
     found["init"] = content_of(cfg.init) if cfg.init else ""
-    return found | prints_of(teachers)
-
-
-def prints_of(teachers: Teachers) -> dict[str, Any]:
-    """The part of `identity_of` that has to wait for the teachers."""
     how = ", cached in fp16"
-    found = {t.name: t.fingerprint[:32] + how * isinstance(t, CachedTeacher) for t in teachers}
-    return {"teachers": found} if found else {}
+    prints = {t.name: t.fingerprint[:32] + how * isinstance(t, CachedTeacher) for t in teachers}
+    return found | {"teachers": prints}
 
 
 def content_of(init: str) -> str | None:
@@ -1396,19 +1360,17 @@ def content_of(init: str) -> str | None:
 
 def refuse_changes(folder: Path, saved: dict, current: dict) -> None:
     """A run goes on only with the configuration, data and teachers that it began with."""
-    changed = {
-        key: f"{key}: {saved.get(key)!r} in the checkpoint, {value!r} now. "
-        for key, value in current.items()
-        if value != saved.get(key) and not (key == "init" and value is None and saved.get(key))
-    }
+    changed = {key: value for key, value in current.items() if value != saved.get(key)}
+    if saved.get("init") and current["init"] is None:  # gone, and the checkpoint has what it had
+        changed.pop("init")
     advice = "Pass the old values, another --out, or --resume none"
     if [*changed] == ["steps"]:
         advice = (
             "The learning rate falls over all of a run's steps, so that with others it is another "
             f"run: start one by --init NAME={folder / 'model.pt'} and another --out"
         )
-    text = "".join(changed.values())
-    require(not changed, f"{folder} belongs to another run. {text}{advice}")
+    parts = (f"{k}: {saved.get(k)!r} in the checkpoint, {v!r} now. " for k, v in changed.items())
+    require(not changed, f"{folder} belongs to another run. {''.join(parts)}{advice}")
 
 
 # ---- What a run writes beside its checkpoints
@@ -1562,9 +1524,6 @@ def finish(job: Job) -> dict[str, Any]:
     how many is a function of the run and not of the machine, or no figure would come out again.
     """
     cfg, student, side = job.cfg, saved_student(job), largest_side(job.cfg)
-    teachers = {teacher.name: teacher for teacher in job.teachers}
-    models = {"student": capped(cfg, student)}
-    models["random"] = capped(cfg, random_control(student, cfg.seed))
     some = views(job, 100)[0]
     areas = [min(math.prod(some.size(i)), side**2) for i in range(len(some))]
     tokens = sum(areas) / student.config.patch**2 / len(areas)  # of a picture
@@ -1572,14 +1531,13 @@ def finish(job: Job) -> dict[str, Any]:
     count = max(FEWEST, min(MOST, int(job.record["tokens"] / 20 / tokens)))
     say(f"the report: {count} pictures of a kind at most, shrunk to {side}^2 px for the student")
     train, test = views(job, count)
-    report = final_report(models["student"], models["random"], teachers, train, test)
-    draw_pca(job, models["student"])
+    ours, control = (capped(cfg, x) for x in (student, random_control(student, cfg.seed)))
+    report = final_report(ours, control, {t.name: t for t in job.teachers}, train, test)
+    draw_pca(job, ours)
     summary = {"steps": cfg.steps, "minutes": job.record["seconds"] / 60, "report": report}
     summary |= {"scored": cfg.data[0], "skipped": job.record["skipped"] | report["skipped"]}
-    summary |= {"pictures": count, "side": side, "identity": job.identity}
-    summary["config"] = cfg.identity()
-    text = json.dumps(summary, indent=1, allow_nan=False)
-    packing.write_whole(job.out / "summary.json", text.encode())
+    summary |= {"pictures": count, "side": side, "identity": job.identity, "config": cfg.identity()}
+    write_json(job.out / "summary.json", summary)
     print(format_table(report))
     names = ("model.pt", "pca.png", "curves.png", "summary.json")
     print(*(job.out / name for name in names), sep="  ")
@@ -1593,9 +1551,10 @@ LAUNCHER = os.getppid()
 
 class StopSignal:
     """Remembers what asked the run to stop, so that the loop can save once and leave between two
-    steps. Where no step would be saved, it ends the process at once."""
+    steps. Where no step would be saved, or at a second signal, it ends the process at once."""
 
     number = 0
+    since = 0.0  # when the first came
     is_awaited = False  # steps are being taken
 
     def __enter__(self) -> None:
@@ -1620,10 +1579,13 @@ class StopSignal:
 
     def take(self, number: int, _: Any) -> None:
         is_first, self.number = not self.number, number
-        if not self.is_awaited:
-            if is_first:
-                say("told to stop: all steps are saved that were taken; the same command goes on")
-            raise SystemExit(EXIT_SIGNALLED + number)
+        self.since = time.monotonic() if is_first else self.since
+        # torchrun hands Ctrl-C on, so that one comes twice; a second one means it
+        if self.is_awaited and time.monotonic() < self.since + 3:
+            return
+        if is_first or self.is_awaited:
+            say("told to stop: the same command goes on from the newest checkpoint")
+        raise SystemExit(EXIT_SIGNALLED + number)
 
 
 STOP = StopSignal()  # one for the process, as its signals are
@@ -1674,16 +1636,11 @@ def note_scan(cfg: TrainConfig, sources: list[Source]) -> None:
         say(f"the report scores pictures of {cfg.data[0]}, the first SOURCE")
 
 
-def note_registers(config: ModelConfig, teachers: Teachers) -> None:
-    """Name the teachers whose registers no head is asked for; RADIO's form matches none."""
-    unused = {head.name for head in config.heads if not head.registers and config.form == "amoe"}
-    for teacher in teachers:
-        if teacher.name in unused and teacher.registers:
-            say(
-                f"teacher {teacher.name} has {teacher.registers} registers, the student "
-                f"{config.registers}: they are matched one to one, so these have no loss; it takes "
-                "a --model with as many"
-            )
+def note_heads(init: str, kept: set[str], ours: set[str], theirs: set[str]) -> None:
+    """Say which heads are those of --init, which start anew, and which of its are left out."""
+    parts = {"kept": kept, "new": ours - kept, "dropped": theirs - kept}
+    named = [f"{part}: {', '.join(sorted(names))}" for part, names in parts.items() if names]
+    say(f"--init {init}: heads {'; '.join(named)}")
 
 
 def say(text: str) -> None:
@@ -1715,6 +1672,10 @@ def check(cfg: TrainConfig) -> None:
         (len(cfg.data_weights) in (0, len(cfg.data)),
          f"--data-weights has {len(cfg.data_weights)} numbers for {len(cfg.data)} sources; pass "
          "one per --data SOURCE"),
+        (cfg.resume in ("auto", "none")
+         or Path(cfg.resume).resolve().parent != Path(cfg.out).resolve(),
+         f"--resume {cfg.resume} is of --out {cfg.out}, which goes on from its newest checkpoint; "
+         "to go back, pass another --out"),
         (cfg.shift == 0 or cfg.cache == "none",
          f"--shift {cfg.shift} with --cache {cfg.cache}: each teacher sees views that no cache "
          "holds; pass --cache none"),
@@ -1803,27 +1764,22 @@ def open_sources(
     return train, held_out[0]
 
 
-def load_teachers(cfg: TrainConfig, sources: list[Source], group: Group) -> list:
-    """The frozen teachers; with a cache, after their features of `sources` are on the disk."""
+def load_teachers(cfg: TrainConfig, group: Group) -> list:
+    """The frozen teachers, with a cache or live."""
     is_half = group.device.type == "cuda" and cfg.precision != "fp32"
     dtype = torch.bfloat16 if is_half else None
     teachers = [load_teacher(parse_teacher(text), group.device, dtype) for text in cfg.teachers]
     if cfg.cache == "none":
         return teachers
     folder = packing.cache_home() / "features" if cfg.cache == "auto" else Path(cfg.cache)
-    cached = [CachedTeacher(teacher, folder) for teacher in teachers]
-    fill(cfg, cached, sources)
-    return cached
+    return [CachedTeacher(teacher, folder) for teacher in teachers]
 
 
 def fill(cfg: TrainConfig, teachers: Teachers, sources: list[Source]) -> None:
-    """Put the features of all pictures on the disk, for those teachers that have a cache.
-
-    Raises: Standstill if too many pictures do not decode. Those met in training are named there.
-    """
+    """Put the features of all pictures on the disk, for those teachers that have a cache."""
     cached = [teacher for teacher in teachers if isinstance(teacher, CachedTeacher)]
     for source in sources if cached else ():
-        bad = merge_skipped([fill_caches(cached, source)], True)
+        bad = merge_skipped([fill_caches(cached, source)], True)  # training names them
         refuse_bad_fraction(cfg, len(bad), len(source) - len(bad))
 
 
@@ -1836,19 +1792,6 @@ def start_process(cfg: TrainConfig) -> Group:
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     torch.set_num_threads(cfg.threads or max(1, (os.cpu_count() or 1) // local_world))
     return group
-
-
-def finished(cfg: TrainConfig) -> dict[str, Any] | None:
-    """The summary of the run folder, if it holds one and --resume does not ask for another run."""
-    path = Path(cfg.out) / "summary.json"
-    if cfg.resume == "none" or rewinds(cfg) or not path.exists():
-        return None
-    try:
-        summary = json.loads(path.read_text())
-        return {key: summary[key] for key in ("identity", "steps", "report")} | summary
-    except (OSError, ValueError, KeyError) as error:
-        say(f"{path} can't be read ({error!r}); the report is made anew")
-        return None
 
 
 def run(
@@ -1867,43 +1810,25 @@ def run(
         cfg = dataclasses.replace(cfg, teachers=tuple(f"{t.name}=given" for t in teachers))
     if sources:
         cfg = dataclasses.replace(cfg, data=tuple(source.name for source in sources))
-    with STOP:
-        group = start_process(cfg)
-        try:
-            on_main(lambda: own(Path(cfg.out)))
-            return whole_run(cfg, group, teachers, sources)
-        finally:
-            disown(Path(cfg.out))
-
-
-def whole_run(
-    cfg: TrainConfig, group: Group, teachers: Teachers | None, sources: list[Source] | None
-) -> dict[str, Any] | None:
-    """All checks come before `train` writes to the run folder, the quick ones first."""
-    train_sources, held_out = open_sources(cfg, sources)
-    note_scan(cfg, train_sources)
-    summary, early, start = finished(cfg), identity_of(cfg, train_sources), None
-    if summary:
-        refuse_changes(Path(cfg.out), summary["identity"], early)
-    else:
-        start = on_main(lambda: find_start(cfg, early))
-    loaded = teachers or load_teachers(cfg, [], group)
-    identity = early | prints_of(loaded)
-    if summary:
-        refuse_changes(Path(cfg.out), summary["identity"], identity)
-    elif start:  # its files were hashed just now
-        on_main(lambda: refuse_changes(start, manifest_of(start)["identity"], identity))
-    if summary and packing.is_main():
-        print(f"{cfg.out} is finished ({summary['steps']} steps); another --out starts a new run")
-        print(format_table(summary["report"]))
-    if summary:
-        return summary
-    if not teachers:
-        fill(cfg, loaded, [*train_sources, held_out])
-    job = train(cfg, loaded, train_sources, held_out)
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    return finish(job) if group.rank == 0 else None
+    with STOP, ExitStack() as at_end:
+        group, out = start_process(cfg), Path(cfg.out)
+        at_end.callback(disown, out)
+        on_main(lambda: own(out))
+        train_sources, held_out = open_sources(cfg, sources)
+        note_scan(cfg, train_sources)
+        teachers = teachers or load_teachers(cfg, group)
+        summary = read_json(out / "summary.json")
+        if summary.keys() >= {"identity", "steps", "report"} and cfg.resume != "none":
+            identity = identity_of(cfg, train_sources, teachers)
+            refuse_changes(out, summary["identity"], identity)
+            if group.rank == 0:
+                print(f"{out} is finished ({summary['steps']} steps); another --out starts anew")
+                print(format_table(summary["report"]))
+            return summary
+        job = train(cfg, teachers, train_sources, held_out)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        return finish(job) if group.rank == 0 else None
 
 
 def parse_args(argv: list[str] | None = None) -> TrainConfig:
