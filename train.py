@@ -1045,8 +1045,7 @@ def read_init(cfg: TrainConfig) -> Student:
     try:
         return model.read_vit(backbone.network, spec.layer or backbone.layer, backbone.stats)
     except (ValueError, RuntimeError) as error:
-        why = f"--init {cfg.init} is no ViT or DINOv2 that we can read: {error}"
-        raise ValueError(why) from error
+        raise ValueError(f"--init {cfg.init} is no ViT or DINOv2 that we read: {error}") from error
 
 
 # ---- Checkpoints
@@ -1176,11 +1175,10 @@ def read_json(path: Path) -> dict[str, Any]:
     """What a file of the run folder says; {} where there is none, or it can't be read."""
     try:
         return dict(json.loads(path.read_text()))
-    except FileNotFoundError:
-        pass
     except (OSError, ValueError, TypeError) as error:
-        say(f"{path} can't be read: {error}")
-    return {}
+        if path.exists():
+            say(f"{path} can't be read: {error}")
+        return {}
 
 
 def broken(folder: Path) -> str | None:
@@ -1203,25 +1201,13 @@ def checkpoints(out: Path) -> list[Path]:
     return sorted(found, key=lambda p: int(p.name[5:]))
 
 
-def launch() -> str:
-    """The name of the torchrun that started this process, the same after it restarted it."""
-    name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
-    return name if name != "none" else f"{LAUNCHER} on {platform.node()}"
-
-
-def is_restart(cfg: TrainConfig) -> bool:
-    """True where torchrun restarted a run that had begun: it goes on, whatever --resume said."""
-    count = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-    return count > 0 and read_json(Path(cfg.out) / "config.json").get("launch") == launch()
-
-
 def find_start(cfg: TrainConfig, identity: dict[str, Any]) -> Path | None:
     """The checkpoint to go on from: the newest whole one of the run folder, or, where that has none
     yet, the one that --resume names. None for a new run.
 
     Raises: ValueError if it is of another run, or if all are damaged.
     """
-    if cfg.resume == "none" and not is_restart(cfg):
+    if cfg.resume == "none":
         return None
     own, reasons = checkpoints(Path(cfg.out)), []
     is_given = cfg.resume not in ("auto", "none") and not own
@@ -1244,9 +1230,8 @@ def stays(job: Job) -> bool:
     """Does the run go on in its folder? Else what is there is an older run's."""
     if job.folder:
         return job.folder.resolve().parent == job.out.resolve()
-    # it was ended before its first checkpoint
-    is_same = read_json(job.out / "config.json").get("identity") == job.identity
-    return is_same and (job.cfg.resume != "none" or is_restart(job.cfg))
+    was = read_json(job.out / "config.json").get("identity")  # ended before its first checkpoint
+    return was == job.identity and job.cfg.resume != "none"
 
 
 def begin_folder(job: Job, about: dict[str, Any]) -> None:
@@ -1257,6 +1242,7 @@ def begin_folder(job: Job, about: dict[str, Any]) -> None:
     names = ("config.json", "metrics.jsonl", "summary.json")
     if is_new and (checkpoints(job.out) or any((job.out / name).exists() for name in names)):
         move_aside(job.out)
+    job.out.mkdir(parents=True, exist_ok=True)
     if start and is_new:
         draft = job.newest.with_name(job.newest.name + ".tmp")
         shutil.rmtree(draft, ignore_errors=True)
@@ -1267,7 +1253,7 @@ def begin_folder(job: Job, about: dict[str, Any]) -> None:
             with spared("a damaged checkpoint"):
                 folder.rename(folder.with_name(f"damaged_{folder.name}_{time.time():.0f}"))
     about |= {"config": dataclasses.asdict(job.cfg), "identity": job.identity, "version": VERSION}
-    about |= {"torch": torch.__version__, "device": str(job.group.device), "launch": launch()}
+    about |= {"torch": torch.__version__, "device": str(job.group.device)}
     write_json(job.out / "config.json", about | {"world": job.group.world})
     rows = [row for row in rows if row["step"] <= job.record["step"]]
     lines = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
@@ -1276,7 +1262,7 @@ def begin_folder(job: Job, about: dict[str, Any]) -> None:
         tidy(job)
 
 
-def move_aside(out: Path) -> Path:
+def move_aside(out: Path) -> None:
     """Rename a run folder to the first free of OUT.1, OUT.2 ...; the new one is locked again."""
     out = out.resolve()
     names = (out.with_name(f"{out.name}.{n}") for n in itertools.count(1))
@@ -1285,9 +1271,7 @@ def move_aside(out: Path) -> Path:
     if LOCKS.pop(out, None):
         own(out)
         (aside / "lock").unlink()
-    out.mkdir(exist_ok=True)
     say(f"the run that was in {out} is now in {aside}")
-    return aside
 
 
 LOCKS: dict[Path, Any] = {}  # the run folders that this process owns
@@ -1491,12 +1475,12 @@ def saved_student(job: Job) -> Student:
     return load_student(job.newest / "model.pt", device=str(job.group.device))
 
 
-def evaluate(job: Job, pictures: int = 500) -> dict[str, float]:
+def evaluate(job: Job) -> dict[str, float]:
     """kNN accuracy of the checkpoint just saved, all ranks sharing the work, and pca.png."""
     if job.held_out is None:
         return {}
     student = capped(job.cfg, saved_student(job))
-    train, test = (extract({"student": student}, source, 0) for source in views(job, pictures))
+    train, test = (extract({"student": student}, source, 0) for source in views(job, 500))
     if job.group.rank == 0:
         draw_pca(job, student)
     try:
@@ -1551,7 +1535,7 @@ LAUNCHER = os.getppid()
 
 class StopSignal:
     """Remembers what asked the run to stop, so that the loop can save once and leave between two
-    steps. Where no step would be saved, or at a second signal, it ends the process at once."""
+    steps. Where no step would be saved, or at a second Ctrl-C, it ends the process at once."""
 
     number = 0
     since = 0.0  # when the first came
@@ -1574,17 +1558,18 @@ class StopSignal:
         """A launcher that was killed counts as SIGTERM: no orphans."""
         while os.getppid() == LAUNCHER:
             time.sleep(0.5)
-        if self.before:
+        if self.before and not self.number:
             os.kill(os.getpid(), signal.SIGTERM)
 
     def take(self, number: int, _: Any) -> None:
-        is_first, self.number = not self.number, number
-        self.since = time.monotonic() if is_first else self.since
-        # torchrun hands Ctrl-C on, so that one comes twice; a second one means it
-        if self.is_awaited and time.monotonic() < self.since + 3:
+        now, is_first = time.monotonic(), not self.number
+        self.number, self.since = number, now if is_first else self.since
+        # Torchrun hands the first Ctrl-C on, so that it comes twice; a later one means it.
+        is_meant = number == signal.SIGINT and now > self.since + 3
+        if self.is_awaited and not is_meant:
             return
-        if is_first or self.is_awaited:
-            say("told to stop: the same command goes on from the newest checkpoint")
+        if is_first or is_meant:
+            say("told to stop: the same command goes on from the newest checkpoint, if there is one")
         raise SystemExit(EXIT_SIGNALLED + number)
 
 
@@ -1710,7 +1695,7 @@ def flag(name: str) -> str:
 def times(cfg: TrainConfig, stage: Stage, world: int = 0) -> int:
     """How often the packs of the preset go into a step of --global-tokens.
 
-    Args: world: processes, 0 if they are not known yet.
+    world: the processes, 0 if they are not known yet.
     """
     packs = sum(stream.packs for stream in stage.streams)
     smallest = sum(stream.budget * stream.packs for stream in stage.streams)
@@ -1810,6 +1795,8 @@ def run(
         cfg = dataclasses.replace(cfg, teachers=tuple(f"{t.name}=given" for t in teachers))
     if sources:
         cfg = dataclasses.replace(cfg, data=tuple(source.name for source in sources))
+    if cfg.resume == "none" and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        cfg = dataclasses.replace(cfg, resume="auto")  # torchrun restarted it, to go on
     with STOP, ExitStack() as at_end:
         group, out = start_process(cfg), Path(cfg.out)
         at_end.callback(disown, out)

@@ -1568,6 +1568,18 @@ def test_our_checkpoint_goes_on_in_another_run(reference):
             torch.testing.assert_close(raw, getattr(given, part)[name], rtol=1e-4, atol=1e-4)
 
 
+def test_a_start_reads_its_init_once_and_says_which_heads_it_gave(
+    tmp_path, reference, monkeypatch, capsys
+):
+    init, read, whole = str(reference / "step_000006" / "model.pt"), [], train.sha256_of
+    monkeypatch.setattr(train, "sha256_of", lambda path: read.append(str(path)) or whole(path))
+    teachers = "dense=builtin:tiny-dense", "new=builtin:tiny-semantic"
+    run(tmp_path, "--steps", "1", "--init", f"x={init}", "--teachers", *teachers)
+    assert read.count(init) == 1
+    line = f"--init x={init}: heads kept: dense; new: new; dropped: semantic"
+    assert capsys.readouterr().err.count(line) == 1
+
+
 def test_an_init_that_does_not_fit_is_refused(tmp_path, reference):
     init = f"x={reference / 'step_000006' / 'model.pt'}"
     with pytest.raises(SystemExit, match=r"--init: .*choose the --model"):
@@ -1776,14 +1788,16 @@ def test_checkpoints_are_in_the_order_of_their_steps(tmp_path):
     assert [p.name for p in train.checkpoints(tmp_path)] == ["step_999000", "step_1000000"]
 
 
-def test_a_restart_by_the_launcher_goes_on_whatever_resume_says(tmp_path, monkeypatch):
-    run(tmp_path, "--steps", "2")
-    cfg = train.parse_args([*QUICK, "--out", str(tmp_path), "--resume", "none"])
-    assert train.find_start(cfg, {}) is None
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert train.find_start(cfg, {}) == tmp_path / "step_000002"
-    monkeypatch.setattr(train, "LAUNCHER", -1)  # the folder is of before this torchrun
-    assert train.find_start(cfg, {}) is None
+@pytest.mark.parametrize(("restarts", "steps"), [("0", [1, 2, 3, 4, 5, 6]), ("1", [3, 4, 5, 6])])
+def test_a_restart_by_the_launcher_goes_on_whatever_resume_says(
+    restarts, steps, tmp_path, stopped, monkeypatch
+):
+    out = shutil.copytree(stopped, tmp_path / "out")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restarts)
+    seen = watch_steps(monkeypatch)
+    run(out, "--resume", "none")
+    assert [step for step, _, _ in seen] == steps
+    assert (tmp_path / "out.1").exists() == (restarts == "0")
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "no manifest", "other student"])
@@ -2247,7 +2261,12 @@ def test_a_signal_ends_a_run_that_has_nothing_to_save_and_waits_for_a_step(numbe
     with stop:
         stop.is_awaited = True
         os.kill(os.getpid(), number)
+        os.kill(os.getpid(), number)  # torchrun hands it on
         assert stop.number == number
+        stop.since -= 9
+        with pytest.raises(SystemExit) if number == signal.SIGINT else nullcontext():
+            os.kill(os.getpid(), number)  # Ctrl-C again: the step may be stuck
+            time.sleep(0.1)
         stop.is_awaited = False  # the report, which nothing waits for
         with pytest.raises(SystemExit):
             os.kill(os.getpid(), number)
