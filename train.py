@@ -1569,7 +1569,7 @@ class StopSignal:
         if self.is_awaited and not is_meant:
             return
         if is_first or is_meant:
-            say("told to stop: the same command goes on from the newest checkpoint, if there is one")
+            say("told to stop: the same command goes on from the newest checkpoint")
         raise SystemExit(EXIT_SIGNALLED + number)
 
 
