@@ -124,9 +124,7 @@ class TrainConfig:
     max_bad_frac: float = control(0.1, "share of pictures that may fail to decode", SHARE)
     cache: str = control("auto", "folder of features; auto: user cache; none: live teachers")
     held_out: float = option(0.15, "share of each SOURCE's pictures held out of training", PART)
-    stages: tuple[Stage, ...] = option(
-        (Stage(1.0, (Stream("native"),)),), "resolution stages, set by presets", flag=False
-    )
+    stages: tuple[Stage, ...] = option((Stage(1.0, (Stream("native"),)),), "by preset", flag=False)
     max_images: int = option(16, "images in a pack at the most (AMoE: batching)", POSITIVE)
     global_tokens: int = option(0, "tokens of a step; 0: the packs of the preset", COUNT)
     micro_packs: int = control(0, "packs of a forward; 0: all, on CUDA all that fit", COUNT)
@@ -236,7 +234,7 @@ RECIPES: dict[str, dict[str, Any]] = {  # what each preset changes of the defaul
 
 # ---- The run on one page
 
-Streams = tuple[Stream, ...]
+Streams = Sequence[Stream]
 Teachers = Sequence[Teacher]
 Spaces = dict[str, losses.TargetSpace]  # of each teacher's targets
 Parts = dict[str, Tensor]  # of the loss, "TEACHER/PART"
@@ -286,14 +284,14 @@ def train(
     state = State(cfg, student, replica, optimizer, average, spaces, losses.AdaLoss())
     start = resume(job, state, stages)
 
-    for stage, ((first, last), data) in enumerate(zip(cfg.stage_bounds(), stages, strict=True)):
+    for (first, last), data in zip(cfg.stage_bounds(), stages, strict=True):
         if start >= last:
             continue
-        streams, begin = cfg.stages[stage].streams, max(start, first)
+        begin = max(start, first)
         if begin == first:
             # Targets: how a teacher's features vary depends on the resolution, so each stage has
             # its own PHI-S, estimated before its first step; the heads move along.
-            fitted = fit_spaces(cfg, teachers, data, streams, device)
+            fitted = fit_spaces(cfg, teachers, data, device)
             carry_heads(state, fitted, None if first else trained_heads)
         size = 0  # packs of a forward, found at the stage's first step
         steps = begin - first, last - first
@@ -304,10 +302,10 @@ def train(
             # Gradient accumulation: one optimizer step of several forwards. Pack by pack to the
             # device, as they are pinned.
             packs = [pack.to(device) for pack in packs]
-            size = size or packs_of_a_forward(state, streams, len(packs), device)
+            size = size or packs_of_a_forward(state, data.streams, len(packs), device)
             micros = [PackedBatch.cat(packs[i : i + size]) for i in range(0, len(packs), size)]
             targets = [targets_of(teachers, spaces, batch) for batch in micros]
-            weights = image_weights(cfg, teachers, streams, micros)
+            weights = image_weights(cfg, teachers, data.streams, micros)
             optimizer.zero_grad(set_to_none=True)
 
             # ARKD compares every image with every other of the global batch, so its gradient is
@@ -338,6 +336,7 @@ def train(
                 if out.counts_LE is not None:
                     counts.append(out.counts_LE)
 
+            # The norm is logged also where nothing is clipped: it tells of trouble before the loss.
             norm = nn.utils.clip_grad_norm_(student.parameters(), cfg.clip or math.inf)
             # All ranks' numbers, in the step's one wait for the device; stops where one is not
             # finite, with nothing stepped.
@@ -365,7 +364,7 @@ def build_student(cfg: TrainConfig, teachers: Teachers) -> tuple[Student, set[st
     given = read_init(cfg) if cfg.init else None
     base = given.config if given and cfg.model == "init" else MODELS[cfg.model]
     heads = [head_spec(cfg, base, teacher, given) for teacher in teachers]
-    torch.manual_seed(cfg.seed)
+    torch.manual_seed(cfg.seed)  # the same weights on every rank
     if given and cfg.model == "init" and given.heads:  # other teachers, the same network
         config = model.with_other_heads(base, heads)
     else:  # RADIOv2.5: a CLS token for each
@@ -382,9 +381,7 @@ def build_student(cfg: TrainConfig, teachers: Teachers) -> tuple[Student, set[st
     return student, kept
 
 
-def head_spec(
-    cfg: TrainConfig, base: ModelConfig, teacher: Teacher, given: Student | None = None
-) -> model.HeadSpec:
+def head_spec(cfg: TrainConfig, base: ModelConfig, teacher: Teacher, given: Any) -> model.HeadSpec:
     """The head for a teacher: that of --init if it fits, else AMoE's adapter with foldable outputs,
     or RADIO's two MLPs."""
     name, dim, summary_dim = teacher.name, teacher.dim, teacher.summary_dim
@@ -427,6 +424,7 @@ def make_stages(
     for number, stage in enumerate(cfg.stages):
         often = times(cfg, stage, group.world)
         streams = [dataclasses.replace(s, packs=s.packs * often) for s in stage.streams]
+        # Another seed, or a stage would begin with the pictures of the one before.
         order = config.patch, config.prefix, cfg.seed + number, group.rank, group.world
         stages.append(StepData(streams, mix, *order, cfg.max_images, cfg.shift, live))
     return stages
@@ -444,9 +442,7 @@ def new_spaces(cfg: TrainConfig, teachers: Teachers, device: torch.device) -> Sp
     return spaces
 
 
-def fit_spaces(
-    cfg: TrainConfig, teachers: Teachers, data: StepData, streams: Streams, device: torch.device
-) -> Spaces:
+def fit_spaces(cfg: TrainConfig, teachers: Teachers, data: StepData, device: Any) -> Spaces:
     """Spaces fitted to the pictures of a stage's first steps, as its losses will see them.
 
     The first 3,000 steps of a stage estimate them while the heads chase a moving rotation (PHI-S
@@ -459,7 +455,7 @@ def fit_spaces(
     counts = torch.zeros(1 + len(teachers), dtype=torch.int64)  # broken; seen by each
     for packs in packing.progress(loader, "teacher statistics", total=steps):
         batch = PackedBatch.cat([pack.to(device) for pack in packs])
-        seen = [supervised(t.name, streams, batch) for t in teachers]
+        seen = [supervised(t.name, data.streams, batch) for t in teachers]
         counts += torch.tensor([len(batch.skipped), *map(len, seen)])
         for teacher, own in zip(teachers, seen, strict=True):
             target = ask(teacher, batch, own)
@@ -536,17 +532,15 @@ def image_weights(
     """
     stream_of = [torch.tensor(m.stream_B, dtype=torch.int64) for m in micros]
     sizes = [torch.tensor(m.lengths, dtype=torch.float64) for m in micros]
-    totals = torch.zeros(2, len(streams), dtype=torch.float64)
-    for stream_B, size_B in zip(stream_of, sizes, strict=True):
-        totals[0].index_add_(0, stream_B, torch.ones_like(size_B))
-        totals[1].index_add_(0, stream_B, size_B)
-    images_S, tokens_S = sum_over_ranks(totals)
+    every_B, size_B = torch.cat(stream_of), torch.cat(sizes)
+    totals = [every_B.bincount(x, len(streams)) for x in (torch.ones_like(size_B), size_B)]
+    images_S, tokens_S = sum_over_ranks(torch.stack(totals))
     result: list[Weights] = [{} for _ in micros]
     device = micros[0].patches_MX.device
     for name in (teacher.name for teacher in teachers):
-        taught_S = totals.new_tensor(is_taught(name, streams))
+        taught_S = images_S.new_tensor(is_taught(name, streams))
         image_S = taught_S / (taught_S * images_S).sum().clamp(min=1)
-        if cfg.average == "partition":
+        if cfg.average == "partition":  # a stream weighs the same, whatever its number of images
             image_S = taught_S / images_S.clamp(min=1) / len(streams)
         token_S = taught_S / (taught_S * tokens_S).sum().clamp(min=1)
         for micro, stream_B, size_B in zip(result, stream_of, sizes, strict=True):
@@ -598,6 +592,7 @@ def feature_losses(
                 loss_B = losses.vector_loss(*pair, state.cfg.summary_loss)
             parts[f"{name}/summary"] = (loss_B * summary_B).sum()
         if target.registers_BRC is not None and name in out.registers:
+            # Registers lie apart from the patches whose space the head answers in: compared raw.
             raw_BRC = state.spaces[name].parts["patches"].denormalize(out.registers[name])
             loss_B = losses.vector_loss(raw_BRC, target.registers_BRC, how)
             parts[f"{name}/registers"] = (loss_B * summary_B).sum()
@@ -615,6 +610,7 @@ def relation_gradients(
     for name in said[0]:
         is_taught_B = torch.tensor([x for micro in weights for x in micro[name].is_taught])
         taught_K = packing.to_device(is_taught_B.nonzero()[:, 0], said[0][name].device)
+        # bfloat16 has too few digits for differences of summaries
         own_BC = torch.cat([summary[name] for summary in said]).float()
         target_BC = torch.cat([target[name].summary_BC for target in targets])  # type: ignore[misc]
         pairs_KC = torch.cat([own_BC, target_BC], dim=1).index_select(0, taught_K)
@@ -625,7 +621,7 @@ def relation_gradients(
         (grad_BC,) = torch.autograd.grad(loss, student_BC)
         whole_BC = torch.zeros_like(own_BC).index_copy(0, taught_K, grad_BC[mine])
         sizes = [len(summary[name]) for summary in said]
-        parts[f"{name}/relation"] = loss.detach() / rank_and_world()[1]
+        parts[f"{name}/relation"] = loss.detach() / rank_and_world()[1]  # each rank has all of it
         pulls[name] = list(whole_BC.split(sizes))
     return parts, pulls
 
@@ -645,7 +641,7 @@ def part_weight(state: State, name: str) -> float:
 
 def set_lr(cfg: TrainConfig, optimizer: torch.optim.Optimizer, step: int) -> float:
     """Linear warm-up, then cosine down to min_lr (RADIOv2.5: cosine; AMoE does not say)."""
-    warmup = min(cfg.warmup, cfg.steps)
+    warmup = min(cfg.warmup, cfg.steps)  # a short trial of a long recipe
     part = min(1.0, max(0.0, (step - warmup) / max(1, cfg.steps - warmup)))
     cosine = cfg.min_lr + (1 - cfg.min_lr) * 0.5 * (1 + math.cos(math.pi * part))
     lr = cfg.lr * min(1.0, step / max(1, warmup)) * cosine
@@ -790,8 +786,6 @@ def resume(job: Job, state: State, stages: list[StepData]) -> int:
 
     All that can be refused has been by now: here the run folder is written to for the first time.
     """
-    # by stage and stream, the share of pictures in packs that do not fill a step
-    about = {"left over": [packing.left_over(data) for data in stages]}
     if job.folder:
         saved = read_state(job.folder)
         load_state(state, saved)
@@ -800,7 +794,7 @@ def resume(job: Job, state: State, stages: list[StepData]) -> int:
     for data, _ in going_on(job):
         packing.start_at(data, job.record["place"])
     step = job.record["step"]
-    on_main(lambda: begin_folder(job, about))
+    on_main(lambda: begin_folder(job))
     if step:
         say(f"resumed at step {step}")
     job.bar = packing.progress(None, job.cfg.preset, job.cfg.steps, "step", initial=step)
@@ -945,8 +939,7 @@ def gather_rows(rows_BC: Tensor) -> tuple[Tensor, slice]:
 
 def merge_skipped(parts: list[dict[str, str]], any_rank: bool) -> dict[str, str]:
     """The pictures that did not decode on any rank, key -> reason; rarely costs a collective."""
-    _, world = rank_and_world()
-    if any_rank and world > 1:
+    if any_rank and (world := rank_and_world()[1]) > 1:
         everyone: list = [None] * world
         dist.all_gather_object(everyone, parts)
         parts = [part for rank in everyone for part in rank]
@@ -1226,18 +1219,15 @@ def find_start(cfg: TrainConfig, identity: dict[str, Any]) -> Path | None:
     return None
 
 
-def stays(job: Job) -> bool:
-    """Does the run go on in its folder? Else what is there is an older run's."""
-    if job.folder:
-        return job.folder.resolve().parent == job.out.resolve()
-    was = read_json(job.out / "config.json").get("identity")  # ended before its first checkpoint
-    return was == job.identity and job.cfg.resume != "none"
-
-
-def begin_folder(job: Job, about: dict[str, Any]) -> None:
+def begin_folder(job: Job) -> None:
     """The first write of a run: an older run moves aside whole; then the checkpoint to go on from,
     config.json, and the lines of metrics.jsonl up to it."""
-    start, is_new = job.folder, not stays(job)
+    start = job.folder
+    is_new = not start or start.resolve().parent != job.out.resolve()
+    if not start and job.cfg.resume != "none":  # was it ended before its first checkpoint?
+        is_new = read_json(job.out / "config.json").get("identity") != job.identity
+    # by stage and stream, the share of pictures in packs that do not fill a step
+    left_over = [packing.left_over(data) for data in job.stages]
     rows = read_rows(start.parent if start else job.out)
     names = ("config.json", "metrics.jsonl", "summary.json")
     if is_new and (checkpoints(job.out) or any((job.out / name).exists() for name in names)):
@@ -1252,9 +1242,9 @@ def begin_folder(job: Job, about: dict[str, Any]) -> None:
         if int(folder.name[5:]) > job.record["step"]:  # damaged
             with spared("a damaged checkpoint"):
                 folder.rename(folder.with_name(f"damaged_{folder.name}_{time.time():.0f}"))
-    about |= {"config": dataclasses.asdict(job.cfg), "identity": job.identity, "version": VERSION}
-    about |= {"torch": torch.__version__, "device": str(job.group.device)}
-    write_json(job.out / "config.json", about | {"world": job.group.world})
+    about = {"left over": left_over, "config": dataclasses.asdict(job.cfg), "version": VERSION}
+    about |= {"identity": job.identity, "torch": torch.__version__, "world": job.group.world}
+    write_json(job.out / "config.json", about | {"device": str(job.group.device)})
     rows = [row for row in rows if row["step"] <= job.record["step"]]
     lines = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
     packing.write_whole(job.out / "metrics.jsonl", lines.encode())
@@ -1362,15 +1352,13 @@ def refuse_changes(folder: Path, saved: dict, current: dict) -> None:
 
 def read_rows(out: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl; says how many can't be read, as after a power cut."""
-    rows, bad = [], 0
-    with suppress(FileNotFoundError):
-        for line in (out / "metrics.jsonl").read_bytes().splitlines():
-            try:
-                rows.append({"step": int(json.loads(line)["step"])} | json.loads(line))
-            except (ValueError, TypeError, KeyError):
-                bad += 1
-    if bad:
-        say(f"{out / 'metrics.jsonl'}: {bad} lines can't be read and are left out")
+    path, rows = out / "metrics.jsonl", []
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    for line in lines:
+        with suppress(ValueError, TypeError, KeyError):
+            rows.append({"step": int(json.loads(line)["step"])} | json.loads(line))
+    if len(rows) < len(lines):
+        say(f"{path}: {len(lines) - len(rows)} lines can't be read and are left out")
     return rows
 
 
@@ -1443,8 +1431,7 @@ class Shrunk(packing.Subset):
         super().__init__(source, packing.evenly(len(source), count))
         self.side = side
 
-    def load(self, i: int, at_least: Any = None) -> packing.Sample:
-        del at_least
+    def load(self, i: int, at_least: Any = None) -> packing.Sample:  # noqa: ARG002
         sample = super().load(i, (self.side, self.side))
         is_large = math.prod(sample.image.shape[:2]) > self.side**2
         return at_size(sample, self.side) if is_large else sample
@@ -1498,21 +1485,18 @@ def draw_pca(job: Job, student: Any) -> None:
     pca_sheet(job.out / "pca.png", pictures, {"teacher": teachers, "student": student})
 
 
-FEWEST, MOST = 32, 1000  # pictures of either kind in the report
-
-
 def finish(job: Job) -> dict[str, Any]:
     """Score the student on held-out pictures; write summary.json and pca.png; print the table.
 
-    It takes about a tenth of the run's arithmetic, by fewer pictures, if they are not the fewest:
-    how many is a function of the run and not of the machine, or no figure would come out again.
+    It takes about a tenth of the run's arithmetic: how many pictures is a function of the run and
+    not of the machine, or no figure would come out again.
     """
     cfg, student, side = job.cfg, saved_student(job), largest_side(job.cfg)
     some = views(job, 100)[0]
     areas = [min(math.prod(some.size(i)), side**2) for i in range(len(some))]
     tokens = sum(areas) / student.config.patch**2 / len(areas)  # of a picture
     # A token of the report, in two students without a backward, costs what one of training does.
-    count = max(FEWEST, min(MOST, int(job.record["tokens"] / 20 / tokens)))
+    count = max(32, min(1000, int(job.record["tokens"] / 20 / tokens)))
     say(f"the report: {count} pictures of a kind at most, shrunk to {side}^2 px for the student")
     train, test = views(job, count)
     ours, control = (capped(cfg, x) for x in (student, random_control(student, cfg.seed)))

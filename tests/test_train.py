@@ -675,8 +675,7 @@ def test_the_statistics_are_of_the_maps_that_the_loss_sees_at_each_stage():
     scales, spaces = [], ready.state.spaces
     for k, data in enumerate(ready.stages):
         if k:
-            streams = TWO_STAGES.stages[k].streams
-            spaces = train.fit_spaces(TWO_STAGES, ready.teachers, data, streams, CPU.device)
+            spaces = train.fit_spaces(TWO_STAGES, ready.teachers, data, CPU.device)
         seen = seen_maps(ready.teachers, [pack for step in range(2) for pack in data[step]])
         for name, rows_NC in seen.items():
             fitted = spaces[name].parts["patches"].current()
@@ -718,7 +717,7 @@ def test_heads_and_their_running_means_answer_alike_across_a_refit():
 
     moments = [x.clone() for s in state.optimizer.state.values() for x in s.values()]
     before, old = answers()
-    fitted = train.fit_spaces(cfg, run.teachers, run.stages[1], cfg.stages[1].streams, CPU.device)
+    fitted = train.fit_spaces(cfg, run.teachers, run.stages[1], CPU.device)
     train.carry_heads(state, fitted, None)
     after, new = answers()
     for i, (x, y) in enumerate(zip(before, after, strict=True)):
