@@ -530,25 +530,25 @@ def image_weights(
     partitions); with "token" patches count by their number (the ablation). A teacher that does
     not supervise an image's stream gives it 0.
     """
-    stream_of = [torch.tensor(m.stream_B, dtype=torch.int64) for m in micros]
-    sizes = [torch.tensor(m.lengths, dtype=torch.float64) for m in micros]
-    every_B, size_B = torch.cat(stream_of), torch.cat(sizes)
-    totals = [every_B.bincount(x, len(streams)) for x in (torch.ones_like(size_B), size_B)]
+    stream_B = torch.tensor([s for micro in micros for s in micro.stream_B], dtype=torch.int64)
+    size_B = torch.tensor([n for micro in micros for n in micro.lengths], dtype=torch.float64)
+    totals = [stream_B.bincount(x, len(streams)) for x in (torch.ones_like(size_B), size_B)]
     images_S, tokens_S = sum_over_ranks(torch.stack(totals))
     result: list[Weights] = [{} for _ in micros]
-    device = micros[0].patches_MX.device
+    device, images = micros[0].patches_MX.device, [len(micro) for micro in micros]
     for name in (teacher.name for teacher in teachers):
         taught_S = images_S.new_tensor(is_taught(name, streams))
         image_S = taught_S / (taught_S * images_S).sum().clamp(min=1)
         if cfg.average == "partition":  # a stream weighs the same, whatever its number of images
             image_S = taught_S / images_S.clamp(min=1) / len(streams)
         token_S = taught_S / (taught_S * tokens_S).sum().clamp(min=1)
-        for micro, stream_B, size_B in zip(result, stream_of, sizes, strict=True):
-            summary_B = patch_B = image_S[stream_B].float()
-            if cfg.average == "token":
-                patch_B = (token_S[stream_B] * size_B).float()
-            both_2B = packing.to_device(torch.stack([summary_B, patch_B]), device)
-            micro[name] = ImageWeights(both_2B[0], both_2B[1], taught_S[stream_B].tolist())
+        summary_B = patch_B = image_S[stream_B].float()
+        if cfg.average == "token":
+            patch_B = (token_S[stream_B] * size_B).float()
+        both_2B = packing.to_device(torch.stack([summary_B, patch_B]), device)
+        pieces = zip(both_2B.split(images, 1), taught_S[stream_B].split(images), strict=True)
+        for micro, ((summary_B, patch_B), taught_B) in zip(result, pieces, strict=True):
+            micro[name] = ImageWeights(summary_B, patch_B, taught_B.tolist())
     return result
 
 
@@ -958,21 +958,16 @@ def spread(x: Tensor, like: Tensor) -> Tensor:
     return x
 
 
-def packs_that_fit(count: int, needed: float, free: float) -> int:
-    """Of `count` packs of so many bytes those of one forward, in forwards as equal as can be."""
-    most = int(0.85 * free / needed)  # the rest is for backward's own tensors and fragments
-    return -(-count // -(-count // most)) if most > 0 else 0
-
-
 def packs_in_memory(state: State, tokens: int, count: int, device: torch.device) -> int:
-    """The packs of so many tokens that fit into one forward on every rank's GPU."""
+    """Of `count` packs of so many tokens those of one forward, in forwards as equal as can be."""
     needed = tokens * model.activation_bytes(state.student.config, state.cfg.recompute)
     needed *= 2 if state.cfg.precision == "fp32" else 1
     free = torch.cuda.mem_get_info(device)[0]
     if not state.optimizer.state:  # gradients and two moments are still to come
         held = [p.to_local() if isinstance(p, DTensor) else p for _, p in trained(state.student)]
         free -= 12 * sum(p.numel() for p in held)
-    fits = torch.tensor(packs_that_fit(count, needed, free))
+    most = int(0.85 * free / needed)  # the rest is for backward's own tensors and fragments
+    fits = torch.tensor(-(-count // -(-count // most)) if most > 0 else 0)
     if dist.is_initialized():
         dist.all_reduce(fits, dist.ReduceOp.MIN)
     if not fits:
@@ -1714,10 +1709,11 @@ def open_sources(
     train, held_out = [], []
     for number, spec in enumerate(cfg.data):
         source = given[number] if given else packing.open_source(spec)
-        if not given and spec.split(":")[0] == "openmoji":
-            is_train = spec.split(":")[1:2] in ([], [""], ["train"])
+        name, split, *_ = f"{spec}:".split(":")
+        if name == "openmoji" and not given:
             what = "the report is scored on openmoji:test"
-            require(is_train, f"--data {spec}: {what}; train on openmoji or openmoji:train:COUNT")
+            remedy = "train on openmoji or openmoji:train:COUNT"
+            require(split in ("", "train"), f"--data {spec}: {what}; {remedy}")
             count = max(16, round(cfg.held_out * len(source)))
             rest = packing.open_source(f"openmoji:test:{count}")
         else:
