@@ -89,9 +89,7 @@ def option(default, help: str, takes: Collection[str] | Number | None = None, **
     return field(default=default, metadata={"help": help, "takes": takes, **metadata})
 
 
-def control(default, help: str, takes: Collection[str] | Number | None = None) -> Any:
-    """A field that may change on resume: how a run goes, or what is compared by its content."""
-    return option(default, help, takes, control=True)
+control = partial(option, control=True)  # may change on resume, or is compared by its content
 
 
 @dataclass(frozen=True)
@@ -725,7 +723,9 @@ class Job:
     teachers: Teachers
     sources: list[Source]
     held_out: Source | None
+    out: Path
     folder: Path | None  # the checkpoint to go on from
+    origin: TrainConfig  # how the student is built
     identity: dict[str, Any]
     record: dict[str, Any]
     bar: Any = None
@@ -734,20 +734,9 @@ class Job:
     marked: tuple[float, int] = (0.0, 0)  # time and tokens at the last line of metrics.jsonl
 
     @property
-    def out(self) -> Path:
-        return Path(self.cfg.out)
-
-    @property
     def newest(self) -> Path:
         """The checkpoint of the record's step."""
         return self.out / f"step_{self.record['step']:06d}"
-
-    @property
-    def origin(self) -> TrainConfig:
-        """How the student is built: a checkpoint has all that --init had, which may be gone."""
-        if not (self.cfg.init and self.folder):
-            return self.cfg
-        return dataclasses.replace(self.cfg, init=f"checkpoint={self.folder / 'model.pt'}")
 
 
 @dataclass
@@ -778,7 +767,11 @@ def open_run(
     fill(cfg, teachers, [*sources, held_out] if held_out else sources)
     record: dict[str, Any] = {"step": 0, "seconds": 0.0, "images": 0, "tokens": 0, "bad": 0}
     record |= {"skipped": packing.skipped_by(sources), "place": []}  # of the data, in its stage
-    return Job(cfg, group, teachers, sources, held_out, folder, identity, record)
+    origin = cfg
+    if cfg.init and folder:  # a checkpoint has all that --init had, which may be gone
+        origin = dataclasses.replace(cfg, init=f"checkpoint={folder / 'model.pt'}")
+    out = Path(cfg.out)
+    return Job(cfg, group, teachers, sources, held_out, out, folder, origin, identity, record)
 
 
 def resume(job: Job, state: State, stages: list[StepData]) -> int:
@@ -856,8 +849,7 @@ def blame(
 
 def way_out(out: Path) -> str:
     """What to do where numbers are not finite; those of a checkpoint were when it was saved."""
-    found = checkpoints(out)
-    if not found:
+    if not (found := checkpoints(out)):
         return "there is no checkpoint yet: pass a lower --lr"
     good = f"the newest checkpoint is good: start from --init NAME={found[-1] / 'model.pt'}"
     return f"{good} with a lower --lr and another --out"
