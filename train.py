@@ -667,9 +667,9 @@ def make_optimizer(cfg: TrainConfig, student: Student) -> torch.optim.Optimizer:
     """AdamW or LAMB over four groups: trunk and heads, what decays and what does not."""
     kinds = {p: (n.startswith("heads."), is_decayed(n, p)) for n, p in trained(student)}
     groups = []
-    for kind in ((False, True), (False, False), (True, True), (True, False)):
-        share, decay = 1.0 if kind[0] else cfg.trunk_lr, cfg.weight_decay if kind[1] else 0.0
-        params = [p for p, its_kind in kinds.items() if its_kind == kind]
+    for is_head, decays in itertools.product((False, True), (True, False)):
+        params = [p for p, kind in kinds.items() if kind == (is_head, decays)]
+        decay, share = cfg.weight_decay * decays, 1.0 if is_head else cfg.trunk_lr
         groups.append({"params": params, "weight_decay": decay, "share": share})
     if cfg.optimizer == "lamb":
         return Lamb(groups, lr=cfg.lr, betas=(0.9, cfg.beta2))
