@@ -1255,8 +1255,7 @@ LOCKS: dict[Path, Any] = {}  # the run folders that this process owns
 
 
 def own(out: Path) -> None:
-    """Make a run folder this process's, until it ends however it ends; ValueError if another has
-    it."""
+    """Make a run folder this process's, until it ends. Raises: ValueError naming another owner."""
     out = out.resolve()
     is_new = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
