@@ -26,14 +26,18 @@ import dataclasses
 import hashlib
 import importlib
 import json
+import logging
 import math
 import re
+import sys
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from functools import cache, partial, wraps
 from itertools import product
+from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,6 +48,7 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from packing import PackedBatch, fit_size, resize, to_device, to_float, to_rgb, write_whole
 
@@ -99,9 +104,7 @@ class RadioSpec(HeadSpec):
     """RADIO: one MLP for the summary and another for the patches."""
 
     hidden: int = 1024  # no paper states it, we chose
-    kind: str = (
-        "v2"  # of both MLPs: residual; the plain ones of RADIO's first releases are not read
-    )
+    kind: str = "v2"  # residual MLPs; the plain ones of RADIO's first releases are not read
     summary_hidden: int = 1024
     inner: int = 0  # residual blocks of the patch MLP
     summary_inner: int = 0  # the same of the summary MLP
@@ -187,12 +190,10 @@ RADIO_HEADS = (
     RadioSpec("sam", 1280, None, token=3, in_trunk_summary=False),
 )
 _demo = partial(AdapterSpec, split=True, bias=True)
-_amoe: Callable[..., ModelConfig] = partial(ModelConfig, "amoe", heads=AMOE_HEADS)
-_clip_rgb: dict[str, Any] = {"pixel_mean": CLIP_RGB[0], "pixel_std": CLIP_RGB[1]}
-_plain: dict[str, Any] = {"gated_ffn": False, "final_norm": False, "position_grid": 128}
-_radio: Callable[..., ModelConfig] = partial(
-    ModelConfig, "radio", heads=RADIO_HEADS, cls_tokens=4, **_plain, **_clip_rgb
-)
+_amoe = partial(ModelConfig, "amoe", heads=AMOE_HEADS)
+_vit: dict[str, Any] = {"gated_ffn": False, "final_norm": False, "position_grid": 128}
+_vit |= {"cls_tokens": 4, "pixel_mean": CLIP_RGB[0], "pixel_std": CLIP_RGB[1]}
+_radio: Callable[..., ModelConfig] = partial(ModelConfig, "radio", heads=RADIO_HEADS, **_vit)
 MODELS: dict[str, ModelConfig] = {
     # form(dim, layers, heads, head width, MLP or expert width). AMoE release, configs.py
     "amoe-0.3b": _amoe(768, 18, 8, 128, 384, experts=28, top_k=6),
@@ -709,7 +710,7 @@ class Student(nn.Module):
         images: Sequence[Any],
         max_tokens: int | None = 4096,
         keep: int | None = None,
-        layers: Sequence[int] = (),
+        layers: Sequence[int] | None = None,
     ) -> list[Features]:
         """Features of images of any mix of sizes, in float32 (computed in bf16 on CUDA).
 
@@ -722,14 +723,20 @@ class Student(nn.Module):
 
         Raises: ValueError: an image that is none of these, naming its index and what is wrong.
         """
-        if wrong := [i for i in layers if not 1 <= i <= len(self.blocks)]:
-            raise ValueError(f"layers={wrong}: there are blocks 1 to {len(self.blocks)}")
+        check_options(self, max_tokens, keep, layers)
         budget = self.encode_budget or (2048 if self.prefix_RD.device.type == "cpu" else 16384)
         packs = packs_of(images, self.config, max_tokens, budget)
-        return [features for pack in packs for features in encode_pack(self, pack, keep, layers)]
+        return [found for pack in packs for found in encode_pack(self, pack, keep, layers or ())]
 
     def _apply(self, fn, recurse=True):
-        return keep_float32(self, super()._apply, fn, recurse)
+        """`.to(bfloat16)` rounds no buffer: it would move angles by up to 0.08 rad, and a token
+        would go to other experts."""
+        before = dict(self.named_buffers())
+        super()._apply(fn, recurse)
+        for name, buffer in self.named_buffers():
+            if buffer.dtype != torch.float32:
+                buffer.data = before[name].to(buffer.device)
+        return self
 
     def use(self, attention: str = "auto", experts: str = "auto") -> Student:
         """Choose backends by name (`ATTENTION`, `EXPERTS`); 'auto' goes by device, dtype, size."""
@@ -794,7 +801,6 @@ class Layout:
     side and share one batched attention call. Outputs come back in the caller's order.
     """
 
-    grids: list[tuple[int, int]]  # (rows, columns) in patches, caller's order
     lengths: list[int]  # tokens of each image with its prefix, sorted
     gather_N: Tensor  # sorted token -> row of cat([prefix of image 0, 1, ..; patches])
     prefix_BR: Tensor  # rows of each image's prefix among the sorted tokens, caller's order
@@ -833,7 +839,7 @@ class Layout:
         row_column_M2 = torch.stack([nth_M // columns_M, nth_M % columns_M], dim=1)
         places = (gather_N, prefix_BR, rank_B, patches_M, row_column_M2, image_M, grid_B2[image_M])
         tensors = [to_device(tensor, device) for tensor in (*places, cu_seqlens.int())]
-        return cls(grids, sorted(h * w + prefix for h, w in grids), *tensors)
+        return cls(sorted(h * w + prefix for h, w in grids), *tensors)
 
     def finer_places(self, u: int) -> Tensor:
         """Rows of u * u parts of each patch in the finer maps, image by image, in raster order."""
@@ -857,20 +863,7 @@ class Layout:
         return [run.unflatten(0, (count, -1)) for run, count in pairs]
 
 
-# ---- Initial weights, and those that are never rounded
-
-
-def keep_float32(student: Student, apply: Callable, fn: Any, recurse: bool) -> Student:
-    """`.to(bfloat16)` but for three buffers: rounding them moves rotation angles by up to 0.08 rad
-    and changes which experts are selected."""
-    before = dict(student.named_buffers())
-    apply(fn, recurse)
-    for name, moved in list(student.named_buffers()):
-        owner, _, buffer = name.rpartition(".")
-        kept = buffer in ("freqs_HJ2", "expert_bias", "pixel_stats_2X")
-        if kept and moved.dtype != torch.float32:
-            setattr(student.get_submodule(owner), buffer, before[name].to(moved.device))
-    return student
+# ---- Initial weights
 
 
 @torch.no_grad()
@@ -952,7 +945,20 @@ ATTENTION = ("auto", "flash", "explicit", "varlen")
 EXPERTS = ("auto", "grouped", "sorted", "dense")
 
 
-@torch.compiler.disable  # its kernels are compiled already, and a layout differs every step
+def uncompiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`torch.compiler.disable`, but its import, of a second, waits until something compiles."""
+    known = [function]
+
+    @wraps(function)
+    def call(*args: Any, **options: Any) -> Tensor:
+        if len(known) == 1 and "torch._dynamo" in sys.modules:
+            known.append(torch.compiler.disable(function))
+        return known[-1](*args, **options)
+
+    return call
+
+
+@uncompiled  # its kernels are compiled already, and a layout differs every step
 def attention(
     q_NHA, k_NHA, v_NHA, layout: Layout, sinks_H: Tensor | None = None, backend: str = "auto"
 ) -> Tensor:
@@ -1046,7 +1052,7 @@ def run_sorted(moe: MoE, x_ND: Tensor, gates_NK, chosen_NK, counts_E: Tensor) ->
     return collect(y_RD, place_S, moe.top_k).to(x_ND.dtype)
 
 
-@torch.compiler.disable  # torch 2.13 traces grouped_mm in bfloat16 only
+@uncompiled  # torch 2.13 traces grouped_mm in bfloat16 only
 def run_experts(moe: MoE, x_RD: Tensor, gates_R1: Tensor, rows_E: Tensor) -> Tensor:
     """Every expert on its own run of rows, weighed by the gates.
 
@@ -1097,6 +1103,19 @@ def autocast(device: torch.device, precision: str = "auto") -> Any:
 # ---- What `encode` takes and gives
 
 
+def check_options(
+    student: Student, max_tokens: Any, keep: Any, layers: Sequence[int] | None
+) -> None:
+    """The numbers that `encode` takes, before any image is read."""
+    for name, count in (("max_tokens", max_tokens), ("keep", keep)):
+        if count is not None and not (isinstance(count, Integral) and count >= 1):
+            raise ValueError(f"{name}={count!r} is no number of tokens: pass 1 or more, or None")
+    if not isinstance(layers, Sequence | None):
+        raise ValueError(f"layers={layers!r} is no list of blocks: pass (4, 6), say")
+    if wrong := [i for i in layers or () if i not in range(1, len(student.blocks) + 1)]:
+        raise ValueError(f"layers={wrong}: there are blocks 1 to {len(student.blocks)}")
+
+
 def read_image(image: Any, name: str) -> Tensor:
     """An image of any kind that `encode` takes, as float32 (3, H, W) in [0, 1]."""
     try:
@@ -1135,8 +1154,6 @@ def packs_of(
     images: Sequence[Any], config: ModelConfig, max_tokens: int | None, budget: int
 ) -> Iterator[list[Tensor]]:
     """Images resized to whole patches, together as many as the budget of tokens allows."""
-    if max_tokens is not None and max_tokens < 1:
-        raise ValueError(f"max_tokens={max_tokens} leaves no patch")
     max_area, pack, room = max_tokens and max_tokens * config.patch**2, list[Tensor](), budget
     for pixels in read_images(images):
         height, width = fit_size(pixels.shape[1], pixels.shape[2], config.patch, max_area=max_area)
@@ -1249,6 +1266,7 @@ def load_student(path: str | Path, top_k: int | None = None, device: str = "cpu"
     Raises: ValueError: unreadable file, other content, missing or unexpected keys, wrong shapes.
     """
     path = Path(in_run(path))
+    place = torch.device(device)  # its own error, before the file is read
     content = None if path.is_dir() else read_checkpoint(path)
     try:
         if content is None:
@@ -1261,9 +1279,10 @@ def load_student(path: str | Path, top_k: int | None = None, device: str = "cpu"
             config, state = read_siglino(content)
         if top_k is not None and config.experts:
             config = replace(config, top_k=top_k)
-        return assemble(config, state).to(device)
+        student = assemble(config, state)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
+    return student.to(place)
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -1846,7 +1865,9 @@ def save_onnx(student: Student, path: str | Path, height: int, width: int) -> No
     names = {"input_names": ["images"], "output_names": list(grid(images_B3HW))}
     shapes = {"images_B3HW": {0: torch.export.Dim("batch")}}
     options = {"dynamo": True, "verbose": False, "external_data": large, "dynamic_shapes": shapes}
-    torch.onnx.export(grid, (images_B3HW,), path, **names, **options)  # type: ignore[arg-type]
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it misses torchvision; we do not
+    with warnings.catch_warnings(action="ignore"):  # of torch, about its own code
+        torch.onnx.export(grid, (images_B3HW,), path, **names, **options)  # type: ignore[arg-type]
 
 
 @cache
@@ -1872,23 +1893,16 @@ def count_parameters(config: ModelConfig) -> dict[str, int]:
 
 
 def count_flops(config: ModelConfig, pixels: int) -> float:
-    """FLOPs of one square image's forward: two per weight and token, plus attention's products.
-
-    Norms, activations and the few prefix tokens of adapters are left out, below 2 % in all.
-    """
-    patches = (pixels // config.patch) ** 2
-    tokens, counts = patches + config.prefix, count_parameters(config)
-    looked_up = (config.position_grid**2 + config.prefix) * config.dim  # not multiplied
-    products = 4 * tokens**2 * config.n_heads * config.head_dim * config.n_layers
-    total = 2 * tokens * (counts["active_trunk"] - looked_up) + products
-    with torch.device("meta"):
-        heads = dict(Student(config).heads.named_parameters())
-    for name, weight in ((name, p) for name, p in heads.items() if p.ndim == 2):
-        is_summary = ".summary." in name or ".last_summary." in name or ".pool." in name
-        total += 2 * weight.numel() * (1 if is_summary else patches)
-        if name.endswith(".pool.qkv.weight"):  # keys and values of every token, one query
-            total += 2 * weight.numel() * 2 / 3 * (tokens - 1)
-    return total
+    """FLOPs of one square image's forward, as torch counts the products of matrices in it."""
+    # K experts of F cost what one MLP of K * F does, which the counter knows.
+    hidden, side = config.ffn_dim * max(config.top_k, 1), pixels // config.patch
+    dense = replace(config, n_layers=1, experts=0, top_k=0, ffn_dim=hidden)
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        student = Student(dense).to("meta").use(attention="explicit")
+        layout = Layout.of([(side, side)], config.prefix, torch.device("meta"))
+        student.run(torch.empty(side**2, 3 * config.patch**2), layout)
+    block = sum(counter.get_flop_counts()["Block"].values())
+    return counter.get_total_flops() + (config.n_layers - 1) * block
 
 
 def activation_bytes(config: ModelConfig, recompute: bool) -> float:
