@@ -69,6 +69,7 @@ def extract(
         chunk: pictures encoded together; changes speed, not figures.
     """
     n, (rank, world) = len(source), rank_and_world()
+    # By place in the source, not by rank or chunk: no figure depends on the number of processes.
     has_map = set(packing.evenly(n, n if dense is None else dense))
     at_least = size if isinstance(size, tuple) else (size or LARGEST,) * 2
     mine, records, skipped = range(rank, n, world), {}, dict[str, str]()
@@ -80,7 +81,7 @@ def extract(
             summary = {name: x.float().cpu() for name, x in out.summary.items()}
             # Half precision: the maps of a thousand pictures are gigabytes.
             maps = {name: x.half().cpu() for name, x in out.patches.items() if i in has_map}
-            records[i] = replace(sample, image=sample.image[:0]), summary, maps
+            records[i] = replace(sample, image=sample.image[:0]), summary, maps  # pixels go
     return _gather(records, skipped, source.skipped)
 
 
@@ -121,7 +122,8 @@ def knn(train: FeatureSet, test: FeatureSet, k: int = 20) -> Rows:
             torch.cat([F.normalize(side.summary[column]) for column in columns], dim=1)
             for side in (train, test)
         )
-        # Each head's votes sum to one: raw ones would let the head with larger cosines decide.
+        # Each head's votes sum to one: raw ones would let the head with larger cosines decide, and
+        # the entropy that weighs the heads is one of chances.
         return F.normalize(knn_votes(bank_NC, train_N, test_NC, len(names), k), p=1)
 
     chances = add_ensembles({column: votes(column) for column in test.summary})
@@ -180,6 +182,7 @@ class Fidelity:
     def report(self, pairs: Iterable[Sequence[Tensor]]) -> dict[str, Any]:
         """Figures over held-out images, each (student (M, C), teacher (M, C))."""
         images = []
+        # float64: the spread below is a small difference where a channel's mean is large.
         for s_MC, t_MC in ((s.double(), t.double()) for s, t in pairs):
             # One image's means over its tokens, so that images weigh the same.
             cosine = F.cosine_similarity(s_MC, t_MC).mean()
@@ -190,6 +193,8 @@ class Fidelity:
         # around their own means they would vary less, and the interval would lie too low.
         centre_C = mean_NC.mean(0)
         spread_NC = square_NC - 2 * centre_C * mean_NC + centre_C.square()
+        # Sums of both, and one quotient at the end: a mean of quotients would let pictures of one
+        # colour, whose features hardly vary, decide.
         parts_N2 = torch.stack([(x * self.scale_C).mean(1) for x in (error_NC, spread_NC)], 1)
         if parts_N2[:, 1].mean() <= 1e-12 * (square_NC * self.scale_C).mean():
             parts_N2[:, 1] = 0  # what is left of equal numbers
@@ -219,20 +224,19 @@ def take(found: FeatureSet, places: list[int]) -> FeatureSet:
 WHERE = {"label": "its first folder's name, or a .cls", "caption": "a .txt", "mask": "a .mask.png"}
 
 
-def bare_of(side: str, what: str, bare: Sequence[str], count: int) -> str:
-    """The message where pictures lack what a figure is made of."""
-    return (
-        f"{side}: {len(bare)} of {count} have no {what} ({WHERE[what]} beside the picture): "
-        f"{list(bare[:5])}; add it, or take them out"
-    )
+def refuse_bare(side: str, what: str, bare: Sequence[str], count: int) -> None:
+    """ValueError where there are no pictures, or some lack what a figure is made of."""
+    if bare or not count:
+        raise ValueError(
+            f"{side}: {len(bare)} of {count} have no {what} ({WHERE[what]} beside the picture): "
+            f"{list(bare[:5])}; add it, or take them out"
+        )
 
 
 def known(found: FeatureSet, what: str, side: str) -> list[Any]:
-    """A field of every sample; samples without it are an error that names them."""
+    """A field of every sample."""
     values = [getattr(sample, what) for sample in found.samples]
-    bare = [s.key for s, value in zip(found.samples, values, strict=True) if value is None]
-    if bare or not values:
-        raise ValueError(bare_of(side, what, bare, len(values)))
+    refuse_bare(side, what, [s.key for s in found.samples if getattr(s, what) is None], len(values))
     return values
 
 
@@ -584,7 +588,7 @@ def choose_probe(
     return Probe(weight_CK[None], bias_GK)
 
 
-def _masks(found: FeatureSet, side: str, foreground: bool = False) -> list[Tensor]:
+def _masks(found: FeatureSet, side: str, foreground: bool) -> list[Tensor]:
     """The masks of the pictures whose patches are kept."""
     masks = known(found, "mask", side)
     masks = [torch.from_numpy(np.array(masks[i])) for i in found.dense]
@@ -993,9 +997,8 @@ def run_task(args: argparse.Namespace, models: Any, train: Any, test: Any) -> tu
             pca_sheet(out, pictures, models, args.sizes or [args.size])
         return {out: {"value": len(pictures)}}, skipped
     has_maps = args.task in ("segmentation", "merging", "resolution")
-    asked = product([train, test], [args.size])
-    if args.task == "resolution":
-        asked = product([test], args.sizes)
+    is_curve = args.task == "resolution"
+    asked = product([test], args.sizes) if is_curve else product([train, test], [args.size])
     sets = [extract(models, x, None if has_maps else 0, size) for x, size in asked]
     rows = PROTOCOLS[args.task](args, *sets)
     return rows, {key: why for found in sets for key, why in found.skipped.items()}
@@ -1057,9 +1060,8 @@ def load_words(text: str) -> Words:
     spec = parse_teacher(text)
     tower = load_text(spec)
 
-    @torch.no_grad()
     def embed(texts: list[str]) -> Tensor:
-        return torch.cat([tower(texts[i : i + 256]) for i in range(0, len(texts), 256)]).float()
+        return torch.cat([tower(texts[i : i + 256]) for i in range(0, len(texts), 256)])
 
     return Words(embed, spec.name)
 
@@ -1076,8 +1078,7 @@ def check_fields(args: argparse.Namespace, models: Any, train: Any, test: Any) -
         records = (source.record(i) for i in range(len(source)))
         # A drawing's record says how it is drawn; its mask comes of that.
         bare = [record["key"] for record in records if what not in record and "spec" not in record]
-        if bare:
-            raise ValueError(bare_of(side, what, bare, len(source)))
+        refuse_bare(side, what, bare, len(source))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

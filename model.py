@@ -130,13 +130,13 @@ class ModelConfig:
     ffn_dim: int  # hidden width of the MLP, or of one expert
     heads: tuple[HeadSpec, ...] = ()
     patch: int = 16  # side in pixels
-    cls_tokens: int = 1  # RADIO: one per teacher
-    registers: int = 4
+    cls_tokens: int = 1  # RADIO: one per teacher, so that summaries do not compete for one token
+    registers: int = 4  # tokens of no meaning of their own, where attention may keep what is global
     experts: int = 0  # 0: a dense MLP
     top_k: int = 0  # experts per token
     norm_weight: bool = True  # AMoE: False in the 30M and 70M sizes
     gated_ffn: bool = True  # SiLU-gated; False: GELU MLP
-    final_norm: bool = True  # RADIO: dropped after training
+    final_norm: bool = True  # RADIO's releases have none
     layer_scale: bool = False  # RADIO: initialised to 1e-5 where present
     patch_bias: bool = False  # RADIO: ViT-g only
     position_grid: int = 0  # RADIO: side of the table of positions, in patches
@@ -222,9 +222,10 @@ MODELS: dict[str, ModelConfig] = {
 def explicit_attention(q_BHNA, k_BHNA, v_BHNA, sinks_H: Tensor | None) -> Tensor:
     """The definition: softmax in float32 over the logits and the sink, one more with value 0."""
     logits_BHNN = (q_BHNA @ k_BHNA.mT).float() / math.sqrt(q_BHNA.shape[-1])
-    if sinks_H is not None:
+    if sinks_H is not None:  # a head that finds nothing in an image need not say anything of it
         sinks_BHN1 = sinks_H.float()[:, None, None].expand(*logits_BHNN.shape[:3], 1)
         logits_BHNN = torch.cat([logits_BHNN, sinks_BHN1], dim=-1)
+    # The sink's weight is dropped after the softmax: what is left sums to less than one.
     return logits_BHNN.softmax(-1)[..., : k_BHNA.shape[2]].to(v_BHNA.dtype) @ v_BHNA
 
 
@@ -241,6 +242,7 @@ class FlashSinkAttention(torch.autograd.Function):
         out_BHNA, lse_BHN, ctx.kernel_backward = kernel(q_BHNA, k_BHNA, v_BHNA)
         if sinks_H is not None:
             sinks_H1 = sinks_H.to(lse_BHN.dtype)[:, None]
+            # What the sink leaves to the keys, e^lse / (e^lse + e^s), without overflow.
             out_BHNA = out_BHNA.mul_(torch.sigmoid(lse_BHN - sinks_H1)[..., None])
             lse_BHN = torch.logaddexp(lse_BHN, sinks_H1)
         ctx.save_for_backward(q_BHNA, k_BHNA, v_BHNA, out_BHNA, lse_BHN, sinks_H)
@@ -252,6 +254,7 @@ class FlashSinkAttention(torch.autograd.Function):
         grads = ctx.kernel_backward(grad_BHNA, *saved, out_BHNA, lse_BHN)
         if sinks_H is None:
             return *grads, None, None
+        # A softmax's gradient is p * (g - sum p g); the sink's value is 0, and so is its own g.
         weight_BHN = torch.exp(sinks_H.to(lse_BHN.dtype)[:, None] - lse_BHN)
         rows_BHN = (grad_BHNA * out_BHNA).sum(-1, dtype=lse_BHN.dtype)
         return *grads, -(weight_BHN * rows_BHN).sum((0, 2)).to(sinks_H.dtype), None
@@ -267,6 +270,8 @@ def golden_frequencies(n_heads: int, n_freqs: int, low: float, high: float) -> T
     low-discrepancy sequence. AMoE: golden RoPE
     """
     g = 1.324717957244746
+    # Geometric, so that each doubling has as many: over a picture, whose sides span about 2, from a
+    # third of a turn, which tells halves apart, to six, which tell neighbours apart.
     magnitude_J = low * (high / low) ** torch.linspace(0, 1, n_freqs, dtype=torch.float64)
     i = torch.arange(1, n_heads * n_freqs + 1, dtype=torch.float64)[:, None]
     z = (i * torch.tensor([1 / g, 1 / g**2], dtype=torch.float64)).frac()
@@ -300,10 +305,7 @@ class GoldenPositions(nn.Module):
         self.register_buffer("freqs_HJ2", freqs_HJ2)
 
     def forward(self, patches_MD: Tensor, layout: Layout, _: Tensor | None):
-        """The patches as they are; cos_NHJ, sin_NHJ of every token, in float32 whatever the dtype.
-
-        CLS and registers are not rotated.
-        """
+        """The patches as they are; cos_NHJ and sin_NHJ of all tokens, of 0 rad for the prefix."""
         # By single products: autocast would round those of an einsum to bfloat16.
         y_M11, x_M11 = self.coordinates(layout).T[..., None, None]
         angles_MHJ = y_M11 * self.freqs_HJ2[..., 0] + x_M11 * self.freqs_HJ2[..., 1]
@@ -337,6 +339,7 @@ class TablePositions(nn.Module):
             return patches_MD + self.sample(yx_M2.clamp(0, side - 1)).to(patches_MD.dtype), None
         windows_M5 = to_device(windows_B5, patches_MD.device).index_select(0, layout.image_M)
         size_M2, origin_M2, kept_M1 = windows_M5.split([2, 2, 1], dim=1)
+        # A crop of the table at any scale: no entry may come to mean one resolution.
         unit_M2 = layout.row_column_M2 / (grid_M2 - 1).clamp(min=1)
         positions_MD = self.sample((origin_M2 + unit_M2 * size_M2) * (side - 1)) * kept_M1
         return patches_MD + positions_MD.to(patches_MD.dtype), None
@@ -357,8 +360,8 @@ def position_windows(count: int, generator: torch.Generator) -> Tensor:
     Returns: (count, 5): height, width, top, left in [0, 1], and 0 where all positions are dropped.
     """
     u_B6 = torch.rand(count, 6, generator=generator)
-    scale_B = math.sqrt(0.1) + (1 - math.sqrt(0.1)) * u_B6[:, 0]
-    aspect_B = torch.exp((2 * u_B6[:, 1] - 1) * math.log(4 / 3))
+    scale_B = math.sqrt(0.1) + (1 - math.sqrt(0.1)) * u_B6[:, 0]  # of a side: a tenth of the area
+    aspect_B = torch.exp((2 * u_B6[:, 1] - 1) * math.log(4 / 3))  # in log: tall as often as wide
     size_B2 = torch.stack([scale_B / aspect_B, scale_B * aspect_B], dim=1).clamp(max=1)
     kept_B1 = (u_B6[:, 4:5] >= 0.1).float()  # position dropout: 10 % of the images get none
     return torch.cat([size_B2, u_B6[:, 2:4] * (1 - size_B2), kept_B1], dim=1)
@@ -394,6 +397,7 @@ class SinkAttention(PlainAttention):
         self.sinks = nn.Parameter(torch.zeros(config.n_heads))  # lets a head attend to nothing
 
     def attend(self, qkv_N3HA: Tensor, layout: Layout, rotation: Any) -> Tensor:
+        # QK-norm: the logits stay below sqrt(A), however large the weights become.
         qk_N2HA, v_NHA = F.rms_norm(qkv_N3HA[:, :2], (self.head_dim,)), qkv_N3HA[:, 2]
         # CUDA's autocast computes the norm in float32, and no kernel takes two dtypes.
         q_NHA, k_NHA = rotate(qk_N2HA, rotation).to(v_NHA.dtype).unbind(1)
@@ -431,6 +435,7 @@ class MoE(nn.Module):
         self.top_k, self.backend = config.top_k, "auto"
         self.router = nn.Linear(D, E, bias=False)
         self.register_buffer("expert_bias", torch.zeros(E))  # no gradient: see `update_router`
+        # All experts in one tensor: a grouped product takes them in one call.
         self.w1_EGD = nn.Parameter(torch.empty(E, 2 * hidden, D))  # G = 2F: gate, then value
         self.w2_EDF = nn.Parameter(torch.empty(E, D, hidden))
 
@@ -439,6 +444,8 @@ class MoE(nn.Module):
 
         bfloat16 has 3 digits: near ties it would select other experts than the training did.
         """
+        # A sigmoid each, no softmax: an expert's gate does not hang on the scores of the others,
+        # and the K gates need not sum to one.
         with torch.autocast(x_ND.device.type, enabled=False):
             scores_NE = torch.sigmoid(F.linear(x_ND.float(), self.router.weight.float()))
         # The bias balances the load: it selects, but the gate is the score alone.
@@ -493,7 +500,7 @@ class Block(nn.Module):
         self.norm2 = norm(config.dim)
         self.ffn = MoE(config) if config.experts else Mlp(config, form.mlp_bias)
         self.scale1 = self.scale2 = None
-        if config.layer_scale:
+        if config.layer_scale:  # small: a deep ViT starts near the identity
             self.scale1 = nn.Parameter(torch.full((config.dim,), 1e-5))
             self.scale2 = nn.Parameter(torch.full((config.dim,), 1e-5))
 
@@ -515,6 +522,7 @@ class AdapterHead(nn.Module):
         super().__init__()
         self.spec, hidden = spec, spec.hidden or spec.dim
         self.fc1, self.norm = nn.Linear(width, hidden), nn.LayerNorm(hidden)
+        # A Linear at the end: after training, the inverse of PHI-S is folded into it.
         self.last = nn.Linear(hidden, spec.dim, bias=spec.bias)
         if spec.split and spec.summary_dim is not None:
             self.last_summary = nn.Linear(hidden, spec.summary_dim, bias=spec.bias)
@@ -550,15 +558,10 @@ class RadioHead(nn.Module):
 
     def __init__(self, spec: Any, width: int):
         super().__init__()
-        self.spec = spec
-        self.summary: Any = None  # SAM has no summary
-        self.patches: Any = None
-        if spec.summary_dim is not None:
-            sizes = (spec.summary_hidden, spec.summary_inner, spec.summary_dim)
-            self.summary = RadioMlp(width, *sizes)
-        if spec.dim is not None:
-            sizes = (spec.hidden, spec.inner, spec.dim * spec.upsample**2)
-            self.patches = RadioMlp(width, *sizes)
+        self.spec, channels = spec, (spec.dim or 0) * spec.upsample**2
+        summary = spec.summary_hidden, spec.summary_inner, spec.summary_dim
+        self.summary: Any = RadioMlp(width, *summary) if spec.summary_dim else None  # SAM has none
+        self.patches: Any = RadioMlp(width, spec.hidden, spec.inner, channels) if spec.dim else None
 
     def output_layers(self) -> dict[str, Any]:
         return {name: mlp.get_submodule("last") for name, mlp in self.named_children()}
@@ -620,8 +623,7 @@ class Student(nn.Module):
     """The student of `config`; see `ModelConfig` for the choices and `MODELS` for the sizes."""
 
     pixel_stats_2X: Tensor
-    # Tokens of a pass of `encode`. 0: 16384 on a GPU; 2048 on a CPU, whose cache holds no more: 1.0
-    encode_budget = 0  # to 2.1 times as fast as one picture at a time (16384: .95 at worst)
+    encode_budget = 0  # tokens of a pass of `encode`; 0: 16384 on a GPU, 2048 on a CPU (its cache)
     precision = "auto"  # of `encode`, see `autocast`
     frozen_trunk = False  # True: only the heads get gradients (RADIOv2.5: the first steps)
     recompute = False  # True: blocks keep no activations and run again in backward
@@ -632,6 +634,7 @@ class Student(nn.Module):
         # Teachers and students take pixels in [0, 1]; each has its own statistics of them.
         rgb = torch.tensor([config.pixel_mean, config.pixel_std], device="cpu")  # never meta
         self.register_buffer("pixel_stats_2X", rgb.repeat(1, config.patch**2), persistent=False)
+        # A ViT's strided convolution, on patches that are cut already: a pack has no height, width.
         self.embed = nn.Linear(3 * config.patch**2, config.dim, bias=config.patch_bias)
         self.prefix_RD = nn.Parameter(torch.empty(config.prefix, config.dim))
         self.positions = form.positions(config)
@@ -655,6 +658,7 @@ class Student(nn.Module):
 
     def run(self, patches_MX: Tensor, layout: Layout, windows_B5=None) -> StudentOutput:
         """`forward` for a layout that is already there (an exported program has a fixed one)."""
+        # Frozen, the trunk keeps nothing for a backward: new heads, which are far off, train first.
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen_trunk):
             x_ND, counts_LE = self.trunk(patches_MX, layout, windows_B5)
         return self.read_out(x_ND, layout, counts_LE)
@@ -700,7 +704,8 @@ class Student(nn.Module):
         Source: the bias is the release's; the rule is torchtitan's (rate 1e-3), we chose.
         """
         for block, counts_E in zip(self.blocks, counts_LE.float(), strict=True):
-            # The sign alone: a step has one size, whatever the number of tokens.
+            # The sign alone: a step has one size, whatever the number of tokens. Its mean goes, as
+            # a shift of all biases selects nothing else, and they would wander off.
             step_E = rate * torch.sign(counts_E.mean() - counts_E)
             block.ffn.expert_bias += (step_E - step_E.mean()).to(block.ffn.expert_bias.device)
 
@@ -771,9 +776,9 @@ def merge_tokens(tokens_ND: Tensor, grid: tuple[int, int], keep: int) -> tuple[T
     is_kept_N = torch.zeros(count, dtype=torch.bool, device=device)
     is_kept_N[cell_middles(rows, columns, keep).to(device)] = True
     destinations, sources = is_kept_N.nonzero()[:, 0], (~is_kept_N).nonzero()[:, 0]
-    unit_ND = F.normalize(tokens_ND.float(), dim=-1)
+    unit_ND = F.normalize(tokens_ND.float(), dim=-1)  # alike: of one direction, as in ToMe
     score, best = (unit_ND[sources] @ unit_ND[destinations].T).max(dim=1)
-    merged = score.argsort(descending=True, stable=True)[: count - keep]
+    merged = score.argsort(descending=True, stable=True)[: count - keep]  # stable: ties by place
     is_kept_N[sources] = True
     is_kept_N[sources[merged]] = False
     index_N = is_kept_N.cumsum(0) - 1
@@ -815,10 +820,7 @@ class Layout:
     def of(
         cls, grids: list[tuple[int, int]], prefix: int, device: torch.device, count: int = 1
     ) -> Layout:
-        """Lay out images of these grids, each with `prefix` tokens before its patches.
-
-        count: one grid for so many images, which may be a symbol of torch.export.
-        """
+        """Images of these grids, or `count` of one; that may be a symbol of torch.export."""
         grid_B2 = torch.tensor(grids, dtype=torch.int64).reshape(-1, 2).repeat(count, 1)
         patches_B, image_B = grid_B2.prod(1), torch.arange(len(grids) * count)
         row_M = torch.arange(count * sum(h * w for h, w in grids))
@@ -972,12 +974,9 @@ def attention(
     if not layout.lengths:  # the sinks keep their place in the graph: DDP waits for every gradient
         return v_NHA if sinks_H is None else v_NHA + 0 * sinks_H.sum()
     backend = choose_attention(q_NHA) if backend == "auto" else backend
-    qkv, outputs = (q_NHA, k_NHA, v_NHA), []
-    if backend == "varlen":  # it knows where images end: the pack is one sequence
-        runs = [tuple(x_NHA[None] for x_NHA in qkv)]
-    else:
-        runs = list(zip(*(layout.by_length(x_NHA) for x_NHA in qkv), strict=True))
-    for run in runs:
+    is_whole, outputs = backend == "varlen", []  # it knows where images end, and takes the pack
+    qkv = [[x[None]] if is_whole else layout.by_length(x) for x in (q_NHA, k_NHA, v_NHA)]
+    for run in zip(*qkv, strict=True):
         q, k, v = (rearrange(x_BNHA, "b n h a -> b h n a") for x_BNHA in run)
         if backend == "explicit":
             out_BHNA = explicit_attention(q, k, v, sinks_H)
@@ -1179,31 +1178,27 @@ def encode_pack(
     with autocast(device, student.precision), ExitStack() as hooks:
         for i in layers:
             hooks.enter_context(student.blocks[i - 1].register_forward_hook(partial(look, i)))
-        results = unpack(student(batch.to(device)), student.config, batch.grids, seen)
-    for result, (h, w) in zip(results, batch.grids, strict=True):
+        out = student(batch.to(device))
+    summary, factors = {"trunk": out.trunk_summary_BD, **out.summary}, {"trunk": 1}
+    factors |= {head.name: head.upsample for head in student.config.heads}
+    flat = {"trunk": out.trunk_MD, **out.patches}
+    patches = {name: as_maps(x_MC, batch.grids, factors[name]) for name, x_MC in flat.items()}
+    inner, results = {i: as_maps(x_MD, batch.grids) for i, x_MD in seen.items()}, []
+    for b, (h, w) in enumerate(batch.grids):
+        found = Features({name: x_BC[b].float().clone() for name, x_BC in summary.items()}, {})
+        found.patches |= {name: maps[b] for name, maps in patches.items()}
+        found.layers |= {i: maps[b] for i, maps in inner.items()}
         if keep is not None:
-            trunk_ND = result.patches["trunk"].flatten(0, 1)
-            result.tokens, _ = merge_tokens(trunk_ND, (h, w), min(keep, h * w))
+            trunk_ND = found.patches["trunk"].flatten(0, 1)
+            found.tokens, _ = merge_tokens(trunk_ND, (h, w), min(keep, h * w))
+        results.append(found)
     return results
 
 
-def unpack(
-    out: StudentOutput, config: ModelConfig, grids: Sequence[Any], layers: dict[int, Tensor]
-) -> list[Features]:
-    """Each image's own features, patches as maps. Copies: a view would keep all of its pack."""
-    results = [Features({}, {}) for _ in grids]
-    for name, x_BC in {"trunk": out.trunk_summary_BD, **out.summary}.items():
-        for result, x_C in zip(results, x_BC.float(), strict=True):
-            result.summary[name] = x_C.clone()
-    factors: dict[Any, int] = {head.name: head.upsample for head in config.heads}
-    maps: dict[Any, Tensor] = {"trunk": out.trunk_MD, **out.patches}
-    for key, x_MC in (maps | layers).items():
-        u = factors.get(key, 1)
-        pieces = x_MC.float().split([h * w * u * u for h, w in grids])
-        for result, (h, _), piece in zip(results, grids, pieces, strict=True):
-            part: dict[Any, Tensor] = result.layers if key in layers else result.patches
-            part[key] = rearrange(piece, "(h w) c -> h w c", h=h * u).clone()
-    return results
+def as_maps(x_MC: Tensor, grids: Sequence[Any], u: int = 1) -> list[Tensor]:
+    """Patches of a pack, or u * u of each, as a map an image; copies, as a view keeps its pack."""
+    pieces = zip(x_MC.float().split([h * w * u * u for h, w in grids]), grids, strict=True)
+    return [rearrange(x, "(h w) c -> h w c", h=h * u).clone() for x, (h, _) in pieces]
 
 
 # ---- Our checkpoints
@@ -1232,7 +1227,7 @@ def hash_weights(module: nn.Module, total: Any = None) -> str:
 def save_student(student: Student, path: str | Path, half: bool = False) -> None:
     """Write weights and config as plain data, whole or not at all; half: parameters in float16."""
     student = getattr(student, "_orig_mod", student)  # of torch.compile
-    state = {name: value.detach().cpu() for name, value in student.state_dict().items()}
+    state = {name: x.cpu() for name, x in student.state_dict().items()}
     for name, _ in student.named_parameters() if half else ():
         state[name] = state[name].half()
         if not state[name].isfinite().all():
@@ -1318,10 +1313,9 @@ def read_config(saved: dict[str, Any]) -> ModelConfig:
 
 def read_spec(saved: dict[str, Any]) -> HeadSpec:
     """A saved head; there was one spec for both kinds once, of whose fields each read its own."""
-    is_radio = saved.get("kind", "adapter") != "adapter"
-    ours, other = (RadioSpec, AdapterSpec) if is_radio else (AdapterSpec, RadioSpec)
-    unread = {field.name for field in dataclasses.fields(other)} | {"kind", "pre_norm"}
-    unread -= {field.name for field in dataclasses.fields(ours)}
+    kinds = AdapterSpec, RadioSpec
+    ours, other = kinds if saved.get("kind", "adapter") == "adapter" else kinds[::-1]
+    unread = {*other.__match_args__, "kind", "pre_norm"} - {*ours.__match_args__}
     return ours(**{name: value for name, value in saved.items() if name not in unread})
 
 
@@ -1882,14 +1876,9 @@ def count_parameters(config: ModelConfig) -> dict[str, int]:
     total, trunk = count(lambda _: True), count(lambda name: not name.startswith("heads."))
     experts = count(lambda name: name.endswith(("_EGD", "_EDF")))
     idle = experts * (config.experts - config.top_k) // max(config.experts, 1)
-    return {
-        "total": total,
-        "active": total - idle,
-        "trunk": trunk,
-        "active_trunk": trunk - idle,
-        "frozen": count(lambda name: not named[name].requires_grad),
-        "block": count(lambda name: name.startswith("blocks.0.")),
-    }
+    counts = {"total": total, "active": total - idle, "trunk": trunk, "active_trunk": trunk - idle}
+    counts["frozen"] = count(lambda name: not named[name].requires_grad)
+    return counts | {"block": count(lambda name: name.startswith("blocks.0."))}
 
 
 def count_flops(config: ModelConfig, pixels: int) -> float:

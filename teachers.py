@@ -76,7 +76,7 @@ class TeacherOutput:
 class SizeRule:
     """At what size a teacher sees a picture; sides are multiples of `patch`.
 
-    area    keeps the aspect, about side^2 pixels whatever the picture's size
+    area    keeps the aspect, about side^2 pixels whatever the picture's size (small demo networks)
     native  the picture's own size, at most side^2 pixels
     fixed   side x side, the aspect is lost
     canvas  its own size, at most `side` high and wide, as a part of a side x side mosaic
@@ -91,7 +91,7 @@ class SizeRule:
         """(height, width) of a picture -> (height, width) that the teacher sees, in pixels."""
         if self.kind == "fixed":
             return self.side, self.side
-        if self.kind == "canvas":
+        if self.kind == "canvas":  # never enlarged: there is room for more pictures beside it
             scale, longest = min(1.0, self.side / max(height, width)), self.side
         else:
             scale, longest = self.side / math.sqrt(height * width), self.side**2 // self.patch
@@ -108,6 +108,8 @@ class SizeRule:
 
     def view(self, image_u8: np.ndarray, size: Any = None, box: Box | None = None) -> Tensor:
         """A picture (H, W, 3) as the teacher sees it; `size`, `box`: see `Teacher.targets`."""
+        # Detail that the student does not see it can't learn to tell; a network of one size must
+        # be fed at that size all the same.
         size = size if self.kind in ("native", "canvas") else None
         image_CHW = to_float(image_u8, size, box, self.resample)
         return resize(image_CHW, self(*image_CHW.shape[1:]), self.resample)
@@ -136,8 +138,8 @@ class Teacher:
         self.size_for = backbone.sizes  # (height, width) of a picture -> of what the teacher sees
         self.patch = backbone.sizes.patch
         self.device, self.dtype = torch.device(device), dtype or torch.float32
-        self.network = backbone.network.to(self.dtype).eval().requires_grad_(False)
-        self.fingerprint = fingerprint_of(self)
+        self.network = backbone.network.to(self.dtype).eval().requires_grad_(False)  # frozen
+        self.fingerprint = fingerprint_of(self)  # while the weights are on the host
         self.network.to(self.device)
         self.stats_23 = torch.tensor(backbone.stats, device=self.device)  # mean, deviation
         self.precision = "fp32"  # see `model.autocast`: that of the weights, unless told otherwise
@@ -181,6 +183,7 @@ class Teacher:
         """
         rows: list[Any] = [None] * len(prepared)
         mean, side = self.backbone.stats[0], self.size_for.side
+        # Nothing is padded: a network that never met padding would answer otherwise beside it.
         for batch in batches(self, prepared, share_canvas):
             pictures = [prepared[i] for i in batch]
             if self.size_for.kind == "canvas":
@@ -202,6 +205,7 @@ class Teacher:
         with autocast(self.device, self.precision):
             normal_BCHW = ((pixels_BCHW - mean) / std).to(self.dtype)
             parts = self.backbone.read(self.network, normal_BCHW)
+        # float32: PHI-S's statistics and the losses are sums over many of these numbers.
         columns = ([None] * len(pictures) if part is None else part.float() for part in parts)
         return list(zip(*columns, strict=True))
 
