@@ -1102,9 +1102,7 @@ def autocast(device: torch.device, precision: str = "auto") -> Any:
 # ---- What `encode` takes and gives
 
 
-def check_options(
-    student: Student, max_tokens: Any, keep: Any, layers: Sequence[int] | None
-) -> None:
+def check_options(student: Student, max_tokens: Any, keep: Any, layers: Any) -> None:
     """The numbers that `encode` takes, before any image is read."""
     for name, count in (("max_tokens", max_tokens), ("keep", keep)):
         if count is not None and not (isinstance(count, Integral) and count >= 1):

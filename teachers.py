@@ -543,9 +543,8 @@ def load_minilm(spec: TeacherSpec) -> Callable[[list[str]], Tensor]:
     @torch.no_grad()
     def encode(texts: list[str]) -> Tensor:
         rows = words.encode_batch(texts)
-        ids_BN, mask_BN = (
-            torch.tensor([getattr(row, part) for row in rows]) for part in ("ids", "attention_mask")
-        )
+        ids_BN = torch.tensor([row.ids for row in rows])
+        mask_BN = torch.tensor([row.attention_mask for row in rows])
         tokens_BNC = model(ids_BN, attention_mask=mask_BN).last_hidden_state
         return F.normalize((tokens_BNC * mask_BN[..., None]).sum(1), dim=-1)
 
