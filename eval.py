@@ -1013,13 +1013,13 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--train", help="SOURCE of the training pictures")
     add("--test", help="SOURCE of the pictures to score, draw or encode")
     add("--no-controls", action="store_true", help="leave out the random student and raw pixels")
-    side = "pictures get the area of a square of this side, px (default: they keep their size, up to "
-    add("--size", type=pixels, help=f"{side}4,096 patches); 224 makes photographs fast")
+    size = "give pictures the area of a square of this side, px: 224 makes photographs fast"
+    add("--size", type=pixels, help=f"{size} (default: their own size)")
     add("--sizes", type=pixels, nargs="+", default=[], help="several --size (pca, resolution)")
     add("--k", type=Number(low=1), default=20, help="neighbours (default: %(default)s)")
     add("--text", default="", help="builtin:minilm, or [NAME=]PATH of a teacher with a text tower")
-    prompts = "file of templates, or 'captions' of the training pictures (default: a photo of a {}.)"
-    add("--prompts", default="", help=prompts)
+    lines = "file of templates, or 'captions' of the training pictures (default: a photo of a {}.)"
+    add("--prompts", default="", help=lines)
     add("--foreground", action="store_true", help="segmentation: every class but 0 is one")
     add("--maps", action="store_true", help="features: write the patch maps too")
     add("--out", default="", help="folder of features, or picture (default: pca.png)")
