@@ -427,8 +427,7 @@ def similarities(
 def fit_text_map(image_NC: Tensor, text_ND: Tensor) -> Callable[[Tensor], Tensor]:
     """A map (M, C) -> (M, D) from image features to embeddings of their captions: ridge regression.
 
-    The penalty is the best of five on a fifth of the pairs; the map is then of all pairs (we
-    chose).
+    The penalty is the best of five on a fifth of the pairs; the map is then of all (we chose).
     """
     mean_C, mean_D = image_NC.double().mean(0), text_ND.double().mean(0)
     x_NC, y_ND = image_NC.double() - mean_C, text_ND.double() - mean_D

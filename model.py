@@ -631,7 +631,6 @@ class Student(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config, form = config, FORMS[config.form]
-        # Teachers and students take pixels in [0, 1]; each has its own statistics of them.
         rgb = torch.tensor([config.pixel_mean, config.pixel_std], device="cpu")  # never meta
         self.register_buffer("pixel_stats_2X", rgb.repeat(1, config.patch**2), persistent=False)
         # A ViT's strided convolution, on patches that are cut already: a pack has no height, width.
@@ -665,6 +664,7 @@ class Student(nn.Module):
 
     def trunk(self, patches_MX: Tensor, layout: Layout, windows_B5: Tensor | None):
         """Sorted tokens x_ND after the last block and norm, and counts_LE of the experts."""
+        # Here, and not in the data: teachers and students share pixels in [0, 1].
         mean_X, std_X = self.pixel_stats_2X.to(patches_MX.dtype)
         embedded_MD = self.embed(((patches_MX - mean_X) / std_X).to(self.embed.weight.dtype))
         patches_MD, rotation = self.positions(embedded_MD, layout, windows_B5)
@@ -853,13 +853,11 @@ class Layout:
         return (first_M[:, None, None] * u * u + inside_MUU).flatten()
 
     def by_length(self, x: Tensor) -> list[Tensor]:
-        """Sorted tokens (N, ...) as one batch (b, n, ...) for each length that occurs.
-
-        One split: a slice for each would give its gradient as a full-size tensor of zeros.
-        """
+        """Sorted tokens (N, ...) as one batch (b, n, ...) for each length that occurs."""
         if len(self.lengths) == 1:  # of one image, or of `count` alike
             return [x.unflatten(0, (-1, self.lengths[0]))]
         counts = Counter(self.lengths)  # in sorted order
+        # One split: a slice for each would give its gradient as a full-size tensor of zeros.
         runs = x.split([length * count for length, count in counts.items()])
         pairs = zip(runs, counts.values(), strict=True)
         return [run.unflatten(0, (count, -1)) for run, count in pairs]
@@ -964,10 +962,7 @@ def uncompiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 def attention(
     q_NHA, k_NHA, v_NHA, layout: Layout, sinks_H: Tensor | None = None, backend: str = "auto"
 ) -> Tensor:
-    """Attention of every token to the tokens of its own image; `out_NHA`.
-
-    Every backend has the exact gradient of the sinks. Raises: ValueError for mixed dtypes.
-    """
+    """Attention of every token to the tokens of its own image; the same by every backend."""
     if not q_NHA.dtype == k_NHA.dtype == v_NHA.dtype:
         dtypes = f"q {q_NHA.dtype}, k {k_NHA.dtype}, v {v_NHA.dtype}"
         raise ValueError(f"attention takes one dtype, got {dtypes}; cast all to that of v")
@@ -996,11 +991,9 @@ def choose_attention(q_NHA: Tensor) -> str:
 
 
 def cpu_flash(*qkv_BHNA: Tensor):
-    """torch's CPU flash kernel on images of equal length: output, log-sum-exp, its backward.
-
-    In float32 always: in bfloat16 its backward takes longer.
-    """
+    """torch's CPU flash kernel on images of equal length: output, log-sum-exp, its backward."""
     forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    # In float32 always: in bfloat16 its backward takes longer.
     out_BHNA, lse_BHN = forward(*(x.float() if x.dtype.itemsize == 2 else x for x in qkv_BHNA))
 
     def backward(*saved: Tensor) -> list[Tensor]:
@@ -1053,16 +1046,14 @@ def run_sorted(moe: MoE, x_ND: Tensor, gates_NK, chosen_NK, counts_E: Tensor) ->
 
 @uncompiled  # torch 2.13 traces grouped_mm in bfloat16 only
 def run_experts(moe: MoE, x_RD: Tensor, gates_R1: Tensor, rows_E: Tensor) -> Tensor:
-    """Every expert on its own run of rows, weighed by the gates.
-
-    The gate belongs after the expert; w2 is linear, so before w2 is the same and narrower.
-    """
+    """Every expert on its own run of rows, weighed by the gates."""
     width = 16 // x_RD.element_size()  # grouped_mm wants rows of whole 16 bytes
     aligned = not (moe.w1_EGD.shape[2] % width or moe.w2_EDF.shape[2] % width)
     if moe.backend == "grouped" or (moe.backend == "auto" and aligned):
         ends_E = rows_E.cumsum(0).to(torch.int32)
         w1_EDG, w2_EFD = moe.w1_EGD.to(x_RD.dtype).mT, moe.w2_EDF.to(x_RD.dtype).mT
         hidden_RF = gated(F.grouped_mm(x_RD, w1_EDG, offs=ends_E))
+        # A gate belongs after its expert; w2 is linear, so before w2 is the same and narrower.
         return F.grouped_mm(hidden_RF * gates_R1, w2_EFD, offs=ends_E)
     # unbind once: w[e] in a loop would allocate a full-size gradient for every expert
     w1s, w2s, counts = moe.w1_EGD.unbind(0), moe.w2_EDF.unbind(0), rows_E.tolist()
@@ -1071,10 +1062,7 @@ def run_experts(moe: MoE, x_RD: Tensor, gates_R1: Tensor, rows_E: Tensor) -> Ten
 
 
 def collect(y_RD: Tensor, place_S: Tensor, top_k: int) -> Tensor:
-    """Sum the K rows of each token, without atomics, in a fixed order.
-
-    Args: place_S: the row of each (token, choice) pair.
-    """
+    """Sum each token's K rows, which lie at `place_S`, without atomics, in a fixed order."""
     return y_RD.index_select(0, place_S).unflatten(0, (-1, top_k)).sum(1)
 
 
@@ -1105,7 +1093,7 @@ def autocast(device: torch.device, precision: str = "auto") -> Any:
 def check_options(student: Student, max_tokens: Any, keep: Any, layers: Any) -> None:
     """The numbers that `encode` takes, before any image is read."""
     for name, count in (("max_tokens", max_tokens), ("keep", keep)):
-        if count is not None and not (isinstance(count, Integral) and count >= 1):
+        if count is not None and not (isinstance(count, Integral) and int(count) > 0):
             raise ValueError(f"{name}={count!r} is no number of tokens: pass 1 or more, or None")
     if not isinstance(layers, Sequence | None):
         raise ValueError(f"layers={layers!r} is no list of blocks: pass (4, 6), say")
@@ -1688,8 +1676,7 @@ def with_heads(config: ModelConfig, heads: Sequence[Any]) -> ModelConfig:
 
 
 def with_other_heads(given: ModelConfig, heads: Sequence[Any]) -> ModelConfig:
-    """A student's config for other teachers: its prefix has the same tokens, so that all that stays
-    answers as before.
+    """The same trunk and prefix for other teachers, so that heads that stay answer as before.
 
     RADIO: teachers that stay keep their CLS token, by name. A new one reads a token that nobody
     reads any more, else a register, else the first. We chose
@@ -1766,8 +1753,7 @@ def load_pretrained(student: Student, given: Student) -> set[str]:
     """Copy a pretrained trunk, and heads of equal name and shape; returns the names of these.
 
     A table of positions of another size is resized (RADIO release: bicubic). Where the student has
-    a CLS token per teacher, each starts from the given one. Raises: ValueError naming what does not
-    fit.
+    a CLS token per teacher, each starts from the given one.
     """
     ours, theirs = student.state_dict(), given.state_dict()
     specs = [{n: foldable(head.spec) for n, head in x.heads.items()} for x in (student, given)]

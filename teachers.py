@@ -291,11 +291,7 @@ def parse_teacher(text: str) -> TeacherSpec:
 def load_teacher(
     spec: TeacherSpec, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> Teacher:
-    """A frozen teacher; `dtype` is of its weights and arithmetic, its output is always float32.
-
-    Raises:
-        TeacherError: unknown kind, missing file or weight, no such layer, no network.
-    """
+    """A frozen teacher; `dtype` is of its weights and arithmetic, its output is always float32."""
     backbone = load_backbone(spec)
     layer = backbone.layer if spec.layer is None else spec.layer
     if layer is not None:
