@@ -360,7 +360,7 @@ def position_windows(count: int, generator: torch.Generator) -> Tensor:
     Returns: (count, 5): height, width, top, left in [0, 1], and 0 where all positions are dropped.
     """
     u_B6 = torch.rand(count, 6, generator=generator)
-    scale_B = math.sqrt(0.1) + (1 - math.sqrt(0.1)) * u_B6[:, 0]  # of a side: a tenth of the area
+    scale_B = math.sqrt(0.1) + (1 - math.sqrt(0.1)) * u_B6[:, 0]  # a tenth of the area to all of it
     aspect_B = torch.exp((2 * u_B6[:, 1] - 1) * math.log(4 / 3))  # in log: tall as often as wide
     size_B2 = torch.stack([scale_B / aspect_B, scale_B * aspect_B], dim=1).clamp(max=1)
     kept_B1 = (u_B6[:, 4:5] >= 0.1).float()  # position dropout: 10 % of the images get none
@@ -566,12 +566,11 @@ class RadioHead(nn.Module):
     def output_layers(self) -> dict[str, Any]:
         return {name: mlp.get_submodule("last") for name, mlp in self.named_children()}
 
-    def forward(self, prefix_BRD: Tensor, patches_MD: Tensor, layout: Layout):
+    def forward(self, prefix_BRD: Tensor, patches_MD: Tensor, _: Layout):
         summary_BC = self.summary and self.summary(prefix_BRD[:, self.spec.token])
         patches_MC, u = self.patches and self.patches(patches_MD), self.spec.upsample
         if self.patches and u > 1:  # u * u groups of channels become as many finer patches
-            finer = rearrange(patches_MC, "m (u1 u2 c) -> (m u1 u2) c", u1=u, u2=u)
-            patches_MC = torch.empty_like(finer).index_copy(0, layout.finer_places(u), finer)
+            patches_MC = rearrange(patches_MC, "m (u1 u2 c) -> (m u1 u2) c", u1=u, u2=u)
         return summary_BC, patches_MC, None
 
 
@@ -603,7 +602,7 @@ class StudentOutput:
     trunk_summary_BD: Tensor  # CLS; RADIO: the CLS tokens of the teachers with a summary, joined
     trunk_MD: Tensor
     summary: dict[str, Tensor]  # name -> (B, C), heads with a summary
-    patches: dict[str, Tensor]  # name -> (M, C); (M*u*u, C) with RadioSpec.upsample = u
+    patches: dict[str, Tensor]  # name -> (M, C); upsampled by u: u * u rows of each, (row, column)
     registers: dict[str, Tensor]  # name -> (B, R, C), heads with registers
     counts_LE: Tensor | None  # int64, tokens routed to each expert of each layer; None: no experts
 
@@ -842,15 +841,6 @@ class Layout:
         places = (gather_N, prefix_BR, rank_B, patches_M, row_column_M2, image_M, grid_B2[image_M])
         tensors = [to_device(tensor, device) for tensor in (*places, cu_seqlens.int())]
         return cls(sorted(h * w + prefix for h, w in grids), *tensors)
-
-    def finer_places(self, u: int) -> Tensor:
-        """Rows of u * u parts of each patch in the finer maps, image by image, in raster order."""
-        (row_M, column_M), columns_M = self.row_column_M2.T, self.grid_M2[:, 1]
-        first_M = torch.arange(row_M.shape[0], device=row_M.device) - row_M * columns_M - column_M
-        u_U = torch.arange(u, device=row_M.device)
-        row_MU, column_MU = (x_M[:, None] * u + u_U for x_M in (row_M, column_M))
-        inside_MUU = (row_MU * (columns_M * u)[:, None])[:, :, None] + column_MU[:, None]
-        return (first_M[:, None, None] * u * u + inside_MUU).flatten()
 
     def by_length(self, x: Tensor) -> list[Tensor]:
         """Sorted tokens (N, ...) as one batch (b, n, ...) for each length that occurs."""
@@ -1184,7 +1174,8 @@ def encode_pack(
 def as_maps(x_MC: Tensor, grids: Sequence[Any], u: int = 1) -> list[Tensor]:
     """Patches of a pack, or u * u of each, as a map an image; copies, as a view keeps its pack."""
     pieces = zip(x_MC.float().split([h * w * u * u for h, w in grids]), grids, strict=True)
-    return [rearrange(x, "(h w) c -> h w c", h=h * u).clone() for x, (h, _) in pieces]
+    pattern = "(h w u1 u2) c -> (h u1) (w u2) c"
+    return [rearrange(x, pattern, h=h, u1=u, u2=u).clone() for x, (h, _) in pieces]
 
 
 # ---- Our checkpoints
@@ -1829,8 +1820,8 @@ class FixedGrid(nn.Module):
         results = {f"summary.{name}": x_BC.float() for name, x_BC in summary.items()}
         for name, x_MC in {"trunk": out.trunk_MD, **out.patches}.items():
             u = 1 if name == "trunk" else self.student.heads[name].spec.upsample
-            pattern, sides = "(b h w) c -> b h w c", {"h": grid[0] * u, "w": grid[1] * u}
-            results[f"patches.{name}"] = rearrange(x_MC.float(), pattern, **sides)
+            pattern, sides = "(b h w u1 u2) c -> b (h u1) (w u2) c", {"h": grid[0], "w": grid[1]}
+            results[f"patches.{name}"] = rearrange(x_MC.float(), pattern, **sides, u1=u, u2=u)
         return results
 
 
