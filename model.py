@@ -1812,16 +1812,16 @@ class FixedGrid(nn.Module):
             raise ValueError(f"images of shape {shape}, this grid takes (B, 3, {height}, {width})")
         if not torch.compiler.is_compiling():  # an exported program can't look at values
             images_B3HW = torch.stack(list(read_images(list(images_B3HW))))
-        p, grid = config.patch, (height // config.patch, width // config.patch)
-        layout = Layout.of([grid], config.prefix, images_B3HW.device, images_B3HW.shape[0])
+        h, w, p = height // config.patch, width // config.patch, config.patch
+        layout = Layout.of([(h, w)], config.prefix, images_B3HW.device, images_B3HW.shape[0])
         pattern = "b c (h y) (w x) -> (b h w) (y x c)"
         out = self.student.run(rearrange(images_B3HW, pattern, y=p, x=p), layout)
         summary = {"trunk": out.trunk_summary_BD, **out.summary}
         results = {f"summary.{name}": x_BC.float() for name, x_BC in summary.items()}
         for name, x_MC in {"trunk": out.trunk_MD, **out.patches}.items():
             u = 1 if name == "trunk" else self.student.heads[name].spec.upsample
-            pattern, sides = "(b h w u1 u2) c -> b (h u1) (w u2) c", {"h": grid[0], "w": grid[1]}
-            results[f"patches.{name}"] = rearrange(x_MC.float(), pattern, **sides, u1=u, u2=u)
+            pattern = "(b h w u1 u2) c -> b (h u1) (w u2) c"
+            results[f"patches.{name}"] = rearrange(x_MC.float(), pattern, h=h, w=w, u1=u, u2=u)
         return results
 
 
