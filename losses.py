@@ -13,7 +13,6 @@ R registers, C teacher width, D width of a head's hidden layer, Q pairs i < j of
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 import warnings
 from collections.abc import Callable
@@ -279,7 +278,7 @@ class Normalizer:
 def hadamard(n: int) -> Tensor:
     """Orthogonal (n, n) float64 matrix with all entries +-1/sqrt(n).
 
-    Where there is none (n no multiple of 4) or none is known here (92, 116, ...), it warns and
+    Where there is none (n no multiple of 4) or none is found here (52, 92, ...), it warns and
     returns the orthogonal factor of a +-1 matrix drawn by the seed n, flat only roughly.
     PHI-S Sec. 3 (Hadamard matrices)
     """
@@ -539,11 +538,11 @@ def map_read(reader: nn.Linear, affine: Callable[[Tensor], Tensor]) -> None:
     weight.copy_(weight.double() @ (affine(eye_CC) - shift_C).T)
 
 
-# ---- Hadamard matrices of all sizes that are known
+# ---- Hadamard matrices
 
 
 def hadamard_signs(n: int) -> Tensor | None:
-    """+-1 with orthogonal rows: Sylvester, Paley, or a Kronecker product; None if none is known."""
+    """+-1 with orthogonal rows: Sylvester, Paley, or a Kronecker product; None if none is found."""
     if n <= 2:
         return torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)[:n, :n]
     matrix = None if n & (n - 1) == 0 else paley(n)  # Sylvester's for powers of two
@@ -555,52 +554,31 @@ def hadamard_signs(n: int) -> Tensor | None:
 
 
 def paley(n: int) -> Tensor | None:
-    """Paley I if n - 1 is a prime power, II if n / 2 - 1 is one of the form 4 m + 1, else None."""
-    first, second = prime_power(n - 1), prime_power(n // 2 - 1)
-    if n % 4 != 0 or not (first or (second and n // 2 % 4 == 2)):
+    """Paley I if n - 1 is a prime, II if n / 2 - 1 is one of the form 4 m + 1, else None."""
+    is_first = n % 4 == 0 and is_prime(n - 1)
+    if not is_first and not (n % 8 == 4 and is_prime(n // 2 - 1)):
         return None
-    core = F.pad(jacobsthal(*(first or second)), (1, 0, 1, 0), value=1.0)  # type: ignore[misc]
+    core = F.pad(jacobsthal(n - 1 if is_first else n // 2 - 1), (1, 0, 1, 0), value=1.0)
     core[0, 0] = 0
     eye = torch.eye(len(core), dtype=torch.float64)
-    if first:
+    if is_first:
         core[1:, 0] = -1
         return core + eye
     plus, minus = torch.tensor([[[1, 1], [1, -1]], [[1, -1], [-1, -1]]], dtype=torch.float64)
     return torch.kron(core, plus) + torch.kron(eye, minus)
 
 
-def jacobsthal(p: int, k: int) -> Tensor:
-    """chi(a - b) over GF(p**k), p odd: 1 where a - b is a square, -1 where not, 0 on the diagonal.
-
-    Elements are polynomials over Z_p, numbered by their coefficients as base-p digits. Modulo a
-    primitive polynomial the powers of x are all elements but 0; the even powers are the squares.
-    """
-    one = (1, *[0] * (k - 1))
-    for tail in itertools.product(range(1, p), *[range(p)] * (k - 1)):  # x**k == tail
-        powers = [one]
-        while len(powers) < p**k:
-            *low, top = powers[-1]
-            power = tuple((a + top * b) % p for a, b in zip((0, *low), tail, strict=True))
-            if power == one:
-                break
-            powers.append(power)
-        if len(powers) == p**k - 1:
-            break
-    place_k = p ** torch.arange(k)
-    chi = torch.zeros(p**k, dtype=torch.float64)
-    numbers = (torch.tensor(powers) * place_k).sum(1)
-    chi[numbers[::2]], chi[numbers[1::2]] = 1.0, -1.0
-    digits = torch.arange(p**k)[:, None] // place_k % p
-    return chi[((digits[:, None] - digits) % p * place_k).sum(-1)]
+def jacobsthal(p: int) -> Tensor:
+    """1 where a - b is a square modulo the odd prime p, -1 where not, 0 on the diagonal."""
+    numbers = torch.arange(p)
+    chi = -torch.ones(p, dtype=torch.float64)
+    chi[numbers.square() % p] = 1.0
+    chi[0] = 0.0
+    return chi[(numbers[:, None] - numbers) % p]
 
 
-def prime_power(n: int) -> tuple[int, int] | None:
-    """(p, k) with p prime and p**k == n, or None."""
-    if n < 2:
-        return None
-    p = next((d for d in range(2, math.isqrt(n) + 1) if n % d == 0), n)
-    k = round(math.log(n, p))
-    return (p, k) if p**k == n else None
+def is_prime(n: int) -> bool:
+    return n > 1 and all(n % d for d in range(2, math.isqrt(n) + 1))
 
 
 # ---- What the papers compare with, or add
