@@ -384,7 +384,8 @@ def head_spec(cfg: TrainConfig, base: ModelConfig, teacher: Teacher, given: Any)
     or RADIO's two MLPs."""
     name, dim, summary_dim = teacher.name, teacher.dim, teacher.summary_dim
     for spec in given.config.heads if given and given.config.form == base.form else ():
-        if (spec.name, spec.dim, spec.summary_dim) == (name, dim, summary_dim):
+        # one that upsamples starts anew: losses compare a patch with a patch
+        if (spec.name, spec.dim, spec.summary_dim, spec.upsample) == (name, dim, summary_dim, 1):
             return model.foldable(spec)
     kind: dict[str, Any] = {"hidden": cfg.head_hidden or 1024}
     if base.form == "radio":
