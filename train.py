@@ -103,7 +103,7 @@ class TrainConfig:
         ("vit-s=builtin:vit-s", "mobilenet=builtin:mobilenet"), "NAME=PATH[@layer] or PATH of each"
     )
     model: str = option("nano", "student, a key of model.MODELS; init: the sizes of --init")
-    init: str = control("", "NAME=PATH[@layers] to start from: a ViT or DINOv2, or our checkpoint")
+    init: str = control("", "[NAME=]PATH[@layers] to start from: a ViT or DINOv2, or our checkpoint")
     head_hidden: int = option(0, "hidden width of heads; 0: the teacher's, RADIO form 1024", COUNT)
     windows: bool = option(True, "RADIO form: random windows of the position table")
     pool: bool = option(True, "SigLIP: its frozen pooling head makes the summary (AMoE)")
@@ -855,7 +855,7 @@ def way_out(out: Path) -> str:
     """What to do where numbers are not finite; those of a checkpoint were when it was saved."""
     if not (found := checkpoints(out)):
         return "there is no checkpoint yet: pass a lower --lr"
-    good = f"the newest checkpoint is good: start from --init NAME={found[-1] / 'model.pt'}"
+    good = f"the newest checkpoint is good: start from --init {found[-1] / 'model.pt'}"
     return f"{good} with a lower --lr and another --out"
 
 
@@ -1208,7 +1208,7 @@ def find_start(cfg: TrainConfig, identity: dict[str, Any]) -> Path | None:
     require(
         not reasons,
         f"no checkpoint in {cfg.out} is whole: {'; '.join(reasons)}. --resume none starts anew and "
-        "keeps this folder beside it; --init NAME=PATH goes on from a model.pt",
+        "keeps this folder beside it; --init PATH goes on from a model.pt",
     )
     return None
 
@@ -1337,7 +1337,7 @@ def refuse_changes(folder: Path, saved: dict, current: dict) -> None:
     if [*changed] == ["steps"]:
         advice = (
             "The learning rate falls over all of a run's steps, so that with others it is another "
-            f"run: start one by --init NAME={folder / 'model.pt'} and another --out"
+            f"run: start one by --init {folder / 'model.pt'} and another --out"
         )
     if "init" in changed and changed["init"] is None:
         changed["init"] = "no such file"
