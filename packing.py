@@ -64,6 +64,7 @@ Record = dict[str, Any]  # a line of an index
 Skipped = dict[str, str]  # key or file -> reason
 Size = tuple[int, int]  # height, width
 Weighted = tuple["Source", float]  # a source and its share of the pictures, among others
+Part = Path | bytes  # an index file, or the content of one
 Box = tuple[float, float, float, float]  # top, left, bottom, right, as shares of a picture's sides
 
 
@@ -372,7 +373,7 @@ class StepData(Dataset):
     shift: float = 0.0  # deviation, in patches, of what each looks at, see `shifted_views`
     # the live ones: what each sees of a picture is made here, and no picture leaves the worker
     # besides (a photograph is 36 MB); None: the samples keep theirs
-    teachers: Mapping[str, Viewer] | None = None
+    teachers: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         count = sum(stream.packs for stream in self.streams)
@@ -505,7 +506,7 @@ class Calendar:
 
     def __init__(self, packs: Packs):
         self.packs = packs
-        self._starts = [(0, 0, 0)]  # of the windows known so far: first step, epoch, window
+        self.starts = [(0, 0, 0)]  # of the windows known so far: first step, epoch, window
 
     def windows_in(self, epoch: int) -> int:
         pictures = sum(stop - start for _, start, stop in self.packs.shares(epoch))
@@ -524,20 +525,15 @@ class Calendar:
 
     def locate(self, step: int) -> tuple[int, int, int]:
         """(first step of its window, epoch, window) of a global step."""
-        if step < self._starts[0][0]:
-            self._starts = [(0, 0, 0)]
+        if step < self.starts[0][0]:
+            self.starts = [(0, 0, 0)]
         # how many steps a window has is only known by packing it, so they are counted
-        while self._starts[-1][0] <= step:
-            first, epoch, window = self._starts[-1]
+        while self.starts[-1][0] <= step:
+            first, epoch, window = self.starts[-1]
             first += self._steps(epoch, window)
             is_last = window + 1 == self.windows_in(epoch)
-            self._starts.append((first, epoch + is_last, 0 if is_last else window + 1))
-        return self._starts[bisect.bisect_right(self._starts, (step, math.inf)) - 1]
-
-    def start_at(self, place: Sequence[int]) -> None:
-        """Count from a place that `locate` gave, and not from step 0."""
-        first, epoch, window = place
-        self._starts = [(first, epoch, window)]
+            self.starts.append((first, epoch + is_last, 0 if is_last else window + 1))
+        return self.starts[bisect.bisect_right(self.starts, (step, math.inf)) - 1]
 
 
 def place_of(data: StepData, step: int) -> list[list[int]]:
@@ -546,9 +542,9 @@ def place_of(data: StepData, step: int) -> list[list[int]]:
 
 
 def start_at(data: StepData, place: Sequence[Sequence[int]]) -> None:
-    """Go on from a `place_of`, so that a resume costs one window."""
-    for row, start in zip(data.packs, place, strict=True):
-        row.calendar.start_at(start)
+    """Go on from a `place_of`, not from step 0, so that a resume costs one window."""
+    for row, (first, epoch, window) in zip(data.packs, place, strict=True):
+        row.calendar.starts = [(first, epoch, window)]
 
 
 def left_over(data: StepData) -> list[float]:
@@ -576,17 +572,6 @@ def of_best_pair(waiting: list[int], at: int, room: int, below: int) -> int:
 
 
 # ---- What the student and each teacher sees of a picture
-
-
-class Viewer(Protocol):
-    """How a live teacher sees pictures (`teachers.SizeRule` is one).
-
-    `asks`: the size that it needs of a picture, given its own and that at which the student sees.
-    `view`: what it sees of a picture, (3, H, W).
-    """
-
-    def asks(self, whole: Size, seen: Size) -> Size: ...
-    def view(self, image_u8: np.ndarray, size: Any = None, box: Any = None) -> Tensor: ...
 
 
 class View(NamedTuple):
@@ -666,12 +651,11 @@ class Pictures(NamedTuple):
 def with_pixels(batch: PackedBatch, pixels: Mapping[str, list[Tensor]]) -> PackedBatch:
     """The same with the pictures (3, H, W) that each teacher sees, all in one storage: a loader's
     worker hands each storage over as an open file, of which there may be 1024."""
-    sizes = {name: [(x.shape[1], x.shape[2]) for x in xs] for name, xs in pixels.items()}
-    parts = [batch.patches_MX, *itertools.chain(*pixels.values())]
-    counts = [sum(x.numel() for x in xs) for xs in pixels.values()]
-    flat = torch.cat([x.flatten() for x in parts])
-    patches, *rows = flat.split([batch.patches_MX.numel(), *counts])
-    named = dict(zip(sizes, map(Pictures, rows, sizes.values()), strict=True))
+    parts = [[batch.patches_MX], *pixels.values()]
+    flat = torch.cat([x.flatten() for xs in parts for x in xs])
+    patches, *rows = flat.split([sum(x.numel() for x in xs) for xs in parts])
+    sizes = [[(x.shape[1], x.shape[2]) for x in xs] for xs in pixels.values()]
+    named = dict(zip(pixels, map(Pictures, rows, sizes), strict=True))
     return replace(batch, patches_MX=patches.view_as(batch.patches_MX), pixels=named)
 
 
@@ -755,26 +739,16 @@ def _upright(pixels: np.ndarray, turn: int) -> np.ndarray:
     return np.ascontiguousarray(pixels[:, ::-1] if turn in (2, 3, 6, 7) else pixels)
 
 
-def _grey_range(image: Image.Image, values: np.ndarray) -> tuple[float, float]:
-    """What is black and white in deep grey (docs/data.md), by the values where the type is wide."""
-    low, high = float(values.min()), float(values.max())
-    if not np.isfinite(high - low):
-        raise BadImage("pixels that are not finite")
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
-        return 0, 65535
-    if low < 0 or (image.mode == "F" and 1 < high < 128):  # no range is known
-        return min(low, 0), high
-    bits = math.ceil(math.log2(high + 1))
-    return 0, 1 if image.mode == "F" and high <= 1 else max(255, 2**bits - 1)
-
-
 def to_rgb(image: Image.Image) -> np.ndarray:
-    """Upright (H, W, 3) uint8; Pillow's conversion saturates deep pictures and drops the alpha."""
+    """Upright (H, W, 3) uint8; Pillow's conversion saturates 16 bits and drops the alpha."""
     turn = _orientation(image)
     if image.mode.startswith(("I", "F")):
+        if not (image.mode.startswith("I;16") or image.format in ("PNG", "PPM")):
+            raise BadImage(
+                "32-bit grey, of which nobody knows what is white: convert it to 16 bits"
+            )
         values = np.asarray(image)
-        low, high = _grey_range(image, values)
-        grey = np.rint((values.astype(float) - low) * (255 / max(high - low, 1e-12)))
+        grey = np.rint(values / 257)
         if "transparency" in image.info:
             grey[values == image.info["transparency"]] = ALPHA_GROUND[0]
         return _upright(np.repeat(grey.astype(np.uint8)[..., None], 3, axis=2), turn)
@@ -908,7 +882,7 @@ class IndexSource(Source):
 
     def record(self, i: int) -> Record:
         record = {"source": self.name, **self.table.record(i)}
-        return with_paths(record, self.root, os.path.join)
+        return with_paths(record, partial(os.path.join, self.root))
 
     def load(self, i: int, at_least: Size | None = None) -> Sample:
         record = self.record(i)
@@ -1031,8 +1005,11 @@ def open_source(spec: str, seed: int = 0) -> Source:
     if name == "openmoji":
         split, count, *_ = [*rest, "", ""]
         return OpenMoji(split or "train", int(count) if count else None, seed)
-    path, *more = paths = _find(spec)
-    if not more and path.is_file() and not {".tar", ".tgz"} & set(path.suffixes):
+    paths = [Path(x) for x in ([spec] if Path(spec).exists() else sorted(glob.glob(spec)))]
+    if not paths:
+        raise ValueError(f"{spec}: no such folder, file or glob; without files there is 'openmoji'")
+    path = paths[0]
+    if len(paths) == 1 and path.is_file() and not {".tar", ".tgz"} & set(path.suffixes):
         source = IndexSource(path.stem, kept_table([path]), path.parent)
     else:
         root = path if path.is_dir() else Path(os.path.commonpath([p.parent for p in paths]))
@@ -1045,31 +1022,15 @@ def open_source(spec: str, seed: int = 0) -> Source:
     return source
 
 
-def _find(spec: str) -> list[Path]:
-    """What a SOURCE names: a folder or file, or all that its wildcards stand for."""
-    found = [spec] if Path(spec).exists() else sorted(glob.glob(spec))
-    if not found:
-        raise ValueError(f"{spec}: no such folder, file or glob; without files there is 'openmoji'")
-    return [Path(path) for path in found]
-
-
-def with_paths(record: Record, root: Path | str, change: Callable[..., str]) -> Record:
-    """A record whose files are below `root` (os.path.join), or relative to it (`relative_to`)."""
+def with_paths(record: Record, change: Callable[[str], str]) -> Record:
+    """A record whose files' paths are changed: joined to a folder, or made relative to it."""
     for place in (record, record.get("mask", {})):
         if "path" in place:
-            place["path"] = change(root, place["path"])
+            place["path"] = change(place["path"])
     return record
 
 
-def relative_to(root: Path | str, path: str) -> str:
-    return os.path.relpath(path, root)
-
-
-def _to_lines(records: Iterable[Record]) -> bytes:
-    return b"".join(json.dumps(r, allow_nan=False).encode() + b"\n" for r in records)
-
-
-def write_index(path: str | Path, records: Iterable[Record] | bytes, **header: Any) -> None:
+def write_index(path: str | Path, records: Iterable[Record], **header: Any) -> None:
     """Write an index file, JSON lines; `header` adds fields, such as `fingerprints`.
 
     The header has `format` "amoe-index", `version` 1, `count` and `sha256` of the other lines. Each
@@ -1078,20 +1039,27 @@ def write_index(path: str | Path, records: Iterable[Record] | bytes, **header: A
     the file), `size` and `offset` in bytes; or, for a drawing, `spec`, `seed` and `item`. Where
     known also `label`, `caption`, `digest` (sha256 of its bytes) and `mask` ({path, offset, size}).
     """
-    lines = records if isinstance(records, bytes) else _to_lines(records)
-    header |= {"format": "amoe-index", "version": 1, "count": lines.count(b"\n")}
-    header["sha256"] = hashlib.sha256(lines).hexdigest()
-    write_whole(path, _to_lines([header]) + lines)
+    write_whole(path, to_index(records, header))
 
 
-def _chunks(part: Path | bytes) -> Iterator[list[bytes]]:
-    """The header of an index file, then its lines, a megabyte at a time; see `read_index`."""
+def to_index(records: Iterable[Record], header: Record) -> bytes:
+    """What `write_index` writes."""
+    lines = b"".join(json.dumps(r, allow_nan=False).encode() + b"\n" for r in records)
+    facts = {"format": "amoe-index", "version": 1, "count": lines.count(b"\n")}
+    facts["sha256"] = hashlib.sha256(lines).hexdigest()
+    return json.dumps(header | facts, allow_nan=False).encode() + b"\n" + lines
+
+
+def _chunks(part: Part) -> Iterator[list[bytes]]:
+    """The header of an index file, then its lines, a megabyte at a time.
+
+    Raises: ValueError if it is none, or, at its end, if it is cut or changed.
+    """
     with io.BytesIO(part) if isinstance(part, bytes) else open(part, "rb") as file:
-        first = b"" if isinstance(part, bytes) else file.readline(2**24)
-        header, hashed, found = _object(first), hashlib.sha256(), 0
-        if header.get("format") != "amoe-index" and isinstance(part, Path):
-            raise ValueError(f"{part}: not an index file; a picture is given by its folder")
-        for name in ("version", "count", "sha256") if first else ():
+        header, hashed, found = _object(first := file.readline(2**24)), hashlib.sha256(), 0
+        if header.get("format") != "amoe-index":
+            raise ValueError(f"{part!s}: not an index file; a picture is given by its folder")
+        for name in ("version", "count", "sha256"):
             if name not in header:
                 raise ValueError(f"{part!s}: its first line has no {name}; see `write_index`")
         yield [first]
@@ -1099,15 +1067,18 @@ def _chunks(part: Path | bytes) -> Iterator[list[bytes]]:
             hashed.update(b"".join(chunk))
             found += len(chunk)
             yield chunk
-    if first and (header["version"] != 1 or header["sha256"] != hashed.hexdigest()):
+    if header["version"] != 1 or header["sha256"] != hashed.hexdigest():
         counts = f"{header['count']} pictures, {found} lines found"
         raise ValueError(f"{part!s}: cut or changed; {counts}")
 
 
-def read_index(path: str | Path) -> tuple[Record, bytes]:
-    """Header and lines of an index file; ValueError if it is none, cut or changed."""
-    (first,), *chunks = _chunks(Path(path))
-    return _object(first), b"".join(itertools.chain(*chunks))
+def read_header(path: Path) -> Record:
+    """The header of an index file, which is read to its end; ValueError as for `_chunks`."""
+    chunks = _chunks(path)
+    (first,) = next(chunks)
+    for _ in chunks:
+        pass
+    return _object(first)
 
 
 # ---- What is asked of all pictures of an index
@@ -1171,22 +1142,26 @@ class Table:
 
 
 def make_table(
-    parts: Sequence[Path | bytes],
+    parts: Sequence[Part],
     names: Sequence[str] = (),
     skipped: Skipped | None = None,
     are_distinct: bool = True,
 ) -> Table:
-    """The table of some index files, or lines in memory, one after the other.
+    """The table of some index files, or contents of such, one after the other.
 
     Where keys come twice, all of them get the `names` of their files in front; without names, the
     first counts, unless they need not be distinct. skipped: None for what the files' headers say.
     """
+
+    def has_doubles() -> bool:
+        return len(np.unique(table["key"])) < len(table)
+
     table = _parsed(parts, [""] * len(parts))
-    if names and has_doubles(table["key"]):
+    if names and has_doubles():
         table = _parsed(parts, names)
     header = table.header
-    header |= {"skipped": header["skipped"] if skipped is None else skipped, "lost": 0}
-    if are_distinct and has_doubles(table["key"]):
+    header["skipped"] = header["skipped"] if skipped is None else skipped
+    if are_distinct and has_doubles():
         first_N = np.sort(np.unique(table["key"], return_index=True)[1])
         for i in np.setdiff1d(np.arange(len(table)), first_N).tolist():
             header["skipped"][table.record(i)["key"]] = "a key seen before"
@@ -1196,12 +1171,7 @@ def make_table(
     return table
 
 
-def has_doubles(numbers_N: np.ndarray) -> bool:
-    ordered_N = np.sort(numbers_N)
-    return bool((ordered_N[1:] == ordered_N[:-1]).any())
-
-
-def _parsed(parts: Sequence[Path | bytes], prefixes: Sequence[str]) -> Table:
+def _parsed(parts: Sequence[Part], prefixes: Sequence[str]) -> Table:
     """All lines of the parts, whose keys get the prefixes."""
     columns = {name: array(code) for name, code in COLUMNS.items()}
     firsts, origins, prints, skipped = list[int](), dict[str, int](), list[str](), Skipped()
@@ -1209,32 +1179,29 @@ def _parsed(parts: Sequence[Path | bytes], prefixes: Sequence[str]) -> Table:
         firsts.append(len(columns["start"]))
         chunks = _chunks(part)
         (first,) = next(chunks)
-        start, header = len(first), _object(first)
-        prints.append(header["sha256"] if header else hashlib.sha256(bytes(part)).hexdigest())
+        header, start = _object(first), len(first)
+        prints.append(header["sha256"])
         skipped |= header.get("skipped", {})
         for chunk in chunks:
             try:
                 # parsed together they take half the time
                 records = json.loads(b"[" + b",".join(chunk) + b"]")
                 for line, r in zip(chunk, records, strict=True):
-                    columns["start"].append(start)
-                    start += len(line)
-                    key = hash64(prefix + r["key"])
-                    is_known = "digest" in r or "path" not in r
-                    columns["key"].append(key)
-                    columns["content"].append(content_of(r) if is_known else 0)
-                    columns["height"].append(r["height"])
-                    columns["width"].append(r["width"])
+                    if min(r["height"], r["width"]) < 1:
+                        raise ValueError("a picture of no size")
+                    key, is_known = hash64(prefix + r["key"]), "digest" in r or "path" not in r
+                    content = content_of(r) if is_known else 0
                     origin = origins.setdefault(r["source"], len(origins)) if "source" in r else -1
-                    columns["origin"].append(origin)
-                if min(*columns["height"][-len(chunk) :], *columns["width"][-len(chunk) :]) < 1:
-                    raise ValueError("a picture of no size")
+                    row = (start, content, key, r["height"], r["width"], origin)
+                    for column, value in zip(columns.values(), row, strict=True):
+                        column.append(value)
+                    start += len(line)
             except (ValueError, TypeError, KeyError, OverflowError) as error:
                 for _ in chunks:  # to its end, where it may be found cut
                     pass
                 raise ValueError(f"{part!s}: not index lines: {error!r}") from error
     alone = hashlib.sha256(repr((prints, *prefixes)).encode()).hexdigest()
-    facts = {"firsts": firsts, "prefixes": list(prefixes), "origins": list(origins)}
+    facts = {"firsts": firsts, "prefixes": list(prefixes), "origins": list(origins), "lost": 0}
     facts |= {"sha256": prints[0] if len(parts) == 1 else alone, "skipped": skipped}
     return Table(facts, {n: np.frombuffer(c, c.typecode) for n, c in columns.items()}, parts)
 
@@ -1503,15 +1470,67 @@ def _group(names: Iterable[str], in_tar: bool) -> tuple[dict[str, tuple[str, Rec
     return chosen, lost
 
 
-class Scan(NamedTuple):
-    """What is in a folder or shard."""
+class Place:
+    """A folder, or a shard below the folder `root`, as it is now."""
 
-    part: Path | bytes  # an index file, or its lines where they can't be kept
-    pictures: int
-    skipped: Skipped
-    lost: int  # pictures among them
-    is_whole: bool = True  # False: a damaged shard, whose other pictures nobody knows
-    may_pass: bool = False  # something could not be read for a reason that may pass
+    def __init__(self, path: Path, root: Path):
+        self.path, self.root, self.in_tar = path, root, path != root
+        self.name = os.path.relpath(path, root)
+        if self.in_tar:
+            self.found = {path.name: path.stat()} if os.path.exists(path) else {}
+            self.odd = Skipped()
+        else:
+            self.found, self.odd = _walk(path)
+        rules = SCAN_VERSION, PIL.__version__, FORMATS, sorted(SUFFIXES), MAX_PIXELS
+        status = [
+            (name, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino)
+            for name, s in self.found.items()
+        ]
+        self.state = hash_of(rules, self.name, status, sorted(self.odd))
+        self.kept = cache_home() / "scans" / hash_of(str(path.resolve())) / f"{self.state}.jsonl"
+
+    def scan(self) -> tuple[Part, Record]:
+        """Its index, as a file where it can be kept, and what that says first.
+
+        `skipped`: what is left out; `lost`: pictures among that; `is_whole`: False for a damaged
+        shard, whose other pictures nobody knows; `may_pass`: something could not be read for a
+        reason that may pass.
+        """
+        part: Part = self.kept
+        try:
+            facts = read_header(self.kept)
+            mark_used(self.kept)
+        except (OSError, ValueError):
+            part, facts = self._scan()
+        unseen = sum(why.startswith(UNSEEN) for why in self.odd.values())
+        may_pass = facts.get("may_pass", False) or unseen > 0
+        facts |= {"skipped": facts["skipped"] | self.odd, "lost": facts["lost"] + unseen}
+        return part, facts | {"may_pass": may_pass}
+
+    def _scan(self) -> tuple[Part, Record]:
+        """See `scan`; what failed for a reason that may pass is not kept."""
+        others, damage = Skipped(), None
+        if self.in_tar:
+            places, others, damage = _tar_members(self.path, self.root)
+        else:
+            places = {name: {"path": name, "size": s.st_size} for name, s in self.found.items()}
+        records, skipped, lost, may_pass = _to_records(places, self.root, self.in_tar)
+        skipped |= {_printable(name): why for name, why in others.items()}
+        lost += sum(_is_picture(n) and "seen before" in why for n, why in others.items())
+        if damage:
+            count = f"; {len(places)} files found before it" if places else ""
+            skipped[self.name] = f"{getattr(damage, 'strerror', damage)}{count}"
+            may_pass |= isinstance(damage, OSError | Unreadable)
+        facts: Record = {"skipped": skipped, "lost": lost, "is_whole": damage is None}
+        content = to_index(records, facts)
+        facts |= {"count": len(records), "may_pass": may_pass}
+        if not may_pass:
+            with contextlib.suppress(OSError):  # it only saves time: no full disk must end the run
+                self.kept.parent.mkdir(parents=True, exist_ok=True)
+                write_whole(self.kept, content)
+                drop_old(self.kept)
+                return self.kept, facts
+        return content, facts
 
 
 def _to_records(
@@ -1549,56 +1568,33 @@ def _to_records(
     return records, skipped, len(lost), may_pass
 
 
-Files = tuple[dict[str, os.stat_result], Skipped]  # below a folder, or the shard; see `_walk`
-
-
-def _look(path: Path, root: Path) -> Files:
-    """What a folder, or a place of a shard, has; nothing is opened."""
-    if path == root:
-        return _walk(path)
-    try:
-        return {path.name: path.stat()}, {}
-    except OSError as error:
-        return {}, {os.path.relpath(path, root): str(error.strerror)}
-
-
-def _state(path: Path, root: Path, files: Files) -> str:
-    """Of the names, sizes and times of files, and of the rules here."""
-    rules = SCAN_VERSION, PIL.__version__, FORMATS, sorted(SUFFIXES), MAX_PIXELS
-    found, odd = files
-    times = [(n, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for n, s in found.items()]
-    return hash_of(rules, os.path.relpath(path, root), times, sorted(odd))
-
-
 def scanned(paths: Sequence[Path], root: Path) -> Table:
     """The table of a folder or of shards below it, kept while they stay as they are.
 
     Each shard has an index of its own, kept too; several threads scan what is new, and under
     torchrun each process its part.
     """
-    looks = [_look(path, root) for path in paths]
-    names = [os.path.relpath(path, root) for path in paths]
-    state = [_state(path, root, look) for path, look in zip(paths, looks, strict=True)]
-    folder = table_folder([str(root.resolve()), names], state)
+    places = [Place(path, root) for path in paths]
+    names = [place.name for place in places]
+    folder = table_folder([str(root.resolve()), names], [place.state for place in places])
     table = read_table(folder)
 
-    def scan(numbers: range) -> list[Scan]:
+    def scan(some: Sequence[Place]) -> list[tuple[Part, Record]]:
         with ThreadPoolExecutor(min(8, len(paths))) as threads:
-            found = threads.map(lambda n: _scan(paths[n], root, looks[n], state[n]), numbers)
-            title = f"scan {root}"
-            return list(progress(found, title, len(numbers), "tar") if len(paths) > 1 else found)
+            found = threads.map(Place.scan, some)
+            return list(progress(found, f"scan {root}", len(some), "tar") if some[1:] else found)
 
     def make() -> Table:
-        scans = scan(range(len(paths)))
-        made = _join(dict(zip(names, scans, strict=True)))
-        return made if any(one.may_pass for one in scans) else keep_table(made, folder)
+        scans = scan(places)
+        made = _join(names, scans)
+        return made if any(facts["may_pass"] for _, facts in scans) else keep_table(made, folder)
 
     rank, world = rank_and_world()
     if world > 1:
         lacking: list[Any] = [None] * world
         dist.all_gather_object(lacking, table is None)
         if any(lacking):
-            scan(range(rank, len(paths), world))
+            scan(places[rank::world])
             wait_for_all()  # then the scans of all are kept
             table = (table or make()) if rank == 0 else table
             wait_for_all()  # then their table is, too
@@ -1606,59 +1602,21 @@ def scanned(paths: Sequence[Path], root: Path) -> Table:
     return table or make()
 
 
-def _join(scans: dict[str, Scan]) -> Table:
+def _join(names: Sequence[str], scans: Sequence[tuple[Part, Record]]) -> Table:
     """One table of several shards; keys carry their shard if two shards have the same ones."""
-    skipped, parts = Skipped(), [scan.part for scan in scans.values()]
-    for shard, scan in scans.items():
-        in_shard = f"{shard}/" if len(scans) > 1 else ""
-        skipped |= {n if n == shard else in_shard + n: why for n, why in scan.skipped.items()}
-    counts = [scan.pictures for scan in scans.values() if scan.is_whole]
-    usual = sum(counts) / len(counts) if counts else max(scan.pictures for scan in scans.values())
-    lost = sum(scan.lost for scan in scans.values())
-    lost += sum(max(1, round(usual) - s.pictures) for s in scans.values() if not s.is_whole)
-    prefixes = [f"{os.path.splitext(shard)[0]}/" for shard in scans] if len(scans) > 1 else []
-    table = make_table(parts, prefixes, skipped)
-    table.header["lost"] += lost
+    skipped, facts, is_one = Skipped(), [facts for _, facts in scans], len(names) == 1
+    for name, of_shard in zip(names, facts, strict=True):
+        in_shard = "" if is_one else f"{name}/"
+        found = of_shard["skipped"].items()
+        skipped |= {n if n == name else in_shard + n: why for n, why in found}
+    whole = [f["count"] for f in facts if f["is_whole"]]
+    usual = sum(whole) / len(whole) if whole else max(f["count"] for f in facts)
+    prefixes = [] if is_one else [f"{os.path.splitext(name)[0]}/" for name in names]
+    table = make_table([part for part, _ in scans], prefixes, skipped)
+    table.header["lost"] += sum(f["lost"] for f in facts)
+    damaged = [f["count"] for f in facts if not f["is_whole"]]
+    table.header["lost"] += sum(max(1, round(usual) - count) for count in damaged)
     return table
-
-
-def _scan(path: Path, root: Path, files: Files, state: str) -> Scan:
-    """Index lines and skipped files of the folder `root`, or of a shard below it.
-
-    They are kept under their `_state`; what failed for a reason that may pass is not.
-    """
-    found, odd = files
-    unseen = sum(why.startswith(UNSEEN) for why in odd.values())
-    if path != root and not found:
-        return Scan(b"", 0, odd, 0, False, True)
-    kept = cache_home() / "scans" / hash_of(str(path.resolve())) / f"{state}.jsonl"
-    with contextlib.suppress(OSError, ValueError):
-        header = read_index(kept)[0]
-        mark_used(kept)
-        rest = header["skipped"] | odd, header["lost"] + unseen, header["is_whole"]
-        return Scan(kept, header["count"], *rest, bool(unseen))
-    others, damage = Skipped(), None
-    if path == root:
-        places: dict[str, Record] = {n: {"path": n, "size": s.st_size} for n, s in found.items()}
-    else:
-        places, others, damage = _tar_members(path, root)
-    records, skipped, lost, may_pass = _to_records(places, root, in_tar=path != root)
-    skipped |= {_printable(name): why for name, why in others.items()}
-    lost += sum(_is_picture(n) and "seen before" in why for n, why in others.items())
-    if damage:
-        count = f"; {len(places)} files found before it" if places else ""
-        skipped[os.path.relpath(path, root)] = f"{damage}{count}"
-        may_pass |= isinstance(damage, OSError | Unreadable)
-    part: Any = _to_lines(records)
-    if not may_pass:
-        facts = {"skipped": skipped, "lost": lost, "is_whole": damage is None}
-        with contextlib.suppress(OSError):  # it only saves time: a full disk must not end the run
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            write_index(kept, part, **facts)
-            part = kept
-            drop_old(kept)
-    failed = may_pass or bool(unseen)
-    return Scan(part, len(records), skipped | odd, lost + unseen, damage is None, failed)
 
 
 # ---- What every module needs: whole files, ranks, an even spread
@@ -1715,8 +1673,7 @@ def readable(
 class Number:
     """What a flag takes: finite numbers of a `kind` from `low` to `high`, both included.
 
-    Args: above: the lowest one is left out; below: the highest one is; zero: what 0 means, where
-        it lies outside of the range and yet is taken.
+    Args: above: the lowest one is left out; below: the highest one is.
     """
 
     kind: type = int
@@ -1724,15 +1681,13 @@ class Number:
     high: float = math.inf
     above: bool = False
     below: bool = False
-    zero: str = ""
 
     def __str__(self) -> str:
         low, high = self.low, self.high
         ends = [f"above {low:g}" if self.above else f"at least {low:g}"] * (low > -math.inf)
         ends += [f"below {high:g}" if self.below else f"at most {high:g}"] * (high < math.inf)
         what = "a whole number" if self.kind is int else "a finite number"
-        zero = f", or 0: {self.zero}" if self.zero else ""
-        return f"{what} {' and '.join(ends)}".strip() + zero
+        return f"{what} {' and '.join(ends)}".strip()
 
     def __contains__(self, value: Any) -> bool:
         kinds = (int,) if self.kind is int else (int, float)
@@ -1740,7 +1695,7 @@ class Number:
             return False
         low = value > self.low if self.above else value >= self.low
         high = value < self.high if self.below else value <= self.high
-        return math.isfinite(value) and ((low and high) or (value == 0 and bool(self.zero)))
+        return math.isfinite(value) and low and high
 
     def __call__(self, text: str) -> Any:
         """Read a flag's text (argparse's `type`); 1e9 is a count, too."""
@@ -2055,7 +2010,7 @@ class OpenMoji(IndexSource):
             raise ValueError(f"openmoji:{split}:{count} is not openmoji:{'|'.join(COUNTS)}[:COUNT]")
         spec = {"spec": f"openmoji:{split}:{self.count}", "seed": seed}
         rows = (_begin(split, seed, i)[1] | spec | {"item": i} for i in range(self.count))
-        super().__init__(f"openmoji:{split}", make_table([_to_lines(rows)]), Path())
+        super().__init__(f"openmoji:{split}", make_table([to_index(rows, {})]), Path())
 
     def fingerprint(self) -> str:
         font = hashlib.sha256(Path(str(_font(32).path)).read_bytes()).hexdigest()

@@ -23,7 +23,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ from torch import Generator, Tensor
 from tqdm import tqdm
 
 import packing
-from packing import Group, Number, open_source, progress, read_index, with_paths, write_whole
+from packing import Group, Number, open_source, progress, read_header, with_paths, write_whole
 from teachers import load_teacher, parse_teacher, sha256_of
 
 COUNT = Number(int, 1)
@@ -215,7 +215,7 @@ def kmeans(
     swaps, last, i = Swaps(rows, k, generator), math.inf, 0
     while True:
         found = step(rows, c_KD, dtype, second=swaps.is_due(i))
-        bar.set_postfix_str(f"{k} clusters, inertia {found.inertia:.6g}")
+        bar.set_postfix_str(f"{k} clusters, inertia {found.inertia:.6g}", refresh=False)
         bar.update()
         # What Lloyd's step gains after a swap is no swap's gain: no verdict among the first.
         if i == iterations or (i > SWAPS + 1 and last - found.inertia <= tolerance * last):
@@ -642,7 +642,8 @@ def excluded(path: Path, pool: Pool) -> np.ndarray:
     A key may have its source in front and a copy's #2 behind, as in the index of a sample.
     """
     try:
-        named = [json.loads(line) for line in read_index(path)[1].splitlines()]
+        read_header(path)
+        named = [json.loads(line) for line in path.read_bytes().splitlines()[1:]]
         wanted = [[r["digest"]] if "digest" in r else [r["key"]] for r in named]
     except ValueError:
         lines = filter(None, map(str.strip, path.read_text("utf-8-sig").splitlines()))
@@ -739,7 +740,7 @@ class Pool:
     def record(self, i: int) -> dict[str, Any]:
         """The index record (see packing.py) of a row."""
         source, root = self.places[self.table.part_of(i)]
-        return with_paths({"source": source} | self.table.record(i), root, os.path.join)
+        return with_paths({"source": source} | self.table.record(i), partial(os.path.join, root))
 
     def sources(self) -> tuple[list[str], np.ndarray]:
         """The names of the sources, and the number of each row's one."""
@@ -791,7 +792,7 @@ def embed(args: argparse.Namespace, group: Group) -> None:
             embed_part(paths[n], source, rows, teacher, args.batch, made_of)
     packing.wait_for_all()
     if group.rank == 0:
-        heads = [read_index(path.with_suffix(".jsonl"))[0] for path in paths]
+        heads = [read_header(path.with_suffix(".jsonl")) for path in paths]
         skipped = packing.skipped_by(sources)
         skipped |= {key: why for head in heads for key, why in head["skipped"].items()}
         parts = zip(paths, heads, strict=True)
@@ -824,7 +825,7 @@ def named_apart(specs: Sequence[str]) -> list[Any]:
 def is_embedded(path: Path, made_of: str) -> bool:
     """True if an earlier run wrote this very part, whole."""
     try:
-        head, rows = read_index(path.with_suffix(".jsonl"))[0], path.with_suffix(".npy")
+        head, rows = read_header(path.with_suffix(".jsonl")), path.with_suffix(".npy")
         return head["made_of"] == made_of and sha256_of(rows) == head["embeddings"]
     except (OSError, ValueError, KeyError):
         return False
@@ -850,7 +851,7 @@ def embed_part(
                 if not x_D.isfinite().all():
                     skipped[s.key] = "its embedding is not finite"
                     continue
-                record = with_paths(source.record(i), source.root, packing.relative_to)
+                record = with_paths(source.record(i), partial(os.path.relpath, start=source.root))
                 if record["source"] == source.name:
                     del record["source"]  # pool.json has it
                 records.append(record | {"digest": s.digest})

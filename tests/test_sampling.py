@@ -137,7 +137,7 @@ def test_kmeans_makes_the_steps_it_is_allowed():
         def update(self):
             self.passes += 1
 
-        def set_postfix_str(self, _):
+        def set_postfix_str(self, _, refresh):
             pass
 
     x_ND, _ = zipf_blobs(500, 20, 8, 1.0, 0)
