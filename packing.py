@@ -473,10 +473,9 @@ def refuse_unpackable(
 ) -> None:
     if lookahead < 1 or (max_images is not None and max_images < 1):
         raise ValueError(f"{lookahead=} and {max_images=} must be at least 1")
-    lengths_N = np.asarray(lengths)
-    if (is_bad_N := (lengths_N < 1) | (lengths_N > budget)).any():
-        i = int(is_bad_N.argmax())
-        raise ValueError(f"picture {i} has {lengths[i]} tokens, but a pack holds 1 to {budget=}")
+    for i, length in enumerate(lengths):
+        if not 1 <= length <= budget:
+            raise ValueError(f"picture {i} has {length} tokens, but a pack holds 1 to {budget=}")
 
 
 def refuse_too_long(packs: Packs, pictures: np.ndarray, lengths: np.ndarray) -> None:
@@ -744,9 +743,7 @@ def to_rgb(image: Image.Image) -> np.ndarray:
     turn = _orientation(image)
     if image.mode.startswith(("I", "F")):
         if not (image.mode.startswith("I;16") or image.format in ("PNG", "PPM")):
-            raise BadImage(
-                "32-bit grey, of which nobody knows what is white: convert it to 16 bits"
-            )
+            raise BadImage("32-bit grey has no white of its own: convert it to 16 bits")
         values = np.asarray(image)
         grey = np.rint(values / 257)
         if "transparency" in image.info:
@@ -875,10 +872,7 @@ class IndexSource(Source):
         return sizes_M2
 
     def contents(self, indices_M: np.ndarray) -> np.ndarray:
-        found_M = np.array(self.table["content"][indices_M])
-        for at in np.flatnonzero(found_M == 0):  # nobody knows it before the picture is read
-            found_M[at] = content_of(self.record(int(indices_M[at])))
-        return found_M
+        return np.array(self.table["content"][indices_M])
 
     def record(self, i: int) -> Record:
         record = {"source": self.name, **self.table.record(i)}
@@ -948,15 +942,13 @@ def subset(source: Source, is_chosen: Callable[[np.ndarray], np.ndarray]) -> Sub
 def hold_out(source: Source, fraction: float, seed: int = 0) -> tuple[Subset, Subset]:
     """Split into (train, test); the side of a picture depends on its content alone.
 
-    So copies are on one side, also those in another source. Raises: Unreadable for a file that has
-    to be read for that and cannot be.
+    So copies are on one side, also those in another source.
     """
-    test = subset(
-        source, lambda ids_M: uniform(source.contents(ids_M), "held out", seed) < fraction
-    )
-    is_test_N = np.zeros(len(source), bool)  # asked once: a file may change in between
-    is_test_N[test.indices] = True
-    return subset(source, lambda ids_M: ~is_test_N[ids_M]), test
+
+    def is_test(ids_M: np.ndarray) -> np.ndarray:
+        return uniform(source.contents(ids_M), "held out", seed) < fraction
+
+    return subset(source, lambda ids_M: ~is_test(ids_M)), subset(source, is_test)
 
 
 def skipped_by(sources: Iterable[Source]) -> Skipped:
@@ -976,22 +968,14 @@ def left_out(skipped: Skipped, most: int = 10) -> Iterator[str]:
         yield f"{count}{', '.join(name for name, _ in found[:most])}{more}: {found[0][1]}"
 
 
-def hash64(text: str | bytes) -> int:
+def hash64(text: str) -> int:
     """A quarter of a sha256: among 200 million, two agree by chance once in 900 times."""
-    data = text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass")
-    return int(hashlib.sha256(data).hexdigest()[:16], 16)
+    return int(hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16], 16)
 
 
 def content_of(record: Record) -> int:
-    """What tells a picture from others: of its digest, or of its key where its file is cut."""
-    if "digest" in record:
-        return int(record["digest"][:16], 16)
-    try:
-        return hash64(_read(record) if "path" in record else record["key"])
-    except Unreadable:  # it may be read the next time, and would change sides
-        raise
-    except BadImage:
-        return hash64(record["key"])
+    """What tells a picture from others: of its digest or, where nobody knows that, of its key."""
+    return int(record["digest"][:16], 16) if "digest" in record else hash64(record["key"])
 
 
 def open_source(spec: str, seed: int = 0) -> Source:
@@ -1083,7 +1067,7 @@ def read_header(path: Path) -> Record:
 
 # ---- What is asked of all pictures of an index
 
-TABLE_VERSION = 1
+TABLE_VERSION = 2
 COLUMNS = {"start": "q", "content": "Q", "key": "Q", "height": "i", "width": "i", "origin": "i"}
 
 
@@ -1091,7 +1075,7 @@ class Table:
     """Columns of numbers, one row a picture, mapped where they lie in a file; and the index files,
     or lines in memory, that hold the rest, of which a line is read when it is asked for.
 
-    start: of the line in its file. content: `content_of`; 0: not known yet. key: its `hash64`.
+    start: of the line in its file. content: `content_of`. key: its `hash64`.
     origin: which of `header["origins"]`, or -1 where the line names no source.
     """
 
@@ -1131,8 +1115,7 @@ class Table:
                 size *= 16
         record = _object(line.partition(b"\n")[0])
         is_same = all(self[name][i] == record.get(name) for name in ("height", "width"))
-        if is_same and self["content"][i]:
-            is_same = self["content"][i] == content_of(record)
+        is_same = is_same and self["content"][i] == content_of(record)
         record["key"] = f"{self.header['prefixes'][number]}{record.get('key')}"
         if not is_same or hash64(record["key"]) != self["key"][i]:
             shutil.rmtree(self.folder or "", ignore_errors=True)
@@ -1187,12 +1170,11 @@ def _parsed(parts: Sequence[Part], prefixes: Sequence[str]) -> Table:
                 # parsed together they take half the time
                 records = json.loads(b"[" + b",".join(chunk) + b"]")
                 for line, r in zip(chunk, records, strict=True):
-                    if min(r["height"], r["width"]) < 1:
-                        raise ValueError("a picture of no size")
-                    key, is_known = hash64(prefix + r["key"]), "digest" in r or "path" not in r
-                    content = content_of(r) if is_known else 0
                     origin = origins.setdefault(r["source"], len(origins)) if "source" in r else -1
-                    row = (start, content, key, r["height"], r["width"], origin)
+                    sides, key = (r["height"], r["width"]), hash64(prefix + r["key"])
+                    if min(sides) < 1:
+                        raise ValueError("a picture of no size")
+                    row = (start, content_of(r), key, *sides, origin)
                     for column, value in zip(columns.values(), row, strict=True):
                         column.append(value)
                     start += len(line)
@@ -1261,7 +1243,7 @@ def read_table(folder: Path) -> Table | None:
                 return None
         parts = [Path(part) for part, _ in header["parts"]]
         if [_status(part)[:3] for part in parts] == [status for _, status in header["parts"]]:
-            for kept in (folder, *parts):
+            for kept in [folder, *(part for part in parts if cache_home() in part.parents)]:
                 mark_used(kept)
             return Table(header, columns, parts, folder)
     return None
@@ -1509,19 +1491,27 @@ class Place:
 
     def _scan(self) -> tuple[Part, Record]:
         """See `scan`; what failed for a reason that may pass is not kept."""
-        others, damage = Skipped(), None
+        places = {name: {"path": name, "size": s.st_size} for name, s in self.found.items()}
+        others, damage, may_pass = Skipped(), None, False
         if self.in_tar:
             places, others, damage = _tar_members(self.path, self.root)
-        else:
-            places = {name: {"path": name, "size": s.st_size} for name, s in self.found.items()}
-        records, skipped, lost, may_pass = _to_records(places, self.root, self.in_tar)
-        skipped |= {_printable(name): why for name, why in others.items()}
-        lost += sum(_is_picture(n) and "seen before" in why for n, why in others.items())
+        chosen, lost = _group(places, self.in_tar)
+        lost |= {n: why for n, why in others.items() if _is_picture(n) and "seen before" in why}
+        records, names = [], [name for name in places if name in chosen]  # in the order of places
+        for name in names if self.in_tar else progress(names, f"scan {self.root}", unit="file"):
+            try:
+                records.append(_record(name, *chosen[name], places, self.root))
+            except BadImage as error:
+                lost[name] = str(error)
+                may_pass |= isinstance(error, Unreadable)
+        used = chosen.keys() | {file for _, beside in chosen.values() for file in beside.values()}
+        others = {n: _why_no_picture(n) for n in places.keys() - used} | others | lost
+        skipped = {_printable(name): why for name, why in sorted(others.items())}
         if damage:
             count = f"; {len(places)} files found before it" if places else ""
             skipped[self.name] = f"{getattr(damage, 'strerror', damage)}{count}"
             may_pass |= isinstance(damage, OSError | Unreadable)
-        facts: Record = {"skipped": skipped, "lost": lost, "is_whole": damage is None}
+        facts: Record = {"skipped": skipped, "lost": len(lost), "is_whole": damage is None}
         content = to_index(records, facts)
         facts |= {"count": len(records), "may_pass": may_pass}
         if not may_pass:
@@ -1533,39 +1523,22 @@ class Place:
         return content, facts
 
 
-def _to_records(
-    places: dict[str, Record], root: Path, in_tar: bool
-) -> tuple[list[Record], Skipped, int, bool]:
-    """Records of the pictures among some files, from their bytes and the files beside them.
-
-    The first level of a folder is the label if no file has one. Returns also what is left out, how
-    many pictures are among that, and if a reading failed for a reason that may pass.
-    """
-    chosen, lost = _group(places, in_tar)
-    records, used, may_pass = [], set[str](), False
-    names = [name for name in places if name in chosen]
-    for name in names if in_tar else progress(names, f"scan {root}", unit="file"):
-        key, beside = chosen[name]
-        used |= {name, *beside.values()}
-        record = {"key": _printable(key), **places[name]}
-        if "/" in name and not in_tar:
-            record["label"] = _printable(name.partition("/")[0])
-        if "mask.png" in beside:
-            record["mask"] = places[beside.pop("mask.png")]
-        try:
-            data = _read(record, root)
-            record["digest"] = hashlib.sha256(data).hexdigest()
-            with _opened(io.BytesIO(data), _printable(name)) as image:
-                sides = image.size if _orientation(image) in SIDEWAYS else image.size[::-1]
-            record |= zip(("height", "width"), sides, strict=True)
-            record |= _texts({s: _read(places[file], root) for s, file in beside.items()})
-            records.append(record)
-        except BadImage as error:
-            lost[name] = str(error)
-            may_pass |= isinstance(error, Unreadable)
-    others = {name: _why_no_picture(name) for name in places.keys() - used - lost.keys()}
-    skipped = {_printable(name): why for name, why in sorted((others | lost).items())}
-    return records, skipped, len(lost), may_pass
+def _record(name: str, key: str, beside: Record, places: dict[str, Record], root: Path) -> Record:
+    """What an index says of a picture, by its bytes and the files beside it."""
+    record = {"key": _printable(key), **places[name]}
+    if (
+        "/" in name and name == key
+    ):  # in a folder, whose first level is the label if no file has one
+        record["label"] = _printable(name.partition("/")[0])
+    if "mask.png" in beside:
+        record["mask"] = places[beside["mask.png"]]
+    data = _read(record, root)
+    record["digest"] = hashlib.sha256(data).hexdigest()
+    with _opened(io.BytesIO(data), _printable(name)) as image:
+        sides = image.size if _orientation(image) in SIDEWAYS else image.size[::-1]
+    record |= zip(("height", "width"), sides, strict=True)
+    texts = {kind: places[beside[kind]] for kind in beside if kind != "mask.png"}
+    return record | _texts({kind: _read(place, root) for kind, place in texts.items()})
 
 
 def scanned(paths: Sequence[Path], root: Path) -> Table:

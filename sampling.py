@@ -82,30 +82,34 @@ def hierarchical_kmeans(
         keep: per level, how many inputs per cluster each round of re-fitting keeps; None for
             `default_keep`, [] for plain k-means, [3] * 10 for a published setting.
         group: the processes that share the work. done: levels from an earlier run.
-        on_level: called with the tree after each level. fit_rows, splits: see `fit`.
+        on_level: called with the tree after each level.
+        fit_rows: how many of the rows the finest level is fitted on; all are assigned. splits: it
+            makes k / splits clusters, then clusters each on its own.
         limits: `iterations`, `tolerance`, `dtype` (of the scores) and `bar` of `kmeans`.
     Raises: ValueError for a row that is not finite, and for more clusters than inputs.
     Vo et al. Sec. 3; AMoE: OpenLVD200M (20 M / 500 k / 50 k / 20 k)
     """
     (table, rounds), tree = checked(embeddings, clusters, keep, group), done
+    first: Any = {"fit_rows": fit_rows, "splits": splits}
     for t, k in enumerate(clusters):
         if t >= len(done):
-            # Only the pictures are many: the levels above cluster centroids, all of them at once.
-            first: Any = {"fit_rows": fit_rows, "splits": splits} if t == 0 else {}
             generator = Generator().manual_seed(seed + t)  # a level resumes as it would have been
             rows = Rows.share(table, group)
             tree = (*tree, cluster_level(rows, k, generator, rounds[t], **first, **limits))
             on_level(tree)
         table = torch.from_numpy(np.array(tree[t].centroids))  # without their clusters' sizes
+        first = {}  # only the pictures are many: the levels above cluster all of theirs at once
     return tree
 
 
 def cluster_level(
-    rows: Rows, k: int, generator: Generator, keep: Sequence[int], **limits: Any
+    rows: Rows, k: int, generator: Generator, keep: Sequence[int], fit_rows=None, splits=1, **limits
 ) -> Level:
     """One level: k-means, then k-means on `keep[0]` inputs a cluster, ... Vo et al. Sec. 3"""
-    c_KD = fit(rows, k, generator, **limits)
-    limits = {name: x for name, x in limits.items() if name not in ("fit_rows", "splits")}
+    some = rows.thin(fit_rows or rows.total, generator)
+    c_KD, found = kmeans(some, max(1, k // splits), generator, **limits)
+    if splits > 1:
+        c_KD = split_clusters(some, found, k, generator, **limits)
     for most in (*keep, None):
         found = step(rows, c_KD)  # all inputs, between the rounds and at the end
         cluster_N = gather(found.cluster_N, rows.group).numpy()
@@ -210,7 +214,11 @@ def kmeans(
     Stops after `iterations`, or when one lowers the inertia by less than the share `tolerance`."""
     if k > rows.total:
         raise ValueError(f"{k} clusters of {rows.total} rows; ask for at most {rows.total}")
-    c_KD = first_centroids(rows, k, generator, iterations, tolerance, dtype, bar)
+    if rows.total > 8 * SEED_ROWS * k:  # where rows abound, a quarter of them is clustered first
+        few = rows.thin(rows.total // 4, generator)
+        c_KD = kmeans(few, k, generator, iterations, tolerance, dtype, bar)[0]
+    else:
+        c_KD = seed_centroids(rows, k, generator)
     # Lloyd's steps can't carry a centroid across the data; so swaps come between them (we chose).
     swaps, last, i = Swaps(rows, k, generator), math.inf, 0
     while True:
@@ -282,33 +290,15 @@ def nearest(x_BD: Tensor, c_KD: Tensor, dtype: torch.dtype = torch.float32, seco
     width = BLOCK[x_BD.device.type][1]
     for k in range(0, len(c_KD), width):
         c, half = c_KD[k : k + width].to(dtype), half_K[k : k + width]
-        more = -len(c) % 32  # centroids at infinity: never the nearest
-        c, half = F.pad(c, (0, 0, 0, more)), F.pad(half, (0, more), value=math.inf)
         is_float32 = dtype == torch.float32  # then the subtraction is part of the matmul
         scores = torch.addmm(-half, x_BD, c.T) if is_float32 else (x_BD @ c.T).float() - half
-        top_B, where_B = first_maximum(scores)
+        top_B, where_B = scores.max(1)
         if second:
             runner_B = scores.scatter_(1, where_B[:, None], -math.inf).amax(1)
             second_B = second_B.maximum(runner_B).maximum(top_B.minimum(best_B))
         cluster_B = torch.where(top_B > best_B, where_B + k, cluster_B)
         best_B = best_B.maximum(top_B)
     return cluster_B, best_B, second_B
-
-
-def first_maximum(scores_BK: Tensor) -> tuple[Tensor, Tensor]:
-    """`scores_BK.max(1)` for a multiple of 32 columns, several times as fast on CPU."""
-    # Torch finds a maximum by vector instructions, but not where it is: look at groups, then one.
-    groups_BG32 = scores_BK.unflatten(1, (-1, 32))
-    top_B, group_B = groups_BG32.amax(2).max(1)
-    inside_B32 = groups_BG32[torch.arange(len(group_B), device=group_B.device), group_B]
-    return top_B, 32 * group_B + inside_B32.argmax(1)
-
-
-def first_centroids(rows: Rows, k: int, generator: Generator, *limits: Any) -> Tensor:
-    """Seeds; where rows abound, a quarter of them is clustered first."""
-    if rows.total <= 8 * SEED_ROWS * k:
-        return seed_centroids(rows, k, generator)
-    return kmeans(rows.thin(rows.total // 4, generator), k, generator, *limits)[0]
 
 
 def seed_centroids(rows: Rows, k: int, generator: Generator) -> Tensor:
@@ -397,13 +387,6 @@ def gains(rows: Rows, distance_N: Tensor, new_CD: Tensor) -> Tensor:
         fall_BC = torch.addmm(minus_norm_C, x_BD, new_CD.T, alpha=2).add_(slack_B[:, None])
         gain_C += fall_BC.relu_().sum(0)
     return all_sum(gain_C, rows.group)
-
-
-def fit(rows: Rows, k: int, generator: Generator, fit_rows=None, splits=1, **limits: Any) -> Tensor:
-    """k centroids of all rows, or of `fit_rows` drawn uniformly; in k / splits parts if asked."""
-    rows = rows if fit_rows is None else rows.thin(fit_rows, generator)
-    c_KD, found = kmeans(rows, max(1, k // splits), generator, **limits)
-    return split_clusters(rows, found, k, generator, **limits) if splits > 1 else c_KD
 
 
 def split_clusters(rows: Rows, found: Step, k: int, generator: Generator, **limits: Any) -> Tensor:
@@ -641,13 +624,11 @@ def excluded(path: Path, pool: Pool) -> np.ndarray:
 
     A key may have its source in front and a copy's #2 behind, as in the index of a sample.
     """
-    try:
-        read_header(path)
-        named = [json.loads(line) for line in path.read_bytes().splitlines()[1:]]
-        wanted = [[r["digest"]] if "digest" in r else [r["key"]] for r in named]
-    except ValueError:
-        lines = filter(None, map(str.strip, path.read_text("utf-8-sig").splitlines()))
-        wanted = [[x, re.sub(r"#\d+$", "", x), x.lower().removeprefix("sha256:")] for x in lines]
+    lines = [x for x in map(str.strip, path.read_text("utf-8-sig").splitlines()) if x]
+    if lines and lines[0].startswith("{"):
+        read_header(path)  # refuses one that is cut
+        lines = [r.get("digest", r["key"]) for r in map(json.loads, lines[1:])]
+    wanted = [{x, re.sub(r"#\d+$", "", x), x.lower().removeprefix("sha256:")} for x in lines]
     forms = set[str]().union(*wanted)
     starts = ["", *(f"{name}/" for name in pool.sources()[0])]
     keys = [packing.hash64(x.removeprefix(start)) for x in forms for start in starts]
@@ -655,15 +636,14 @@ def excluded(path: Path, pool: Pool) -> np.ndarray:
     # the rows that may be meant are few, and only they are read
     is_near_N = np.isin(pool.table["key"], np.array(keys, np.uint64))
     is_near_N |= np.isin(pool.table["content"], np.array(digests, np.uint64))
-    content: dict[str, set[str]] = {}
+    found: dict[str, set[str]] = {}
     for r in map(pool.record, np.flatnonzero(is_near_N).tolist()):
         for form in (r["key"], f"{r['source']}/{r['key']}", r["digest"]):
-            content.setdefault(form, set()).add(r["digest"])
-    hits = [set[str]().union(*(content.get(form, ()) for form in own)) for own in wanted]
-    if missed := [own[0] for own, hit in zip(wanted, hits, strict=True) if not hit]:
-        print(f"--exclude {path}: {len(missed)} of {len(wanted)} match nothing: {missed[:10]}")
-    banned = [int(digest[:16], 16) for digest in set[str]().union(*hits)]
-    return np.isin(pool.table["content"], np.array(banned, np.uint64))
+            found.setdefault(form, set()).add(r["digest"])
+    if missed := [x for x, own in zip(lines, wanted, strict=True) if own.isdisjoint(found)]:
+        print(f"--exclude {path}: {len(missed)} of {len(lines)} match nothing: {missed[:10]}")
+    banned = {int(digest[:16], 16) for form in forms & found.keys() for digest in found[form]}
+    return np.isin(pool.table["content"], np.array(list(banned), np.uint64))
 
 
 # ---- Files
@@ -794,7 +774,8 @@ def embed(args: argparse.Namespace, group: Group) -> None:
     if group.rank == 0:
         heads = [read_header(path.with_suffix(".jsonl")) for path in paths]
         skipped = packing.skipped_by(sources)
-        skipped |= {key: why for head in heads for key, why in head["skipped"].items()}
+        for head in heads:
+            skipped |= head["skipped"]
         parts = zip(paths, heads, strict=True)
         content = {
             "dim": teacher.summary_dim,
