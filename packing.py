@@ -138,7 +138,8 @@ class PackedBatch:
     skipped: Skipped = field(default_factory=dict)  # pictures of this pack that did not decode
     # by teacher, and "" for the student: its view of each picture; nothing if all see the whole
     views: dict[str, list[View]] = field(default_factory=dict)
-    pixels: dict[str, Pictures] = field(default_factory=dict)  # by teacher: what it sees of them
+    # by teacher: what it sees of them; `.split()` gives each as (3, H, W)
+    pixels: dict[str, Pictures] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.stream_B = self.stream_B or [0] * len(self.grids)  # where there is but one stream
@@ -184,10 +185,6 @@ class PackedBatch:
     def boxes(self, name: str) -> list[Box | None] | None:
         """The part of each picture that a teacher sees; None: all see all of them."""
         return [view.box for view in self.views[name]] if self.views else None
-
-    def seen(self, name: str) -> list[Tensor]:
-        """The pictures as a teacher sees them, each (3, H, W)."""
-        return self.pixels[name].split()
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same with its tensors moved; what is still on the host stays there."""
@@ -725,8 +722,8 @@ def _orientation(image: Image.Image) -> int:
     # TIFF it turns by itself.
     is_upright = image.format == "TIFF" or (image.format == "PNG" and "exif" not in image.info)
     with contextlib.suppress(Exception):  # the pixels are whole, whatever else the EXIF holds
-        found = 1 if is_upright else image.getexif().get(EXIF_ORIENTATION, 1)
-        return found if found in range(1, 9) else 1
+        turn = 1 if is_upright else image.getexif().get(EXIF_ORIENTATION, 1)
+        return turn if turn in range(1, 9) else 1
     return 1
 
 
@@ -1396,17 +1393,14 @@ def _object(data: bytes) -> Record:
     return found if isinstance(found, dict) else {}
 
 
-def _decoded(data: bytes) -> str:
-    is_utf_16 = data.startswith((b"\xff\xfe", b"\xfe\xff"))
-    text = data.decode("utf-16" if is_utf_16 else "utf-8-sig", "replace")
-    return text.replace("\r\n", "\n").strip()
-
-
 def _texts(beside: dict[str, bytes]) -> Record:
     """Caption and label from the contents of the text sidecars; only None and "" are absent."""
     fields, found = _object(beside.get("json", b"")), Record()
     for name, sidecar in (("caption", "txt"), ("label", "cls")):
-        value = _decoded(beside.get(sidecar, b"")) or fields.get(name)
+        data = beside.get(sidecar, b"")
+        is_utf_16 = data.startswith((b"\xff\xfe", b"\xfe\xff"))
+        text = data.decode("utf-16" if is_utf_16 else "utf-8-sig", "replace")
+        value = text.replace("\r\n", "\n").strip() or fields.get(name)
         value = "\n".join(map(str, value)) if isinstance(value, list) else value
         if value is not None and value != "":
             found[name] = str(value)
@@ -1707,23 +1701,18 @@ class _Lines:
 
     def write(self, text: str) -> None:
         if text := text.strip("\r\n \x1b[A"):
-            sys.stderr.write(text + "\n")
-
-    def flush(self) -> None:
-        sys.stderr.flush()
+            print(text, file=sys.stderr, flush=True)
 
 
 def progress(
     items: Any = None, title: str = "", total: int | None = None, unit: str = "it", initial: int = 0
 ) -> tqdm:
-    """On rank 0, what is done and how long the rest takes: a bar in a terminal, else a line each
-    half minute.
-    """
+    """On rank 0, what is done and how long the rest takes: a bar, or a line each half minute."""
     how: dict[str, Any] = {"dynamic_ncols": True}
     if not sys.stderr.isatty():
-        count = "{desc}: {n_fmt}/{total_fmt} {unit}, {elapsed}<{remaining}, {rate_fmt}{postfix}"
         how = {"file": _Lines(), "mininterval": 30, "maxinterval": 30, "miniters": 1, "delay": 20}
-        how["bar_format"] = count
+        count = "{n_fmt}/{total_fmt} {unit}, {elapsed}<{remaining}, {rate_fmt}{postfix}"
+        how["bar_format"] = f"{{desc}}: {count}"
     return tqdm(items, title, total, unit=unit, initial=initial, disable=not is_main(), **how)
 
 

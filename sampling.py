@@ -83,8 +83,7 @@ def hierarchical_kmeans(
             `default_keep`, [] for plain k-means, [3] * 10 for a published setting.
         group: the processes that share the work. done: levels from an earlier run.
         on_level: called with the tree after each level.
-        fit_rows: how many of the rows the finest level is fitted on; all are assigned. splits: it
-            makes k / splits clusters, then clusters each on its own.
+        fit_rows: rows that the finest level is fitted on. splits: see `split_clusters`.
         limits: `iterations`, `tolerance`, `dtype` (of the scores) and `bar` of `kmeans`.
     Raises: ValueError for a row that is not finite, and for more clusters than inputs.
     Vo et al. Sec. 3; AMoE: OpenLVD200M (20 M / 500 k / 50 k / 20 k)
@@ -214,11 +213,11 @@ def kmeans(
     Stops after `iterations`, or when one lowers the inertia by less than the share `tolerance`."""
     if k > rows.total:
         raise ValueError(f"{k} clusters of {rows.total} rows; ask for at most {rows.total}")
-    if rows.total > 8 * SEED_ROWS * k:  # where rows abound, a quarter of them is clustered first
+    if rows.total <= 8 * SEED_ROWS * k:
+        c_KD = seed_centroids(rows, k, generator)
+    else:  # where rows abound, most of the way can be made on a quarter of them
         few = rows.thin(rows.total // 4, generator)
         c_KD = kmeans(few, k, generator, iterations, tolerance, dtype, bar)[0]
-    else:
-        c_KD = seed_centroids(rows, k, generator)
     # Lloyd's steps can't carry a centroid across the data; so swaps come between them (we chose).
     swaps, last, i = Swaps(rows, k, generator), math.inf, 0
     while True:

@@ -1111,7 +1111,7 @@ def test_shifted_views_of_a_batch_agree_on_what_lies_where():
             for i, (picture, (h, w)) in enumerate(
                 zip(batch.patches_MX.split(batch.lengths), batch.grids, strict=True)
             ):
-                theirs = batch.seen("a")[i]
+                theirs = batch.pixels["a"].split()[i]
                 (y, x), (ty, tx) = (batch.views[name][i].origin for name in ("", "a"))
                 means = [p.unflatten(0, (h, w)).unflatten(-1, (-1, 3)).mean(2)
                          for p in (picture, patchify(theirs, 16))]  # fmt: skip
@@ -1925,7 +1925,7 @@ def test_pictures_leave_the_loader_no_larger_than_asked(tmp_path):
     assert live.samples[0].digest == none.samples[0].digest == whole.samples[0].digest
     for batch in (none, live):  # the student's view, through a smaller decode
         assert (batch.patches_MX - whole.patches_MX).square().mean() < 1e-4
-    (seen,) = live.seen("t")
+    (seen,) = live.pixels["t"].split()
     full = resize(to_float(whole.samples[0].image), (96, 96))
     assert seen.shape == (3, 96, 96) and (seen - full).square().mean() < 1e-4
 
