@@ -116,8 +116,7 @@ def mosaic(
     if len(images) > k * k:
         raise ValueError(f"{len(images)} pictures, but {canvas=} has {k}x{k} cells of that size")
     cell = canvas // patch // k * patch  # whole patches, so that no token sees two pictures
-    ground_311 = torch.tensor(fill, device=images[0].device)[:, None, None]
-    sheet, boxes = ground_311.repeat(1, canvas, canvas), []
+    sheet, boxes = torch.tensor(fill)[:, None, None].repeat(1, canvas, canvas).to(images[0]), []
     for i, image in enumerate(images):
         y, x = i // k * cell, i % k * cell
         height, width = image.shape[1:]
@@ -282,9 +281,8 @@ class Packs:
     window's pictures get their sizes (`_pictures`) and are packed in that order; a step takes the
     next `stream.packs` of the packs, and what is too few for a step is left out.
 
-    A window is a pure function of the seed, the epoch, the window's number, the stream, the patch,
-    the prefix, max_images, and the sources' weights, lengths and sizes: its cost grows neither with
-    the number of pictures nor with the steps before it.
+    A window is a pure function of what stands here, the epoch and the window's number: its cost
+    grows neither with the number of pictures nor with the steps before it.
     """
 
     stream: Stream
@@ -339,9 +337,7 @@ class Packs:
             refuse_too_long(self, pictures_N4, lengths_N)
             packs = pack(lengths_N, self.stream.budget, max_images=self.max_images)
             refuse_too_few(self.stream, len(pictures_N4), len(packs))
-            rows_N4 = pictures_N4[list(itertools.chain(*packs))]
-            ends = itertools.accumulate(map(len, packs), initial=0)
-            plan = [rows_N4[start:stop] for start, stop in itertools.pairwise(ends)]
+            plan = [pictures_N4[members] for members in packs]
             # a loader looks at two windows at most
             self._planned = dict([*list(self._planned.items())[-1:], ((epoch, number), plan)])
         return self._planned[epoch, number]
@@ -1458,11 +1454,9 @@ class Place:
         else:
             self.found, self.odd = _walk(path)
         rules = SCAN_VERSION, PIL.__version__, FORMATS, sorted(SUFFIXES), MAX_PIXELS
-        status = [
-            (name, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino)
-            for name, s in self.found.items()
-        ]
-        self.state = hash_of(rules, self.name, status, sorted(self.odd))
+        files = self.found.items()
+        times = [(n, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for n, s in files]
+        self.state = hash_of(rules, self.name, times, sorted(self.odd))
         self.kept = cache_home() / "scans" / hash_of(str(path.resolve())) / f"{self.state}.jsonl"
 
     def scan(self) -> tuple[Part, Record]:
@@ -1520,9 +1514,7 @@ class Place:
 def _record(name: str, key: str, beside: Record, places: dict[str, Record], root: Path) -> Record:
     """What an index says of a picture, by its bytes and the files beside it."""
     record = {"key": _printable(key), **places[name]}
-    if (
-        "/" in name and name == key
-    ):  # in a folder, whose first level is the label if no file has one
+    if "/" in name and name == key:  # in a folder: its first level, unless a file says more
         record["label"] = _printable(name.partition("/")[0])
     if "mask.png" in beside:
         record["mask"] = places[beside["mask.png"]]
