@@ -1061,7 +1061,7 @@ def read_header(path: Path) -> Record:
 # ---- What is asked of all pictures of an index
 
 TABLE_VERSION = 2
-COLUMNS = {"start": "q", "content": "Q", "key": "Q", "height": "i", "width": "i", "origin": "i"}
+COLUMNS = {"start": "q", "content": "Q", "key": "Q", "height": "i", "width": "i"}
 
 
 class Table:
@@ -1069,7 +1069,6 @@ class Table:
     or lines in memory, that hold the rest, of which a line is read when it is asked for.
 
     start: of the line in its file. content: `content_of`. key: its `hash64`.
-    origin: which of `header["origins"]`, or -1 where the line names no source.
     """
 
     def __init__(self, header: Record, columns: Any, parts: Sequence[Any], folder: Any = None):
@@ -1150,7 +1149,7 @@ def make_table(
 def _parsed(parts: Sequence[Part], prefixes: Sequence[str]) -> Table:
     """All lines of the parts, whose keys get the prefixes."""
     columns = {name: array(code) for name, code in COLUMNS.items()}
-    firsts, origins, prints, skipped = list[int](), dict[str, int](), list[str](), Skipped()
+    firsts, origins, prints, skipped = list[int](), set[str](), list[str](), Skipped()
     for part, prefix in zip(parts, prefixes, strict=True):
         firsts.append(len(columns["start"]))
         chunks = _chunks(part)
@@ -1162,12 +1161,12 @@ def _parsed(parts: Sequence[Part], prefixes: Sequence[str]) -> Table:
             try:
                 # parsed together they take half the time
                 records = json.loads(b"[" + b",".join(chunk) + b"]")
+                origins.update(r["source"] for r in records if "source" in r)
                 for line, r in zip(chunk, records, strict=True):
-                    origin = origins.setdefault(r["source"], len(origins)) if "source" in r else -1
                     sides, key = (r["height"], r["width"]), hash64(prefix + r["key"])
                     if min(sides) < 1:
                         raise ValueError("a picture of no size")
-                    row = (start, content_of(r), key, *sides, origin)
+                    row = (start, content_of(r), key, *sides)
                     for column, value in zip(columns.values(), row, strict=True):
                         column.append(value)
                     start += len(line)
@@ -1176,7 +1175,7 @@ def _parsed(parts: Sequence[Part], prefixes: Sequence[str]) -> Table:
                     pass
                 raise ValueError(f"{part!s}: not index lines: {error!r}") from error
     alone = hashlib.sha256(repr((prints, *prefixes)).encode()).hexdigest()
-    facts = {"firsts": firsts, "prefixes": list(prefixes), "origins": list(origins), "lost": 0}
+    facts = {"firsts": firsts, "prefixes": list(prefixes), "origins": sorted(origins), "lost": 0}
     facts |= {"sha256": prints[0] if len(parts) == 1 else alone, "skipped": skipped}
     return Table(facts, {n: np.frombuffer(c, c.typecode) for n, c in columns.items()}, parts)
 
