@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -603,7 +604,8 @@ def excluded(path: Path, pool: Pool) -> np.ndarray:
         lines = [r.get("digest", r["key"]) for r in map(json.loads, lines[1:])]
     wanted = [{x, re.sub(r"#\d+$", "", x), x.lower().removeprefix("sha256:")} for x in lines]
     forms = set[str]().union(*wanted)
-    starts = ["", *(f"{name}/" for name in pool.sources())]
+    sources = {*pool.table.header["origins"], *(name for name, _ in pool.places)}
+    starts = ["", *(f"{name}/" for name in sources)]
     keys = [packing.hash64(x.removeprefix(start)) for x in forms for start in starts]
     digests = [int(x[:16], 16) for x in forms if re.fullmatch(r"[0-9a-f]{64}", x)]
     # the rows that may be meant are few, and only they are read
@@ -695,10 +697,6 @@ class Pool:
         source, root = self.places[self.table.part_of(i)]
         return with_paths({"source": source} | self.table.record(i), partial(os.path.join, root))
 
-    def sources(self) -> set[str]:
-        """The names of the sources of its rows."""
-        return {*self.table.header["origins"], *(source for source, _ in self.places)}
-
 
 def save_tree(folder: Path, tree: Tree, settings: dict[str, Any]) -> None:
     """Write the levels that are not there yet, then the manifest that makes them count."""
@@ -787,15 +785,13 @@ def embed_part(
     """Write `path`.npy (fp16) and, last, `path`.jsonl with the records of what decodes."""
     records, vectors, skipped = [], [], dict[str, str]()
 
-    def load(i: int) -> tuple[list[tuple[int, Any]], dict[str, str]]:
-        why: dict[str, str] = {}
-        return list(packing.readable(source, [i], why, teacher.size_for(*source.size(i)))), why
+    def load(i: int) -> list[tuple[int, Any]]:
+        return list(packing.readable(source, [i], skipped, teacher.size_for(*source.size(i))))
 
     with ThreadPoolExecutor(4) as threads:
         for start in range(rows.start, rows.stop, batch):
-            loaded = list(threads.map(load, range(start, min(start + batch, rows.stop))))
-            good = [pair for pairs, _ in loaded for pair in pairs]
-            skipped |= {key: text for _, why in loaded for key, text in why.items()}
+            loaded = threads.map(load, range(start, min(start + batch, rows.stop)))
+            good = list(itertools.chain(*loaded))
             x_BD = teacher.targets([s for _, s in good]).summary_BC.half().cpu() if good else ()
             for (i, s), x_D in zip(good, x_BD, strict=True):
                 if not x_D.isfinite().all():
@@ -808,7 +804,8 @@ def embed_part(
                 vectors.append(x_D)
     table = torch.stack(vectors) if vectors else torch.empty(0, teacher.summary_dim).half()
     sha256 = write_array(path.with_suffix(".npy"), table.numpy())
-    head = {"made_of": made_of, "embeddings": sha256, "skipped": skipped}
+    ordered = dict(sorted(skipped.items()))  # whichever thread was first
+    head = {"made_of": made_of, "embeddings": sha256, "skipped": ordered}
     packing.write_index(path.with_suffix(".jsonl"), records, **head)
 
 
