@@ -865,7 +865,7 @@ class IndexSource(Source):
         return sizes_M2
 
     def contents(self, indices_M: np.ndarray) -> np.ndarray:
-        return np.array(self.table["content"][indices_M])
+        return self.table["content"][indices_M]
 
     def record(self, i: int) -> Record:
         record = {"source": self.name, **self.table.record(i)}
@@ -941,7 +941,9 @@ def hold_out(source: Source, fraction: float, seed: int = 0) -> tuple[Subset, Su
     def is_test(ids_M: np.ndarray) -> np.ndarray:
         return uniform(source.contents(ids_M), "held out", seed) < fraction
 
-    return subset(source, lambda ids_M: ~is_test(ids_M)), subset(source, is_test)
+    test = subset(source, is_test)
+    every_N = np.arange(len(source), dtype=test.indices.dtype)
+    return Subset(source, np.delete(every_N, test.indices)), test
 
 
 def skipped_by(sources: Iterable[Source]) -> Skipped:
