@@ -1,6 +1,10 @@
-"""Draw the ideas of docs/papers.md by the code itself: `python tests/figures.py`, some seconds."""
+"""Draw the figures of docs/ by the code itself: `python tests/figures.py [name ..]`, a minute.
+
+`experts` and `dynamics` read docs/student.pt and the metrics of the run that made it.
+"""
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +15,11 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from eval import extract, fidelity
 from losses import PhiS, arkd
-from model import golden_frequencies
-from packing import fit_size, pack
+from model import Student, golden_frequencies, load_student
+from packing import Sample, Source, fit_size, open_source, pack
+from teachers import load_teacher, parse_teacher
 
 plt.switch_backend("Agg")  # no window
 DOCS = Path(__file__).parents[1] / "docs"
@@ -104,6 +110,82 @@ def phi_s() -> None:
     save(figure, "phis")
 
 
+KINDS = ("CLS", "registers", "ground", "drawing")
+TEACHERS = {"vit-s": "builtin:vit-s", "mobilenet": "builtin:mobilenet"}
+
+
+def kinds_of(sample: Sample, grid: tuple[int, int], registers: int) -> Tensor:
+    """The kind of each token of a drawing, an index of KINDS: CLS, registers, patches by mask."""
+    mask_HW = torch.from_numpy(np.array(sample.mask) > 0).float()[None, None]
+    is_drawing = torch.nn.functional.adaptive_avg_pool2d(mask_HW, grid).flatten() > 0.5
+    return torch.cat([torch.tensor([0] + [1] * registers), 2 + is_drawing.long()])
+
+
+def served(student: Student, source: Source) -> Tensor:
+    """The share of each kind of token that each expert is given: (kinds, layers, experts)."""
+    config, seen = student.config, {}
+    for i, block in enumerate(student.blocks):
+        look = partial(lambda i, moe, given: seen.update({i: moe.route(given[0])[1]}), i)
+        block.ffn.register_forward_pre_hook(look)
+    counts = torch.zeros(len(KINDS), config.n_layers, config.experts)
+    for sample in (source.load(i) for i in range(len(source))):
+        [features] = student.encode([sample.image])  # alone in its pack: prefix, then patches
+        grid = tuple(features.patches["trunk"].shape[:2])
+        kind_N = kinds_of(sample, grid, config.prefix - 1)
+        for i, chosen_NK in seen.items():
+            one_hot_NE = torch.nn.functional.one_hot(chosen_NK, config.experts).sum(1).float()
+            counts[:, i].index_add_(0, kind_N, one_hot_NE)
+    for block in student.blocks:
+        block.ffn._forward_pre_hooks.clear()
+    return counts / counts.sum(-1, keepdim=True)
+
+
+def needed(student: Student, known: Any, test: Source) -> tuple[list[str], Tensor]:
+    """The variance explained that each head loses without each expert: (heads, layers, experts)."""
+    teachers = {name: load_teacher(parse_teacher(text)) for name, text in TEACHERS.items()}
+    bank, found = (extract({"teacher": teachers}, x) for x in (known, test))
+
+    def explained() -> dict[str, float]:
+        said = extract({"student": student}, test)
+        found.summary.update(said.summary)
+        found.patches.update(said.patches)
+        rows = fidelity(bank, found)
+        return {x: row["value"] for x, row in rows.items() if x.startswith("student/")}
+
+    whole, lost = explained(), []
+    for block in student.blocks:
+        for w2_DF in block.ffn.w2_EDF.data:
+            kept = w2_DF.clone()
+            w2_DF.zero_()
+            lost.append([whole[name] - value for name, value in explained().items()])
+            w2_DF.copy_(kept)
+    names = [name.removeprefix("student/") for name in whole]
+    return names, torch.tensor(lost).T.unflatten(1, (len(student.blocks), -1))
+
+
+def experts() -> None:
+    """Whom the experts of docs/student.pt serve: kinds of tokens, and teachers' heads."""
+    student, test = load_student(DOCS / "student.pt"), open_source("openmoji:test:64")
+    names, lost = needed(student, open_source("openmoji:train:64"), test)
+    rows = [
+        (*pair, "share of its tokens") for pair in zip(KINDS, served(student, test), strict=True)
+    ]
+    rows += [(*pair, "variance explained lost") for pair in zip(names, lost, strict=True)]
+    layers, count = student.config.n_layers, student.config.experts
+    edges = (0.5, count + 0.5, 0.5, layers + 0.5)  # both are counted from 1
+    figure, axes = plt.subplots(2, 4, figsize=(12, 5.4))
+    for axis, (name, values_LE, what) in zip(axes.flat, rows, strict=True):
+        image = axis.imshow(values_LE, vmin=0, cmap="viridis", extent=edges, origin="lower")
+        axis.set(title=f"{name}:\n{what}", xlabel="expert", ylabel="block")
+        figure.colorbar(image, ax=axis, shrink=0.7)
+    save(figure, "experts")
+
+
+FIGURES = {
+    **{"packing": packing, "golden": golden, "arkd": asymmetry, "phis": phi_s},
+    "experts": experts,
+}
+
 if __name__ == "__main__":
-    for draw in (packing, golden, asymmetry, phi_s):
-        draw()
+    for name in sys.argv[1:] or FIGURES:
+        FIGURES[name]()
