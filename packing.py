@@ -112,7 +112,7 @@ def mosaic(
     sides = [side for image in images for side in image.shape[1:]]
     if not sides or any(side % patch for side in (canvas, *sides)):
         raise ValueError(f"{canvas=} and the sides {sides} must be multiples of {patch=}")
-    k = canvas // max(sides)
+    k = canvas // max(sides)  # as many as fit: alone, a small one would cost a pass of its own
     if len(images) > k * k:
         raise ValueError(f"{len(images)} pictures, but {canvas=} has {k}x{k} cells of that size")
     cell = canvas // patch // k * patch  # whole patches, so that no token sees two pictures
@@ -212,7 +212,7 @@ def pack(
     pictures = ((np.asarray(lengths, np.int64) << bits) - np.arange(len(lengths))).tolist()
     arriving, below, packs = iter(pictures), (1 << bits) - 1, []
     waiting = sorted(itertools.islice(arriving, lookahead))
-    is_packed = bytearray(len(lengths))
+    is_packed = bytearray(len(lengths))  # a pack is made of what waits, so not in the order
     for oldest, picture in enumerate(pictures):
         if is_packed[oldest]:  # some earlier pack had room for it
             continue
@@ -258,11 +258,11 @@ class Stream:
     def fit(self, sizes_N2: np.ndarray, patch: int, draw_N: np.ndarray) -> np.ndarray:
         """Grids (N, 2) of pictures, in patches; a draw in [0, 1) picks one of the choices."""
         if not self.choices:
-            return fit_grids(sizes_N2, patch, self.max_side**2)
+            return fit_grids(sizes_N2, patch, self.max_side**2)  # AMoE: its own aspect
         chosen_N = np.array(self.choices)[(draw_N * len(self.choices)).astype(int)]
         # no picture grows beyond its own area: there is nothing to see that it doesn't hold
         side_N = np.minimum(chosen_N, np.sqrt(sizes_N2.prod(1)))
-        return fit_grids(np.stack([side_N, side_N], 1), patch)
+        return fit_grids(np.stack([side_N, side_N], 1), patch)  # RADIO: squares
 
 
 @dataclass(frozen=True)

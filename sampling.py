@@ -57,7 +57,7 @@ class Level:
 
     @property
     def inertia(self) -> float:
-        return float(self.distance.sum(dtype=np.float64))
+        return float(self.distance.sum(dtype=np.float64))  # of millions, which float32 can't add
 
 
 Tree = tuple[Level, ...]  # finest first
