@@ -212,7 +212,7 @@ def pack(
     pictures = ((np.asarray(lengths, np.int64) << bits) - np.arange(len(lengths))).tolist()
     arriving, below, packs = iter(pictures), (1 << bits) - 1, []
     waiting = sorted(itertools.islice(arriving, lookahead))
-    is_packed = bytearray(len(lengths))  # a pack is made of what waits, so not in the order
+    is_packed = bytearray(len(lengths))
     for oldest, picture in enumerate(pictures):
         if is_packed[oldest]:  # some earlier pack had room for it
             continue
