@@ -1084,8 +1084,8 @@ class Table:
         return self.columns[column]
 
     def __reduce__(self) -> Any:  # another process maps it, too
-        known = Table, (self.header, self.columns, self.parts)
-        return (mapped_table, (self.folder,)) if self.folder else known
+        in_memory = Table, (self.header, self.columns, self.parts)
+        return (read_table, (self.folder, True)) if self.folder else in_memory
 
     def part_of(self, i: int) -> int:
         """In which of the index files a picture is."""
@@ -1223,10 +1223,11 @@ def keep_table(table: Table, folder: Path) -> Table:
     return read_table(folder) or table
 
 
-def read_table(folder: Path) -> Table | None:
+def read_table(folder: Path, is_open: bool = False) -> Table | None:
     """The table kept in a folder, mapped: its length costs nothing.
 
-    None where there is none, it is damaged, or its index files changed.
+    None where there is none, it is damaged, or its index files changed; with `is_open`, where
+    another process has mapped it, ValueError.
     """
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         header = _object((folder / "table.json").read_bytes())
@@ -1234,20 +1235,15 @@ def read_table(folder: Path) -> Table | None:
         for name, code in COLUMNS.items():
             columns[name] = np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
             if columns[name].shape != (header["count"],) or columns[name].dtype != code:
-                return None
+                raise ValueError(f"column {name}")
         parts = [Path(part) for part, _ in header["parts"]]
         if [_status(part)[:3] for part in parts] == [status for _, status in header["parts"]]:
             for kept in [folder, *(part for part in parts if cache_home() in part.parents)]:
                 mark_used(kept)
             return Table(header, columns, parts, folder)
+    if is_open:
+        raise ValueError(f"{folder}: changed or removed since the source was opened; start again")
     return None
-
-
-def mapped_table(folder: Path) -> Table:
-    """The kept table that another process has mapped; ValueError where it is gone or changed."""
-    if table := read_table(folder):
-        return table
-    raise ValueError(f"{folder}: changed or removed since the source was opened; start again")
 
 
 def kept_table(paths: Sequence[Path], are_distinct: bool = True) -> Table:
@@ -1466,9 +1462,10 @@ class Place:
         except (OSError, ValueError):
             part, facts = self._scan()
         unseen = sum(why.startswith(UNSEEN) for why in self.odd.values())
-        may_pass = facts.get("may_pass", False) or unseen > 0
-        facts |= {"skipped": facts["skipped"] | self.odd, "lost": facts["lost"] + unseen}
-        return part, facts | {"may_pass": may_pass}
+        facts["skipped"] |= self.odd
+        facts["lost"] += unseen
+        facts["may_pass"] |= unseen > 0
+        return part, facts
 
     def _scan(self) -> tuple[Part, Record]:
         """See `scan`; what failed for a reason that may pass is not kept."""
@@ -1493,8 +1490,8 @@ class Place:
             skipped[self.name] = f"{getattr(damage, 'strerror', damage)}{count}"
             may_pass |= isinstance(damage, OSError | Unreadable)
         facts: Record = {"skipped": skipped, "lost": len(lost), "is_whole": damage is None}
+        facts |= {"may_pass": may_pass, "count": len(records)}
         content = to_index(records, facts)
-        facts |= {"count": len(records), "may_pass": may_pass}
         if not may_pass:
             with contextlib.suppress(OSError):  # it only saves time: no full disk must end the run
                 self.kept.parent.mkdir(parents=True, exist_ok=True)

@@ -665,6 +665,8 @@ class Pool:
         parts = [(self.folder / f"{p['name']}.npy", p["sha256"]) for p in self.manifest["parts"]]
         self.arrays = read_arrays(parts, group)
         self.starts = np.cumsum([0, *map(len, self.arrays)])
+        # of each part: its source's name, and where the paths in it begin
+        self.places = self.manifest.get("places") or [("", "")] * len(self.arrays)
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -686,11 +688,6 @@ class Pool:
         if len(table) != len(self):
             raise ValueError(f"{self.folder}: {len(self)} rows, {len(table)} lines; embed it anew")
         return table
-
-    @property
-    def places(self) -> list[tuple[str, str]]:
-        """Of each part: its source's name, and where the paths in it begin."""
-        return self.manifest.get("places") or [("", "")] * len(self.arrays)
 
     def record(self, i: int) -> dict[str, Any]:
         """The index record (see packing.py) of a row."""
