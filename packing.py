@@ -1164,15 +1164,14 @@ def _parsed(parts: Sequence[Part], prefixes: Sequence[str]) -> Table:
                 # parsed together they take half the time
                 records = json.loads(b"[" + b",".join(chunk) + b"]")
                 origins.update(r["source"] for r in records if "source" in r)
-                rows = []
                 for line, r in zip(chunk, records, strict=True):
-                    key = hash64(prefix + r["key"])
-                    rows.append((start, content_of(r), key, r["height"], r["width"]))
+                    columns["start"].append(start)
                     start += len(line)
-                values = list(zip(*rows, strict=True))
-                for column, some in zip(columns.values(), values, strict=True):
-                    column.extend(some)
-                if min(*values[-2], *values[-1]) < 1:
+                    columns["content"].append(content_of(r))
+                    columns["key"].append(hash64(prefix + r["key"]))
+                    columns["height"].append(r["height"])
+                    columns["width"].append(r["width"])
+                if min(*columns["height"][-len(chunk) :], *columns["width"][-len(chunk) :]) < 1:
                     raise ValueError("a picture of no size")
             except (ValueError, TypeError, KeyError, OverflowError) as error:
                 for _ in chunks:  # to its end, where it may be found cut
