@@ -1,6 +1,6 @@
 """Draw the figures of docs/ by the code itself: `python tests/figures.py [name ..]`, a minute.
 
-`experts` and `dynamics` read docs/student.pt and the metrics of the run that made it.
+`experts` reads docs/student.pt and fetches its teachers; the others draw what functions say.
 """
 
 import sys
