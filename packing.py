@@ -337,7 +337,8 @@ class Packs:
             refuse_too_long(self, pictures_N4, lengths_N)
             packs = pack(lengths_N, self.stream.budget, max_images=self.max_images)
             refuse_too_few(self.stream, len(pictures_N4), len(packs))
-            plan = [pictures_N4[members] for members in packs]
+            ends = np.cumsum(list(map(len, packs)))[:-1]
+            plan = np.split(pictures_N4[list(itertools.chain(*packs))], ends)
             # a loader looks at two windows at most
             self._planned = dict([*list(self._planned.items())[-1:], ((epoch, number), plan)])
         return self._planned[epoch, number]
@@ -364,8 +365,8 @@ class StepData(Dataset):
     world: int = 1
     max_images: int | None = 16
     shift: float = 0.0  # deviation, in patches, of what each looks at, see `shifted_views`
-    # the live ones: what each sees of a picture is made here, and no picture leaves the worker
-    # besides (a photograph is 36 MB); None: the samples keep theirs
+    # the live ones (say `teachers.SizeRule`): what each sees of a picture is made here, and no
+    # picture leaves the worker besides (a photograph is 36 MB); None: the samples keep theirs
     teachers: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
@@ -466,9 +467,10 @@ def refuse_unpackable(
 ) -> None:
     if lookahead < 1 or (max_images is not None and max_images < 1):
         raise ValueError(f"{lookahead=} and {max_images=} must be at least 1")
-    for i, length in enumerate(lengths):
-        if not 1 <= length <= budget:
-            raise ValueError(f"picture {i} has {length} tokens, but a pack holds 1 to {budget=}")
+    lengths_N = np.asarray(lengths)
+    if (is_bad_N := (lengths_N < 1) | (lengths_N > budget)).any():
+        i = int(is_bad_N.argmax())
+        raise ValueError(f"picture {i} has {lengths[i]} tokens, but a pack holds 1 to {budget=}")
 
 
 def refuse_too_long(packs: Packs, pictures: np.ndarray, lengths: np.ndarray) -> None:
