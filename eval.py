@@ -69,6 +69,7 @@ def extract(
         chunk: pictures encoded together; changes speed, not figures.
     """
     n, (rank, world) = len(source), rank_and_world()
+    # By place in the source, not by rank or chunk: no figure depends on the number of processes.
     has_map = set(packing.evenly(n, n if dense is None else dense))
     at_least = size if isinstance(size, tuple) else (size or LARGEST,) * 2
     mine, records, skipped = range(rank, n, world), {}, dict[str, str]()
@@ -80,7 +81,7 @@ def extract(
             summary = {name: x.float().cpu() for name, x in out.summary.items()}
             # Half precision: the maps of a thousand pictures are gigabytes.
             maps = {name: x.half().cpu() for name, x in out.patches.items() if i in has_map}
-            records[i] = replace(sample, image=sample.image[:0]), summary, maps
+            records[i] = replace(sample, image=sample.image[:0]), summary, maps  # pixels go
     return _gather(records, skipped, source.skipped)
 
 
@@ -121,7 +122,8 @@ def knn(train: FeatureSet, test: FeatureSet, k: int = 20) -> Rows:
             torch.cat([F.normalize(side.summary[column]) for column in columns], dim=1)
             for side in (train, test)
         )
-        # Each head's votes sum to one: raw ones would let the head with larger cosines decide.
+        # Each head's votes sum to one: raw ones would let the head with larger cosines decide, and
+        # the entropy that weighs the heads is one of chances.
         return F.normalize(knn_votes(bank_NC, train_N, test_NC, len(names), k), p=1)
 
     chances = add_ensembles({column: votes(column) for column in test.summary})
@@ -180,6 +182,7 @@ class Fidelity:
     def report(self, pairs: Iterable[Sequence[Tensor]]) -> dict[str, Any]:
         """Figures over held-out images, each (student (M, C), teacher (M, C))."""
         images = []
+        # float64: the spread below is a small difference where a channel's mean is large.
         for s_MC, t_MC in ((s.double(), t.double()) for s, t in pairs):
             # One image's means over its tokens, so that images weigh the same.
             cosine = F.cosine_similarity(s_MC, t_MC).mean()
@@ -190,6 +193,8 @@ class Fidelity:
         # around their own means they would vary less, and the interval would lie too low.
         centre_C = mean_NC.mean(0)
         spread_NC = square_NC - 2 * centre_C * mean_NC + centre_C.square()
+        # Sums of both, and one quotient at the end: a mean of quotients would let pictures of one
+        # colour, whose features hardly vary, decide.
         parts_N2 = torch.stack([(x * self.scale_C).mean(1) for x in (error_NC, spread_NC)], 1)
         if parts_N2[:, 1].mean() <= 1e-12 * (square_NC * self.scale_C).mean():
             parts_N2[:, 1] = 0  # what is left of equal numbers
@@ -219,20 +224,19 @@ def take(found: FeatureSet, places: list[int]) -> FeatureSet:
 WHERE = {"label": "its first folder's name, or a .cls", "caption": "a .txt", "mask": "a .mask.png"}
 
 
-def bare_of(side: str, what: str, bare: Sequence[str], count: int) -> str:
-    """The message where pictures lack what a figure is made of."""
-    return (
-        f"{side}: {len(bare)} of {count} have no {what} ({WHERE[what]} beside the picture): "
-        f"{list(bare[:5])}; add it, or take them out"
-    )
+def refuse_bare(side: str, what: str, bare: Sequence[str], count: int) -> None:
+    """ValueError where there are no pictures, or some lack what a figure is made of."""
+    if bare or not count:
+        raise ValueError(
+            f"{side}: {len(bare)} of {count} have no {what} ({WHERE[what]} beside the picture): "
+            f"{list(bare[:5])}; add it, or take them out"
+        )
 
 
 def known(found: FeatureSet, what: str, side: str) -> list[Any]:
-    """A field of every sample; samples without it are an error that names them."""
+    """A field of every sample."""
     values = [getattr(sample, what) for sample in found.samples]
-    bare = [s.key for s, value in zip(found.samples, values, strict=True) if value is None]
-    if bare or not values:
-        raise ValueError(bare_of(side, what, bare, len(values)))
+    refuse_bare(side, what, [s.key for s in found.samples if getattr(s, what) is None], len(values))
     return values
 
 
@@ -423,8 +427,7 @@ def similarities(
 def fit_text_map(image_NC: Tensor, text_ND: Tensor) -> Callable[[Tensor], Tensor]:
     """A map (M, C) -> (M, D) from image features to embeddings of their captions: ridge regression.
 
-    The penalty is the best of five on a fifth of the pairs; the map is then of all pairs (we
-    chose).
+    The penalty is the best of five on a fifth of the pairs; the map is then of all (we chose).
     """
     mean_C, mean_D = image_NC.double().mean(0), text_ND.double().mean(0)
     x_NC, y_ND = image_NC.double() - mean_C, text_ND.double() - mean_D
@@ -584,7 +587,7 @@ def choose_probe(
     return Probe(weight_CK[None], bias_GK)
 
 
-def _masks(found: FeatureSet, side: str, foreground: bool = False) -> list[Tensor]:
+def _masks(found: FeatureSet, side: str, foreground: bool) -> list[Tensor]:
     """The masks of the pictures whose patches are kept."""
     masks = known(found, "mask", side)
     masks = [torch.from_numpy(np.array(masks[i])) for i in found.dense]
@@ -993,9 +996,8 @@ def run_task(args: argparse.Namespace, models: Any, train: Any, test: Any) -> tu
             pca_sheet(out, pictures, models, args.sizes or [args.size])
         return {out: {"value": len(pictures)}}, skipped
     has_maps = args.task in ("segmentation", "merging", "resolution")
-    asked = product([train, test], [args.size])
-    if args.task == "resolution":
-        asked = product([test], args.sizes)
+    is_curve = args.task == "resolution"
+    asked = product([test], args.sizes) if is_curve else product([train, test], [args.size])
     sets = [extract(models, x, None if has_maps else 0, size) for x, size in asked]
     rows = PROTOCOLS[args.task](args, *sets)
     return rows, {key: why for found in sets for key, why in found.skipped.items()}
@@ -1010,16 +1012,18 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--train", help="SOURCE of the training pictures")
     add("--test", help="SOURCE of the pictures to score, draw or encode")
     add("--no-controls", action="store_true", help="leave out the random student and raw pixels")
-    add("--size", type=pixels, help="pictures get the area of a square of this side, px")
-    add("--sizes", type=pixels, nargs="+", default=[], help="several of them (pca, resolution)")
-    add("--k", type=Number(low=1), default=20, help="neighbours")
+    size = "give pictures the area of a square of this side, px: 224 makes photographs fast"
+    add("--size", type=pixels, help=f"{size} (default: their own size)")
+    add("--sizes", type=pixels, nargs="+", default=[], help="several --size (pca, resolution)")
+    add("--k", type=Number(low=1), default=20, help="neighbours (default: %(default)s)")
     add("--text", default="", help="builtin:minilm, or [NAME=]PATH of a teacher with a text tower")
-    add("--prompts", default="", help="file of templates, or 'captions' of the training pictures")
+    lines = "file of templates, or 'captions' of the training pictures (default: a photo of a {}.)"
+    add("--prompts", default="", help=lines)
     add("--foreground", action="store_true", help="segmentation: every class but 0 is one")
     add("--maps", action="store_true", help="features: write the patch maps too")
-    add("--out", default="", help="folder or picture to write")
-    add("--seed", type=Number(low=0, high=2**63 - 1), default=0, help="of random student, drawings")
-    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to compute")
+    add("--out", default="", help="folder of features, or picture (default: pca.png)")
+    add("--seed", type=Number(low=0, high=2**63 - 1), default=0, help="default: 0; of all draws")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="default: a GPU, if any")
     args = parser.parse_args(argv)
     if missing := [name for name in NEEDS[args.task][0].split() if not getattr(args, name)]:
         parser.error(f"{args.task} needs {' and '.join(f'--{name}' for name in missing)}")
@@ -1057,9 +1061,8 @@ def load_words(text: str) -> Words:
     spec = parse_teacher(text)
     tower = load_text(spec)
 
-    @torch.no_grad()
     def embed(texts: list[str]) -> Tensor:
-        return torch.cat([tower(texts[i : i + 256]) for i in range(0, len(texts), 256)]).float()
+        return torch.cat([tower(texts[i : i + 256]) for i in range(0, len(texts), 256)])
 
     return Words(embed, spec.name)
 
@@ -1076,8 +1079,7 @@ def check_fields(args: argparse.Namespace, models: Any, train: Any, test: Any) -
         records = (source.record(i) for i in range(len(source)))
         # A drawing's record says how it is drawn; its mask comes of that.
         bare = [record["key"] for record in records if what not in record and "spec" not in record]
-        if bare:
-            raise ValueError(bare_of(side, what, bare, len(source)))
+        refuse_bare(side, what, bare, len(source))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

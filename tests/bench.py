@@ -54,7 +54,7 @@ from teachers import (
     load_backbone,
     parse_teacher,
 )
-from train import PRESETS, StepReport, load_teachers, open_sources
+from train import PRESETS, StepReport, fill, load_teachers, open_sources
 
 ROOT = Path(__file__).parents[1]
 MIXED = [(8, 8), (24, 24), (12, 16), (16, 10), (20, 24), (9, 14), (24, 12), (10, 10)]  # 128..384 px
@@ -383,7 +383,8 @@ def training_on(source: str, cache: str, stage: int = -1, large: bool = False) -
     config = replace(PRESETS["demo"], data=(source,), cache=cache, stages=stages, stats_steps=1)
     sources, held_out = open_sources(config)
     every = [*sources, held_out]
-    teachers = large_teachers(cache, every) if large else load_teachers(config, every, SOLO)
+    teachers = large_teachers(cache, every) if large else load_teachers(config, SOLO)
+    fill(config, teachers, every)
     return partial(train_for, config, teachers=teachers, sources=sources, keeps=False)
 
 

@@ -332,7 +332,8 @@ def train_on(device: torch.device, cfg: TrainConfig, steps: int = 3, ready=None,
     """
     group, (sources, held_out) = Group(0, 1, device), train.open_sources(cfg)
     exact = dataclasses.replace(cfg, precision="fp32")
-    teachers = train.load_teachers(exact, [*sources, held_out], group)
+    teachers = train.load_teachers(exact, group)
+    train.fill(exact, teachers, [*sources, held_out])
     more |= {"sources": sources, "group": group, "keeps": False}
     return train_for(cfg, steps, ready or awake, teachers, **more)
 

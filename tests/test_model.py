@@ -473,6 +473,11 @@ def test_files_of_the_time_of_one_spec_for_all_heads_load(config, tmp_path):
         load_student(tmp_path / "s.pt")
 
 
+def test_a_device_that_is_none_is_no_fault_of_the_file(tmp_path):
+    with pytest.raises(RuntimeError, match=r"cpu, cuda.* device string: gpu"):
+        load_student(tmp_path / "not read.pt", device="gpu")
+
+
 def test_torch_hub_opens_the_door():
     folder, path = Path(__file__).parent.parent, str(SIGLINO)
     student = torch.hub.load(str(folder), "student", source="local", path=path, top_k=3)
@@ -1215,8 +1220,9 @@ def test_encode_resizes_antialiased_and_answers_in_float32():
     close(found.patches["trunk"], grey.patches["trunk"])
     half = student.to(torch.bfloat16).encode([stripes])[0]
     assert {x.dtype for x in (*half.summary.values(), *half.patches.values())} == {torch.float32}
-    with pytest.raises(ValueError, match="max_tokens=0"):
-        student.encode([stripes], max_tokens=0)
+    for name, value in (("max_tokens", 0), ("max_tokens", "9"), ("keep", "4"), ("keep", 0)):
+        with pytest.raises(ValueError, match=f"{name}={value!r} is no number of tokens"):
+            student.encode([stripes], **{name: value})
     with pytest.raises(ValueError, match="not a list of images, but one Tensor"):
         student.encode(stripes)
 
@@ -1255,6 +1261,8 @@ def test_layers_are_what_leaves_those_blocks():
         close(normed, packed.patches["trunk"])
     with pytest.raises(ValueError, match=r"layers=\[3, 0\]: there are blocks 1 to 2"):
         student.encode(pictures, layers=(3, 1, 0))
+    with pytest.raises(ValueError, match="layers=4 is no list of blocks"):
+        student.encode(pictures, layers=4)
 
 
 def test_documented_limits_of_encode():
