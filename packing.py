@@ -680,7 +680,7 @@ SIDECARS = ("txt", "json", "cls", "mask.png")  # caption, {caption, label}, labe
 UNREAD = {"heic", "heif", "jxl", "svg", "dng", "cr2", "cr3", "nef", "arw", "psd", "mov", "mp4"}
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5/\xfd")  # gzip, bzip2, xz, zstd
 JUNK = {"__MACOSX", "@eaDir", ".ipynb_checkpoints", ".DS_Store", "Thumbs.db", "desktop.ini"}
-SCAN_VERSION = 3  # of what a kept scan means
+SCAN_VERSION = 2  # of what a kept scan means
 UNUSED = 60 * 86400  # seconds after which a kept scan or table of an older state goes
 
 
@@ -1406,14 +1406,15 @@ def _texts(beside: dict[str, bytes]) -> Record:
 # stem and extension: in a tar all behind the first dot (webdataset), in a folder behind the last
 TAR_NAME = re.compile(r"((?:.*/)?[^/][^./]*)\.([^/]+)", re.DOTALL)
 FILE_NAME = re.compile(r"(.*?[^/])\.(mask\.png|[^./]+)", re.DOTALL | re.IGNORECASE)
-NONE = "no picture of group {0} is {0}.jpg or the like: name one so, or have no dots in names"
+TWO = "two pictures of group {0}, and none is {0}.jpg: name one so, or have no dots in names"
 
 
 def _group(names: Iterable[str], in_tar: bool) -> tuple[dict[str, tuple[str, Record]], Skipped]:
     """Among some files: pictures with their key and sidecars, kind -> name; lost pictures.
 
-    In a tar the files up to the first dot are a group with one picture, whose whole extension is a
-    picture's suffix. In a folder, a picture's key is its whole name.
+    In a tar the files up to the first dot are a group with one picture: the one whose whole
+    extension is a picture's suffix, or else the only one whose last suffix is. A sidecar of such a
+    compound name may be compound, too. In a folder, a picture's key is its whole name.
     """
     groups: dict[str, dict[str, str]] = {}
     chosen, lost = dict[str, tuple[str, Record]](), Skipped()
@@ -1426,11 +1427,18 @@ def _group(names: Iterable[str], in_tar: bool) -> tuple[dict[str, tuple[str, Rec
     for stem, members in groups.items():
         beside = {kind: members[kind] for kind in SIDECARS if kind in members}
         pictures = [members[ext] for ext in members if ext.rpartition("/.")[2] in SUFFIXES]
+        if in_tar and not pictures:
+            pictures = list(filter(_is_picture, members.values()))
+            if len(pictures) > 1:
+                lost |= dict.fromkeys(pictures, TWO.format(stem))
+                continue
+            for kind in SIDECARS:
+                kin = [name for ext, name in members.items() if ext.endswith(f".{kind}")]
+                if len(kin) == 1:
+                    beside.setdefault(kind, kin[0])
         for name in pictures[:1] if in_tar else pictures:
             chosen[name] = (stem if in_tar else name), beside
         lost |= dict.fromkeys(pictures[1:] if in_tar else (), "a key seen before")
-        if not pictures:
-            lost |= {members[ext]: NONE.format(stem) for ext in members if _is_picture(ext)}
     return chosen, lost
 
 
@@ -1467,7 +1475,7 @@ class Place:
         unseen = sum(why.startswith(UNSEEN) for why in self.odd.values())
         facts["skipped"] |= self.odd
         facts["lost"] += unseen
-        facts["may_pass"] |= unseen > 0
+        facts["may_pass"] = unseen > 0 or facts.get("may_pass", False)
         return part, facts
 
     def _scan(self) -> tuple[Part, Record]:
