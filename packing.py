@@ -733,14 +733,26 @@ def _upright(pixels: np.ndarray, turn: int) -> np.ndarray:
     return np.ascontiguousarray(pixels[:, ::-1] if turn in (2, 3, 6, 7) else pixels)
 
 
+def _grey_range(image: Image.Image, values: np.ndarray) -> tuple[float, float]:
+    """What is black and white in deep grey (docs/data.md), by the values where the type is wide."""
+    low, high = float(values.min()), float(values.max())
+    if not np.isfinite(high - low):
+        raise BadImage("pixels that are not finite")
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        return 0, 65535
+    if low < 0 or (image.mode == "F" and 1 < high < 128):  # no range is known
+        return min(low, 0), high
+    bits = math.ceil(math.log2(high + 1))
+    return 0, 1 if image.mode == "F" and high <= 1 else max(255, 2**bits - 1)
+
+
 def to_rgb(image: Image.Image) -> np.ndarray:
-    """Upright (H, W, 3) uint8; Pillow's conversion saturates 16 bits and drops the alpha."""
+    """Upright (H, W, 3) uint8; Pillow's conversion saturates deep pictures and drops the alpha."""
     turn = _orientation(image)
     if image.mode.startswith(("I", "F")):
-        if not (image.mode.startswith("I;16") or image.format in ("PNG", "PPM")):
-            raise BadImage("32-bit grey has no white of its own: convert it to 16 bits")
         values = np.asarray(image)
-        grey = np.rint(values / 257)
+        low, high = _grey_range(image, values)
+        grey = np.rint((values.astype(float) - low) * (255 / max(high - low, 1e-12)))
         if "transparency" in image.info:
             grey[values == image.info["transparency"]] = ALPHA_GROUND[0]
         return _upright(np.repeat(grey.astype(np.uint8)[..., None], 3, axis=2), turn)

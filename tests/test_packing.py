@@ -151,12 +151,14 @@ def test_deep_pictures_are_scaled_not_saturated():
     for values, form in [
         (ramp.astype(np.uint16), "PNG"),
         (ramp.astype(np.uint16), "TIFF"),
+        (ramp.astype(np.int32), "TIFF"),
+        ((ramp / 65535).astype(np.float32), "TIFF"),
+        ((ramp - 9e4).astype(np.float32), "TIFF"),
     ]:
         pixels = decode_image(encoded(values, form), form)[..., 0].astype(float)
         assert abs(pixels - expected).max() <= 1, (values.dtype, form)
-    for kind in (np.int32, np.float32):  # what is white there?
-        with pytest.raises(BadImage, match=r"x\.tif: 32-bit grey.*convert it to 16 bits"):
-            decode_image(encoded(ramp.astype(kind), "TIFF"), "x.tif")
+    with pytest.raises(BadImage, match=r"hole\.tif.*finite"):
+        decode_image(encoded(np.full((4, 4), np.nan, np.float32), "TIFF"), "hole.tif")
 
 
 @pytest.mark.parametrize(
@@ -164,6 +166,11 @@ def test_deep_pictures_are_scaled_not_saturated():
     [
         (np.array([[0, 257], [514, 65535]], np.uint16), [[0, 1], [2, 255]]),
         (np.array([[0, 1], [1, 1]], np.uint16), [[0, 0], [0, 0]]),  # a dark picture stays dark
+        (np.array([[0, 1], [1, 257]], np.int32), [[0, 0], [0, 128]]),  # 0 to 511
+        (np.array([[0, 0.2], [0.4, 0.8]], np.float32), [[0, 51], [102, 204]]),
+        (np.array([[0, 257], [514, 1]], np.float32), [[0, 64], [128, 0]]),  # 0 to 1023
+        (np.array([[-1, 0], [1, 3]], np.float32), [[0, 64], [128, 255]]),
+        (np.array([[7, 7], [7, 7 + 2**17]], np.float32), [[0, 0], [0, 128]]),  # to 2**18 - 1
     ],
 )
 def test_deep_pixels_by_hand(values, expected):
@@ -1834,9 +1841,16 @@ def test_pixels_are_read_whatever_else_a_file_holds():
     assert (decode_image(data, "x") == pixels).all()
 
 
-def test_deep_grey_is_read_by_its_type():
+def test_deep_grey_is_read_by_what_it_holds():
     ramp = np.tile(np.arange(256.0), (8, 1))
-    dark = decode_image(encoded((ramp * 16).astype(np.uint16)), "x")[..., 0]
+    for values in (ramp, ramp / 255, ramp / 127.5, ramp / 127.5 - 1):
+        pixels = decode_image(encoded(values.astype(np.float32), "TIFF"), "x")[..., 0]
+        assert abs(pixels - ramp).max() <= 1
+    whole = decode_image(encoded(ramp.astype(np.int32), "TIFF"), "x")[..., 0]
+    assert (whole == ramp).all()
+    twelve = decode_image(encoded((ramp * 16).astype(np.int32), "TIFF"), "x")[..., 0]
+    assert abs(twelve - ramp * 16 * 255 / 4095).max() <= 0.5
+    dark = decode_image(encoded((ramp * 16).astype(np.uint16)), "x")[..., 0]  # 16 bits by its type
     assert abs(dark - ramp * 16 / 257).max() <= 0.5
     clear = decode_image(encoded((ramp * 257).astype(np.uint16), transparency=5 * 257), "x")
     assert (clear[:, 5] == 255).all() and (clear[:, 6] == 6).all()
