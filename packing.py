@@ -879,7 +879,10 @@ class IndexSource(Source):
         return sizes_M2
 
     def contents(self, indices_M: np.ndarray) -> np.ndarray:
-        return self.table["content"][indices_M]
+        found_M = np.array(self.table["content"][indices_M])
+        unknown_M = found_M == 0  # nobody knows it before the picture is read
+        found_M[unknown_M] = super().contents(indices_M[unknown_M])
+        return found_M
 
     def record(self, i: int) -> Record:
         record = {"source": self.name, **self.table.record(i)}
@@ -949,7 +952,8 @@ def subset(source: Source, is_chosen: Callable[[np.ndarray], np.ndarray]) -> Sub
 def hold_out(source: Source, fraction: float, seed: int = 0) -> tuple[Subset, Subset]:
     """Split into (train, test); the side of a picture depends on its content alone.
 
-    So copies are on one side, also those in another source.
+    So copies are on one side, also those in another source. Raises: Unreadable for a file that has
+    to be read for that and cannot be.
     """
 
     def is_test(ids_M: np.ndarray) -> np.ndarray:
@@ -977,14 +981,22 @@ def left_out(skipped: Skipped, most: int = 10) -> Iterator[str]:
         yield f"{count}{', '.join(name for name, _ in found[:most])}{more}: {found[0][1]}"
 
 
-def hash64(text: str) -> int:
+def hash64(text: str | bytes) -> int:
     """A quarter of a sha256: among 200 million, two agree by chance once in 900 times."""
-    return int(hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16], 16)
+    data = text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass")
+    return int(hashlib.sha256(data).hexdigest()[:16], 16)
 
 
 def content_of(record: Record) -> int:
-    """What tells a picture from others: of its digest or, where nobody knows that, of its key."""
-    return int(record["digest"][:16], 16) if "digest" in record else hash64(record["key"])
+    """What tells a picture from others: of its digest, or of its key where its file is cut."""
+    if "digest" in record:
+        return int(record["digest"][:16], 16)
+    try:
+        return hash64(_read(record) if "path" in record else record["key"])
+    except Unreadable:  # it may be read the next time, and would change sides
+        raise
+    except BadImage:
+        return hash64(record["key"])
 
 
 def open_source(spec: str, seed: int = 0) -> Source:
@@ -1076,7 +1088,7 @@ def read_header(path: Path) -> Record:
 
 # ---- What is asked of all pictures of an index
 
-TABLE_VERSION = 2
+TABLE_VERSION = 3
 COLUMNS = {"start": "q", "content": "Q", "key": "Q", "height": "i", "width": "i"}
 
 
@@ -1084,7 +1096,7 @@ class Table:
     """Columns of numbers, one row a picture, mapped where they lie in a file; and the index files,
     or lines in memory, that hold the rest, of which a line is read when it is asked for.
 
-    start: of the line in its file. content: `content_of`. key: its `hash64`.
+    start: of the line in its file. content: `content_of`; 0: not known yet. key: its `hash64`.
     """
 
     def __init__(self, header: Record, columns: Any, parts: Sequence[Any], folder: Any = None):
@@ -1123,7 +1135,8 @@ class Table:
                 size *= 16
         record = _object(line.partition(b"\n")[0])
         is_same = all(self[name][i] == record.get(name) for name in ("height", "width"))
-        is_same = is_same and self["content"][i] == content_of(record)
+        if is_same and self["content"][i]:
+            is_same = self["content"][i] == content_of(record)
         record["key"] = f"{self.header['prefixes'][number]}{record.get('key')}"
         if not is_same or hash64(record["key"]) != self["key"][i]:
             shutil.rmtree(self.folder or "", ignore_errors=True)
@@ -1181,7 +1194,8 @@ def _parsed(parts: Sequence[Part], prefixes: Sequence[str]) -> Table:
                 for line, r in zip(chunk, records, strict=True):
                     columns["start"].append(start)
                     start += len(line)
-                    columns["content"].append(content_of(r))
+                    is_known = "digest" in r or "path" not in r
+                    columns["content"].append(content_of(r) if is_known else 0)
                     columns["key"].append(hash64(prefix + r["key"]))
                     columns["height"].append(r["height"])
                     columns["width"].append(r["width"])

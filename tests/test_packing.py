@@ -859,6 +859,25 @@ def test_reading_pictures_side_by_side_leaves_the_warnings_as_they_were():
     assert packing.warnings.filters == before
 
 
+def test_hold_out_reads_once_and_refuses_what_may_be_read_next_time(tmp_path, monkeypatch):
+    folder = open_source(str(write_folder(tmp_path / "data", 5)))
+    known = [folder.record(i) for i in range(5)]
+    write_index(tmp_path / "i.jsonl", [{k: r[k] for k in r if k != "digest"} for r in known])
+    source, real, asked = open_source(str(tmp_path / "i.jsonl")), packing._read, []
+
+    def read(place, root=""):
+        asked.append(place["path"])
+        if len(asked) == 7:
+            raise packing.Unreadable(f"{place['path']}: Input/output error")
+        return real(place, root)
+
+    monkeypatch.setattr(packing, "_read", read)
+    sides = hold_out(source, 0.5)
+    assert len(asked) == 5 and sum(map(len, sides)) == 5
+    with pytest.raises(packing.Unreadable, match=r"png: Input/output error"):
+        hold_out(source, 0.5)
+
+
 def test_a_scan_waits_for_the_other_ranks_without_their_limit(tmp_path, monkeypatch):
     groups, shard = [], write_shard(tmp_path / "a.tar", {"a.jpg": RED})
     monkeypatch.setattr(packing, "rank_and_world", lambda: (0, 2))
@@ -1882,7 +1901,7 @@ def test_sidecars_say_zero_and_speak_windows(tmp_path):
     assert found == {"IMG_1.JPG": ("upper", None), "IMG_1.jpg": ("upper", None)}
 
 
-def test_copies_are_on_one_side_in_folders_and_tars(tmp_path):
+def test_copies_are_on_one_side_in_folders_tars_and_plain_indexes(tmp_path):
     pictures = {f"{i}.png": encoded(random_pixels(16, 16, seed=i)) for i in range(60)}
     pictures |= {f"{i}-copy.png": pictures[f"{i}.png"] for i in range(60)}
     (tmp_path / "data").mkdir()
@@ -1890,7 +1909,9 @@ def test_copies_are_on_one_side_in_folders_and_tars(tmp_path):
         (tmp_path / "data" / name).write_bytes(data)
     write_shard(tmp_path / "a.tar", pictures)
     folder = open_source(str(tmp_path / "data"))
-    for spec in ("data", "a.tar"):
+    plain = [{k: v for k, v in folder.record(i).items() if k != "digest"} for i in range(120)]
+    write_index(tmp_path / "plain.jsonl", plain)
+    for spec in ("data", "a.tar", "plain.jsonl"):
         train, test = hold_out(open_source(str(tmp_path / spec)), 0.2)
         sides = [{side.load(i).digest for i in range(len(side))} for side in (train, test)]
         assert not sides[0] & sides[1] and len(test) == 2 * len(sides[1]) > 0
