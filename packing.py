@@ -1088,8 +1088,8 @@ def read_header(path: Path) -> Record:
 
 # ---- What is asked of all pictures of an index
 
-TABLE_VERSION = 3
-COLUMNS = {"start": "q", "content": "Q", "key": "Q", "height": "i", "width": "i"}
+TABLE_VERSION = 1
+COLUMNS = {"start": "q", "content": "Q", "key": "Q", "height": "i", "width": "i", "origin": "i"}
 
 
 class Table:
@@ -1097,6 +1097,7 @@ class Table:
     or lines in memory, that hold the rest, of which a line is read when it is asked for.
 
     start: of the line in its file. content: `content_of`; 0: not known yet. key: its `hash64`.
+    origin: which of `header["origins"]`, or -1 where the line names no source.
     """
 
     def __init__(self, header: Record, columns: Any, parts: Sequence[Any], folder: Any = None):
@@ -1178,7 +1179,7 @@ def make_table(
 def _parsed(parts: Sequence[Part], prefixes: Sequence[str]) -> Table:
     """All lines of the parts, whose keys get the prefixes."""
     columns = {name: array(code) for name, code in COLUMNS.items()}
-    firsts, origins, prints, skipped = list[int](), set[str](), list[str](), Skipped()
+    firsts, origins, prints, skipped = list[int](), dict[str, int](), list[str](), Skipped()
     for part, prefix in zip(parts, prefixes, strict=True):
         firsts.append(len(columns["start"]))
         chunks = _chunks(part)
@@ -1190,7 +1191,6 @@ def _parsed(parts: Sequence[Part], prefixes: Sequence[str]) -> Table:
             try:
                 # parsed together they take half the time
                 records = json.loads(b"[" + b",".join(chunk) + b"]")
-                origins.update(r["source"] for r in records if "source" in r)
                 for line, r in zip(chunk, records, strict=True):
                     columns["start"].append(start)
                     start += len(line)
@@ -1199,6 +1199,8 @@ def _parsed(parts: Sequence[Part], prefixes: Sequence[str]) -> Table:
                     columns["key"].append(hash64(prefix + r["key"]))
                     columns["height"].append(r["height"])
                     columns["width"].append(r["width"])
+                    origin = origins.setdefault(r["source"], len(origins)) if "source" in r else -1
+                    columns["origin"].append(origin)
                 if min(*columns["height"][-len(chunk) :], *columns["width"][-len(chunk) :]) < 1:
                     raise ValueError("a picture of no size")
             except (ValueError, TypeError, KeyError, OverflowError) as error:
@@ -1206,7 +1208,7 @@ def _parsed(parts: Sequence[Part], prefixes: Sequence[str]) -> Table:
                     pass
                 raise ValueError(f"{part!s}: not index lines: {error!r}") from error
     alone = hashlib.sha256(repr((prints, *prefixes)).encode()).hexdigest()
-    facts = {"firsts": firsts, "prefixes": list(prefixes), "origins": sorted(origins), "lost": 0}
+    facts = {"firsts": firsts, "prefixes": list(prefixes), "origins": list(origins), "lost": 0}
     facts |= {"sha256": prints[0] if len(parts) == 1 else alone, "skipped": skipped}
     return Table(facts, {n: np.frombuffer(c, c.typecode) for n, c in columns.items()}, parts)
 

@@ -593,6 +593,32 @@ def near_duplicates(
     return is_duplicate_N
 
 
+def capped_sample(
+    tree: Tree,
+    target: int,
+    source_N: np.ndarray,
+    caps: dict[Any, int],
+    eligible_N: np.ndarray,
+    seed: int = 0,
+    **options: Any,
+) -> np.ndarray:
+    """A balanced sample with at most `caps[source]` rows of a source.
+
+    A source over its cap keeps a random part of what it got; the rest is shared out anew.
+    """
+    generator = Generator().manual_seed(seed)
+    eligible_N, open_caps = eligible_N.copy(), dict(caps)
+    while True:
+        ids = balanced_sample(tree, target, seed, eligible_N=eligible_N, **options)
+        over = [name for name, cap in open_caps.items() if (source_N[ids] == name).sum() > cap]
+        if not over:
+            return ids
+        for name in over:
+            own = np.unique(ids[source_N[ids] == name])
+            kept = own[torch.randperm(len(own), generator=generator).numpy()[: open_caps.pop(name)]]
+            eligible_N[(source_N == name) & ~np.isin(np.arange(len(source_N)), kept)] = False
+
+
 def excluded(path: Path, pool: Pool) -> np.ndarray:
     """True for each row that has the content of one that a file names: keys, digests, an index.
 
@@ -604,8 +630,7 @@ def excluded(path: Path, pool: Pool) -> np.ndarray:
         lines = [r.get("digest", r["key"]) for r in map(json.loads, lines[1:])]
     wanted = [{x, re.sub(r"#\d+$", "", x), x.lower().removeprefix("sha256:")} for x in lines]
     forms = set[str]().union(*wanted)
-    sources = {*pool.table.header["origins"], *(name for name, _ in pool.places)}
-    starts = ["", *(f"{name}/" for name in sources)]
+    starts = ["", *(f"{name}/" for name in pool.sources()[0])]
     keys = [packing.hash64(x.removeprefix(start)) for x in forms for start in starts]
     digests = [int(x[:16], 16) for x in forms if re.fullmatch(r"[0-9a-f]{64}", x)]
     # the rows that may be meant are few, and only they are read
@@ -693,6 +718,14 @@ class Pool:
         """The index record (see packing.py) of a row."""
         source, root = self.places[self.table.part_of(i)]
         return with_paths({"source": source} | self.table.record(i), partial(os.path.join, root))
+
+    def sources(self) -> tuple[list[str], np.ndarray]:
+        """The names of the sources, and the number of each row's one."""
+        origins = self.table.header["origins"]
+        names = list(dict.fromkeys([*origins, *(source for source, _ in self.places)]))
+        of_part = [names.index(source) for source, _ in self.places]
+        of_part_N = np.repeat(of_part, np.diff([*self.table.header["firsts"], len(self)]))
+        return names, np.where(self.table["origin"] < 0, of_part_N, self.table["origin"])
 
 
 def save_tree(folder: Path, tree: Tree, settings: dict[str, Any]) -> None:
@@ -866,9 +899,14 @@ def sample(args: argparse.Namespace, group: Group) -> None:
     if settings["pool"] != pool.fingerprint:
         raise ValueError(f"{args.tree} is a tree of another pool than {args.pool}; assign it first")
     is_excluded_N, is_duplicate_N = set_aside(args, pool, tree)
+    names, source_N = pool.sources() if args.cap else ([], np.zeros(len(pool), int))
+    if unknown := dict(args.cap).keys() - set(names):
+        raise ValueError(f"--cap {sorted(unknown)}: the pool has {sorted(names)}")
+    caps = {names.index(name): count for name, count in args.cap}
     options = {name: getattr(args, name) for name in ("seed", "strategy", "multiplier")}
-    options |= {"weighting": args.weights, "eligible_N": ~is_duplicate_N & ~is_excluded_N}
-    ids = balanced_sample(tree, args.target, **options)
+    options["weighting"] = args.weights
+    eligible_N = ~is_duplicate_N & ~is_excluded_N
+    ids = capped_sample(tree, args.target, source_N, caps, eligible_N, **options)
     if len(ids) < args.target:
         print(f"warning: --target {args.target}, but only {len(ids)} rows may be drawn; took all")
     several = len(pool.manifest["fingerprints"]) > 1  # two sources may use the same keys
@@ -924,6 +962,11 @@ def parse_keep(text: str) -> list[int] | None:
     return [COUNT(m) for m in most.split(",")] * COUNT(times)
 
 
+def parse_cap(text: str) -> tuple[str, int]:
+    name, _, count = text.rpartition("=")
+    return name, Number(int, 0)(count)
+
+
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = packing.Parser(description="Choose the data; see the README.")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -957,6 +1000,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     to_sample("--dedup", type=Number(float, 0, 1, above=True), help=words)
     words = "file of keys or digests, or an index: content never to draw; with --dedup, nor what "
     to_sample("--exclude", type=Path, help=words + "is near it")
+    to_sample("--cap", type=parse_cap, nargs="+", default=[], help="SOURCE=COUNT")
     for add in (to_cluster, to_sample):
         add("--seed", type=Number(int, 0, 2**32), default=0, help="decides every random choice")
     return parser.parse_args(argv)

@@ -19,6 +19,7 @@ from packing import BadImage, Group, open_source, write_index
 from sampling import (
     Rows,
     balanced_sample,
+    capped_sample,
     hierarchical_kmeans,
     kmeans,
     near_duplicates,
@@ -434,6 +435,12 @@ def test_ineligible_rows_are_never_drawn(tree):
     assert (balanced_sample(tree, 1500, eligible_N=eligible) == np.flatnonzero(eligible)).all()
 
 
+def test_caps_hold_and_the_target_is_still_met(tree):
+    source = np.array(["big", "small"])[(np.arange(1500) % 3 == 0).astype(int)]
+    ids = capped_sample(tree, 300, source, {"big": 40}, np.ones(1500, bool))
+    assert len(ids) == 300 and (source[ids] == "big").sum() == 40
+
+
 def test_rank_in_cluster():
     cluster, key = np.array([2, 0, 2, 2, 0]), np.array([0.5, 3.0, 0.1, 0.9, 1.0])
     assert rank_in_cluster(cluster, key).tolist() == [1, 1, 0, 2, 0]
@@ -719,23 +726,23 @@ def test_keys_of_several_sources_say_which(pictures, tmp_path):
     run("cluster", tmp_path / "pool", "--clusters", 4, "--out", tmp_path / "tree")
     for seed in (0, 0, 1):
         run("sample", tmp_path / "pool", tmp_path / "tree", "--target", 10, "--seed", seed,
-            "--out", tmp_path / f"{seed}.jsonl")  # fmt: skip
+            "--cap", "class0=3", "--out", tmp_path / f"{seed}.jsonl")  # fmt: skip
     ours = open_source(str(tmp_path / "0.jsonl"))
     keys = [ours.key(i) for i in range(len(ours))]
     assert all(key.split("/")[0] == ours.record(i)["source"] for i, key in enumerate(keys))
-    assert len(keys) == 10
+    assert sum(key.startswith("class0/") for key in keys) == 3 and len(keys) == 10
     other = open_source(str(tmp_path / "1.jsonl"))
     assert {other.key(i) for i in range(10)} != set(keys)
 
 
-def test_copies_exclusions_and_a_large_target(pool, tmp_path, capsys):
+def test_copies_exclusions_caps_and_a_large_target(pool, tmp_path, capsys):
     run("cluster", pool, "--clusters", 9, 3, "--out", tmp_path / "tree")
     table = sampling.Pool(pool)
     banned = [table.record(i)["key"] for i in (0, 9, 28)]
     (tmp_path / "banned.txt").write_text("\n".join(banned))
     out = tmp_path / "sample.jsonl"
     run("sample", pool, tmp_path / "tree", "--target", 999, "--multiplier", 2, "--out", out,
-        "--exclude", tmp_path / "banned.txt")  # fmt: skip
+        "--exclude", tmp_path / "banned.txt", "--cap", "pictures=20")  # fmt: skip
     assert "warning: --target 999" in capsys.readouterr().out
     source = open_source(str(out))
     keys = [source.key(i) for i in range(len(source))]
@@ -844,6 +851,8 @@ def test_an_index_elsewhere_finds_pictures_of_a_relative_source(tmp_path, monkey
     run("sample", "pool", "tree", "--target", 6, "--out", "lists/sample.jsonl")
     source = open_source("lists/sample.jsonl")
     assert len([source.load(i) for i in range(len(source))]) == 6
+    with pytest.raises(SystemExit, match=r"--cap \['typo'\]: the pool has \['pictures'\]"):
+        run("sample", "pool", "tree", "--target", 6, "--cap", "typo=1", "--out", "s.jsonl")
     with pytest.raises(SystemExit, match="sources of one name"):
         run("embed", "pictures", *embed("pictures", "both")[1:])
 
@@ -875,6 +884,7 @@ def test_nothing_is_pickled(pool, tmp_path):
         ("sample", "--dedup", ["95", "0", "-1", "nan", "2"]),
         ("sample", "--target", ["0", "-7", "1.5"]),
         ("sample", "--multiplier", ["0"]),
+        ("sample", "--cap", ["pool=-1", "pool=x"]),
         ("sample", "--seed", ["-1"]),
         ("cluster", "--clusters", ["0"]),
         ("cluster", "--keep", ["0", "3x0", "x"]),
@@ -934,7 +944,7 @@ def test_pictures_may_move(pool, pictures, tmp_path, monkeypatch):
         patched.setattr(sampling, "embed_part", lambda *_: pytest.fail("embedded again"))
         run(*embed(tmp_path / "disk" / "photos", pool))
     out = tmp_path / "sample.jsonl"
-    run("sample", pool, tmp_path / "tree", "--target", 10, "--out", out)
+    run("sample", pool, tmp_path / "tree", "--target", 10, "--out", out, "--cap", "photos=10")
     source = open_source(str(out))
     assert {source.load(i).image.shape for i in range(10)} == {(48, 64, 3)}
 
