@@ -290,15 +290,26 @@ def nearest(x_BD: Tensor, c_KD: Tensor, dtype: torch.dtype = torch.float32, seco
     width = BLOCK[x_BD.device.type][1]
     for k in range(0, len(c_KD), width):
         c, half = c_KD[k : k + width].to(dtype), half_K[k : k + width]
+        more = -len(c) % 32  # centroids at infinity: never the nearest
+        c, half = F.pad(c, (0, 0, 0, more)), F.pad(half, (0, more), value=math.inf)
         is_float32 = dtype == torch.float32  # then the subtraction is part of the matmul
         scores = torch.addmm(-half, x_BD, c.T) if is_float32 else (x_BD @ c.T).float() - half
-        top_B, where_B = scores.max(1)
+        top_B, where_B = first_maximum(scores)
         if second:
             runner_B = scores.scatter_(1, where_B[:, None], -math.inf).amax(1)
             second_B = second_B.maximum(runner_B).maximum(top_B.minimum(best_B))
         cluster_B = torch.where(top_B > best_B, where_B + k, cluster_B)
         best_B = best_B.maximum(top_B)
     return cluster_B, best_B, second_B
+
+
+def first_maximum(scores_BK: Tensor) -> tuple[Tensor, Tensor]:
+    """`scores_BK.max(1)` for a multiple of 32 columns, several times as fast on CPU."""
+    # Torch finds a maximum by vector instructions, but not where it is: look at groups, then one.
+    groups_BG32 = scores_BK.unflatten(1, (-1, 32))
+    top_B, group_B = groups_BG32.amax(2).max(1)
+    inside_B32 = groups_BG32[torch.arange(len(group_B), device=group_B.device), group_B]
+    return top_B, 32 * group_B + inside_B32.argmax(1)
 
 
 def seed_centroids(rows: Rows, k: int, generator: Generator) -> Tensor:
