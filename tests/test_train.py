@@ -33,7 +33,7 @@ from PIL import Image
 import losses
 import packing
 import train
-from model import MODELS, Layout, load_student, save_student
+from model import MODELS, Layout, ModelConfig, RadioSpec, Student, load_student, save_student
 from packing import PackedBatch, Sample, Source, large_enough, to_float
 from teachers import Backbone, SizeRule, Teacher
 
@@ -1580,6 +1580,49 @@ def test_a_start_reads_its_init_once_and_says_which_heads_it_gave(
     assert read.count(init) == 1
     line = f"--init x={init}: heads kept: dense; new: new; dropped: semantic"
     assert capsys.readouterr().err.count(line) == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--init", "foo"), r"--init foo: no such file or folder; pass a student"),
+        (("--init", "x=builtin:mobilenets"), r"--init x=builtin:mobilenets is no student of ours"),
+        (("--model", "init"), r"--model init is that of --init: pass --init PATH"),
+        (("--model", "init", "--init", "foo"), r"--init foo: no such file or folder"),
+        (("--resume", "nope"), r"--resume nope: nope/manifest\.json is not there"),
+        (("--data", "{here}/photos"), r"--out .*photos/run lies in --data .*photos; pass another"),
+    ],
+)
+def test_a_path_that_is_wrong_is_named_by_its_flag(flags, said, tmp_path):
+    make_pictures(tmp_path / "photos", good=8, bad=0)
+    with pytest.raises(SystemExit, match=said):
+        run(tmp_path / "photos" / "run", *(flag.format(here=tmp_path) for flag in flags))
+    assert not (tmp_path / "photos" / "run").exists()
+
+
+def test_an_out_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(SystemExit, match=r"--out .*out: File exists; pass a folder"):
+        run(tmp_path / "out")
+
+
+def test_a_head_that_upsamples_starts_anew(tmp_path, capsys):
+    """The losses compare a patch with a patch, and its patches are u * u parts of one."""
+    sizes = dict(hidden=8, summary_hidden=8)
+    heads = (
+        RadioSpec("dense", 24, 24, upsample=2, **sizes),
+        RadioSpec("semantic", 32, 32, token=1, **sizes),
+    )
+    config = ModelConfig(
+        "radio", 32, 1, 2, 16, 64, heads, cls_tokens=2, registers=2, position_grid=8,
+        gated_ffn=False, final_norm=False,
+    )  # fmt: skip
+    save_student(Student(config), tmp_path / "finer.pt")
+    init = f"r={tmp_path / 'finer.pt'}"
+    run(tmp_path / "out", "--steps", "1", "--model", "init", "--init", init)
+    kept = "heads kept: semantic; new: dense; dropped: dense"
+    assert kept in capsys.readouterr().err
+    assert load_student(tmp_path / "out").config.heads[0].upsample == 1
 
 
 def test_an_init_that_does_not_fit_is_refused(tmp_path, reference):
