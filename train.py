@@ -896,7 +896,7 @@ def save(job: Job, state: State, report: StepReport) -> None:
 def ask(teacher: Teacher, batch: PackedBatch, chosen: Sequence[int]) -> TeacherOutput:
     """A teacher's own features of some of a batch's pictures, from what the loader made."""
     if teacher.name in batch.pixels:
-        pictures = batch.seen(teacher.name)
+        pictures = batch.pixels[teacher.name].split()
         out = teacher.features([pictures[i] for i in chosen])
     else:
         given: Any = batch.samples, batch.sizes, batch.boxes(teacher.name)

@@ -470,7 +470,7 @@ def whole_pictures(run: Run) -> list:
 
 def raw(teacher: Teacher, batch: PackedBatch):
     """What a teacher says of the pictures that the loader made for it."""
-    return teacher.features(batch.seen(teacher.name))
+    return teacher.features(batch.pixels[teacher.name].split())
 
 
 def targets_of(run: Run, batch: PackedBatch) -> dict:
