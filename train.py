@@ -103,7 +103,7 @@ class TrainConfig:
         ("vit-s=builtin:vit-s", "mobilenet=builtin:mobilenet"), "NAME=PATH[@layer] or PATH of each"
     )
     model: str = option("nano", "student, a key of model.MODELS; init: the sizes of --init")
-    init: str = control("", "[NAME=]PATH[@layers] to start from: a ViT or DINOv2, or our checkpoint")
+    init: str = control("", "[NAME=]PATH[@layers] to start from: a ViT, DINOv2 or our checkpoint")
     head_hidden: int = option(0, "hidden width of heads; 0: the teacher's, RADIO form 1024", COUNT)
     windows: bool = option(True, "RADIO form: random windows of the position table")
     pool: bool = option(True, "SigLIP: its frozen pooling head makes the summary (AMoE)")
