@@ -1259,18 +1259,16 @@ def stripped(found, what, places):
         ("label", ev.linear),
         ("label", lambda *sets: ev.zero_shot(*sets, WORDS)),
         ("mask", ev.segmentation),
-        ("mask", lambda *sets: ev.segmentation(*sets, foreground=True)),
         ("caption", lambda *sets: ev.retrieval(*sets, WORDS)),
     ],
 )
 def test_pictures_without_a_label_mask_or_caption_are_left_out_and_the_rest_is_scored(
     what, protocol, sets
 ):
-    places, whole = {2, 7, 8}, only(sets, "student/b")
+    places, whole = {2, 7, 8}, [ev.take(x, list(range(18))) for x in only(sets, "student/b")]
     some = [stripped(side, what, places) for side in whole]
-    rest = [ev.take(x, [i for i in range(len(x.samples)) if i not in places]) for x in whole]
-    rows = protocol(*some)
-    assert rows == protocol(*rest) and rows != protocol(*whole)
+    rest = [ev.take(x, [i for i in range(18) if i not in places]) for x in whole]
+    assert protocol(*some) == protocol(*rest)
     for side, name in zip(some, ("training", "held-out"), strict=True):
         keys = {side.samples[i].key for i in places}
         assert side.skipped.keys() == keys
@@ -1325,8 +1323,8 @@ def test_a_picture_that_lacks_two_things_has_both_reasons():
             return replace(super().load(i), **lack)
 
     teachers, student = {"a": Teacher()}, Heads(a=Network(3))
-    report = ev.final_report(student, student, teachers, Bare(20), Pictures(8, seed=1))
-    assert report["left out"] == {} and report["pictures"] == {"training": 20, "held out": 8}
+    report = ev.final_report(student, student, teachers, Bare(12), Pictures(3, seed=1))
+    assert report["left out"] == {} and report["pictures"] == {"training": 12, "held out": 3}
     lacks = [f"training pictures without a {what}" for what in ("label", "mask")]
     assert all(lack in report["skipped"]["0-0"] for lack in lacks)
     assert "mask" not in report["skipped"]["0-1"] and len(report["skipped"]) == 7
