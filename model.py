@@ -1235,10 +1235,16 @@ def load_student(path: str | Path, top_k: int | None = None, device: str = "cpu"
         path: told apart by content; no code of the file is ever run. A folder is that of a run
             (its model.pt), or of `transformers.RadioModel`, with our heads where it has them.
         top_k: experts per token instead of the config's; a SigLino file without one has 6.
-    Raises: ValueError: unreadable file, other content, missing or unexpected keys, wrong shapes.
+    Raises: FileNotFoundError; ValueError: unreadable file, other content, missing or unexpected
+        keys, wrong shapes.
     """
     path = Path(in_run(path))
     place = torch.device(device)  # its own error, before the file is read
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file or folder, seen from {Path.cwd()}")
+    if path.is_dir() and not (path / "config.json").is_file():
+        what = "a run's folder has a model.pt, one of transformers a config.json"
+        raise FileNotFoundError(f"{path} holds no student: {what}")
     content = None if path.is_dir() else read_checkpoint(path)
     try:
         if content is None:
@@ -1828,6 +1834,8 @@ class FixedGrid(nn.Module):
 def save_onnx(student: Student, path: str | Path, height: int, width: int) -> None:
     """`FixedGrid` as an ONNX file: `images` in, any number of them, outputs by its names."""
     need("onnxscript", "ONNX")
+    if not Path(path).parent.is_dir():
+        raise FileNotFoundError(f"{path}: there is no folder {Path(path).parent}")
     grid = FixedGrid(student, height, width).eval()
     images_B3HW = torch.rand(2, 3, height, width)
     large = sum(p.nbytes for p in grid.parameters()) > 1.9e9  # more than one file can hold

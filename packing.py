@@ -64,6 +64,7 @@ Record = dict[str, Any]  # a line of an index
 Skipped = dict[str, str]  # key or file -> reason
 Size = tuple[int, int]  # height, width
 Weighted = tuple["Source", float]  # a source and its share of the pictures, among others
+Part = Path | bytes  # an index file, or the content of one
 Box = tuple[float, float, float, float]  # top, left, bottom, right, as shares of a picture's sides
 
 
@@ -111,12 +112,11 @@ def mosaic(
     sides = [side for image in images for side in image.shape[1:]]
     if not sides or any(side % patch for side in (canvas, *sides)):
         raise ValueError(f"{canvas=} and the sides {sides} must be multiples of {patch=}")
-    k = canvas // max(sides)
+    k = canvas // max(sides)  # as many as fit: alone, a small one would cost a pass of its own
     if len(images) > k * k:
         raise ValueError(f"{len(images)} pictures, but {canvas=} has {k}x{k} cells of that size")
     cell = canvas // patch // k * patch  # whole patches, so that no token sees two pictures
-    ground_311 = torch.tensor(fill, device=images[0].device)[:, None, None]
-    sheet, boxes = ground_311.repeat(1, canvas, canvas), []
+    sheet, boxes = torch.tensor(fill)[:, None, None].repeat(1, canvas, canvas).to(images[0]), []
     for i, image in enumerate(images):
         y, x = i // k * cell, i % k * cell
         height, width = image.shape[1:]
@@ -137,7 +137,8 @@ class PackedBatch:
     skipped: Skipped = field(default_factory=dict)  # pictures of this pack that did not decode
     # by teacher, and "" for the student: its view of each picture; nothing if all see the whole
     views: dict[str, list[View]] = field(default_factory=dict)
-    pixels: dict[str, Pictures] = field(default_factory=dict)  # by teacher: what it sees of them
+    # by teacher: what it sees of them; `.split()` gives each as (3, H, W)
+    pixels: dict[str, Pictures] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.stream_B = self.stream_B or [0] * len(self.grids)  # where there is but one stream
@@ -183,10 +184,6 @@ class PackedBatch:
     def boxes(self, name: str) -> list[Box | None] | None:
         """The part of each picture that a teacher sees; None: all see all of them."""
         return [view.box for view in self.views[name]] if self.views else None
-
-    def seen(self, name: str) -> list[Tensor]:
-        """The pictures as a teacher sees them, each (3, H, W)."""
-        return self.pixels[name].split()
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same with its tensors moved; what is still on the host stays there."""
@@ -261,11 +258,11 @@ class Stream:
     def fit(self, sizes_N2: np.ndarray, patch: int, draw_N: np.ndarray) -> np.ndarray:
         """Grids (N, 2) of pictures, in patches; a draw in [0, 1) picks one of the choices."""
         if not self.choices:
-            return fit_grids(sizes_N2, patch, self.max_side**2)
+            return fit_grids(sizes_N2, patch, self.max_side**2)  # AMoE: its own aspect
         chosen_N = np.array(self.choices)[(draw_N * len(self.choices)).astype(int)]
         # no picture grows beyond its own area: there is nothing to see that it doesn't hold
         side_N = np.minimum(chosen_N, np.sqrt(sizes_N2.prod(1)))
-        return fit_grids(np.stack([side_N, side_N], 1), patch)
+        return fit_grids(np.stack([side_N, side_N], 1), patch)  # RADIO: squares
 
 
 @dataclass(frozen=True)
@@ -284,9 +281,8 @@ class Packs:
     window's pictures get their sizes (`_pictures`) and are packed in that order; a step takes the
     next `stream.packs` of the packs, and what is too few for a step is left out.
 
-    A window is a pure function of the seed, the epoch, the window's number, the stream, the patch,
-    the prefix, max_images, and the sources' weights, lengths and sizes: its cost grows neither with
-    the number of pictures nor with the steps before it.
+    A window is a pure function of what stands here, the epoch and the window's number: its cost
+    grows neither with the number of pictures nor with the steps before it.
     """
 
     stream: Stream
@@ -341,9 +337,8 @@ class Packs:
             refuse_too_long(self, pictures_N4, lengths_N)
             packs = pack(lengths_N, self.stream.budget, max_images=self.max_images)
             refuse_too_few(self.stream, len(pictures_N4), len(packs))
-            rows_N4 = pictures_N4[list(itertools.chain(*packs))]
-            ends = itertools.accumulate(map(len, packs), initial=0)
-            plan = [rows_N4[start:stop] for start, stop in itertools.pairwise(ends)]
+            ends = np.cumsum(list(map(len, packs)))[:-1]
+            plan = np.split(pictures_N4[list(itertools.chain(*packs))], ends)
             # a loader looks at two windows at most
             self._planned = dict([*list(self._planned.items())[-1:], ((epoch, number), plan)])
         return self._planned[epoch, number]
@@ -370,9 +365,9 @@ class StepData(Dataset):
     world: int = 1
     max_images: int | None = 16
     shift: float = 0.0  # deviation, in patches, of what each looks at, see `shifted_views`
-    # the live ones: what each sees of a picture is made here, and no picture leaves the worker
-    # besides (a photograph is 36 MB); None: the samples keep theirs
-    teachers: Mapping[str, Viewer] | None = None
+    # the live ones (say `teachers.SizeRule`): what each sees of a picture is made here, and no
+    # picture leaves the worker besides (a photograph is 36 MB); None: the samples keep theirs
+    teachers: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         count = sum(stream.packs for stream in self.streams)
@@ -505,7 +500,7 @@ class Calendar:
 
     def __init__(self, packs: Packs):
         self.packs = packs
-        self._starts = [(0, 0, 0)]  # of the windows known so far: first step, epoch, window
+        self.starts = [(0, 0, 0)]  # of the windows known so far: first step, epoch, window
 
     def windows_in(self, epoch: int) -> int:
         pictures = sum(stop - start for _, start, stop in self.packs.shares(epoch))
@@ -524,20 +519,15 @@ class Calendar:
 
     def locate(self, step: int) -> tuple[int, int, int]:
         """(first step of its window, epoch, window) of a global step."""
-        if step < self._starts[0][0]:
-            self._starts = [(0, 0, 0)]
+        if step < self.starts[0][0]:
+            self.starts = [(0, 0, 0)]
         # how many steps a window has is only known by packing it, so they are counted
-        while self._starts[-1][0] <= step:
-            first, epoch, window = self._starts[-1]
+        while self.starts[-1][0] <= step:
+            first, epoch, window = self.starts[-1]
             first += self._steps(epoch, window)
             is_last = window + 1 == self.windows_in(epoch)
-            self._starts.append((first, epoch + is_last, 0 if is_last else window + 1))
-        return self._starts[bisect.bisect_right(self._starts, (step, math.inf)) - 1]
-
-    def start_at(self, place: Sequence[int]) -> None:
-        """Count from a place that `locate` gave, and not from step 0."""
-        first, epoch, window = place
-        self._starts = [(first, epoch, window)]
+            self.starts.append((first, epoch + is_last, 0 if is_last else window + 1))
+        return self.starts[bisect.bisect_right(self.starts, (step, math.inf)) - 1]
 
 
 def place_of(data: StepData, step: int) -> list[list[int]]:
@@ -546,9 +536,9 @@ def place_of(data: StepData, step: int) -> list[list[int]]:
 
 
 def start_at(data: StepData, place: Sequence[Sequence[int]]) -> None:
-    """Go on from a `place_of`, so that a resume costs one window."""
-    for row, start in zip(data.packs, place, strict=True):
-        row.calendar.start_at(start)
+    """Go on from a `place_of`, not from step 0, so that a resume costs one window."""
+    for row, (first, epoch, window) in zip(data.packs, place, strict=True):
+        row.calendar.starts = [(first, epoch, window)]
 
 
 def left_over(data: StepData) -> list[float]:
@@ -576,17 +566,6 @@ def of_best_pair(waiting: list[int], at: int, room: int, below: int) -> int:
 
 
 # ---- What the student and each teacher sees of a picture
-
-
-class Viewer(Protocol):
-    """How a live teacher sees pictures (`teachers.SizeRule` is one).
-
-    `asks`: the size that it needs of a picture, given its own and that at which the student sees.
-    `view`: what it sees of a picture, (3, H, W).
-    """
-
-    def asks(self, whole: Size, seen: Size) -> Size: ...
-    def view(self, image_u8: np.ndarray, size: Any = None, box: Any = None) -> Tensor: ...
 
 
 class View(NamedTuple):
@@ -666,12 +645,11 @@ class Pictures(NamedTuple):
 def with_pixels(batch: PackedBatch, pixels: Mapping[str, list[Tensor]]) -> PackedBatch:
     """The same with the pictures (3, H, W) that each teacher sees, all in one storage: a loader's
     worker hands each storage over as an open file, of which there may be 1024."""
-    sizes = {name: [(x.shape[1], x.shape[2]) for x in xs] for name, xs in pixels.items()}
-    parts = [batch.patches_MX, *itertools.chain(*pixels.values())]
-    counts = [sum(x.numel() for x in xs) for xs in pixels.values()]
-    flat = torch.cat([x.flatten() for x in parts])
-    patches, *rows = flat.split([batch.patches_MX.numel(), *counts])
-    named = dict(zip(sizes, map(Pictures, rows, sizes.values()), strict=True))
+    parts = [[batch.patches_MX], *pixels.values()]
+    flat = torch.cat([x.flatten() for xs in parts for x in xs])
+    patches, *rows = flat.split([sum(x.numel() for x in xs) for xs in parts])
+    sizes = [[(x.shape[1], x.shape[2]) for x in xs] for xs in pixels.values()]
+    named = dict(zip(pixels, map(Pictures, rows, sizes), strict=True))
     return replace(batch, patches_MX=patches.view_as(batch.patches_MX), pixels=named)
 
 
@@ -742,8 +720,8 @@ def _orientation(image: Image.Image) -> int:
     # TIFF it turns by itself.
     is_upright = image.format == "TIFF" or (image.format == "PNG" and "exif" not in image.info)
     with contextlib.suppress(Exception):  # the pixels are whole, whatever else the EXIF holds
-        found = 1 if is_upright else image.getexif().get(EXIF_ORIENTATION, 1)
-        return found if found in range(1, 9) else 1
+        turn = 1 if is_upright else image.getexif().get(EXIF_ORIENTATION, 1)
+        return turn if turn in range(1, 9) else 1
     return 1
 
 
@@ -902,13 +880,13 @@ class IndexSource(Source):
 
     def contents(self, indices_M: np.ndarray) -> np.ndarray:
         found_M = np.array(self.table["content"][indices_M])
-        for at in np.flatnonzero(found_M == 0):  # nobody knows it before the picture is read
-            found_M[at] = content_of(self.record(int(indices_M[at])))
+        unknown_M = found_M == 0  # nobody knows it before the picture is read
+        found_M[unknown_M] = super().contents(indices_M[unknown_M])
         return found_M
 
     def record(self, i: int) -> Record:
         record = {"source": self.name, **self.table.record(i)}
-        return with_paths(record, self.root, os.path.join)
+        return with_paths(record, partial(os.path.join, self.root))
 
     def load(self, i: int, at_least: Size | None = None) -> Sample:
         record = self.record(i)
@@ -977,12 +955,13 @@ def hold_out(source: Source, fraction: float, seed: int = 0) -> tuple[Subset, Su
     So copies are on one side, also those in another source. Raises: Unreadable for a file that has
     to be read for that and cannot be.
     """
-    test = subset(
-        source, lambda ids_M: uniform(source.contents(ids_M), "held out", seed) < fraction
-    )
-    is_test_N = np.zeros(len(source), bool)  # asked once: a file may change in between
-    is_test_N[test.indices] = True
-    return subset(source, lambda ids_M: ~is_test_N[ids_M]), test
+
+    def is_test(ids_M: np.ndarray) -> np.ndarray:
+        return uniform(source.contents(ids_M), "held out", seed) < fraction
+
+    test = subset(source, is_test)
+    every_N = np.arange(len(source), dtype=test.indices.dtype)
+    return Subset(source, np.delete(every_N, test.indices)), test
 
 
 def skipped_by(sources: Iterable[Source]) -> Skipped:
@@ -1031,8 +1010,11 @@ def open_source(spec: str, seed: int = 0) -> Source:
     if name == "openmoji":
         split, count, *_ = [*rest, "", ""]
         return OpenMoji(split or "train", int(count) if count else None, seed)
-    path, *more = paths = _find(spec)
-    if not more and path.is_file() and not {".tar", ".tgz"} & set(path.suffixes):
+    paths = [Path(x) for x in ([spec] if Path(spec).exists() else sorted(glob.glob(spec)))]
+    if not paths:
+        raise ValueError(f"{spec}: no such folder, file or glob; without files there is 'openmoji'")
+    path = paths[0]
+    if len(paths) == 1 and path.is_file() and not {".tar", ".tgz"} & set(path.suffixes):
         source = IndexSource(path.stem, kept_table([path]), path.parent)
     else:
         root = path if path.is_dir() else Path(os.path.commonpath([p.parent for p in paths]))
@@ -1045,31 +1027,15 @@ def open_source(spec: str, seed: int = 0) -> Source:
     return source
 
 
-def _find(spec: str) -> list[Path]:
-    """What a SOURCE names: a folder or file, or all that its wildcards stand for."""
-    found = [spec] if Path(spec).exists() else sorted(glob.glob(spec))
-    if not found:
-        raise ValueError(f"{spec}: no such folder, file or glob; without files there is 'openmoji'")
-    return [Path(path) for path in found]
-
-
-def with_paths(record: Record, root: Path | str, change: Callable[..., str]) -> Record:
-    """A record whose files are below `root` (os.path.join), or relative to it (`relative_to`)."""
+def with_paths(record: Record, change: Callable[[str], str]) -> Record:
+    """A record whose files' paths are changed: joined to a folder, or made relative to it."""
     for place in (record, record.get("mask", {})):
         if "path" in place:
-            place["path"] = change(root, place["path"])
+            place["path"] = change(place["path"])
     return record
 
 
-def relative_to(root: Path | str, path: str) -> str:
-    return os.path.relpath(path, root)
-
-
-def _to_lines(records: Iterable[Record]) -> bytes:
-    return b"".join(json.dumps(r, allow_nan=False).encode() + b"\n" for r in records)
-
-
-def write_index(path: str | Path, records: Iterable[Record] | bytes, **header: Any) -> None:
+def write_index(path: str | Path, records: Iterable[Record], **header: Any) -> None:
     """Write an index file, JSON lines; `header` adds fields, such as `fingerprints`.
 
     The header has `format` "amoe-index", `version` 1, `count` and `sha256` of the other lines. Each
@@ -1078,20 +1044,27 @@ def write_index(path: str | Path, records: Iterable[Record] | bytes, **header: A
     the file), `size` and `offset` in bytes; or, for a drawing, `spec`, `seed` and `item`. Where
     known also `label`, `caption`, `digest` (sha256 of its bytes) and `mask` ({path, offset, size}).
     """
-    lines = records if isinstance(records, bytes) else _to_lines(records)
-    header |= {"format": "amoe-index", "version": 1, "count": lines.count(b"\n")}
-    header["sha256"] = hashlib.sha256(lines).hexdigest()
-    write_whole(path, _to_lines([header]) + lines)
+    write_whole(path, to_index(records, header))
 
 
-def _chunks(part: Path | bytes) -> Iterator[list[bytes]]:
-    """The header of an index file, then its lines, a megabyte at a time; see `read_index`."""
+def to_index(records: Iterable[Record], header: Record) -> bytes:
+    """What `write_index` writes."""
+    lines = b"".join(json.dumps(r, allow_nan=False).encode() + b"\n" for r in records)
+    facts = {"format": "amoe-index", "version": 1, "count": lines.count(b"\n")}
+    facts["sha256"] = hashlib.sha256(lines).hexdigest()
+    return json.dumps(header | facts, allow_nan=False).encode() + b"\n" + lines
+
+
+def _chunks(part: Part) -> Iterator[list[bytes]]:
+    """The header of an index file, then its lines, a megabyte at a time.
+
+    Raises: ValueError if it is none, or, at its end, if it is cut or changed.
+    """
     with io.BytesIO(part) if isinstance(part, bytes) else open(part, "rb") as file:
-        first = b"" if isinstance(part, bytes) else file.readline(2**24)
-        header, hashed, found = _object(first), hashlib.sha256(), 0
-        if header.get("format") != "amoe-index" and isinstance(part, Path):
-            raise ValueError(f"{part}: not an index file; a picture is given by its folder")
-        for name in ("version", "count", "sha256") if first else ():
+        header, hashed, found = _object(first := file.readline(2**24)), hashlib.sha256(), 0
+        if header.get("format") != "amoe-index":
+            raise ValueError(f"{part!s}: not an index file; a picture is given by its folder")
+        for name in ("version", "count", "sha256"):
             if name not in header:
                 raise ValueError(f"{part!s}: its first line has no {name}; see `write_index`")
         yield [first]
@@ -1099,15 +1072,18 @@ def _chunks(part: Path | bytes) -> Iterator[list[bytes]]:
             hashed.update(b"".join(chunk))
             found += len(chunk)
             yield chunk
-    if first and (header["version"] != 1 or header["sha256"] != hashed.hexdigest()):
+    if header["version"] != 1 or header["sha256"] != hashed.hexdigest():
         counts = f"{header['count']} pictures, {found} lines found"
         raise ValueError(f"{part!s}: cut or changed; {counts}")
 
 
-def read_index(path: str | Path) -> tuple[Record, bytes]:
-    """Header and lines of an index file; ValueError if it is none, cut or changed."""
-    (first,), *chunks = _chunks(Path(path))
-    return _object(first), b"".join(itertools.chain(*chunks))
+def read_header(path: Path) -> Record:
+    """The header of an index file, which is read to its end; ValueError as for `_chunks`."""
+    chunks = _chunks(path)
+    (first,) = next(chunks)
+    for _ in chunks:
+        pass
+    return _object(first)
 
 
 # ---- What is asked of all pictures of an index
@@ -1135,8 +1111,8 @@ class Table:
         return self.columns[column]
 
     def __reduce__(self) -> Any:  # another process maps it, too
-        known = Table, (self.header, self.columns, self.parts)
-        return (mapped_table, (self.folder,)) if self.folder else known
+        in_memory = Table, (self.header, self.columns, self.parts)
+        return (read_table, (self.folder, True)) if self.folder else in_memory
 
     def part_of(self, i: int) -> int:
         """In which of the index files a picture is."""
@@ -1171,22 +1147,26 @@ class Table:
 
 
 def make_table(
-    parts: Sequence[Path | bytes],
+    parts: Sequence[Part],
     names: Sequence[str] = (),
     skipped: Skipped | None = None,
     are_distinct: bool = True,
 ) -> Table:
-    """The table of some index files, or lines in memory, one after the other.
+    """The table of some index files, or contents of such, one after the other.
 
     Where keys come twice, all of them get the `names` of their files in front; without names, the
     first counts, unless they need not be distinct. skipped: None for what the files' headers say.
     """
+
+    def has_doubles() -> bool:
+        return not np.diff(np.sort(table["key"])).all()
+
     table = _parsed(parts, [""] * len(parts))
-    if names and has_doubles(table["key"]):
+    if names and has_doubles():
         table = _parsed(parts, names)
     header = table.header
-    header |= {"skipped": header["skipped"] if skipped is None else skipped, "lost": 0}
-    if are_distinct and has_doubles(table["key"]):
+    header["skipped"] = header["skipped"] if skipped is None else skipped
+    if are_distinct and has_doubles():
         first_N = np.sort(np.unique(table["key"], return_index=True)[1])
         for i in np.setdiff1d(np.arange(len(table)), first_N).tolist():
             header["skipped"][table.record(i)["key"]] = "a key seen before"
@@ -1196,12 +1176,7 @@ def make_table(
     return table
 
 
-def has_doubles(numbers_N: np.ndarray) -> bool:
-    ordered_N = np.sort(numbers_N)
-    return bool((ordered_N[1:] == ordered_N[:-1]).any())
-
-
-def _parsed(parts: Sequence[Path | bytes], prefixes: Sequence[str]) -> Table:
+def _parsed(parts: Sequence[Part], prefixes: Sequence[str]) -> Table:
     """All lines of the parts, whose keys get the prefixes."""
     columns = {name: array(code) for name, code in COLUMNS.items()}
     firsts, origins, prints, skipped = list[int](), dict[str, int](), list[str](), Skipped()
@@ -1209,8 +1184,8 @@ def _parsed(parts: Sequence[Path | bytes], prefixes: Sequence[str]) -> Table:
         firsts.append(len(columns["start"]))
         chunks = _chunks(part)
         (first,) = next(chunks)
-        start, header = len(first), _object(first)
-        prints.append(header["sha256"] if header else hashlib.sha256(bytes(part)).hexdigest())
+        header, start = _object(first), len(first)
+        prints.append(header["sha256"])
         skipped |= header.get("skipped", {})
         for chunk in chunks:
             try:
@@ -1219,10 +1194,9 @@ def _parsed(parts: Sequence[Path | bytes], prefixes: Sequence[str]) -> Table:
                 for line, r in zip(chunk, records, strict=True):
                     columns["start"].append(start)
                     start += len(line)
-                    key = hash64(prefix + r["key"])
                     is_known = "digest" in r or "path" not in r
-                    columns["key"].append(key)
                     columns["content"].append(content_of(r) if is_known else 0)
+                    columns["key"].append(hash64(prefix + r["key"]))
                     columns["height"].append(r["height"])
                     columns["width"].append(r["width"])
                     origin = origins.setdefault(r["source"], len(origins)) if "source" in r else -1
@@ -1234,7 +1208,7 @@ def _parsed(parts: Sequence[Path | bytes], prefixes: Sequence[str]) -> Table:
                     pass
                 raise ValueError(f"{part!s}: not index lines: {error!r}") from error
     alone = hashlib.sha256(repr((prints, *prefixes)).encode()).hexdigest()
-    facts = {"firsts": firsts, "prefixes": list(prefixes), "origins": list(origins)}
+    facts = {"firsts": firsts, "prefixes": list(prefixes), "origins": list(origins), "lost": 0}
     facts |= {"sha256": prints[0] if len(parts) == 1 else alone, "skipped": skipped}
     return Table(facts, {n: np.frombuffer(c, c.typecode) for n, c in columns.items()}, parts)
 
@@ -1280,10 +1254,11 @@ def keep_table(table: Table, folder: Path) -> Table:
     return read_table(folder) or table
 
 
-def read_table(folder: Path) -> Table | None:
+def read_table(folder: Path, is_open: bool = False) -> Table | None:
     """The table kept in a folder, mapped: its length costs nothing.
 
-    None where there is none, it is damaged, or its index files changed.
+    None where there is none, it is damaged, or its index files changed; with `is_open`, where
+    another process has mapped it, ValueError.
     """
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         header = _object((folder / "table.json").read_bytes())
@@ -1291,20 +1266,15 @@ def read_table(folder: Path) -> Table | None:
         for name, code in COLUMNS.items():
             columns[name] = np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
             if columns[name].shape != (header["count"],) or columns[name].dtype != code:
-                return None
+                raise ValueError(f"column {name}")
         parts = [Path(part) for part, _ in header["parts"]]
         if [_status(part)[:3] for part in parts] == [status for _, status in header["parts"]]:
-            for kept in (folder, *parts):
+            for kept in [folder, *(part for part in parts if cache_home() in part.parents)]:
                 mark_used(kept)
             return Table(header, columns, parts, folder)
+    if is_open:
+        raise ValueError(f"{folder}: changed or removed since the source was opened; start again")
     return None
-
-
-def mapped_table(folder: Path) -> Table:
-    """The kept table that another process has mapped; ValueError where it is gone or changed."""
-    if table := read_table(folder):
-        return table
-    raise ValueError(f"{folder}: changed or removed since the source was opened; start again")
 
 
 def kept_table(paths: Sequence[Path], are_distinct: bool = True) -> Table:
@@ -1447,17 +1417,14 @@ def _object(data: bytes) -> Record:
     return found if isinstance(found, dict) else {}
 
 
-def _decoded(data: bytes) -> str:
-    is_utf_16 = data.startswith((b"\xff\xfe", b"\xfe\xff"))
-    text = data.decode("utf-16" if is_utf_16 else "utf-8-sig", "replace")
-    return text.replace("\r\n", "\n").strip()
-
-
 def _texts(beside: dict[str, bytes]) -> Record:
     """Caption and label from the contents of the text sidecars; only None and "" are absent."""
     fields, found = _object(beside.get("json", b"")), Record()
     for name, sidecar in (("caption", "txt"), ("label", "cls")):
-        value = _decoded(beside.get(sidecar, b"")) or fields.get(name)
+        data = beside.get(sidecar, b"")
+        is_utf_16 = data.startswith((b"\xff\xfe", b"\xfe\xff"))
+        text = data.decode("utf-16" if is_utf_16 else "utf-8-sig", "replace")
+        value = text.replace("\r\n", "\n").strip() or fields.get(name)
         value = "\n".join(map(str, value)) if isinstance(value, list) else value
         if value is not None and value != "":
             found[name] = str(value)
@@ -1486,88 +1453,107 @@ def _group(names: Iterable[str], in_tar: bool) -> tuple[dict[str, tuple[str, Rec
             ext = match[2].lower()  # a.jpg may be beside a.JPG
             members[f"{len(members)}/.{ext}" if ext in members else ext] = name
     for stem, members in groups.items():
-        pictures = [ext for ext in members if _is_picture(ext)]
-        if in_tar and (plain := [e for e in pictures if e.rpartition("/.")[2] in SUFFIXES]):
-            pictures = plain
-        elif in_tar and len(pictures) > 1:
-            lost |= dict.fromkeys((members[ext] for ext in pictures), TWO.format(stem))
-            continue
-        for ext in pictures[:1] if in_tar else pictures:
-            beside = {kind: members[kind] for kind in SIDECARS if kind in members}
-            for kind in SIDECARS if "." in ext else ():
-                kin = [e for e in members if e.endswith(f".{kind}")]
-                if kind not in beside and len(kin) == 1:
-                    beside[kind] = members[kin[0]]
-            chosen[members[ext]] = (stem if in_tar else members[ext]), beside
-        lost |= {members[ext]: "a key seen before" for ext in pictures[1:] if in_tar}
+        beside = {kind: members[kind] for kind in SIDECARS if kind in members}
+        pictures = [members[ext] for ext in members if ext.rpartition("/.")[2] in SUFFIXES]
+        if in_tar and not pictures:
+            pictures = list(filter(_is_picture, members.values()))
+            if len(pictures) > 1:
+                lost |= dict.fromkeys(pictures, TWO.format(stem))
+                continue
+            for kind in SIDECARS:
+                kin = [name for ext, name in members.items() if ext.endswith(f".{kind}")]
+                if len(kin) == 1:
+                    beside.setdefault(kind, kin[0])
+        for name in pictures[:1] if in_tar else pictures:
+            chosen[name] = (stem if in_tar else name), beside
+        lost |= dict.fromkeys(pictures[1:] if in_tar else (), "a key seen before")
     return chosen, lost
 
 
-class Scan(NamedTuple):
-    """What is in a folder or shard."""
+class Place:
+    """A folder, or a shard below the folder `root`, as it is now."""
 
-    part: Path | bytes  # an index file, or its lines where they can't be kept
-    pictures: int
-    skipped: Skipped
-    lost: int  # pictures among them
-    is_whole: bool = True  # False: a damaged shard, whose other pictures nobody knows
-    may_pass: bool = False  # something could not be read for a reason that may pass
+    def __init__(self, path: Path, root: Path):
+        self.path, self.root, self.in_tar = path, root, path != root
+        self.name = os.path.relpath(path, root)
+        if self.in_tar:
+            self.found = {path.name: path.stat()} if os.path.exists(path) else {}
+            self.odd = Skipped()
+        else:
+            self.found, self.odd = _walk(path)
+        rules = SCAN_VERSION, PIL.__version__, FORMATS, sorted(SUFFIXES), MAX_PIXELS
+        files = self.found.items()
+        times = [(n, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for n, s in files]
+        self.state = hash_of(rules, self.name, times, sorted(self.odd))
+        self.kept = cache_home() / "scans" / hash_of(str(path.resolve())) / f"{self.state}.jsonl"
 
+    def scan(self) -> tuple[Part, Record]:
+        """Its index, as a file where it can be kept, and what that says first.
 
-def _to_records(
-    places: dict[str, Record], root: Path, in_tar: bool
-) -> tuple[list[Record], Skipped, int, bool]:
-    """Records of the pictures among some files, from their bytes and the files beside them.
-
-    The first level of a folder is the label if no file has one. Returns also what is left out, how
-    many pictures are among that, and if a reading failed for a reason that may pass.
-    """
-    chosen, lost = _group(places, in_tar)
-    records, used, may_pass = [], set[str](), False
-    names = [name for name in places if name in chosen]
-    for name in names if in_tar else progress(names, f"scan {root}", unit="file"):
-        key, beside = chosen[name]
-        used |= {name, *beside.values()}
-        record = {"key": _printable(key), **places[name]}
-        if "/" in name and not in_tar:
-            record["label"] = _printable(name.partition("/")[0])
-        if "mask.png" in beside:
-            record["mask"] = places[beside.pop("mask.png")]
+        `skipped`: what is left out; `lost`: pictures among that; `is_whole`: False for a damaged
+        shard, whose other pictures nobody knows; `may_pass`: something could not be read for a
+        reason that may pass.
+        """
+        part: Part = self.kept
         try:
-            data = _read(record, root)
-            record["digest"] = hashlib.sha256(data).hexdigest()
-            with _opened(io.BytesIO(data), _printable(name)) as image:
-                sides = image.size if _orientation(image) in SIDEWAYS else image.size[::-1]
-            record |= zip(("height", "width"), sides, strict=True)
-            record |= _texts({s: _read(places[file], root) for s, file in beside.items()})
-            records.append(record)
-        except BadImage as error:
-            lost[name] = str(error)
-            may_pass |= isinstance(error, Unreadable)
-    others = {name: _why_no_picture(name) for name in places.keys() - used - lost.keys()}
-    skipped = {_printable(name): why for name, why in sorted((others | lost).items())}
-    return records, skipped, len(lost), may_pass
+            facts = read_header(self.kept)
+            mark_used(self.kept)
+        except (OSError, ValueError):
+            part, facts = self._scan()
+        unseen = sum(why.startswith(UNSEEN) for why in self.odd.values())
+        facts["skipped"] |= self.odd
+        facts["lost"] += unseen
+        facts["may_pass"] = unseen > 0 or facts.get("may_pass", False)
+        return part, facts
+
+    def _scan(self) -> tuple[Part, Record]:
+        """See `scan`; what failed for a reason that may pass is not kept."""
+        places = {name: {"path": name, "size": s.st_size} for name, s in self.found.items()}
+        others, damage, may_pass = Skipped(), None, False
+        if self.in_tar:
+            places, others, damage = _tar_members(self.path, self.root)
+        chosen, lost = _group(places, self.in_tar)
+        lost |= {n: why for n, why in others.items() if _is_picture(n) and "seen before" in why}
+        records, names = [], [name for name in places if name in chosen]  # in the order of places
+        for name in names if self.in_tar else progress(names, f"scan {self.root}", unit="file"):
+            try:
+                records.append(_record(name, *chosen[name], places, self.root))
+            except BadImage as error:
+                lost[name] = str(error)
+                may_pass |= isinstance(error, Unreadable)
+        used = chosen.keys() | {file for _, beside in chosen.values() for file in beside.values()}
+        others = {n: _why_no_picture(n) for n in places.keys() - used} | others | lost
+        skipped = {_printable(name): why for name, why in sorted(others.items())}
+        if damage:
+            count = f"; {len(places)} files found before it" if places else ""
+            skipped[self.name] = f"{getattr(damage, 'strerror', damage)}{count}"
+            may_pass |= isinstance(damage, OSError | Unreadable)
+        facts: Record = {"skipped": skipped, "lost": len(lost), "is_whole": damage is None}
+        facts |= {"may_pass": may_pass, "count": len(records)}
+        content = to_index(records, facts)
+        if not may_pass:
+            with contextlib.suppress(OSError):  # it only saves time: no full disk must end the run
+                self.kept.parent.mkdir(parents=True, exist_ok=True)
+                write_whole(self.kept, content)
+                drop_old(self.kept)
+                return self.kept, facts
+        return content, facts
 
 
-Files = tuple[dict[str, os.stat_result], Skipped]  # below a folder, or the shard; see `_walk`
-
-
-def _look(path: Path, root: Path) -> Files:
-    """What a folder, or a place of a shard, has; nothing is opened."""
-    if path == root:
-        return _walk(path)
-    try:
-        return {path.name: path.stat()}, {}
-    except OSError as error:
-        return {}, {os.path.relpath(path, root): str(error.strerror)}
-
-
-def _state(path: Path, root: Path, files: Files) -> str:
-    """Of the names, sizes and times of files, and of the rules here."""
-    rules = SCAN_VERSION, PIL.__version__, FORMATS, sorted(SUFFIXES), MAX_PIXELS
-    found, odd = files
-    times = [(n, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for n, s in found.items()]
-    return hash_of(rules, os.path.relpath(path, root), times, sorted(odd))
+def _record(name: str, key: str, beside: Record, places: dict[str, Record], root: Path) -> Record:
+    """What an index says of a picture, by its bytes and the files beside it."""
+    record = {"key": _printable(key), **places[name]}
+    if "/" in name and name == key:  # in a folder: its first level, unless a file says more
+        record["label"] = _printable(name.partition("/")[0])
+    if "mask.png" in beside:
+        record["mask"] = places[beside["mask.png"]]
+    data = _read(record, root)
+    record["digest"] = hashlib.sha256(data).hexdigest()
+    with _opened(io.BytesIO(data), _printable(name)) as image:
+        sides = image.size if _orientation(image) in SIDEWAYS else image.size[::-1]
+    record |= zip(("height", "width"), sides, strict=True)
+    texts = {kind: places[beside[kind]] for kind in beside if kind != "mask.png"}
+    return record | _texts({kind: _read(place, root) for kind, place in texts.items()})
 
 
 def scanned(paths: Sequence[Path], root: Path) -> Table:
@@ -1576,29 +1562,27 @@ def scanned(paths: Sequence[Path], root: Path) -> Table:
     Each shard has an index of its own, kept too; several threads scan what is new, and under
     torchrun each process its part.
     """
-    looks = [_look(path, root) for path in paths]
-    names = [os.path.relpath(path, root) for path in paths]
-    state = [_state(path, root, look) for path, look in zip(paths, looks, strict=True)]
-    folder = table_folder([str(root.resolve()), names], state)
+    places = [Place(path, root) for path in paths]
+    names = [place.name for place in places]
+    folder = table_folder([str(root.resolve()), names], [place.state for place in places])
     table = read_table(folder)
 
-    def scan(numbers: range) -> list[Scan]:
+    def scan(some: Sequence[Place]) -> list[tuple[Part, Record]]:
         with ThreadPoolExecutor(min(8, len(paths))) as threads:
-            found = threads.map(lambda n: _scan(paths[n], root, looks[n], state[n]), numbers)
-            title = f"scan {root}"
-            return list(progress(found, title, len(numbers), "tar") if len(paths) > 1 else found)
+            found = threads.map(Place.scan, some)
+            return list(progress(found, f"scan {root}", len(some), "tar") if some[1:] else found)
 
     def make() -> Table:
-        scans = scan(range(len(paths)))
-        made = _join(dict(zip(names, scans, strict=True)))
-        return made if any(one.may_pass for one in scans) else keep_table(made, folder)
+        scans = scan(places)
+        made = _join(names, scans)
+        return made if any(facts["may_pass"] for _, facts in scans) else keep_table(made, folder)
 
     rank, world = rank_and_world()
     if world > 1:
         lacking: list[Any] = [None] * world
         dist.all_gather_object(lacking, table is None)
         if any(lacking):
-            scan(range(rank, len(paths), world))
+            scan(places[rank::world])
             wait_for_all()  # then the scans of all are kept
             table = (table or make()) if rank == 0 else table
             wait_for_all()  # then their table is, too
@@ -1606,59 +1590,21 @@ def scanned(paths: Sequence[Path], root: Path) -> Table:
     return table or make()
 
 
-def _join(scans: dict[str, Scan]) -> Table:
+def _join(names: Sequence[str], scans: Sequence[tuple[Part, Record]]) -> Table:
     """One table of several shards; keys carry their shard if two shards have the same ones."""
-    skipped, parts = Skipped(), [scan.part for scan in scans.values()]
-    for shard, scan in scans.items():
-        in_shard = f"{shard}/" if len(scans) > 1 else ""
-        skipped |= {n if n == shard else in_shard + n: why for n, why in scan.skipped.items()}
-    counts = [scan.pictures for scan in scans.values() if scan.is_whole]
-    usual = sum(counts) / len(counts) if counts else max(scan.pictures for scan in scans.values())
-    lost = sum(scan.lost for scan in scans.values())
-    lost += sum(max(1, round(usual) - s.pictures) for s in scans.values() if not s.is_whole)
-    prefixes = [f"{os.path.splitext(shard)[0]}/" for shard in scans] if len(scans) > 1 else []
-    table = make_table(parts, prefixes, skipped)
-    table.header["lost"] += lost
+    skipped, facts, is_one = Skipped(), [facts for _, facts in scans], len(names) == 1
+    for name, of_shard in zip(names, facts, strict=True):
+        in_shard = "" if is_one else f"{name}/"
+        found = of_shard["skipped"].items()
+        skipped |= {n if n == name else in_shard + n: why for n, why in found}
+    whole = [f["count"] for f in facts if f["is_whole"]]
+    usual = sum(whole) / len(whole) if whole else max(f["count"] for f in facts)
+    prefixes = [] if is_one else [f"{os.path.splitext(name)[0]}/" for name in names]
+    table = make_table([part for part, _ in scans], prefixes, skipped)
+    table.header["lost"] += sum(f["lost"] for f in facts)
+    damaged = [f["count"] for f in facts if not f["is_whole"]]
+    table.header["lost"] += sum(max(1, round(usual) - count) for count in damaged)
     return table
-
-
-def _scan(path: Path, root: Path, files: Files, state: str) -> Scan:
-    """Index lines and skipped files of the folder `root`, or of a shard below it.
-
-    They are kept under their `_state`; what failed for a reason that may pass is not.
-    """
-    found, odd = files
-    unseen = sum(why.startswith(UNSEEN) for why in odd.values())
-    if path != root and not found:
-        return Scan(b"", 0, odd, 0, False, True)
-    kept = cache_home() / "scans" / hash_of(str(path.resolve())) / f"{state}.jsonl"
-    with contextlib.suppress(OSError, ValueError):
-        header = read_index(kept)[0]
-        mark_used(kept)
-        rest = header["skipped"] | odd, header["lost"] + unseen, header["is_whole"]
-        return Scan(kept, header["count"], *rest, bool(unseen))
-    others, damage = Skipped(), None
-    if path == root:
-        places: dict[str, Record] = {n: {"path": n, "size": s.st_size} for n, s in found.items()}
-    else:
-        places, others, damage = _tar_members(path, root)
-    records, skipped, lost, may_pass = _to_records(places, root, in_tar=path != root)
-    skipped |= {_printable(name): why for name, why in others.items()}
-    lost += sum(_is_picture(n) and "seen before" in why for n, why in others.items())
-    if damage:
-        count = f"; {len(places)} files found before it" if places else ""
-        skipped[os.path.relpath(path, root)] = f"{damage}{count}"
-        may_pass |= isinstance(damage, OSError | Unreadable)
-    part: Any = _to_lines(records)
-    if not may_pass:
-        facts = {"skipped": skipped, "lost": lost, "is_whole": damage is None}
-        with contextlib.suppress(OSError):  # it only saves time: a full disk must not end the run
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            write_index(kept, part, **facts)
-            part = kept
-            drop_old(kept)
-    failed = may_pass or bool(unseen)
-    return Scan(part, len(records), skipped | odd, lost + unseen, damage is None, failed)
 
 
 # ---- What every module needs: whole files, ranks, an even spread
@@ -1715,8 +1661,7 @@ def readable(
 class Number:
     """What a flag takes: finite numbers of a `kind` from `low` to `high`, both included.
 
-    Args: above: the lowest one is left out; below: the highest one is; zero: what 0 means, where
-        it lies outside of the range and yet is taken.
+    Args: above: the lowest one is left out; below: the highest one is.
     """
 
     kind: type = int
@@ -1724,15 +1669,13 @@ class Number:
     high: float = math.inf
     above: bool = False
     below: bool = False
-    zero: str = ""
 
     def __str__(self) -> str:
         low, high = self.low, self.high
         ends = [f"above {low:g}" if self.above else f"at least {low:g}"] * (low > -math.inf)
         ends += [f"below {high:g}" if self.below else f"at most {high:g}"] * (high < math.inf)
         what = "a whole number" if self.kind is int else "a finite number"
-        zero = f", or 0: {self.zero}" if self.zero else ""
-        return f"{what} {' and '.join(ends)}".strip() + zero
+        return f"{what} {' and '.join(ends)}".strip()
 
     def __contains__(self, value: Any) -> bool:
         kinds = (int,) if self.kind is int else (int, float)
@@ -1740,7 +1683,7 @@ class Number:
             return False
         low = value > self.low if self.above else value >= self.low
         high = value < self.high if self.below else value <= self.high
-        return math.isfinite(value) and ((low and high) or (value == 0 and bool(self.zero)))
+        return math.isfinite(value) and low and high
 
     def __call__(self, text: str) -> Any:
         """Read a flag's text (argparse's `type`); 1e9 is a count, too."""
@@ -1779,23 +1722,18 @@ class _Lines:
 
     def write(self, text: str) -> None:
         if text := text.strip("\r\n \x1b[A"):
-            sys.stderr.write(text + "\n")
-
-    def flush(self) -> None:
-        sys.stderr.flush()
+            print(text, file=sys.stderr, flush=True)
 
 
 def progress(
     items: Any = None, title: str = "", total: int | None = None, unit: str = "it", initial: int = 0
 ) -> tqdm:
-    """On rank 0, what is done and how long the rest takes: a bar in a terminal, else a line each
-    half minute.
-    """
+    """On rank 0, what is done and how long the rest takes: a bar, or a line each half minute."""
     how: dict[str, Any] = {"dynamic_ncols": True}
     if not sys.stderr.isatty():
-        count = "{desc}: {n_fmt}/{total_fmt} {unit}, {elapsed}<{remaining}, {rate_fmt}{postfix}"
         how = {"file": _Lines(), "mininterval": 30, "maxinterval": 30, "miniters": 1, "delay": 20}
-        how["bar_format"] = count
+        count = "{n_fmt}/{total_fmt} {unit}, {elapsed}<{remaining}, {rate_fmt}{postfix}"
+        how["bar_format"] = f"{{desc}}: {count}"
     return tqdm(items, title, total, unit=unit, initial=initial, disable=not is_main(), **how)
 
 
@@ -2055,7 +1993,7 @@ class OpenMoji(IndexSource):
             raise ValueError(f"openmoji:{split}:{count} is not openmoji:{'|'.join(COUNTS)}[:COUNT]")
         spec = {"spec": f"openmoji:{split}:{self.count}", "seed": seed}
         rows = (_begin(split, seed, i)[1] | spec | {"item": i} for i in range(self.count))
-        super().__init__(f"openmoji:{split}", make_table([_to_lines(rows)]), Path())
+        super().__init__(f"openmoji:{split}", make_table([to_index(rows, {})]), Path())
 
     def fingerprint(self) -> str:
         font = hashlib.sha256(Path(str(_font(32).path)).read_bytes()).hexdigest()

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -23,7 +24,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from torch import Generator, Tensor
 from tqdm import tqdm
 
 import packing
-from packing import Group, Number, open_source, progress, read_index, with_paths, write_whole
+from packing import Group, Number, open_source, progress, read_header, with_paths, write_whole
 from teachers import load_teacher, parse_teacher, sha256_of
 
 COUNT = Number(int, 1)
@@ -56,7 +57,7 @@ class Level:
 
     @property
     def inertia(self) -> float:
-        return float(self.distance.sum(dtype=np.float64))
+        return float(self.distance.sum(dtype=np.float64))  # of millions, which float32 can't add
 
 
 Tree = tuple[Level, ...]  # finest first
@@ -82,30 +83,33 @@ def hierarchical_kmeans(
         keep: per level, how many inputs per cluster each round of re-fitting keeps; None for
             `default_keep`, [] for plain k-means, [3] * 10 for a published setting.
         group: the processes that share the work. done: levels from an earlier run.
-        on_level: called with the tree after each level. fit_rows, splits: see `fit`.
+        on_level: called with the tree after each level.
+        fit_rows: rows that the finest level is fitted on. splits: see `split_clusters`.
         limits: `iterations`, `tolerance`, `dtype` (of the scores) and `bar` of `kmeans`.
     Raises: ValueError for a row that is not finite, and for more clusters than inputs.
     Vo et al. Sec. 3; AMoE: OpenLVD200M (20 M / 500 k / 50 k / 20 k)
     """
     (table, rounds), tree = checked(embeddings, clusters, keep, group), done
+    first: Any = {"fit_rows": fit_rows, "splits": splits}
     for t, k in enumerate(clusters):
         if t >= len(done):
-            # Only the pictures are many: the levels above cluster centroids, all of them at once.
-            first: Any = {"fit_rows": fit_rows, "splits": splits} if t == 0 else {}
             generator = Generator().manual_seed(seed + t)  # a level resumes as it would have been
             rows = Rows.share(table, group)
             tree = (*tree, cluster_level(rows, k, generator, rounds[t], **first, **limits))
             on_level(tree)
         table = torch.from_numpy(np.array(tree[t].centroids))  # without their clusters' sizes
+        first = {}  # only the pictures are many: the levels above cluster all of theirs at once
     return tree
 
 
 def cluster_level(
-    rows: Rows, k: int, generator: Generator, keep: Sequence[int], **limits: Any
+    rows: Rows, k: int, generator: Generator, keep: Sequence[int], fit_rows=None, splits=1, **limits
 ) -> Level:
     """One level: k-means, then k-means on `keep[0]` inputs a cluster, ... Vo et al. Sec. 3"""
-    c_KD = fit(rows, k, generator, **limits)
-    limits = {name: x for name, x in limits.items() if name not in ("fit_rows", "splits")}
+    some = rows.thin(fit_rows or rows.total, generator)
+    c_KD, found = kmeans(some, max(1, k // splits), generator, **limits)
+    if splits > 1:
+        c_KD = split_clusters(some, found, k, generator, **limits)
     for most in (*keep, None):
         found = step(rows, c_KD)  # all inputs, between the rounds and at the end
         cluster_N = gather(found.cluster_N, rows.group).numpy()
@@ -210,12 +214,16 @@ def kmeans(
     Stops after `iterations`, or when one lowers the inertia by less than the share `tolerance`."""
     if k > rows.total:
         raise ValueError(f"{k} clusters of {rows.total} rows; ask for at most {rows.total}")
-    c_KD = first_centroids(rows, k, generator, iterations, tolerance, dtype, bar)
+    if rows.total <= 8 * SEED_ROWS * k:
+        c_KD = seed_centroids(rows, k, generator)
+    else:  # where rows abound, most of the way can be made on a quarter of them
+        few = rows.thin(rows.total // 4, generator)
+        c_KD = kmeans(few, k, generator, iterations, tolerance, dtype, bar)[0]
     # Lloyd's steps can't carry a centroid across the data; so swaps come between them (we chose).
     swaps, last, i = Swaps(rows, k, generator), math.inf, 0
     while True:
         found = step(rows, c_KD, dtype, second=swaps.is_due(i))
-        bar.set_postfix_str(f"{k} clusters, inertia {found.inertia:.6g}")
+        bar.set_postfix_str(f"{k} clusters, inertia {found.inertia:.6g}", refresh=False)
         bar.update()
         # What Lloyd's step gains after a swap is no swap's gain: no verdict among the first.
         if i == iterations or (i > SWAPS + 1 and last - found.inertia <= tolerance * last):
@@ -304,13 +312,6 @@ def first_maximum(scores_BK: Tensor) -> tuple[Tensor, Tensor]:
     return top_B, 32 * group_B + inside_B32.argmax(1)
 
 
-def first_centroids(rows: Rows, k: int, generator: Generator, *limits: Any) -> Tensor:
-    """Seeds; where rows abound, a quarter of them is clustered first."""
-    if rows.total <= 8 * SEED_ROWS * k:
-        return seed_centroids(rows, k, generator)
-    return kmeans(rows.thin(rows.total // 4, generator), k, generator, *limits)[0]
-
-
 def seed_centroids(rows: Rows, k: int, generator: Generator) -> Tensor:
     """Start of k-means: D^2 sampling in growing rounds, the best of several candidates each."""
     # The first come one by one, which is greedy k-means++; a later round adds a fifth of what is
@@ -397,13 +398,6 @@ def gains(rows: Rows, distance_N: Tensor, new_CD: Tensor) -> Tensor:
         fall_BC = torch.addmm(minus_norm_C, x_BD, new_CD.T, alpha=2).add_(slack_B[:, None])
         gain_C += fall_BC.relu_().sum(0)
     return all_sum(gain_C, rows.group)
-
-
-def fit(rows: Rows, k: int, generator: Generator, fit_rows=None, splits=1, **limits: Any) -> Tensor:
-    """k centroids of all rows, or of `fit_rows` drawn uniformly; in k / splits parts if asked."""
-    rows = rows if fit_rows is None else rows.thin(fit_rows, generator)
-    c_KD, found = kmeans(rows, max(1, k // splits), generator, **limits)
-    return split_clusters(rows, found, k, generator, **limits) if splits > 1 else c_KD
 
 
 def split_clusters(rows: Rows, found: Step, k: int, generator: Generator, **limits: Any) -> Tensor:
@@ -641,12 +635,11 @@ def excluded(path: Path, pool: Pool) -> np.ndarray:
 
     A key may have its source in front and a copy's #2 behind, as in the index of a sample.
     """
-    try:
-        named = [json.loads(line) for line in read_index(path)[1].splitlines()]
-        wanted = [[r["digest"]] if "digest" in r else [r["key"]] for r in named]
-    except ValueError:
-        lines = filter(None, map(str.strip, path.read_text("utf-8-sig").splitlines()))
-        wanted = [[x, re.sub(r"#\d+$", "", x), x.lower().removeprefix("sha256:")] for x in lines]
+    lines = [x for x in map(str.strip, path.read_text("utf-8-sig").splitlines()) if x]
+    if lines and lines[0].startswith("{"):
+        read_header(path)  # refuses one that is cut
+        lines = [r.get("digest", r["key"]) for r in map(json.loads, lines[1:])]
+    wanted = [{x, re.sub(r"#\d+$", "", x), x.lower().removeprefix("sha256:")} for x in lines]
     forms = set[str]().union(*wanted)
     starts = ["", *(f"{name}/" for name in pool.sources()[0])]
     keys = [packing.hash64(x.removeprefix(start)) for x in forms for start in starts]
@@ -654,15 +647,14 @@ def excluded(path: Path, pool: Pool) -> np.ndarray:
     # the rows that may be meant are few, and only they are read
     is_near_N = np.isin(pool.table["key"], np.array(keys, np.uint64))
     is_near_N |= np.isin(pool.table["content"], np.array(digests, np.uint64))
-    content: dict[str, set[str]] = {}
+    found: dict[str, set[str]] = {}
     for r in map(pool.record, np.flatnonzero(is_near_N).tolist()):
         for form in (r["key"], f"{r['source']}/{r['key']}", r["digest"]):
-            content.setdefault(form, set()).add(r["digest"])
-    hits = [set[str]().union(*(content.get(form, ()) for form in own)) for own in wanted]
-    if missed := [own[0] for own, hit in zip(wanted, hits, strict=True) if not hit]:
-        print(f"--exclude {path}: {len(missed)} of {len(wanted)} match nothing: {missed[:10]}")
-    banned = [int(digest[:16], 16) for digest in set[str]().union(*hits)]
-    return np.isin(pool.table["content"], np.array(banned, np.uint64))
+            found.setdefault(form, set()).add(r["digest"])
+    if missed := [x for x, own in zip(lines, wanted, strict=True) if own.isdisjoint(found)]:
+        print(f"--exclude {path}: {len(missed)} of {len(lines)} match nothing: {missed[:10]}")
+    banned = {int(digest[:16], 16) for form in forms & found.keys() for digest in found[form]}
+    return np.isin(pool.table["content"], np.array(list(banned), np.uint64))
 
 
 # ---- Files
@@ -709,6 +701,8 @@ class Pool:
         parts = [(self.folder / f"{p['name']}.npy", p["sha256"]) for p in self.manifest["parts"]]
         self.arrays = read_arrays(parts, group)
         self.starts = np.cumsum([0, *map(len, self.arrays)])
+        # of each part: its source's name, and where the paths in it begin
+        self.places = self.manifest.get("places") or [("", "")] * len(self.arrays)
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -731,15 +725,10 @@ class Pool:
             raise ValueError(f"{self.folder}: {len(self)} rows, {len(table)} lines; embed it anew")
         return table
 
-    @property
-    def places(self) -> list[tuple[str, str]]:
-        """Of each part: its source's name, and where the paths in it begin."""
-        return self.manifest.get("places") or [("", "")] * len(self.arrays)
-
     def record(self, i: int) -> dict[str, Any]:
         """The index record (see packing.py) of a row."""
         source, root = self.places[self.table.part_of(i)]
-        return with_paths({"source": source} | self.table.record(i), root, os.path.join)
+        return with_paths({"source": source} | self.table.record(i), partial(os.path.join, root))
 
     def sources(self) -> tuple[list[str], np.ndarray]:
         """The names of the sources, and the number of each row's one."""
@@ -791,9 +780,10 @@ def embed(args: argparse.Namespace, group: Group) -> None:
             embed_part(paths[n], source, rows, teacher, args.batch, made_of)
     packing.wait_for_all()
     if group.rank == 0:
-        heads = [read_index(path.with_suffix(".jsonl"))[0] for path in paths]
+        heads = [read_header(path.with_suffix(".jsonl")) for path in paths]
         skipped = packing.skipped_by(sources)
-        skipped |= {key: why for head in heads for key, why in head["skipped"].items()}
+        for head in heads:
+            skipped |= head["skipped"]
         parts = zip(paths, heads, strict=True)
         content = {
             "dim": teacher.summary_dim,
@@ -824,7 +814,7 @@ def named_apart(specs: Sequence[str]) -> list[Any]:
 def is_embedded(path: Path, made_of: str) -> bool:
     """True if an earlier run wrote this very part, whole."""
     try:
-        head, rows = read_index(path.with_suffix(".jsonl"))[0], path.with_suffix(".npy")
+        head, rows = read_header(path.with_suffix(".jsonl")), path.with_suffix(".npy")
         return head["made_of"] == made_of and sha256_of(rows) == head["embeddings"]
     except (OSError, ValueError, KeyError):
         return False
@@ -836,28 +826,27 @@ def embed_part(
     """Write `path`.npy (fp16) and, last, `path`.jsonl with the records of what decodes."""
     records, vectors, skipped = [], [], dict[str, str]()
 
-    def load(i: int) -> tuple[list[tuple[int, Any]], dict[str, str]]:
-        why: dict[str, str] = {}
-        return list(packing.readable(source, [i], why, teacher.size_for(*source.size(i)))), why
+    def load(i: int) -> list[tuple[int, Any]]:
+        return list(packing.readable(source, [i], skipped, teacher.size_for(*source.size(i))))
 
     with ThreadPoolExecutor(4) as threads:
         for start in range(rows.start, rows.stop, batch):
-            loaded = list(threads.map(load, range(start, min(start + batch, rows.stop))))
-            good = [pair for pairs, _ in loaded for pair in pairs]
-            skipped |= {key: text for _, why in loaded for key, text in why.items()}
+            loaded = threads.map(load, range(start, min(start + batch, rows.stop)))
+            good = list(itertools.chain(*loaded))
             x_BD = teacher.targets([s for _, s in good]).summary_BC.half().cpu() if good else ()
             for (i, s), x_D in zip(good, x_BD, strict=True):
                 if not x_D.isfinite().all():
                     skipped[s.key] = "its embedding is not finite"
                     continue
-                record = with_paths(source.record(i), source.root, packing.relative_to)
+                record = with_paths(source.record(i), partial(os.path.relpath, start=source.root))
                 if record["source"] == source.name:
                     del record["source"]  # pool.json has it
                 records.append(record | {"digest": s.digest})
                 vectors.append(x_D)
     table = torch.stack(vectors) if vectors else torch.empty(0, teacher.summary_dim).half()
     sha256 = write_array(path.with_suffix(".npy"), table.numpy())
-    head = {"made_of": made_of, "embeddings": sha256, "skipped": skipped}
+    ordered = dict(sorted(skipped.items()))  # whichever thread was first
+    head = {"made_of": made_of, "embeddings": sha256, "skipped": ordered}
     packing.write_index(path.with_suffix(".jsonl"), records, **head)
 
 

@@ -103,7 +103,7 @@ class TrainConfig:
         ("vit-s=builtin:vit-s", "mobilenet=builtin:mobilenet"), "NAME=PATH[@layer] or PATH of each"
     )
     model: str = option("nano", "student, a key of model.MODELS; init: the sizes of --init")
-    init: str = control("", "NAME=PATH[@layers] to start from: a ViT or DINOv2, or our checkpoint")
+    init: str = control("", "[NAME=]PATH[@layers] to start from: a ViT, DINOv2 or our checkpoint")
     head_hidden: int = option(0, "hidden width of heads; 0: the teacher's, RADIO form 1024", COUNT)
     windows: bool = option(True, "RADIO form: random windows of the position table")
     pool: bool = option(True, "SigLIP: its frozen pooling head makes the summary (AMoE)")
@@ -765,6 +765,9 @@ def open_run(
     need("matplotlib", "curves.png")
     group, identity = start_process(cfg), identity_of(cfg, sources, teachers)
     folder = on_main(lambda: find_start(cfg, identity))
+    kinds = "a student, a release, a folder of transformers, or builtin:vit-s"
+    is_there = folder or not cfg.init or identity["init"]  # a checkpoint has what it gave
+    require(is_there, f"--init {cfg.init}: no such file or folder; pass {kinds}")
     fill(cfg, teachers, [*sources, held_out] if held_out else sources)
     record: dict[str, Any] = {"step": 0, "seconds": 0.0, "images": 0, "tokens": 0, "bad": 0}
     record |= {"skipped": packing.skipped_by(sources), "place": []}  # of the data, in its stage
@@ -852,7 +855,7 @@ def way_out(out: Path) -> str:
     """What to do where numbers are not finite; those of a checkpoint were when it was saved."""
     if not (found := checkpoints(out)):
         return "there is no checkpoint yet: pass a lower --lr"
-    good = f"the newest checkpoint is good: start from --init NAME={found[-1] / 'model.pt'}"
+    good = f"the newest checkpoint is good: start from --init {found[-1] / 'model.pt'}"
     return f"{good} with a lower --lr and another --out"
 
 
@@ -893,7 +896,7 @@ def save(job: Job, state: State, report: StepReport) -> None:
 def ask(teacher: Teacher, batch: PackedBatch, chosen: Sequence[int]) -> TeacherOutput:
     """A teacher's own features of some of a batch's pictures, from what the loader made."""
     if teacher.name in batch.pixels:
-        pictures = batch.seen(teacher.name)
+        pictures = batch.pixels[teacher.name].split()
         out = teacher.features([pictures[i] for i in chosen])
     else:
         given: Any = batch.samples, batch.sizes, batch.boxes(teacher.name)
@@ -1019,14 +1022,15 @@ class Lamb(torch.optim.Optimizer):
 def read_init(cfg: TrainConfig) -> Student:
     """What --init names, as a student: one of our own, a release, or a ViT of transformers."""
     spec = parse_teacher(cfg.init)
-    path = Path(spec.path)
-    if model.is_student(path):
-        return load_student(path)
-    backbone = load_backbone(spec)
+    if model.is_student(Path(spec.path)):
+        return load_student(spec.path)
     try:
+        backbone = load_backbone(spec)
         return model.read_vit(backbone.network, spec.layer or backbone.layer, backbone.stats)
     except (ValueError, RuntimeError) as error:
-        raise ValueError(f"--init {cfg.init} is no ViT or DINOv2 that we read: {error}") from error
+        why = str(error).removeprefix(f"teacher {spec.name}: ")
+        what = f"--init {cfg.init} is no student of ours, no release, no ViT or DINOv2 that we read"
+        raise ValueError(f"{what}: {why}") from error
 
 
 # ---- Checkpoints
@@ -1171,6 +1175,8 @@ def broken(folder: Path) -> str | None:
         for name in ("model.pt", "state.pt"):
             if sha256_of(folder / name) != manifest["sha256"][name]:
                 return f"{folder / name} does not have the SHA-256 of its manifest"
+    except FileNotFoundError as error:
+        return f"{error.filename} is not there"
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{folder}: {error!r}"
     return None
@@ -1202,7 +1208,7 @@ def find_start(cfg: TrainConfig, identity: dict[str, Any]) -> Path | None:
     require(
         not reasons,
         f"no checkpoint in {cfg.out} is whole: {'; '.join(reasons)}. --resume none starts anew and "
-        "keeps this folder beside it; --init NAME=PATH goes on from a model.pt",
+        "keeps this folder beside it; --init PATH goes on from a model.pt",
     )
     return None
 
@@ -1259,7 +1265,10 @@ def own(out: Path) -> None:
     """Make a run folder this process's, until it ends. Raises: ValueError naming another owner."""
     out = out.resolve()
     is_new = not out.exists()
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out {out}: {error.strerror}; pass a folder to write to") from error
     for _ in range(100):  # one that is just being killed gets 10 seconds
         file = (out / "lock").open("a+")
         with suppress(BlockingIOError, PermissionError, FileNotFoundError):
@@ -1328,8 +1337,10 @@ def refuse_changes(folder: Path, saved: dict, current: dict) -> None:
     if [*changed] == ["steps"]:
         advice = (
             "The learning rate falls over all of a run's steps, so that with others it is another "
-            f"run: start one by --init NAME={folder / 'model.pt'} and another --out"
+            f"run: start one by --init {folder / 'model.pt'} and another --out"
         )
+    if "init" in changed and changed["init"] is None:
+        changed["init"] = "no such file"
     parts = (f"{k}: {saved.get(k)!r} in the checkpoint, {v!r} now. " for k, v in changed.items())
     require(not changed, f"{folder} belongs to another run. {''.join(parts)}{advice}")
 
@@ -1544,7 +1555,8 @@ class StopSignal:
         if self.is_awaited and not is_meant:
             return
         if is_first or is_meant:
-            say("told to stop: the same command goes on from the newest checkpoint")
+            lost = "what came after the newest checkpoint is lost" if self.is_awaited else ""
+            say(f"told to stop: {lost or 'nothing new to save'}; the same command goes on")
         raise SystemExit(EXIT_SIGNALLED + number)
 
 
@@ -1626,9 +1638,10 @@ def check(cfg: TrainConfig) -> None:
     streams = [stream for stage in cfg.stages for stream in stage.streams]
     side = min(min(stream.choices, default=stream.max_side) for stream in streams)
     rules: list[tuple[Any, str]] = [
-        (cfg.model in MODELS or (cfg.model == "init" and cfg.init),
+        (cfg.model in MODELS or cfg.model == "init",
          f"--model {cfg.model} is unknown; choose from {', '.join(MODELS)}, or init with --init "
-         "NAME=PATH"),
+         "PATH"),
+        (cfg.model != "init" or cfg.init, "--model init is that of --init: pass --init PATH, too"),
         (len(cfg.data_weights) in (0, len(cfg.data)),
          f"--data-weights has {len(cfg.data_weights)} numbers for {len(cfg.data)} sources; pass "
          "one per --data SOURCE"),
@@ -1648,6 +1661,11 @@ def check(cfg: TrainConfig) -> None:
         (names and len(set(names)) == len(names),
          f"--teachers {' '.join(cfg.teachers)}: one or more different names, not {names}"),
     ]  # fmt: skip
+    for spec in cfg.data:  # or its pictures would be trained on, and pca.png one of them
+        is_inside = Path(spec).is_dir() and Path(cfg.out).resolve().is_relative_to(
+            Path(spec).resolve()
+        )
+        rules.append((not is_inside, f"--out {cfg.out} lies in --data {spec}; pass another --out"))
     for stream in streams:
         unknown, most = set(stream.teachers) - set(names), max(stream.data, default=0)
         rules += [

@@ -437,6 +437,22 @@ def test_a_student_is_saved_whole_or_not_at_all(tmp_path, monkeypatch):
     assert path.read_bytes() == before
 
 
+def test_where_there_is_no_student_is_said(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "begun").mkdir()  # a run that has saved nothing yet
+    (tmp_path / "begun" / "config.json").write_text('{"config": {}, "version": 2}')
+    for name, said in (
+        ("nope.pt", "nope.pt: no such file or folder, seen from /"),
+        ("empty", "empty holds no student: a run's folder has a model.pt"),
+        ("begun", "begun: no model.pt"),
+    ):
+        with pytest.raises((FileNotFoundError, ValueError), match=said):
+            load_student(tmp_path / name)
+    student = Student(MODELS["test"])
+    with pytest.raises(FileNotFoundError, match=r"x\.onnx: there is no folder .*nowhere"):
+        model.save_onnx(student, tmp_path / "nowhere" / "x.onnx", 32, 32)
+
+
 def test_top_k_of_our_own_files_can_be_chosen_and_other_versions_are_refused(tmp_path):
     save_student(Student(MODELS["test"]), tmp_path / "s.pt")
     assert load_student(tmp_path / "s.pt").config == MODELS["test"]
@@ -1239,7 +1255,7 @@ def test_encode_resizes_antialiased_and_answers_in_float32():
         (np.zeros((4, 4, 3)), "float64"),
         (np.zeros((4, 4), np.uint8), r"\(4, 4\)"),
         ("cat.png", "str"),
-        (Image.fromarray(np.full((4, 4), np.nan, np.float32)), "does not decode.*not finite"),
+        (Image.fromarray(np.full((4, 4), np.nan, np.float32)), "does not decode.*32-bit grey"),
     ],
 )
 def test_encode_refuses(bad, message):

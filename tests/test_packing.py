@@ -49,7 +49,6 @@ from packing import (
     open_source,
     pack,
     patchify,
-    read_index,
     resize,
     shifted_views,
     to_float,
@@ -450,7 +449,7 @@ def test_a_scan_is_cached_until_the_folder_changes(tmp_path, monkeypatch):
     root = write_folder(tmp_path / "data", 5)
     source = open_source(str(root))
     with monkeypatch.context() as patched:
-        patched.setattr(packing, "_to_records", lambda *_, **__: pytest.fail("scanned again"))
+        patched.setattr(packing, "_record", lambda *_: pytest.fail("scanned again"))
         assert open_source(str(root)).fingerprint() == source.fingerprint()
     older = set(packing.cache_home().rglob("*.*"))
     (root / "class0" / "0000.png").unlink()
@@ -691,7 +690,7 @@ def test_an_index_file_mixes_sources(tmp_path):
     prints = {source.name: source.fingerprint() for source in sources}
     write_index(tmp_path / "some.jsonl", records, fingerprints=prints)
     index = open_source(str(tmp_path / "some.jsonl"))
-    assert read_index(tmp_path / "some.jsonl")[0]["fingerprints"] == prints
+    assert packing.read_header(tmp_path / "some.jsonl")["fingerprints"] == prints
     for n, source in enumerate(sources):
         for at, i in enumerate((2, 0, 1)):
             ours, theirs = index.load(3 * n + at), source.load(i)
@@ -1138,7 +1137,7 @@ def test_shifted_views_of_a_batch_agree_on_what_lies_where():
             for i, (picture, (h, w)) in enumerate(
                 zip(batch.patches_MX.split(batch.lengths), batch.grids, strict=True)
             ):
-                theirs = batch.seen("a")[i]
+                theirs = batch.pixels["a"].split()[i]
                 (y, x), (ty, tx) = (batch.views[name][i].origin for name in ("", "a"))
                 means = [p.unflatten(0, (h, w)).unflatten(-1, (-1, 3)).mean(2)
                          for p in (picture, patchify(theirs, 16))]  # fmt: skip
@@ -1961,7 +1960,7 @@ def test_pictures_leave_the_loader_no_larger_than_asked(tmp_path):
     assert live.samples[0].digest == none.samples[0].digest == whole.samples[0].digest
     for batch in (none, live):  # the student's view, through a smaller decode
         assert (batch.patches_MX - whole.patches_MX).square().mean() < 1e-4
-    (seen,) = live.seen("t")
+    (seen,) = live.pixels["t"].split()
     full = resize(to_float(whole.samples[0].image), (96, 96))
     assert seen.shape == (3, 96, 96) and (seen - full).square().mean() < 1e-4
 
@@ -2000,7 +1999,6 @@ def test_photographs_of_a_megapixel_read_as_webdataset_reads_them(tmp_path):
     ("number", "taken", "refused"),
     [
         (packing.Number(int, 1), ["1", "1e9", "7.0"], ["0", "-1", "1.5", "nan", "inf", "x", ""]),
-        (packing.Number(int, 1, zero="off"), ["0", "3"], ["-1"]),
         (packing.Number(float, 0, 1), ["0", "1", ".5"], ["-1e-9", "1.01", "nan", "-inf"]),
         (packing.Number(float, 0, 1, above=True), ["1", "1e-9"], ["0"]),
         (packing.Number(float, 0, 1, below=True), ["0", ".99"], ["1"]),
@@ -2012,9 +2010,7 @@ def test_a_number_is_of_its_kind_and_range(number, taken, refused):
     for text in refused:
         with pytest.raises(argparse.ArgumentTypeError, match="number"):
             number(text)
-    assert str(packing.Number(int, 1, 8, zero="off")) == (
-        "a whole number at least 1 and at most 8, or 0: off"
-    )
+    assert str(packing.Number(int, 1, 8)) == "a whole number at least 1 and at most 8"
 
 
 @pytest.mark.parametrize(

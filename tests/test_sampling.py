@@ -137,7 +137,7 @@ def test_kmeans_makes_the_steps_it_is_allowed():
         def update(self):
             self.passes += 1
 
-        def set_postfix_str(self, _):
+        def set_postfix_str(self, _, refresh):
             pass
 
     x_ND, _ = zipf_blobs(500, 20, 8, 1.0, 0)
@@ -585,7 +585,9 @@ def test_from_a_folder_to_an_index(pool, pictures, tmp_path, capsys):
     run("cluster", pool, "--clusters", 9, 3, "--out", tmp_path / "tree")
     out = tmp_path / "sample.jsonl"
     run("sample", pool, tmp_path / "tree", "--target", 12, "--out", out, "--dedup", 0.99999)
-    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    said = capsys.readouterr()
+    report = json.loads(said.out.splitlines()[-1])
+    assert "pass" not in said.err  # without a terminal, not a line for each of them
     assert report["pool"] == 29 and report["drawn"] == 12
     assert [level["clusters"] for level in report["levels"]] == [9, 3]
     source = open_source(str(out))
@@ -964,6 +966,10 @@ def test_what_is_excluded_is_excluded_by_content(pool, tmp_path, capsys):
         text = capsys.readouterr().out
         assert ("1 of 7 match nothing: ['nowhere.png']" in text) == missed
         assert '"excluded": 6' in text
+    (tmp_path / "cut.jsonl").write_bytes((tmp_path / "index.jsonl").read_bytes()[:-40])
+    with pytest.raises(SystemExit, match=r"cut\.jsonl: cut or changed"):
+        run("sample", pool, tmp_path / "tree", "--target", 9, "--out", out,
+            "--exclude", tmp_path / "cut.jsonl")  # fmt: skip
 
 
 def test_copies_and_what_is_near_the_excluded(tmp_path):

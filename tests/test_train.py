@@ -473,7 +473,7 @@ def whole_pictures(run: Run) -> list:
 
 def raw(teacher: Teacher, batch: PackedBatch):
     """What a teacher says of the pictures that the loader made for it."""
-    return teacher.features(batch.seen(teacher.name))
+    return teacher.features(batch.pixels[teacher.name].split())
 
 
 def targets_of(run: Run, batch: PackedBatch) -> dict:
@@ -1616,6 +1616,30 @@ def test_a_start_reads_its_init_once_and_says_which_heads_it_gave(
     assert capsys.readouterr().err.count(line) == 1
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--init", "foo"), r"--init foo: no such file or folder; pass a student"),
+        (("--init", "x=builtin:mobilenets"), r"--init x=builtin:mobilenets is no student of ours"),
+        (("--model", "init"), r"--model init is that of --init: pass --init PATH"),
+        (("--model", "init", "--init", "foo"), r"--init foo: no such file or folder"),
+        (("--resume", "nope"), r"--resume nope: nope/manifest\.json is not there"),
+        (("--data", "{here}/photos"), r"--out .*photos/run lies in --data .*photos; pass another"),
+    ],
+)
+def test_a_path_that_is_wrong_is_named_by_its_flag(flags, said, tmp_path):
+    make_pictures(tmp_path / "photos", good=8, bad=0)
+    with pytest.raises(SystemExit, match=said):
+        run(tmp_path / "photos" / "run", *(flag.format(here=tmp_path) for flag in flags))
+    assert not (tmp_path / "photos" / "run").exists()
+
+
+def test_an_out_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(SystemExit, match=r"--out .*out: File exists; pass a folder"):
+        run(tmp_path / "out")
+
+
 def test_a_head_that_upsamples_starts_anew(tmp_path, capsys):
     """The losses compare a patch with a patch, and its patches are u * u parts of one."""
     sizes = dict(hidden=8, summary_hidden=8)
@@ -1997,7 +2021,7 @@ def test_a_finished_run_says_so_and_another_is_refused(tmp_path, monkeypatch, ca
         assert "is finished (6 steps)" in text and "no labels" in text
         with pytest.raises(SystemExit, match="seed: 0 in the checkpoint, 1 now"):
             run(out, *flags, "--seed", "1")
-        with pytest.raises(SystemExit, match=r"steps: 6 .*, 8 now.*--init NAME=.*model\.pt"):
+        with pytest.raises(SystemExit, match=r"steps: 6 .*, 8 now.*--init .*model\.pt"):
             run(out, *flags, "--steps", "8")
         Image.new("RGB", (64, 48)).save(pictures / "023.jpg")
         with pytest.raises(SystemExit, match=r"another run\. sources: "):
