@@ -17,9 +17,11 @@ import argparse
 import hashlib
 import json
 import math
+import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import accumulate, islice, product
@@ -114,7 +116,7 @@ def knn(train: FeatureSet, test: FeatureSet, k: int = 20) -> Rows:
 
     "concat" joins the heads at unit length; "ensemble" mixes their votes. AMoE: kNN
     """
-    test = comparable(train, test, by_label=True)
+    train, test = comparable(train, test, "label")
     names, train_N, test_N = class_ids(train, test)
 
     def votes(*columns: str) -> Tensor:
@@ -221,49 +223,79 @@ def take(found: FeatureSet, places: list[int]) -> FeatureSet:
     return replace(found, samples=samples, summary=summary, patches=patches, dense=dense)
 
 
+TRAINING, HELD_OUT = "training pictures", "held-out pictures"
+LEAST = {TRAINING: 2, HELD_OUT: 1}  # a setting is chosen on some of the training pictures
 WHERE = {"label": "its first folder's name, or a .cls", "caption": "a .txt", "mask": "a .mask.png"}
 
 
-def refuse_bare(side: str, what: str, bare: Sequence[str], count: int) -> None:
-    """ValueError where there are no pictures, or some lack what a figure is made of."""
-    if bare or not count:
+def comparable(
+    train: FeatureSet, test: FeatureSet, what: str = ""
+) -> tuple[FeatureSet, FeatureSet]:
+    """The pictures that have `what` a figure is made of ("label", "caption" or "mask"); of the test
+    those alone that are not in training, by content, and of classes that it has.
+
+    The others go into `skipped`. Raises: ValueError if too few are left.
+    """
+    # Those without `what` count here: a student was trained on them as well.
+    seen = {sample.digest: sample.key for sample in train.samples}
+    twins = {i: seen[x.digest] for i, x in enumerate(test.samples) if x.digest in seen}
+    names = [f"{test.samples[i].key} (= {twin})" for i, twin in twins.items()]
+    test = leave_out(test, HELD_OUT, dict.fromkeys(twins, "in both train and test"), names)
+    if what:
+        train, test = having(train, what, TRAINING), having(test, what, HELD_OUT)
+    if what == "label":
+        classes = {sample.label for sample in train.samples}
+        labels = {i: x.label for i, x in enumerate(test.samples) if x.label not in classes}
+        why = {i: f"of class {x!r}, which no training picture has" for i, x in labels.items()}
+        test = leave_out(test, HELD_OUT, why)
+    return train, test
+
+
+def having(found: FeatureSet, what: str, side: str) -> FeatureSet:
+    """The pictures with a label, caption or mask."""
+    bare = [i for i, sample in enumerate(found.samples) if getattr(sample, what) is None]
+    return leave_out(found, side, dict.fromkeys(bare, without(what)), least=LEAST[side])
+
+
+def without(what: str) -> str:
+    return f"without a {what} ({WHERE[what]} beside the picture)"
+
+
+def leave_out(
+    found: FeatureSet, side: str, why: Mapping[int, str], names: Sequence[str] = (), least: int = 1
+) -> FeatureSet:
+    """The pictures whose places are not in `why`; the others go into `skipped`."""
+    keys = [sample.key for sample in found.samples]
+    refuse_few(side, len(keys), names or [keys[i] for i in why], why.values(), least)
+    add_reasons(found.skipped, {keys[i]: f"{side} {reason}" for i, reason in why.items()})
+    return take(found, [i for i in range(len(keys)) if i not in why]) if why else found
+
+
+def refuse_few(
+    side: str, count: int, names: Sequence[str], why: Iterable[str], least: int = 1
+) -> None:
+    """ValueError where too few of `count` pictures are left without `names`."""
+    if not count:
+        raise ValueError(f"none of the {side} could be read")
+    if names and count - len(names) < least:
+        reasons = "; ".join(sorted(set(why)))
         raise ValueError(
-            f"{side}: {len(bare)} of {count} have no {what} ({WHERE[what]} beside the picture): "
-            f"{list(bare[:5])}; add it, or take them out"
+            f"too few {side}: {len(names)} of {count} are {reasons}: {list(names[:5])}; "
+            f"{least} must be left at least"
         )
 
 
-def known(found: FeatureSet, what: str, side: str) -> list[Any]:
-    """A field of every sample."""
-    values = [getattr(sample, what) for sample in found.samples]
-    refuse_bare(side, what, [s.key for s in found.samples if getattr(s, what) is None], len(values))
-    return values
-
-
-def comparable(train: FeatureSet, test: FeatureSet, by_label: bool = False) -> FeatureSet:
-    """The test pictures that are not in training, by content, and of classes that it has.
-
-    Those left out go into `test.skipped`. Raises: ValueError if none is left.
-    """
-    seen = {sample.digest: sample.key for sample in train.samples}
-    classes = {sample.label for sample in train.samples}
-    by_label, why = by_label and None not in classes, dict[int, str]()
-    for i, sample in enumerate(test.samples):
-        if sample.digest in seen:
-            why[i] = "in both train and test"
-        elif by_label and sample.label and sample.label not in classes:
-            why[i] = f"classes ['{sample.label}'] of --test have no picture in --train"
-    if why and len(why) == len(test.samples):
-        names = [f"{s.key} (= {seen.get(s.digest, 'none')})" for s in test.samples[:5]]
-        reasons = "; ".join(sorted(set(why.values())))
-        raise ValueError(f"all {len(why)} test pictures are left out: {reasons}: {names}")
-    test.skipped |= {test.samples[i].key: reason for i, reason in why.items()}
-    return take(test, [i for i in range(len(test.samples)) if i not in why])
+def add_reasons(skipped: dict[str, str], more: Mapping[str, str]) -> dict[str, str]:
+    """Note why pictures are left out, beside other reasons: one may lack a label and a mask."""
+    for key, reason in more.items():
+        before = skipped.get(key, reason)
+        skipped[key] = before if reason in before else f"{before}; {reason}"
+    return skipped
 
 
 def class_ids(train: FeatureSet, test: FeatureSet) -> tuple[list[str], Tensor, Tensor]:
     """The class names of the training set, and both sets' labels as indices into them."""
-    labels = known(train, "label", "--train"), known(test, "label", "--test")
+    labels = [[str(sample.label) for sample in side.samples] for side in (train, test)]
     index = {name: i for i, name in enumerate(sorted(set(labels[0])))}
     train_N, test_N = (torch.tensor([index[label] for label in side]) for side in labels)
     return list(index), train_N, test_N
@@ -342,7 +374,9 @@ class Words(NamedTuple):
 
 def zero_shot(train: FeatureSet, test: FeatureSet, words: Words, prompts: str = "") -> Rows:
     """Accuracy of the nearest of `class_texts`, averaged at unit length. AMoE: zero-shot"""
-    test = comparable(train, test, by_label=True)
+    train, test = comparable(train, test, "label")
+    if prompts == "captions":  # of the classes that have one
+        train, test = comparable(having(train, "caption", TRAINING), test, "label")
     names, train_N, test_N = class_ids(train, test)
     texts = class_texts(prompts, names, train)
     class_KD = torch.stack([F.normalize(words.embed(of_class)).mean(0) for of_class in texts])
@@ -356,8 +390,8 @@ def retrieval(train: FeatureSet, test: FeatureSet, words: Words) -> Rows:
     An ensemble weighs its heads by their entropy over what is searched, in either direction. The
     "floor" is what a random order finds.
     """
-    test, rows = comparable(train, test), Rows()
-    pairs = [caption_pairs(train, "--train"), caption_pairs(test, "--test")]
+    (train, test), rows = comparable(train, test, "caption"), Rows()
+    pairs = [caption_pairs(side) for side in (train, test)]
     scores = similarities(train, test, words, [words.embed(texts) for texts, _ in pairs])
     is_train, is_pair = (is_pair_NK for _, is_pair_NK in pairs)
     for way in ("texts by images", "images by texts"):
@@ -371,9 +405,9 @@ def retrieval(train: FeatureSet, test: FeatureSet, words: Words) -> Rows:
     return rows
 
 
-def caption_pairs(found: FeatureSet, side: str) -> tuple[list[str], Tensor]:
+def caption_pairs(found: FeatureSet) -> tuple[list[str], Tensor]:
     """Distinct captions (a line each) and which image has which, (N, K) bool."""
-    owned = [caption.splitlines() for caption in known(found, "caption", side)]
+    owned = [str(sample.caption).splitlines() for sample in found.samples]
     place = {text: k for k, text in enumerate(sorted({line for lines in owned for line in lines}))}
     is_pair_NK = torch.zeros(len(owned), len(place), dtype=torch.bool)
     for row, lines in zip(is_pair_NK, owned, strict=True):
@@ -402,13 +436,15 @@ def similarities(
     The head `words.head` lives in the texts' space. Any other takes the map of the teacher of its
     name, fitted on that teacher's features alone: "student/vit-s" is read as "teacher/vit-s" is. A
     column without a teacher in the run takes a map of its own, which is a probe and is called so:
-    "probe pixels". Without captions there is no map, and `words.head` alone is scored.
+    "probe pixels". Maps are of the pictures with captions; without, `words.head` alone is scored.
     """
     heads = {column: column.partition("/")[2] for column in train.summary}
-    if words.head in heads.values() and any(x.caption is None for x in train.samples):
+    has_captions = sum(x.caption is not None for x in train.samples) > 1
+    if words.head in heads.values() and not has_captions:
         heads = {column: head for column, head in heads.items() if head == words.head}
     if any(head != words.head for head in heads.values()):
-        captions = [x.partition("\n")[0] for x in known(train, "caption", "--train")]
+        told = having(train, "caption", TRAINING)
+        captions = [str(sample.caption).partition("\n")[0] for sample in told.samples]
         text_ND = F.normalize(words.embed(captions))
     maps, found = dict[str, Callable[[Tensor], Tensor]](), {}
     for column, head in heads.items():
@@ -416,7 +452,7 @@ def similarities(
         if head != words.head:
             source = f"teacher/{head}" if f"teacher/{head}" in heads else column
             if source not in maps:
-                maps[source] = fit_text_map(train.summary[source], text_ND)
+                maps[source] = fit_text_map(told.summary[source], text_ND)
             sides = [maps[source](x_NC) for x_NC in sides]
             name = column if source.startswith("teacher/") else f"probe {column}"
         both = zip(sides, texts, strict=True)
@@ -462,8 +498,7 @@ def class_texts(prompts: str, names: Sequence[str], train: FeatureSet) -> list[l
     "captions", those of its pictures. A folder called `red_fox` is a red fox.
     """
     if prompts == "captions":
-        owned = list(zip(train.samples, known(train, "caption", "--train"), strict=True))
-        return [[caption for x, caption in owned if x.label == name] for name in names]
+        return [[str(x.caption) for x in train.samples if x.label == name] for name in names]
     lines = Path(prompts).read_text().splitlines() if prompts else ["a photo of a {}."]
     templates = [line.strip() for line in lines if "{}" in line]
     if not templates:
@@ -489,7 +524,7 @@ class Probe(NamedTuple):
 
 def linear(train: FeatureSet, test: FeatureSet) -> Rows:
     """Accuracy of a logistic probe on summaries, its L2 chosen on a split of the training set."""
-    test = comparable(train, test, by_label=True)
+    train, test = comparable(train, test, "label")
     names, train_N, test_N = class_ids(train, test)
     fit, held = split(len(train_N))
     penalties, rates, chances, chosen = (0.0, 1e-4, 1e-3, 1e-2), (5e-2,) * 4, {}, {}
@@ -543,8 +578,8 @@ def segmentation(train: FeatureSet, test: FeatureSet, foreground: bool = False) 
     foreground: every class but 0 is one, and the figure is its IoU. AMoE: segmentation, but
     settings are chosen on the training pictures and all pixels count.
     """
-    test = comparable(train, test)
-    masks, test_masks = _masks(train, "--train", foreground), _masks(test, "--test", foreground)
+    train, test = comparable(train, test, "mask")
+    masks, test_masks = _masks(train, foreground), _masks(test, foreground)
     classes = 1 + max(int(m[m != VOID].max()) for m in masks + test_masks if (m != VOID).any())
 
     def score(sums: Tensor) -> Tensor:
@@ -587,10 +622,9 @@ def choose_probe(
     return Probe(weight_CK[None], bias_GK)
 
 
-def _masks(found: FeatureSet, side: str, foreground: bool) -> list[Tensor]:
+def _masks(found: FeatureSet, foreground: bool) -> list[Tensor]:
     """The masks of the pictures whose patches are kept."""
-    masks = known(found, "mask", side)
-    masks = [torch.from_numpy(np.array(masks[i])) for i in found.dense]
+    masks = [torch.from_numpy(np.array(found.samples[i].mask)) for i in found.dense]
     return [torch.where(m == VOID, VOID, (m > 0).byte()) if foreground else m for m in masks]
 
 
@@ -718,7 +752,7 @@ def merging(train: FeatureSet, test: FeatureSet) -> Rows:
     Ways: "all" tokens, "merge" (ToMe), pixel "unshuffle" and "average", at 1/4 and 1/16 of them,
     each copied back to its places. All grids of a column are the same, of multiples of 4.
     """
-    test, rows = comparable(train, test), Rows()
+    (train, test), rows = comparable(train, test, "mask"), Rows()
     for column in [c for c in train.patches if c.startswith("teacher/") or c.endswith("/trunk")]:
         h, w = train.patches[column][0].shape[:2]
         if h % 4 or w % 4:
@@ -920,6 +954,9 @@ def _write_shard(found: FeatureSet, index: Path, made_from: str) -> None:
 # ---- Reports
 
 
+FEW = 50  # an interval of so many hits is nearly 0.3 wide (we chose)
+
+
 def final_report(
     student: Any, control: Any, teachers: Any, train_source: Any, test_source: Any
 ) -> dict[str, Any]:
@@ -937,10 +974,13 @@ def final_report(
     report: dict[str, Any] = {"left out": {}}
     for name, protocol in (("knn", knn), ("foreground", foreground), ("fidelity", fidelity)):
         try:
-            report[name] = protocol(train, comparable(train, test))
+            sides = comparable(train, test)
+            train_size, held_out = (len(side.samples) for side in sides)
+            report["pictures"] = {"training": train_size, "held out": held_out}
+            report[name] = protocol(*sides)
         except ValueError as error:  # a user's pictures may have no labels or no masks
             report["left out"][name] = str(error)
-    report["skipped"] = train.skipped | test.skipped
+    report["skipped"] = add_reasons(train.skipped, test.skipped)
     return report
 
 
@@ -950,8 +990,12 @@ def format_table(report: Mapping[str, Any]) -> str:
     titles["fidelity"] = "variance of the teacher explained"
     tables = [format_rows(title, report[x]) + "\n" for x, title in titles.items() if x in report]
     missing = [f"{name}: {why}" for name, why in report["left out"].items()]
-    missing += packing.left_out(report.get("skipped", {}), 3)
-    return "\n".join([*tables, *(f"left out: {line}" for line in missing)])
+    missing += packing.left_out(report.get("skipped", {}), 5)
+    lines = [f"left out: {line}" for line in missing]
+    if count := report.get("pictures"):
+        few = "" if count["held out"] >= FEW else f": fewer than {FEW} are too few to judge by"
+        lines.append(f"scored: {count['training']} {TRAINING}, {count['held out']} {HELD_OUT}{few}")
+    return "\n".join([*tables, *lines])
 
 
 def format_rows(title: str, rows: Rows) -> str:
@@ -992,15 +1036,20 @@ def run_task(args: argparse.Namespace, models: Any, train: Any, test: Any) -> tu
         return write_features(models, test, args.out, args.maps, args.size)
     if args.task == "pca":
         (pictures, skipped), out = first_pictures(test, 8), args.out or "pca.png"
+        if not pictures:
+            raise ValueError(f"--test {args.test}: none of {len(skipped)} pictures could be read")
         if rank_and_world()[0] == 0:
             pca_sheet(out, pictures, models, args.sizes or [args.size])
-        return {out: {"value": len(pictures)}}, skipped
+        return {out: {"value": len(pictures)}}, add_reasons({**test.skipped}, skipped)
     has_maps = args.task in ("segmentation", "merging", "resolution")
     is_curve = args.task == "resolution"
     asked = product([test], args.sizes) if is_curve else product([train, test], [args.size])
     sets = [extract(models, x, None if has_maps else 0, size) for x, size in asked]
     rows = PROTOCOLS[args.task](args, *sets)
-    return rows, {key: why for found in sets for key, why in found.skipped.items()}
+    skipped = dict[str, str]()
+    for found in sets:
+        add_reasons(skipped, found.skipped)
+    return rows, skipped
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -1034,23 +1083,35 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
+@contextmanager
+def blame(flag: str, value: str) -> Iterator[None]:
+    """Errors of what a flag names say that flag: a student may be read as a teacher is."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError) as error:
+        what = re.sub(r"^teacher ([\w-]+: )?", "", str(error))
+        raise ValueError(f"{flag} {value}: {what}") from error
+
+
 def load_models(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """The first part of columns' names -> encoder: teachers, a student, its controls."""
     models: dict[str, Any] = {}
     for text in args.teacher:
-        spec = parse_teacher(f"builtin:{text}" if text in {*WHEELS, *TINY} else text)
-        if f"teacher/{spec.name}" in models:
-            raise ValueError(f"two teachers are called {spec.name}: pass OTHER={spec.path}")
-        models[f"teacher/{spec.name}"] = load_teacher(spec, device)
+        with blame("--teacher", text):
+            spec = parse_teacher(f"builtin:{text}" if text in {*WHEELS, *TINY} else text)
+            if f"teacher/{spec.name}" in models:
+                raise ValueError(f"two are called {spec.name}: pass OTHER={spec.path}")
+            models[f"teacher/{spec.name}"] = load_teacher(spec, device)
     controls = not args.no_controls and args.task not in ("pca", "features")
     if args.student:
-        spec = parse_teacher(args.student)
-        if is_student(Path(spec.path)):
-            models["student"] = load_student(spec.path, device=str(device))
-            if controls:
-                models["random"] = random_control(models["student"], args.seed)
-        else:
-            models["student"] = load_teacher(spec, device)
+        with blame("--student", args.student):
+            spec = parse_teacher(args.student)
+            if not is_student(Path(spec.path)):
+                models["student"] = load_teacher(spec, device)
+            else:
+                models["student"] = load_student(spec.path, device=str(device))
+                if controls:
+                    models["random"] = random_control(models["student"], args.seed)
     for model in models.values():
         model.precision = "auto"  # bf16 on CUDA
     return models | ({"pixels": RawPixels()} if controls else {})
@@ -1058,8 +1119,9 @@ def load_models(args: argparse.Namespace, device: torch.device) -> dict[str, Any
 
 def load_words(text: str) -> Words:
     """The text tower that --text names."""
-    spec = parse_teacher(text)
-    tower = load_text(spec)
+    with blame("--text", text):
+        spec = parse_teacher(text)
+        tower = load_text(spec)
 
     def embed(texts: list[str]) -> Tensor:
         return torch.cat([tower(texts[i : i + 256]) for i in range(0, len(texts), 256)])
@@ -1075,11 +1137,12 @@ def check_fields(args: argparse.Namespace, models: Any, train: Any, test: Any) -
         heads |= {head.name for head in student.config.heads}
     if args.task == "zero-shot" and (args.prompts == "captions" or args.words.head not in heads):
         needs.append(("--train", train, "caption"))
-    for side, source, what in needs:
+    for flag, source, what in needs:
         records = (source.record(i) for i in range(len(source)))
         # A drawing's record says how it is drawn; its mask comes of that.
         bare = [record["key"] for record in records if what not in record and "spec" not in record]
-        refuse_bare(side, what, bare, len(source))
+        least = LEAST[TRAINING if flag == "--train" else HELD_OUT]
+        refuse_few(f"pictures in {flag}", len(source), bare, [without(what)], least)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -1094,7 +1157,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"eval.py {args.task}: {error}")
     if group.rank == 0:
-        print(format_rows(args.task, rows))
+        if args.task in ("pca", "features"):
+            print(*(f"{name}: {row['value']} pictures" for name, row in rows.items()), sep="\n")
+        else:
+            print(format_rows(args.task, rows))
+        print(*(f"left out: {line}\n" for line in packing.left_out(skipped, 5)), sep="", end="")
         n_train, n_test = (source and len(source) for source in sources)
         result = {"task": args.task, "n_train": n_train, "n_test": n_test, "rows": rows}
         result |= {"skipped": skipped, "seconds": round(time.time() - start, 1)}

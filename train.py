@@ -1495,14 +1495,18 @@ def finish(job: Job) -> dict[str, Any]:
     tokens = sum(areas) / student.config.patch**2 / len(areas)  # of a picture
     # A token of the report, in two students without a backward, costs what one of training does.
     count = max(32, min(1000, int(job.record["tokens"] / 20 / tokens)))
-    say(f"the report: {count} pictures of a kind at most, shrunk to {side}^2 px for the student")
     train, test = views(job, count)
+    say(
+        f"the report: {len(train)} training and {len(test)} held-out pictures, shrunk to {side}^2 "
+        "px for the student"
+    )
     ours, control = (capped(cfg, x) for x in (student, random_control(student, cfg.seed)))
     report = final_report(ours, control, {t.name: t for t in job.teachers}, train, test)
     draw_pca(job, ours)
     summary = {"steps": cfg.steps, "minutes": job.record["seconds"] / 60, "report": report}
     summary |= {"scored": cfg.data[0], "skipped": job.record["skipped"] | report["skipped"]}
-    summary |= {"pictures": count, "side": side, "identity": job.identity, "config": cfg.identity()}
+    summary |= {"pictures": report.get("pictures", {}).get("held out", 0), "side": side}
+    summary |= {"identity": job.identity, "config": cfg.identity()}
     write_json(job.out / "summary.json", summary)
     print(format_table(report))
     names = ("model.pt", "pca.png", "curves.png", "summary.json")

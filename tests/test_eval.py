@@ -209,7 +209,10 @@ def test_a_picture_is_known_by_its_content_not_by_its_name():
         test = labelled("aab", ["dew", "fog", "sea"], m=torch.eye(3, 2))
         rest = labelled("aa", ["dew", "fog"], m=torch.eye(2))
         assert protocol(train, test) == protocol(train, rest)
-        assert test.skipped == {"p2": "in both train and test"} and rest.skipped == {}
+        assert (
+            test.skipped == {"p2": "held-out pictures in both train and test"}
+            and rest.skipped == {}
+        )
         assert protocol(train, others)["m"]["n"] == 3 and others.skipped == {}
 
 
@@ -492,7 +495,7 @@ def test_a_tower_meets_its_own_head_without_a_map(sets):
     rows = ev.zero_shot(bare, test, words)
     assert list(rows) == ["teacher/a", "student/a", "majority class"]
     assert rows["student/a"]["value"] == pytest.approx(want)
-    with pytest.raises(ValueError, match="--train: 60 of 60 have no caption"):
+    with pytest.raises(ValueError, match="few training pictures: 60 of 60 are without a caption"):
         ev.zero_shot(bare, test, words._replace(head="other"))
 
 
@@ -955,6 +958,10 @@ def test_final_report_has_every_row():
     assert report["foreground"]["student/a"] == report["foreground"]["teacher/a"]
     table = ev.format_table(report)
     assert "majority class" in table and "student mean" in table
+    assert "scored: 42 training pictures, 18 held-out pictures: fewer than 50 are too few" in table
+    report["pictures"]["held out"] = 50
+    assert "50 held-out pictures" in ev.format_table(report)
+    assert "few" not in ev.format_table(report)
     json.dumps(report, allow_nan=False)
 
 
@@ -977,7 +984,9 @@ def test_final_report_of_pictures_without_labels_or_masks():
     sources = Pictures(12, **bare), Pictures(8, seed=1, **bare)
     report = ev.final_report(student, student, teachers, *sources)
     assert set(report["left out"]) == {"knn", "foreground"} and "fidelity" in report
-    assert "have no label" in ev.format_table(report)
+    table = ev.format_table(report)
+    assert "left out: knn: too few training pictures: 12 of 12 are without a label (" in table
+    assert report["skipped"] == {} and "--" not in table
 
 
 # ------------------------------------------------------------------- errors
@@ -988,10 +997,10 @@ def test_what_is_missing_is_named(sets):
         return ev.extract(models(), Pictures(count, seed=5, **changes))
 
     for protocol, changes, match in (
-        (ev.knn, {"label": None}, "--test: 6 of 6 have no label"),
-        (ev.knn, {"label": "emu"}, r"classes \['emu'\] of --test have no picture"),
-        (ev.segmentation, {"mask": None}, "have no mask"),
-        (lambda x, y: ev.retrieval(x, y, WORDS), {"caption": None}, "have no caption"),
+        (ev.knn, {"label": None}, "few held-out pictures: 6 of 6 are without a label"),
+        (ev.knn, {"label": "emu"}, "6 of 6 are of class 'emu', which no training"),
+        (ev.segmentation, {"mask": None}, r"without a mask \(a .mask.png"),
+        (lambda x, y: ev.retrieval(x, y, WORDS), {"caption": None}, r"caption \(a .txt beside"),
     ):
         with pytest.raises(ValueError, match=match):
             protocol(sets[0], found(**changes))
@@ -1039,6 +1048,39 @@ def test_command_prints_json_last(workplace, capsys, monkeypatch):
     assert {"teacher/tiny-dense", "student/tiny-dense", "majority class"} <= rows.keys()
     ev.main(command(workplace, "pca", "--out", str(workplace / "x.png"), "--sizes", "32", "48"))
     assert (workplace / "x.png").exists()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"{workplace / 'x.png'}: 6 pictures" and len(lines) == 2
+    assert json.loads(lines[1])["rows"][str(workplace / "x.png")] == {"value": 6}
+
+
+def test_pca_says_what_it_could_not_read(workplace, tmp_path, capsys):
+    picture = next((workplace / "test").rglob("*.png")).read_bytes()
+    (tmp_path / "a.png").write_bytes(picture[:-40])
+    flags = command(workplace, "pca", "--test", str(tmp_path), "--out", str(tmp_path / "x.jpg"))
+    with pytest.raises(SystemExit, match=r"--test .*: none of 1 pictures could be read"):
+        ev.main(flags)
+    (tmp_path / "b.png").write_bytes(picture)
+    (tmp_path / "c.png").write_bytes(b"no picture")  # known when the folder is scanned
+    ev.main(flags)
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"{tmp_path / 'x.jpg'}: 1 pictures"
+    assert len(lines) == 3 and all(line.startswith("left out: ") for line in lines[1:])
+    assert json.loads(last)["skipped"].keys() == {"a.png", "c.png"}
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "what"),
+    [
+        ("--student", "mine={root}/nope", "{root}/nope is no file nor a folder"),
+        ("--teacher", "{root}/nope", "{root}/nope is no file nor a folder"),
+        ("--teacher", "x=builtin:none", "builtin:none is not one of"),
+        ("--text", "builtin:none", "builtin:none has no text tower"),
+    ],
+)
+def test_an_error_names_the_flag_that_was_given(workplace, flag, value, what):
+    value, what = (text.format(root=workplace) for text in (value, what))
+    with pytest.raises(SystemExit, match=f"^eval.py knn: {flag} {value}: {what}"):
+        ev.main(command(workplace, "knn", flag, value))
 
 
 @pytest.mark.parametrize(
@@ -1095,12 +1137,20 @@ def test_what_was_not_compared_is_said():
 @pytest.mark.parametrize(
     ("task", "more", "message"),
     [
-        ("segmentation", (), "--train: 12 of 12 have no mask"),
-        ("merging", ("--size", "64"), "--train: 12 of 12 have no mask"),
-        ("knn", ("--test", "{root}/bare"), "--test: 1 of 1 have no label"),
-        ("retrieval", ("--text", "t=words"), "--train: 12 of 12 have no caption"),
-        ("zero-shot", ("--text", "t=words"), "--train: 12 of 12 have no caption"),
-        ("zero-shot", ("--text", "tiny-dense=words", "--prompts", "captions"), "have no caption"),
+        ("segmentation", (), "few pictures in --train: 12 of 12 are without a mask"),
+        ("merging", ("--size", "64"), "few pictures in --train: 12 of 12 are without a mask"),
+        ("knn", ("--test", "{root}/bare"), "few pictures in --test: 1 of 1 are without a label"),
+        (
+            "retrieval",
+            ("--text", "t=words"),
+            "few pictures in --train: 12 of 12 are without a caption",
+        ),
+        (
+            "zero-shot",
+            ("--text", "t=words"),
+            "few pictures in --train: 12 of 12 are without a caption",
+        ),
+        ("zero-shot", ("--text", "tiny-dense=words", "--prompts", "captions"), "without a caption"),
         ("knn", ("--test", "nowhere"), "nowhere"),
         ("knn", ("--teacher", "x=builtin:none"), "builtin:none"),
     ],
@@ -1185,13 +1235,101 @@ def test_pictures_on_both_sides_and_classes_of_one_are_left_out_and_counted(sets
             dense=list(range(len(places))),
         )
         assert protocol(train, mixed) == protocol(train, by_hand)
-    emu = "classes ['emu'] of --test have no picture in --train"
-    assert mixed.skipped == {"gone": "cut", "1-4": "in both train and test", "1-7": emu}
+    emu = "held-out pictures of class 'emu', which no training picture has"
+    copy = "held-out pictures in both train and test"
+    assert mixed.skipped == {"gone": "cut", "1-4": copy, "1-7": emu}
     some = ev.take(mixed, [29, 4, 7])
     assert [s.key for s in some.samples] == ["1-29", "1-4", "1-7"] and some.dense == [0, 1, 2]
     assert torch.equal(some.patches["student/a"][1], test.patches["student/a"][4])
     few = replace(test, patches={c: x[:2] for c, x in test.patches.items()}, dense=[3, 9])
     assert ev.take(few, [9, 2, 3]).dense == [0, 2]
+
+
+def stripped(found, what, places):
+    """The pictures, of which these lack a label, caption or mask."""
+    samples = [replace(x, **({what: None} if i in places else {}))
+               for i, x in enumerate(found.samples)]  # fmt: skip
+    return replace(found, samples=samples, skipped={})
+
+
+@pytest.mark.parametrize(
+    ("what", "protocol"),
+    [
+        ("label", ev.knn),
+        ("label", ev.linear),
+        ("label", lambda *sets: ev.zero_shot(*sets, WORDS)),
+        ("mask", ev.segmentation),
+        ("caption", lambda *sets: ev.retrieval(*sets, WORDS)),
+    ],
+)
+def test_pictures_without_a_label_mask_or_caption_are_left_out_and_the_rest_is_scored(
+    what, protocol, sets
+):
+    places, whole = {2, 7, 8}, [ev.take(x, list(range(18))) for x in only(sets, "student/b")]
+    some = [stripped(side, what, places) for side in whole]
+    rest = [ev.take(x, [i for i in range(18) if i not in places]) for x in whole]
+    assert protocol(*some) == protocol(*rest)
+    for side, name in zip(some, ("training", "held-out"), strict=True):
+        keys = {side.samples[i].key for i in places}
+        assert side.skipped.keys() == keys
+        for why in side.skipped.values():
+            assert why.startswith(f"{name} pictures without a {what} (") and ev.WHERE[what] in why
+
+
+@pytest.mark.parametrize("what", ["label", "mask", "caption"])
+def test_one_picture_with_a_label_mask_or_caption_is_too_few_to_train_on(what, sets):
+    protocols = {"label": ev.knn, "mask": ev.segmentation}
+    protocol = protocols.get(what, lambda *sides: ev.retrieval(*sides, WORDS))
+    train = stripped(sets[0], what, range(1, 60))
+    with pytest.raises(ValueError, match=f"training pictures: 59 of 60 are without a {what}"):
+        protocol(train, sets[1])
+
+
+def test_templates_of_captions_need_a_caption_for_each_class_that_is_scored(sets):
+    """The only captions of owls are gone: owls of the test go as well."""
+    train, test = only(sets, "teacher/a")
+    owls = {i for i, sample in enumerate(train.samples) if sample.label == "owl"}
+    some, others = stripped(train, "caption", owls), stripped(test, "label", ())
+    assert ev.zero_shot(some, others, WORDS, "captions")["teacher/a"]["n"] == 20
+    (why,) = {why for key, why in others.skipped.items()}
+    assert why == "held-out pictures of class 'owl', which no training picture has"
+
+
+def test_maps_to_texts_are_fitted_on_the_pictures_that_have_captions(sets):
+    train, test = only(sets, "student/a")
+    some = stripped(train, "caption", {0, 4})
+    rest = ev.take(train, [i for i in range(60) if i not in (0, 4)])
+    texts = [torch.eye(3, 16)] * 2
+    found, want = (ev.similarities(x, test, WORDS, texts) for x in (some, rest))
+    assert torch.equal(found["probe student/a"][1], want["probe student/a"][1])
+    assert len(found["probe student/a"][0]) == 60 and some.skipped.keys() == {"0-0", "0-4"}
+
+
+def test_a_copy_of_an_unlabelled_training_picture_is_no_test_picture(sets):
+    """A student was trained on it, label or not."""
+    train, test = only(sets, "student/a")
+    twin = [replace(x, digest=train.samples[5].digest if i == 4 else x.digest)
+            for i, x in enumerate(test.samples)]  # fmt: skip
+    mixed = replace(test, samples=twin, skipped={})
+    assert ev.knn(stripped(train, "label", {5}), mixed)["student/a"]["n"] == 29
+    assert list(mixed.skipped) == ["1-4"]
+
+
+def test_a_picture_that_lacks_two_things_has_both_reasons():
+    class Bare(Pictures):
+        def load(self, i, _=None):
+            lack = {"label": None} if i < 7 else {}
+            lack |= {"mask": None} if i == 0 else {}
+            return replace(super().load(i), **lack)
+
+    teachers, student = {"a": Teacher()}, Heads(a=Network(3))
+    report = ev.final_report(student, student, teachers, Bare(12), Pictures(3, seed=1))
+    assert report["left out"] == {} and report["pictures"] == {"training": 12, "held out": 3}
+    lacks = [f"training pictures without a {what}" for what in ("label", "mask")]
+    assert all(lack in report["skipped"]["0-0"] for lack in lacks)
+    assert "mask" not in report["skipped"]["0-1"] and len(report["skipped"]) == 7
+    table = ev.format_table(report)
+    assert "left out: 6 files: 0-1, 0-2, 0-3, 0-4, 0-5 and 1 more: training pictures with" in table
 
 
 def test_a_report_scores_the_rest_and_nothing_without_held_out_pictures():
@@ -1202,7 +1340,9 @@ def test_a_report_scores_the_rest_and_nothing_without_held_out_pictures():
     teachers, student = {"a": Teacher()}, Heads(a=Network(3))
     report = ev.final_report(student, student, teachers, Pictures(12), Both(8, seed=1))
     assert report["knn"]["student/a"]["n"] == 5 == report["fidelity"]["student/a summary"]["n"]
-    assert report["skipped"] == {f"1-{i}": "in both train and test" for i in range(3)}
-    assert "left out: 3 files: 1-0, 1-1, 1-2: in both train" in ev.format_table(report)
+    copy = "held-out pictures in both train and test"
+    assert report["skipped"] == {f"1-{i}": copy for i in range(3)}
+    assert f"left out: 3 files: 1-0, 1-1, 1-2: {copy}" in ev.format_table(report)
+    assert report["pictures"] == {"training": 12, "held out": 5}
     nothing = ev.final_report(student, student, teachers, Pictures(4), Pictures(0))
     assert "no picture is held out" in ev.format_table(nothing)

@@ -230,7 +230,10 @@ def test_a_run_leaves_what_the_readme_says(tmp_path, capsys):
     newest = tmp_path / "step_000006" / "model.pt"
     assert (tmp_path / "model.pt").read_bytes() == newest.read_bytes()
     printed = capsys.readouterr()
-    assert str(tmp_path / "model.pt") in printed.out and "32 pictures of a kind" in printed.err
+    assert (
+        str(tmp_path / "model.pt") in printed.out
+        and " held-out pictures, shrunk to " in printed.err
+    )
     train.main([*QUICK, "--out", str(tmp_path)])
     assert "finished" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="steps"):
@@ -958,6 +961,37 @@ def test_a_report_looks_no_closer_than_the_run(tmp_path):
         [torch.rand(3, 300, 400)]
     )
     assert features.patches["trunk"].shape[:2] == (5, 6)  # 36 at most, as of 96^2 px
+
+
+@pytest.mark.full_report
+def test_a_report_says_how_many_pictures_were_scored(tmp_path, monkeypatch, capsys):
+    """Of four held-out pictures one is broken and one has no label: three and two are scored."""
+    for i in range(12):
+        for side in ("train", "test")[: 1 + (i < 4)]:
+            folder = tmp_path / side / "ab"[i % 2] if i < 11 else tmp_path / side
+            folder.mkdir(parents=True, exist_ok=True)
+            pixels = np.random.default_rng([i, side == "test"]).integers(0, 255, (32, 32, 3))
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{side}{i}.png")
+    (tmp_path / "test" / "a" / "test0.png").rename(tmp_path / "test" / "bare.png")
+    broken = tmp_path / "test" / "b" / "test1.png"
+    broken.write_bytes(broken.read_bytes()[:-40])
+    source, held_out = (packing.open_source(str(tmp_path / side)) for side in ("train", "test"))
+    monkeypatch.setattr(train, "saved_student", lambda _: train.Student(MODELS["test"]))
+    monkeypatch.setattr(train, "draw_pca", lambda *_: None)
+    record = {"tokens": 0, "seconds": 60, "skipped": {}}
+    job = SimpleNamespace(cfg=DEBUG, sources=[source], held_out=held_out, teachers=[], out=tmp_path,
+                          record=record, identity={})  # fmt: skip
+    summary = train.finish(job)
+    printed, written = capsys.readouterr(), json.loads((tmp_path / "summary.json").read_text())
+    assert written["pictures"] == 3 and summary["report"]["knn"]["student/trunk"]["n"] == 2
+    assert summary["report"]["pictures"] == {"training": 12, "held out": 3}
+    assert "the report: 12 training and 4 held-out pictures" in printed.err
+    assert "scored: 12 training pictures, 3 held-out pictures: fewer than 50" in printed.out
+    assert "left out: bare.png: held-out pictures without a label (" in printed.out
+    assert "left out: train11.png: training pictures without a label (" in printed.out
+    assert set(summary["skipped"]) == {"bare.png", "train11.png", "b/test1.png"}
+    (few,) = [x for x in printed.out.splitlines() if "left out: foreground" in x]
+    assert "too few training pictures: 12 of 12 are without a mask (" in few and "--" not in few
 
 
 def test_the_picture_of_a_large_source_looks_at_a_few(monkeypatch):
