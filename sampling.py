@@ -512,8 +512,8 @@ def checked(x: Any, clusters: Sequence[int], keep: Any, group: Group) -> tuple[A
     rounds: list[Any] = []
     for n, k, own in zip([len(table), *clusters], clusters, keep, strict=False):
         if k > n:
-            few = f"say {max(1, n // 10)} {max(1, n // 100)}"
-            raise ValueError(f"{k} clusters of {n} inputs; levels go from finest to coarsest, {few}")
+            fewer = f"say {max(1, n // 10)} {max(1, n // 100)}"
+            raise ValueError(f"{k} clusters of {n} inputs; levels go from fine to coarse, {fewer}")
         rounds.append(default_keep(n, k, not rounds) if own is None else own)
     check_finite(Rows.share(table, group))
     return table, rounds
