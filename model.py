@@ -516,13 +516,14 @@ class Block(nn.Module):
 
 
 class AdapterHead(nn.Module):
-    """AMoE's adapter: the same weights for CLS, registers and patches. AMoE release, model.py"""
+    """AMoE's adapter: the same weights for CLS, registers and patches, but for a last layer of the
+    summary's own where `spec.split`. AMoE release, model.py"""
 
     def __init__(self, spec: Any, width: int):
         super().__init__()
         self.spec, hidden = spec, spec.hidden or spec.dim
         self.fc1, self.norm = nn.Linear(width, hidden), nn.LayerNorm(hidden)
-        # A Linear at the end: after training, the inverse of PHI-S is folded into it.
+        # A Linear at the end: each checkpoint's model.pt has the inverse of PHI-S folded into it.
         self.last = nn.Linear(hidden, spec.dim, bias=spec.bias)
         if spec.split and spec.summary_dim is not None:
             self.last_summary = nn.Linear(hidden, spec.summary_dim, bias=spec.bias)
@@ -697,7 +698,7 @@ class Student(nn.Module):
 
     @torch.no_grad()
     def update_router(self, counts_LE: Tensor, rate: float) -> None:
-        """Shift each expert's selection bias against its load, once per optimizer step.
+        """Shift each expert's selection bias against its load, after a step that trains the trunk.
 
         Args: counts_LE: tokens per layer and expert, summed over micro-batches and ranks.
         Source: the bias is the release's; the rule is torchtitan's (rate 1e-3), we chose.

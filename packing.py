@@ -102,7 +102,7 @@ def mosaic(
 ) -> tuple[Tensor, list[tuple[int, int, int, int]]]:
     """Tile pictures (3, H, W) on one square canvas, for a teacher that works at that size only.
 
-    The canvas has k x k cells, k the largest for which all pictures fit. They go in reading order
+    The canvas has k x k cells, k the largest for which each picture fits. They go in reading order
     to the top left of their cells; `fill` is the colour of the rest.
 
     Returns: (3, canvas, canvas), and each picture's box in the teacher's feature map, in tokens:

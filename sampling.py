@@ -139,7 +139,7 @@ def balanced_sample(
     Args:
         tree: from `hierarchical_kmeans`. target: rows to draw. seed: of every random choice.
         strategy: within a finest cluster, "random" rows or those "closest" to its centroid.
-        multiplier: how often a row may be drawn at most (copies before other rows run out: none).
+        multiplier: how often a row may be drawn at most; in a finest cluster all come once first.
         eligible_N: bool per row; False rows are never drawn.
         weighting: "equal" quotas (published), or "volume" (ours, see `leaf_volumes`).
     Returns: row numbers, ascending; all eligible ones (times the multiplier) if the target is more.

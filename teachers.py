@@ -1,7 +1,7 @@
 """Frozen teachers behind one output form, and a disk cache of what they say.
 
-A teacher sees a picture's own size where it can, its one size where it must, and a mosaic where it
-is SAM (RADIOv2.5: all teachers at all resolutions, mosaic augmentation).
+A live teacher sees a picture as large as the student does where it can, its one size where it must,
+and a mosaic where it is SAM (RADIOv2.5: all teachers at all resolutions, mosaic augmentation).
 Read: `TeacherOutput`, `SizeRule`, `Backbone`, `Teacher.targets`, `Teacher.features`, `FAMILIES`.
 
 Legend: B pictures, (h, w) the grid of one, P its patches, R registers, C teacher width,
@@ -74,12 +74,13 @@ class TeacherOutput:
 
 @dataclass(frozen=True)
 class SizeRule:
-    """At what size a teacher sees a picture; sides are multiples of `patch`.
+    """At what size a teacher sees a picture, in training one that has the student's size already
+    (the cache: its own; a canvas each); sides are multiples of `patch`.
 
     area    keeps the aspect, about side^2 pixels whatever the picture's size (small demo networks)
-    native  the picture's own size, at most side^2 pixels
+    native  the picture's size, at most side^2 pixels
     fixed   side x side, the aspect is lost
-    canvas  its own size, at most `side` high and wide, as a part of a side x side mosaic
+    canvas  its size, at most `side` high and wide, as a part of a side x side mosaic
     """
 
     kind: str
@@ -161,8 +162,8 @@ class Teacher:
     ) -> TeacherOutput:
         """The features of B samples' pictures, computed now.
 
-        sizes: (height, width) at which the student sees each; a native teacher then sees no more,
-            and more pictures share a mosaic. Other kinds have their own.
+        sizes: (height, width) at which the student sees each; native and canvas teachers then see
+            no more, and more pictures share a mosaic. Other kinds have their own.
         boxes: the part of each picture that this teacher sees (C-RADIOv4 Eq. 1); None: all of it.
         """
         none: list[None] = [None] * len(samples)
@@ -183,7 +184,7 @@ class Teacher:
         """
         rows: list[Any] = [None] * len(prepared)
         mean, side = self.backbone.stats[0], self.size_for.side
-        # Nothing is padded: a network that never met padding would answer otherwise beside it.
+        # Only a canvas is padded: other networks, which never met padding, would answer otherwise.
         for batch in batches(self, prepared, share_canvas):
             pictures = [prepared[i] for i in batch]
             if self.size_for.kind == "canvas":

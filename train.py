@@ -6,7 +6,7 @@
 
 Reading path: `TrainConfig` and `RECIPES` say what a run is. `train` is all of it on one page:
 per-image feature losses in PHI-S space, averaged over the images of the *global* batch, plus ARKD
-between the summaries of all images on all ranks. What it calls follows in the order of the calls.
+between the summaries of all images on all ranks. What it calls follows, from the data to the step.
 AMoE, arXiv 2512.20157; RADIOv2.5, arXiv 2412.07679; PHI-S, arXiv 2410.01680.
 
 Legend: B images, M packed patches, R registers, C teacher width, L layers, E experts, S streams of
@@ -199,7 +199,7 @@ _AMOE: dict[str, Any] = dict(
 
 
 RECIPES: dict[str, dict[str, Any]] = {  # what each preset changes of the defaults
-    # Low resolution first, as both papers: a picture of 64^2 px costs a fifth of one of 224^2.
+    # Low resolution first, as both papers: a picture of 64^2 px has a tenth of the tokens of 224^2.
     # The budgets are those of the 16 pictures that a pack may hold.
     "demo": dict(steps=1000, head_hidden=384, lr=2e-3, stages=(
         Stage(0.5, (Stream("native", max_side=64, budget=336),)),
@@ -317,7 +317,7 @@ def train(
                     said = [(only or forward(state, step, batch)).summary for batch in micros]
                 parts, pulls = relation_gradients(cfg, said, targets, weights)
 
-            # Every image weighs 1 / (images of the global batch), whatever its size and its rank.
+            # Forward and backward of each micro-batch, by the weights of the whole step.
             counts: list[Tensor] = []
             for i, batch in enumerate(micros):
                 with gradient_sync(replica, is_last=i == len(micros) - 1):
@@ -444,8 +444,8 @@ def new_spaces(cfg: TrainConfig, teachers: Teachers, device: torch.device) -> Sp
 def fit_spaces(cfg: TrainConfig, teachers: Teachers, data: StepData, device: Any) -> Spaces:
     """Spaces fitted to the pictures of a stage's first steps, as its losses will see them.
 
-    The first 3,000 steps of a stage estimate them while the heads chase a moving rotation (PHI-S
-    Table 10). We estimate first, which costs only the teachers and keeps the targets still.
+    PHI-S estimates them over 3,000 steps, in which the heads chase a moving rotation (its Table
+    10). We estimate before the first, which costs the teachers alone and keeps the targets still.
     Raises: Standstill where nothing can be read, or features are not finite.
     """
     spaces = new_spaces(cfg, teachers, device)
@@ -524,10 +524,10 @@ def image_weights(
 ) -> list[Weights]:
     """What each image of the micro-batches counts in each teacher's losses, made on the host.
 
-    1 / (images on all ranks), whatever an image's size and wherever it landed (AMoE: per-image
-    loss). average="partition" does so within each stream and then over the streams (RADIOv2.5:
-    partitions); with "token" patches count by their number (the ablation). A teacher that does
-    not supervise an image's stream gives it 0.
+    1 / (images on all ranks that the teacher supervises), whatever an image's size and wherever it
+    landed (AMoE: per-image loss). average="partition" does so within each stream and then over all
+    streams (RADIOv2.5: partitions); with "token" patches count by their number (the ablation). An
+    image of a stream that the teacher does not supervise has 0.
     """
     stream_B = torch.tensor([s for micro in micros for s in micro.stream_B], dtype=torch.int64)
     size_B = torch.tensor([n for micro in micros for n in micro.lengths], dtype=torch.float64)
@@ -696,7 +696,7 @@ def distribute(cfg: TrainConfig, student: Student, group: Group) -> Any:
 
 
 def gradient_sync(replica: Any, is_last: bool) -> Any:
-    """Ranks add up their gradients in the backward of a step's last micro-batch only."""
+    """Ranks average their gradients in the backward of a step's last micro-batch only."""
     if isinstance(replica, FSDPModule):
         replica.set_requires_gradient_sync(is_last)
     elif isinstance(replica, nn.parallel.DistributedDataParallel) and not is_last:
@@ -742,7 +742,7 @@ class Job:
 
 @dataclass
 class StepReport:
-    """What one optimizer step says; every number but the loads is global and on the host."""
+    """What one optimizer step says, of all ranks; on the host, but for the loads."""
 
     step: int
     total: float
@@ -781,7 +781,7 @@ def open_run(
 def resume(job: Job, state: State, stages: list[StepData]) -> int:
     """Load the checkpoint to go on from, if there is one; returns its step.
 
-    All that can be refused has been by now: here the run folder is written to for the first time.
+    All that is given has been checked by now: here the run folder gets its first file but the lock.
     """
     if job.folder:
         saved = read_state(job.folder)
@@ -814,7 +814,7 @@ def settle(
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     images, bad = sum(map(len, micros)), sum(len(m.skipped) for m in micros)
     tokens = sum(sum(m.lengths) for m in micros) + state.student.config.prefix * images
-    known = sum_over_ranks(torch.tensor([images, tokens, bad, STOP.number]))  # to the host
+    known = sum_over_ranks(torch.tensor([images, tokens, bad, STOP.number]))  # on the host
     images, tokens, bad, stop = known.tolist()
     loads_LE = sum_over_ranks(torch.stack(counts).sum(0)) if counts else norm.new_ones(1, 1)
     max_load = (loads_LE.max(1).values / loads_LE.float().mean(1)).max()
@@ -1214,7 +1214,7 @@ def find_start(cfg: TrainConfig, identity: dict[str, Any]) -> Path | None:
 
 
 def begin_folder(job: Job) -> None:
-    """The first write of a run: an older run moves aside whole; then the checkpoint to go on from,
+    """The first files of a run: an older run moves aside whole; then the checkpoint to go on from,
     config.json, and the lines of metrics.jsonl up to it."""
     start = job.folder
     is_new = not start or start.resolve().parent != job.out.resolve()
