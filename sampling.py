@@ -512,7 +512,8 @@ def checked(x: Any, clusters: Sequence[int], keep: Any, group: Group) -> tuple[A
     rounds: list[Any] = []
     for n, k, own in zip([len(table), *clusters], clusters, keep, strict=False):
         if k > n:
-            raise ValueError(f"{k} clusters of {n} inputs; levels go from finest to coarsest")
+            fewer = f"say {max(1, n // 10)} {max(1, n // 100)}"
+            raise ValueError(f"{k} clusters of {n} inputs; levels go from fine to coarse, {fewer}")
         rounds.append(default_keep(n, k, not rounds) if own is None else own)
     check_finite(Rows.share(table, group))
     return table, rounds
@@ -796,7 +797,8 @@ def embed(args: argparse.Namespace, group: Group) -> None:
         write_json(args.out / "pool.json", content)
         for line in packing.left_out(skipped):
             print(f"skipped {line}")
-        print(f"{sum(head['count'] for head in heads)} rows of {teacher.summary_dim} in {args.out}")
+        count = sum(head["count"] for head in heads)
+        print(f"{count} pictures, {teacher.summary_dim} numbers each, are in {args.out}")
 
 
 def named_apart(specs: Sequence[str]) -> list[Any]:
@@ -930,6 +932,7 @@ def sample(args: argparse.Namespace, group: Group) -> None:
 
     header = {"fingerprints": pool.manifest["fingerprints"], "seed": args.seed}
     packing.write_index(args.out, chosen(), **header)
+    print(f"{len(ids)} of {len(pool)} pictures are in {args.out}; what it is made of:")
     counts = {"pool": len(pool), "target": args.target, "drawn": len(ids)}
     left = {"duplicates": int(is_duplicate_N.sum()), "excluded": int(is_excluded_N.sum())}
     report(args.out, tree, ids, counts | left)

@@ -850,7 +850,7 @@ def text_side(scale: Scale) -> tuple[Callable[[Tensor], Tensor], Tensor, Tensor]
     """The ridge from the teacher's summaries to texts; held-out captions (K, D); who has which."""
     train_set, test_set = data(scale)
     captions = [str(sample.caption).splitlines()[0] for sample in train_set.samples]
-    texts, is_pair_NK = caption_pairs(FeatureSet(test_set.samples), "--test")
+    texts, is_pair_NK = caption_pairs(FeatureSet(test_set.samples))
     embed = load_text(parse_teacher(scale.text)) if scale.text else letters
     known_ND, text_KD = (torch.cat([embed(x) for x in batches(y, 256)]) for y in (captions, texts))
     return fit_text_map(teacher_summaries(scale)[0], known_ND), text_KD, is_pair_NK
