@@ -17,11 +17,9 @@ import argparse
 import hashlib
 import json
 import math
-import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import accumulate, islice, product
@@ -40,7 +38,7 @@ import packing
 from losses import resize_map
 from model import Features, Student, hash_weights, is_student, load_student, merge_tokens
 from packing import Number, Sample, Subset, rank_and_world, resize
-from teachers import TINY, WHEELS, load_teacher, load_text, parse_teacher
+from teachers import TINY, WHEELS, TeacherSpec, load_teacher, load_text, parse_teacher
 
 Rows = dict[str, dict[str, Any]]  # name -> {"value", "low", "high", "n", ...}
 LARGEST = 1024  # px: a JPEG is not decoded much larger
@@ -1083,35 +1081,40 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-@contextmanager
-def blame(flag: str, value: str) -> Iterator[None]:
-    """Errors of what a flag names say that flag: a student may be read as a teacher is."""
+def load_named(flag: str, text: str, load: Callable) -> Any:
+    """What a flag names; errors say that flag, as a student may be read as a teacher is."""
     try:
-        yield
+        return load(parse_teacher(text))
     except (ValueError, OSError, ImportError) as error:
-        what = re.sub(r"^teacher ([\w-]+: )?", "", str(error))
-        raise ValueError(f"{flag} {value}: {what}") from error
+        said = str(error)
+        if said.startswith("teacher "):
+            said = said.partition(": ")[2] or said
+        raise ValueError(f"{flag} {text}: {said}") from error
+
+
+def load_either(spec: TeacherSpec, device: torch.device) -> Any:
+    """A student, or what is none and is read as a teacher."""
+    if is_student(Path(spec.path)):
+        return load_student(spec.path, device=str(device))
+    return load_teacher(spec, device)
 
 
 def load_models(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """The first part of columns' names -> encoder: teachers, a student, its controls."""
     models: dict[str, Any] = {}
     for text in args.teacher:
-        with blame("--teacher", text):
-            spec = parse_teacher(f"builtin:{text}" if text in {*WHEELS, *TINY} else text)
-            if f"teacher/{spec.name}" in models:
-                raise ValueError(f"two are called {spec.name}: pass OTHER={spec.path}")
-            models[f"teacher/{spec.name}"] = load_teacher(spec, device)
+        path = f"builtin:{text}" if text in {*WHEELS, *TINY} else text
+        teacher = load_named("--teacher", path, partial(load_teacher, device=device))
+        if f"teacher/{teacher.name}" in models:
+            other = f"OTHER={parse_teacher(path).path}"
+            raise ValueError(f"--teacher {text}: two are called {teacher.name}: pass {other}")
+        models[f"teacher/{teacher.name}"] = teacher
     controls = not args.no_controls and args.task not in ("pca", "features")
     if args.student:
-        with blame("--student", args.student):
-            spec = parse_teacher(args.student)
-            if not is_student(Path(spec.path)):
-                models["student"] = load_teacher(spec, device)
-            else:
-                models["student"] = load_student(spec.path, device=str(device))
-                if controls:
-                    models["random"] = random_control(models["student"], args.seed)
+        load = partial(load_either, device=device)
+        models["student"] = load_named("--student", args.student, load)
+        if controls and isinstance(models["student"], Student):
+            models["random"] = random_control(models["student"], args.seed)
     for model in models.values():
         model.precision = "auto"  # bf16 on CUDA
     return models | ({"pixels": RawPixels()} if controls else {})
@@ -1119,14 +1122,12 @@ def load_models(args: argparse.Namespace, device: torch.device) -> dict[str, Any
 
 def load_words(text: str) -> Words:
     """The text tower that --text names."""
-    with blame("--text", text):
-        spec = parse_teacher(text)
-        tower = load_text(spec)
+    tower = load_named("--text", text, load_text)
 
     def embed(texts: list[str]) -> Tensor:
         return torch.cat([tower(texts[i : i + 256]) for i in range(0, len(texts), 256)])
 
-    return Words(embed, spec.name)
+    return Words(embed, parse_teacher(text).name)
 
 
 def check_fields(args: argparse.Namespace, models: Any, train: Any, test: Any) -> None:
