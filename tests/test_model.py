@@ -1255,7 +1255,7 @@ def test_encode_resizes_antialiased_and_answers_in_float32():
         (np.zeros((4, 4, 3)), "float64"),
         (np.zeros((4, 4), np.uint8), r"\(4, 4\)"),
         ("cat.png", "str"),
-        (Image.fromarray(np.full((4, 4), np.nan, np.float32)), "does not decode.*32-bit grey"),
+        (Image.fromarray(np.full((4, 4), np.nan, np.float32)), "does not decode.*not finite"),
     ],
 )
 def test_encode_refuses(bad, message):
