@@ -1200,7 +1200,8 @@ def find_start(cfg: TrainConfig, identity: dict[str, Any]) -> Path | None:
     is_given = cfg.resume not in ("auto", "none") and not own
     for folder in [Path(cfg.resume)] if is_given else reversed(own):
         if not (reason := broken(folder)):
-            refuse_changes(folder, read_json(folder / "manifest.json")["identity"], identity)
+            saved = read_json(folder / "manifest.json").get("identity") or {}
+            refuse_changes(folder, saved, identity)
             return folder
         require(not is_given, f"--resume {cfg.resume}: {reason}")
         say(f"skipping a broken checkpoint: {reason}")
@@ -1331,8 +1332,8 @@ def content_of(init: str) -> str | None:
 def refuse_changes(folder: Path, saved: dict, current: dict) -> None:
     """A run goes on only with the configuration, data and teachers that it began with."""
     changed = {key: value for key, value in current.items() if value != saved.get(key)}
-    if saved.get("init") and current["init"] is None:  # gone, and the checkpoint has what it had
-        changed.pop("init")
+    if saved.get("init") and current.get("init") is None:  # gone; the checkpoint has what it had
+        changed.pop("init", None)
     advice = "Pass the old values, another --out, or --resume none"
     if [*changed] == ["steps"]:
         advice = (
