@@ -1332,16 +1332,16 @@ def content_of(init: str) -> str | None:
 def refuse_changes(folder: Path, saved: dict, current: dict) -> None:
     """A run goes on only with the configuration, data and teachers that it began with."""
     changed = {key: value for key, value in current.items() if value != saved.get(key)}
-    if saved.get("init") and current.get("init") is None:  # gone; the checkpoint has what it had
-        changed.pop("init", None)
+    if changed.get("init", "") is None:  # its files are gone
+        changed["init"] = "no such file"
+        if saved.get("init"):  # the checkpoint has what they had
+            del changed["init"]
     advice = "Pass the old values, another --out, or --resume none"
     if [*changed] == ["steps"]:
         advice = (
             "The learning rate falls over all of a run's steps, so that with others it is another "
             f"run: start one by --init {folder / 'model.pt'} and another --out"
         )
-    if "init" in changed and changed["init"] is None:
-        changed["init"] = "no such file"
     parts = (f"{k}: {saved.get(k)!r} in the checkpoint, {v!r} now. " for k, v in changed.items())
     require(not changed, f"{folder} belongs to another run. {''.join(parts)}{advice}")
 
@@ -1662,11 +1662,6 @@ def check(cfg: TrainConfig) -> None:
         (names and len(set(names)) == len(names),
          f"--teachers {' '.join(cfg.teachers)}: one or more different names, not {names}"),
     ]  # fmt: skip
-    for spec in cfg.data:  # or its pictures would be trained on, and pca.png one of them
-        is_inside = Path(spec).is_dir() and Path(cfg.out).resolve().is_relative_to(
-            Path(spec).resolve()
-        )
-        rules.append((not is_inside, f"--out {cfg.out} lies in --data {spec}; pass another --out"))
     for stream in streams:
         unknown, most = set(stream.teachers) - set(names), max(stream.data, default=0)
         rules += [
@@ -1792,6 +1787,10 @@ def run(
         cfg = dataclasses.replace(cfg, data=tuple(source.name for source in sources))
     if cfg.resume == "none" and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
         cfg = dataclasses.replace(cfg, resume="auto")  # torchrun restarted it, to go on
+    for spec in () if sources else cfg.data:  # or pca.png would be a picture to train on
+        folder, out = Path(spec), Path(cfg.out).resolve()
+        is_inside = folder.is_dir() and out.is_relative_to(folder.resolve())
+        require(not is_inside, f"--out {cfg.out} lies in --data {spec}; pass another --out")
     with STOP, ExitStack() as at_end:
         group, out = start_process(cfg), Path(cfg.out)
         at_end.callback(disown, out)

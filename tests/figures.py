@@ -4,6 +4,7 @@
 """
 
 import sys
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from eval import extract, fidelity
+from eval import extract, fidelity, token_labels
 from losses import PhiS, arkd
 from model import Student, golden_frequencies, load_student
 from packing import Sample, Source, fit_size, open_source, pack
@@ -116,27 +117,26 @@ TEACHERS = {"vit-s": "builtin:vit-s", "mobilenet": "builtin:mobilenet"}
 
 def kinds_of(sample: Sample, grid: tuple[int, int], registers: int) -> Tensor:
     """The kind of each token of a drawing, an index of KINDS: CLS, registers, patches by mask."""
-    mask_HW = torch.from_numpy(np.array(sample.mask) > 0).float()[None, None]
-    is_drawing = torch.nn.functional.adaptive_avg_pool2d(mask_HW, grid).flatten() > 0.5
-    return torch.cat([torch.tensor([0] + [1] * registers), 2 + is_drawing.long()])
+    mask_HW = torch.from_numpy(np.array(sample.mask) > 0)
+    _, is_drawing_P = token_labels([torch.empty(*grid, 0)], [mask_HW])
+    return torch.cat([torch.tensor([0] + [1] * registers), 2 + is_drawing_P])
 
 
 def served(student: Student, source: Source) -> Tensor:
     """The share of each kind of token that each expert is given: (kinds, layers, experts)."""
     config, seen = student.config, {}
-    for i, block in enumerate(student.blocks):
-        look = partial(lambda i, moe, given: seen.update({i: moe.route(given[0])[1]}), i)
-        block.ffn.register_forward_pre_hook(look)
     counts = torch.zeros(len(KINDS), config.n_layers, config.experts)
-    for sample in (source.load(i) for i in range(len(source))):
-        [features] = student.encode([sample.image])  # alone in its pack: prefix, then patches
-        grid = tuple(features.patches["trunk"].shape[:2])
-        kind_N = kinds_of(sample, grid, config.prefix - 1)
-        for i, chosen_NK in seen.items():
-            one_hot_NE = torch.nn.functional.one_hot(chosen_NK, config.experts).sum(1).float()
-            counts[:, i].index_add_(0, kind_N, one_hot_NE)
-    for block in student.blocks:
-        block.ffn._forward_pre_hooks.clear()
+    with ExitStack() as hooks:
+        for i, block in enumerate(student.blocks):
+            look = partial(lambda i, moe, given: seen.update({i: moe.route(given[0])[1]}), i)
+            hooks.enter_context(block.ffn.register_forward_pre_hook(look))
+        for sample in (source.load(i) for i in range(len(source))):
+            [features] = student.encode([sample.image])  # alone in its pack: prefix, then patches
+            grid = tuple(features.patches["trunk"].shape[:2])
+            kind_N = kinds_of(sample, grid, config.prefix - 1)
+            for i, chosen_NK in seen.items():
+                one_hot_NE = torch.nn.functional.one_hot(chosen_NK, config.experts).sum(1).float()
+                counts[:, i].index_add_(0, kind_N, one_hot_NE)
     return counts / counts.sum(-1, keepdim=True)
 
 
