@@ -720,7 +720,7 @@ def pattern_of(scale: Scale) -> Tensor:
 
 TRAINING = TrainConfig(
     preset="claims", data=("openmoji:train:4000",), head_hidden=384, relation="none",
-    stats_steps=10, warmup=10, lr=2e-3, steps=1200, max_images=64,
+    stats_steps=10, warmup=10, lr=2e-3, steps=1200, max_images=64, precision="fp32",
     stages=(Stage(1.0, (squares(64, 32),)),),
 )  # fmt: skip
 
@@ -1225,16 +1225,20 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("what", choices=["run", "table"])
     parser.add_argument("claims", nargs="*", metavar="CLAIM", help=f"{', '.join(CLAIMS)} [all]")
     parser.add_argument("--seeds", type=int, nargs="+", help="instead of the claim's own")
+    parser.add_argument("--rows", type=Path, default=FOLDER, help="their folder [docs/claims]")
     parser.add_argument("--quick", action="store_true", help="a few steps, tiny teachers, not kept")
     args = parser.parse_args(argv)
     if unknown := set(args.claims) - CLAIMS.keys():
         parser.error(f"no claim {sorted(unknown)}; there are {', '.join(CLAIMS)}")
     torch.set_num_threads(1)  # so that two can run side by side on two cores
-    if args.what == "table":
+    if args.what == "table" and args.rows == FOLDER:
         print(write_tables(FOLDER.parent / "claims.md"))
         return
+    if args.what == "table":  # somebody's own runs, beside the page
+        print(*(table(name, {}, args.rows) for name in args.claims or CLAIMS), sep="\n\n")
+        return
     with TemporaryDirectory() as scratch:
-        where = (Path(scratch), QUICK) if args.quick else (FOLDER, FULL)
+        where = (Path(scratch), QUICK) if args.quick else (args.rows, FULL)
         for name in args.claims or CLAIMS:
             run_claim(name, args.seeds or range(CLAIMS[name].seeds), *where)
 

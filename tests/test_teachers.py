@@ -899,6 +899,8 @@ def test_mobilenet_file_with_folded_norms_equals_norms_apart(tmp_path):
     torch.testing.assert_close(out.patches[0], hand[0].permute(1, 2, 0), atol=1e-3, rtol=1e-3)
     torch.testing.assert_close(out.summary_BC, hand.mean((2, 3)), atol=1e-3, rtol=1e-3)
     assert teacher.patch == 32 and teacher.dim == teacher.summary_dim == 20
+    half = load_teacher(TeacherSpec("t", str(tmp_path / "cnn.pt")), dtype=torch.bfloat16)
+    assert half.fingerprint == teacher.fingerprint  # bfloat16 would cost it a thirtieth
 
 
 def test_onnx_file_without_the_vit_is_refused(tmp_path):

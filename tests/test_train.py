@@ -40,8 +40,9 @@ from teachers import Backbone, SizeRule, Teacher
 ROOT = Path(__file__).parent.parent
 draw_curves = train.draw_curves  # the fixture below takes it away
 QUICK = ["--preset", "debug", "--steps", "6", "--save-every", "2", "--log-every", "1",
-         "--data", "openmoji:train:24", "--stats-steps", "1", "--threads", "1"]  # fmt: skip
-DEBUG = train.PRESETS["debug"]
+         "--data", "openmoji:train:24", "--stats-steps", "1", "--threads", "1",
+         "--precision", "fp32"]  # fmt: skip
+DEBUG = dataclasses.replace(train.PRESETS["debug"], precision="fp32")  # on any CPU
 
 
 @pytest.fixture(autouse=True)
@@ -323,7 +324,7 @@ def test_tests_see_a_gpu_only_where_they_ask_for_it(expression, is_hidden, monke
 
 def test_packs_of_a_forward_fit_into_the_free_memory(monkeypatch):
     """In units of a pack, beside what gradients and two moments will take; 15 % stay free."""
-    state = train_for(DEBUG).state
+    state = train_for(dataclasses.replace(DEBUG, precision="auto")).state
     given = state, DEBUG.stages[0].streams, 22, torch.device("cuda", 0)
     pack = 256 * train.model.activation_bytes(state.student.config, False)
     held = 12 * sum(p.numel() for _, p in train.trained(state.student))
@@ -630,7 +631,7 @@ def test_registers_without_a_match_are_said_once(registers, tmp_path, capsys):
 
 
 def test_each_live_teacher_sees_its_own_view():
-    cfg = dataclasses.replace(train.PRESETS["debug"], shift=0.5, stats_steps=1)
+    cfg = dataclasses.replace(DEBUG, shift=0.5, stats_steps=1)
     ready = train_for(cfg)
     batch = PackedBatch.cat(ready.stages[0][0][:2])
     (whole,) = whole_pictures(ready)
@@ -738,7 +739,7 @@ def test_heads_and_their_running_means_answer_alike_across_a_refit():
 def test_statistics_are_of_the_streams_that_a_teacher_supervises():
     streams = (train.Stream("low", 48, budget=96), train.Stream("high", 96, budget=96,
                                                                 teachers=("dense",)))  # fmt: skip
-    cfg = dataclasses.replace(train.PRESETS["debug"], stages=(train.Stage(1.0, streams),))
+    cfg = dataclasses.replace(DEBUG, stages=(train.Stage(1.0, streams),))
     ready = train_for(cfg)
     (data,) = ready.stages
     batch = PackedBatch.cat([pack for step in range(cfg.stats_steps) for pack in data[step]])
@@ -781,7 +782,7 @@ def test_registers_are_compared_raw_by_the_patches_loss():
     torch.manual_seed(0)
     network = torch.nn.Conv2d(3, 8, kernel_size=16, stride=16)
     teacher = Teacher("t", Backbone(network, read, SizeRule("native", 16, 512)))
-    cfg = dataclasses.replace(train.PRESETS["debug"], teachers=("t=x",), patch_loss="cosine")
+    cfg = dataclasses.replace(DEBUG, teachers=("t=x",), patch_loss="cosine")
     ready = train_for(cfg, teachers=[teacher])
     batch = PackedBatch.cat(ready.stages[0][0])
     shift_C, scale, turn_CC = ready.state.spaces["t"].parts["patches"].current()
@@ -1151,14 +1152,16 @@ def test_the_relational_loss_has_its_weight():
     torch.testing.assert_close(gradients[2] - gradients[0], 3 * pull, rtol=1e-2, atol=1e-6)
 
 
-def test_the_precision_is_used():
+@pytest.mark.parametrize("flag", ["avx512_bf16", "amx_bf16"])
+def test_the_precision_is_used(monkeypatch, flag):
     maps = {}
-    for precision in ("fp32", "bf16", "auto"):
+    for case, precision in ("fp32", "fp32"), ("bf16", "bf16"), ("without", "auto"), ("has", "auto"):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda case=case: {flag: case == "has"})
         ready = train_for(dataclasses.replace(DEBUG, precision=precision))
         with torch.no_grad():
-            maps[precision] = forward(ready, 1, ready.stages[0][0][0]).patches["dense"].float()
+            maps[case] = forward(ready, 1, ready.stages[0][0][0]).patches["dense"].float()
     assert 0 < (maps["fp32"] - maps["bf16"]).abs().max() < 0.1
-    assert torch.equal(maps["fp32"], maps["auto"])  # bf16 on CUDA only
+    assert torch.equal(maps["without"], maps["fp32"]) and torch.equal(maps["has"], maps["bf16"])
 
 
 def test_recomputed_blocks_run_twice_and_give_the_same_gradients():
@@ -2580,7 +2583,7 @@ def stage(until, low):
     high = train.Stream("high", 96, budget=96, packs=4, teachers=("dense",))
     return train.Stage(until, (train.Stream("low", low, budget=96), high))
 cfg = dataclasses.replace(
-    train.PRESETS["debug"], stages=(stage(0.5, 48), stage(1.0, 64)), average="partition", steps=20,
+    DEBUG, stages=(stage(0.5, 48), stage(1.0, 64)), average="partition", steps=20,
     data=("openmoji:train:2000",), stats_steps=2, log_every=1, threads=1, out=sys.argv[1], ema=0.9,
     parallel=sys.argv[2], relation_mean="teacher",  # over its own, near 0 at first, rounding grows
 )
@@ -2779,7 +2782,7 @@ def test_lost_shards_and_pictures_count_and_harmless_files_do_not(tmp_path, caps
                 tar.add(tmp_path / "pictures" / f"{4 * i + k:03d}.jpg", f"{k}.jpg")
     for i in range(2):
         (tmp_path / f"{i}.tar").write_text("<html>")
-    config = dataclasses.replace(train.PRESETS["debug"], data=(str(tmp_path / "*.tar"),))
+    config = dataclasses.replace(DEBUG, data=(str(tmp_path / "*.tar"),))
     sources, _ = train.open_sources(config)
     with pytest.raises(train.Standstill, match="8 of 40 pictures could not be read"):
         train.note_scan(config, sources)
@@ -2799,13 +2802,13 @@ def test_lost_shards_and_pictures_count_and_harmless_files_do_not(tmp_path, caps
 def test_held_out_0_trains_on_all(tmp_path):
     make_pictures(tmp_path / "pictures", good=12, bad=0)
     data = (str(tmp_path / "pictures"),)
-    config = dataclasses.replace(train.PRESETS["debug"], data=data, held_out=0.0)
+    config = dataclasses.replace(DEBUG, data=data, held_out=0.0)
     (source,), held_out = train.open_sources(config)
     assert len(source) == 12 and len(held_out) == 0
 
 
 def test_with_cached_features_no_picture_leaves_the_loader(tmp_path):
-    cfg = dataclasses.replace(train.PRESETS["debug"], data=("openmoji:train:24",))
+    cfg = dataclasses.replace(DEBUG, data=("openmoji:train:24",))
     live = [train.load_teacher(train.parse_teacher(text)) for text in cfg.teachers]
     cached = [train.CachedTeacher(teacher, tmp_path) for teacher in live]
     sources, _ = train.open_sources(cfg)
