@@ -376,11 +376,14 @@ def large_teachers(cache: str, sources: list) -> list[Teacher]:
     return list(cached)
 
 
-def training_on(source: str, cache: str, stage: int = -1, large: bool = False) -> Callable:
+def training_on(
+    source: str, cache: str, stage: int = -1, large: bool = False, precision: str = "fp32"
+) -> Callable:
     """`train_for` on these pictures with the demo preset, at one of its stages; -1 is the last, of
     224 px."""
     stages = (replace(PRESETS["demo"].stages[stage], until=1.0),)
     config = replace(PRESETS["demo"], data=(source,), cache=cache, stages=stages, stats_steps=1)
+    config = replace(config, precision=precision)
     sources, held_out = open_sources(config)
     every = [*sources, held_out]
     teachers = large_teachers(cache, every) if large else load_teachers(config, SOLO)
@@ -590,13 +593,31 @@ def half_precision(steps: int = 16) -> Iterator[Row]:
     """Row 11: steps of the demo in bfloat16 against float32, CPU time, cached features."""
     with tempfile.TemporaryDirectory() as cache:
         for stage, side in enumerate((64, 96, 224)):
-            way = training_on("openmoji:train:96", cache, stage)
-            full, *others = way.args
-            half = partial(way.func, replace(full, precision="bf16"), *others, **way.keywords)
-            runs = (partial(seconds_to_train, run, steps) for run in (half, way))
+            drawings, both = "openmoji:train:96", ("bf16", "fp32")
+            ways = (training_on(drawings, cache, stage, precision=one) for one in both)
+            runs = (partial(seconds_to_train, way, steps) for way in ways)
             ours, other = (1e3 * seconds / steps for seconds in interleaved(*runs, repeats=5))
             what = f"--precision bf16 / fp32, a step at {side} px"
             yield Row("11", what, ours, other, "ms", other / ours, "1.25", "1.5")
+
+
+def two_threads(steps: int = 16) -> Iterator[Row]:
+    """Row 18: steps of the demo in bf16 by two threads and by one, on the clock of the wall."""
+    with tempfile.TemporaryDirectory() as cache:
+        for stage, side in enumerate((64, 96, 224)):
+            training = training_on("openmoji:train:96", cache, stage, precision="bf16")
+
+            def with_threads(count: int, training: Callable = training) -> float:
+                torch.set_num_threads(count)
+                began: list[float] = []
+                training(steps, lambda _: began.append(time.perf_counter()))
+                return time.perf_counter() - began[0]
+
+            runs = (partial(with_threads, count) for count in (2, 1))
+            ours, other = (1e3 * seconds / steps for seconds in interleaved(*runs, repeats=3))
+            what = f"two threads / one, a step at {side} px"
+            yield Row("18", what, ours, other, "ms", other / ours, "", "")
+    torch.set_num_threads(1)
 
 
 def two_processes(steps: int = 40, repeats: int = 3) -> Iterator[Row]:
@@ -870,6 +891,7 @@ ROWS: dict[str, Callable[[], Iterator[Row]]] = {
     "index": index,
     "overhead": overhead,
     "half": half_precision,
+    "threads": two_threads,
     "processes": two_processes,
     "soak": hits,
     "gpu": on_gpu,
