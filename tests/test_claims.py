@@ -248,3 +248,12 @@ def test_every_claim_runs_resumes_and_fills_the_page(tmp_path, monkeypatch):
     claims.write_tables(page, tmp_path, claims.QUICK)  # the same again
     assert page.read_text() == text
     assert json.loads(lines.splitlines()[0])["claim"] == name
+
+
+def test_a_table_of_other_rows_leaves_the_page_alone(capsys):
+    page = claims.FOLDER.parent / "claims.md"
+    before, again = page.read_bytes(), claims.FOLDER / "again"
+    claims.main(["table", "sampling", "--rows", str(again)])
+    line = next(x for x in capsys.readouterr().out.splitlines() if "equal - random" in x)
+    assert line.startswith("| `sampling` tail 1-NN") and "| 2 |" in line
+    assert page.read_bytes() == before
