@@ -2583,7 +2583,8 @@ def stage(until, low):
     high = train.Stream("high", 96, budget=96, packs=4, teachers=("dense",))
     return train.Stage(until, (train.Stream("low", low, budget=96), high))
 cfg = dataclasses.replace(
-    DEBUG, stages=(stage(0.5, 48), stage(1.0, 64)), average="partition", steps=20,
+    train.PRESETS["debug"], stages=(stage(0.5, 48), stage(1.0, 64)), average="partition", steps=20,
+    precision="fp32",
     data=("openmoji:train:2000",), stats_steps=2, log_every=1, threads=1, out=sys.argv[1], ema=0.9,
     parallel=sys.argv[2], relation_mean="teacher",  # over its own, near 0 at first, rounding grows
 )
