@@ -1235,11 +1235,11 @@ def main(argv: list[str] | None = None) -> None:
     if unknown := set(args.claims) - CLAIMS.keys():
         parser.error(f"no claim {sorted(unknown)}; there are {', '.join(CLAIMS)}")
     torch.set_num_threads(1)  # so that two can run side by side on two cores
-    if args.what == "table" and args.rows == FOLDER:
-        print(write_tables(FOLDER.parent / "claims.md"))
-        return
-    if args.what == "table":  # somebody's own runs, beside the page
-        print(*(table(name, {}, args.rows) for name in args.claims or CLAIMS), sep="\n\n")
+    if args.what == "table":
+        if args.rows == FOLDER:
+            print(write_tables(FOLDER.parent / "claims.md"))
+        else:  # somebody's own runs, beside the page
+            print(*(table(name, {}, args.rows) for name in args.claims or CLAIMS), sep="\n\n")
         return
     with TemporaryDirectory() as scratch:
         where = (Path(scratch), QUICK) if args.quick else (args.rows, FULL)
