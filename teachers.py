@@ -599,6 +599,7 @@ class MobileNetV2(nn.Module):
                 norm = f"{prefix}.{int(position) + 1}."
                 blocks[block].append(fold_norm(kernel, weights, norm, stride))
         self.blocks = nn.ModuleList(blocks.values())
+        self.to(memory_format=torch.channels_last)  # twice as fast on two cores
 
     def forward(self, pixels_BCHW: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, C, H/32, W/32)."""

@@ -140,7 +140,7 @@ class TrainConfig:
     normalizer: str = option("phis", "space of the targets", losses.NORMALIZERS)
     stats_steps: int = option(30, "first steps of a stage that fit its targets' space", POSITIVE)
     frozen_steps: int = option(0, "first steps that train heads alone (RADIOv2.5: 5000)", COUNT)
-    optimizer: str = option("adamw", "optimizer (RADIOv2.5: lamb)", ("adamw", "lamb"))
+    optimizer: str = option("adamw", "RADIOv2.5: lamb; or muon", ("adamw", "lamb", "muon"))
     lr: float = option(1.5e-3, "peak learning rate", SOME)
     trunk_lr: float = option(1.0, "the trunk's learning rate as a share of the heads'", RATE)
     min_lr: float = option(0.02, "last learning rate as a share of the peak", SHARE)
@@ -201,10 +201,11 @@ _AMOE: dict[str, Any] = dict(
 RECIPES: dict[str, dict[str, Any]] = {  # what each preset changes of the defaults
     # Low resolution first, as both papers: a picture of 64^2 px has a tenth of the tokens of 224^2.
     # The budgets are those of the 16 pictures that a pack may hold.
-    "demo": dict(steps=1000, head_hidden=384, lr=2e-3, stages=(
-        Stage(0.5, (Stream("native", max_side=64, budget=336),)),
-        Stage(0.85, (Stream("native", max_side=96, budget=656),)),
-        Stage(1.0, (Stream("native", max_side=224, budget=1200),)),
+    "demo": dict(steps=400, head_hidden=384, optimizer="muon", lr=5e-3, warmup=25, stats_steps=15,
+                 stages=(
+        Stage(0.5, (Stream("native", max_side=64, budget=336, packs=4),)),
+        Stage(0.85, (Stream("native", max_side=96, budget=656, packs=4),)),
+        Stage(1.0, (Stream("native", max_side=224, budget=1200, packs=4),)),
     )),
     # RADIO's way: from a pretrained network on, the trunk at 3e-5 at most (2e-4 makes it forget).
     "warm": dict(model="init", init="vit-s=builtin:vit-s@8", relation="none", steps=400, lr=1e-3,
@@ -665,16 +666,21 @@ def trained(student: Student) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def make_optimizer(cfg: TrainConfig, student: Student) -> torch.optim.Optimizer:
-    """AdamW or LAMB over four groups: trunk and heads, what decays and what does not."""
-    kinds = {p: (n.startswith("heads."), is_decayed(n, p)) for n, p in trained(student)}
-    groups = []
-    for is_head, decays in itertools.product((False, True), (True, False)):
-        params = [p for p, kind in kinds.items() if kind == (is_head, decays)]
+    """AdamW, LAMB or Muon over groups: trunk and heads, what decays, what is made orthogonal."""
+    kinds: dict[tuple[bool, bool, int], list[nn.Parameter]] = {}
+    for name, p in trained(student):
+        kind = name.startswith("heads."), is_decayed(name, p), hidden_parts(student, name, p)
+        kinds.setdefault(kind, []).append(p)
+    groups: list[dict[str, Any]] = []
+    for (is_head, decays, parts), params in kinds.items():
         decay, share = cfg.weight_decay * decays, 1.0 if is_head else cfg.trunk_lr
-        groups.append({"params": params, "weight_decay": decay, "share": share})
+        groups.append({"params": params, "weight_decay": decay, "share": share, "parts": parts})
+    how: Any = {"lr": cfg.lr, "betas": (0.9, cfg.beta2)}
     if cfg.optimizer == "lamb":
-        return Lamb(groups, lr=cfg.lr, betas=(0.9, cfg.beta2))
-    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, cfg.beta2), fused=True)
+        return Lamb(groups, **how)
+    if cfg.optimizer == "muon":
+        return Muon(groups, is_half=precision_on(p.device, cfg) == "bf16", **how)
+    return torch.optim.AdamW(groups, fused=True, **how)
 
 
 def distribute(cfg: TrainConfig, student: Student, group: Group) -> Any:
@@ -989,6 +995,10 @@ def is_decayed(name: str, p: Tensor) -> bool:
     return p.ndim >= 2 and p.shape[0] > 1 and not name.startswith("positions.")
 
 
+POLAR = ((8.2872, -23.5959, 17.3004), (4.1071, -2.9478, 0.5448), (3.9487, -2.9089, 0.5518),
+         (3.3184, -2.4885, 0.5100), (2.3007, -1.6689, 0.4188))  # fmt: skip
+
+
 class Lamb(torch.optim.Optimizer):
     """Adam whose step in each decayed tensor is as long as lr times the tensor itself.
 
@@ -1022,6 +1032,54 @@ class Lamb(torch.optim.Optimizer):
             length, moved = p.norm(), change.norm()
             change = change * torch.where((length > 0) & (moved > 0), length / moved, 1.0)
         p.add_(change, alpha=-group["lr"])
+
+
+class Muon(torch.optim.AdamW):
+    """AdamW, but matrices of the blocks move by their momentum made orthogonal, each expert's for
+    itself: the strongest directions do not drown the rest. A move is as long as AdamW's.
+
+    Jordan et al. 2024, kellerjordan.github.io/posts/muon; its length: Liu et al., arXiv 2502.16982
+    """
+
+    def __init__(self, params: Any, is_half: bool = False, **how: Any):
+        super().__init__(params, **how, fused=True)
+        self.dtype = torch.bfloat16 if is_half else torch.float32
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in (p for p in group["params"] if group["parts"] and p.grad is not None):
+                if not self.state[p]:  # AdamW's loading asks for a step
+                    self.state[p] |= {"step": torch.zeros(()), "momentum": torch.zeros_like(p)}
+                momentum = self.state[p]["momentum"].mul_(0.95).add_(p.grad)
+                ahead = p.grad.add(momentum, alpha=0.95)
+                all_of_it = ahead.full_tensor() if isinstance(ahead, DTensor) else ahead
+                parts = orthogonal(all_of_it.unflatten(-2, (group["parts"], -1)), self.dtype)
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                length = 0.2 * max(parts.shape[-2:]) ** 0.5
+                p.add_(spread(parts.flatten(-3, -2), p), alpha=-length * group["lr"])
+                p.grad = None  # AdamW has the rest
+        super().step(closure)
+
+
+def hidden_parts(student: Student, name: str, p: Tensor) -> int:
+    """Matrices that a hidden layer's weight holds one above the other; 0: it is of none."""
+    if not (name.startswith("blocks.") and is_decayed(name, p)) or ".router." in name:
+        return 0
+    return 3 if ".qkv." in name else 2 if ".w1" in name and student.config.gated_ffn else 1
+
+
+def orthogonal(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """(.., M, N): U V^T of each matrix U S V^T, as near as singular values from .001 of its norm on
+    come to 1 +- .13 by five odd polynomials (Amsel et al. 2025, arXiv 2505.16932)."""
+    is_wide = x.shape[-2] < x.shape[-1]
+    y = (x if is_wide else x.mT).flatten(0, -3)
+    y = (y / (1.01 * y.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(dtype)
+    for a, b, c in POLAR:
+        gram = y @ y.mT
+        y = torch.baddbmm(y, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), y, beta=a)
+    y = y.to(x.dtype).unflatten(0, x.shape[:-2])
+    return y if is_wide else y.mT
 
 
 # ---- Pretrained weights to start from

@@ -844,7 +844,7 @@ def test_adaloss_brings_all_parts_near_one():
 @pytest.mark.parametrize("changes", [{"summary_loss": "angle"}, {"summary_loss": "cosine"},
                                      {"patch_loss": "am-radio", "normalizer": "none"},
                                      {"precision": "bf16"}, {"recompute": True},
-                                     {"optimizer": "lamb", "ema": 0.9},
+                                     {"optimizer": "lamb", "ema": 0.9}, {"optimizer": "muon"},
                                      {"shift": 0.5}])  # fmt: skip
 def test_two_interruptions_change_no_bit_whatever_the_recipe(changes, tmp_path, monkeypatch):
     flags = [text for k, v in changes.items()
@@ -898,6 +898,50 @@ def test_lamb_is_its_algorithm():
         optimizer.step()
     for x, y in zip((matrix, vector), expected, strict=True):
         torch.testing.assert_close(x.detach().double(), y, rtol=1e-5, atol=1e-6)
+
+
+def test_muon_is_its_algorithm():
+    """Against an SVD: each singular value goes through the polynomials, its vectors stay."""
+    torch.manual_seed(0)
+    shapes = ((3, 8, 6), 2), ((7, 5), 1), ((4, 4), 0)  # experts' gates and values, AdamW's
+    ours, plain = ([torch.ones(shape).requires_grad_() for shape, _ in shapes] for _ in range(2))
+    groups = [{"params": [p], "weight_decay": 0.1, "parts": parts}
+              for p, (_, parts) in zip(ours, shapes, strict=True)]  # fmt: skip
+    optimizer = train.Muon(groups, lr=0.01, betas=(0.9, 0.95))
+    adamw = torch.optim.AdamW(plain[2:], lr=0.01, betas=(0.9, 0.95), weight_decay=0.1)
+    momenta, expected = [0.0, 0.0], [p.detach().double().clone() for p in ours]
+    for _ in range(3):
+        for p, other in zip(ours, plain, strict=True):
+            p.grad = torch.randn(p.shape)
+            other.grad = p.grad.clone()
+        for i, (shape, parts) in enumerate(shapes[:2]):
+            g = ours[i].grad.double()
+            momenta[i] = 0.95 * momenta[i] + g
+            stack = torch.stack((g + 0.95 * momenta[i]).chunk(parts, dim=-2))
+            u, s, vh = torch.linalg.svd(stack, full_matrices=False)
+            s = s / (1.01 * s.norm(dim=-1, keepdim=True))
+            for a, b, c in train.POLAR:
+                s = a * s + b * s**3 + c * s**5
+            length = 0.2 * max(shape[-2] / parts, shape[-1]) ** 0.5
+            move = torch.cat(tuple((u * s.unsqueeze(-2)) @ vh), dim=-2)
+            expected[i] = (1 - 0.001) * expected[i] - 0.01 * length * move
+        optimizer.step()
+        adamw.step()
+    for p, target in zip(ours[:2], expected[:2], strict=True):
+        torch.testing.assert_close(p.detach().double(), target, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(ours[2], plain[2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_matrix_is_made_orthogonal(dtype):
+    torch.manual_seed(0)
+    u, v = (torch.linalg.qr(torch.randn(2, 40, 40))[0] for _ in range(2))
+    s = torch.logspace(-2.5, 0, 40)  # of a norm of 2.6: down to .0012 of it
+    square = (u * s) @ v
+    for x in (square, square[:, :, :30], square[:, :30], square[:, None]):
+        found = torch.linalg.svdvals(train.orthogonal(x, dtype))
+        assert found.min() > 0.8 and found.max() < 1.2
+    assert not train.orthogonal(torch.zeros(2, 3, 4), dtype).any()  # an expert without tokens
 
 
 def test_a_checkpoint_says_in_which_window_its_data_are(tmp_path, monkeypatch):
@@ -1131,6 +1175,17 @@ def test_the_optimizers_groups():
         if name.endswith(("bias", "sinks")) or "norm" in name:
             assert decay == 0, name
     assert not train.is_decayed("x", torch.zeros(1, 8)) and train.is_decayed("x", torch.zeros(2, 8))
+    muon = train.make_optimizer(dataclasses.replace(cfg, optimizer="muon"), state.student)
+    parts = {name_of[p]: g["parts"] for g in muon.param_groups for p in g["params"] if g["parts"]}
+    each = {"attn.qkv.weight": 3, "attn.proj.weight": 1, "ffn.w1_EGD": 2, "ffn.w2_EDF": 1}
+    assert parts == {f"blocks.{i}.{name}": n for i in (0, 1) for name, n in each.items()}
+    plain = Student(dataclasses.replace(train.MODELS["radio-b"], n_layers=1, heads=()))
+    matrix = torch.zeros(2, 2)
+    assert train.hidden_parts(plain, "blocks.0.ffn.w1.weight", matrix) == 1
+    assert train.hidden_parts(plain, "embed.weight", matrix) == 0
+    assert type(muon) is train.Muon and muon.dtype is torch.float32
+    half = dataclasses.replace(cfg, optimizer="muon", precision="bf16")
+    assert train.make_optimizer(half, state.student).dtype is torch.bfloat16
     lamb = train.make_optimizer(dataclasses.replace(cfg, optimizer="lamb"), state.student)
     assert type(lamb) is train.Lamb and lamb.param_groups[0]["betas"] == (0.9, 0.9)
 
@@ -2639,7 +2694,7 @@ def test_fsdp_equals_ddp_and_its_checkpoint_goes_on_in_one_process(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("more", [("--optimizer", "lamb", "--ema", "0.9"), ("--frozen-steps", "3"),
-                                  ("--precision", "bf16")])  # fmt: skip
+                                  ("--optimizer", "muon"), ("--precision", "bf16")])  # fmt: skip
 def test_fsdp_with_every_recipe(more, tmp_path):
     for name, parallel in (("ddp", "ddp"), ("fsdp", "fsdp")):
         code, text = finished(command(tmp_path / name, "--parallel", parallel, *more, processes=2))
