@@ -599,7 +599,6 @@ class MobileNetV2(nn.Module):
                 norm = f"{prefix}.{int(position) + 1}."
                 blocks[block].append(fold_norm(kernel, weights, norm, stride))
         self.blocks = nn.ModuleList(blocks.values())
-        self.to(memory_format=torch.channels_last)  # twice as fast on two cores
 
     def forward(self, pixels_BCHW: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, C, H/32, W/32)."""
@@ -619,7 +618,8 @@ def fold_norm(kernel: Tensor, weights: dict[str, Tensor], norm: str, stride: int
     groups = channels if per_group == 1 else 1
     conv = nn.Conv2d(per_group * groups, channels, size, stride, size // 2, groups=groups)
     gain = weights[norm + "weight"] / (weights[norm + "running_var"] + 1e-5).sqrt()
-    conv.weight.data = kernel * gain[:, None, None, None]
+    weight = kernel * gain[:, None, None, None]
+    conv.weight.data = weight.contiguous(memory_format=torch.channels_last)  # twice as fast
     conv.bias = nn.Parameter(weights[norm + "bias"] - weights[norm + "running_mean"] * gain)
     return conv
 
