@@ -488,7 +488,7 @@ def carry_heads(state: State, fitted: Spaces, trained_heads: set[str] | None) ->
             with torch.device("meta"):
                 moved = type(head)(head.spec, state.student.config.dim)
             # whole, where ranks hold shards, and rounded once
-            copy = {n: whole(x.detach()).double() for n, x in tensors.items()}
+            copy = {n: whole(x.detach()).cpu().double() for n, x in tensors.items()}
             moved.load_state_dict(copy, assign=True)
             if trained_heads is None:
                 state.spaces[name].fold_into(moved)
@@ -817,7 +817,7 @@ def settle(
 ) -> StepReport:
     """The step's numbers over all ranks. Raises: Standstill if one of them is not finite."""
     STOP.is_awaited = True
-    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    norm = whole(norm)
     images, bad = sum(map(len, micros)), sum(len(m.skipped) for m in micros)
     tokens = sum(sum(m.lengths) for m in micros) + state.student.config.prefix * images
     known = sum_over_ranks(torch.tensor([images, tokens, bad, STOP.number]))  # on the host
@@ -949,8 +949,8 @@ def merge_skipped(parts: list[dict[str, str]], any_rank: bool) -> dict[str, str]
 
 
 def whole(x: Tensor) -> Tensor:
-    """A tensor of which this rank may hold a shard, as a whole on the host (a collective call)."""
-    return (x.full_tensor() if isinstance(x, DTensor) else x).cpu()
+    """All of a tensor of which this rank may hold a shard (a collective call)."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
 
 
 def precision_on(device: torch.device, cfg: TrainConfig) -> str:
@@ -993,10 +993,6 @@ def is_decayed(name: str, p: Tensor) -> bool:
     """Matrices decay, several learned tokens among them; vectors, scalars, one token and the
     position table (RADIO release) do not."""
     return p.ndim >= 2 and p.shape[0] > 1 and not name.startswith("positions.")
-
-
-POLAR = ((8.2872, -23.5959, 17.3004), (4.1071, -2.9478, 0.5448), (3.9487, -2.9089, 0.5518),
-         (3.3184, -2.4885, 0.5100), (2.3007, -1.6689, 0.4188))  # fmt: skip
 
 
 class Lamb(torch.optim.Optimizer):
@@ -1053,8 +1049,7 @@ class Muon(torch.optim.AdamW):
                     self.state[p] |= {"step": torch.zeros(()), "momentum": torch.zeros_like(p)}
                 momentum = self.state[p]["momentum"].mul_(0.95).add_(p.grad)
                 ahead = p.grad.add(momentum, alpha=0.95)
-                all_of_it = ahead.full_tensor() if isinstance(ahead, DTensor) else ahead
-                parts = orthogonal(all_of_it.unflatten(-2, (group["parts"], -1)), self.dtype)
+                parts = orthogonal(whole(ahead).unflatten(-2, (group["parts"], -1)), self.dtype)
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 length = 0.2 * max(parts.shape[-2:]) ** 0.5
                 p.add_(spread(parts.flatten(-3, -2), p), alpha=-length * group["lr"])
@@ -1067,6 +1062,10 @@ def hidden_parts(student: Student, name: str, p: Tensor) -> int:
     if not (name.startswith("blocks.") and is_decayed(name, p)) or ".router." in name:
         return 0
     return 3 if ".qkv." in name else 2 if ".w1" in name and student.config.gated_ffn else 1
+
+
+POLAR = ((8.2872, -23.5959, 17.3004), (4.1071, -2.9478, 0.5448), (3.9487, -2.9089, 0.5518),
+         (3.3184, -2.4885, 0.5100), (2.3007, -1.6689, 0.4188))  # fmt: skip
 
 
 def orthogonal(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -1109,7 +1108,7 @@ def state_dict(state: State) -> dict[str, Any]:
     return {
         "student": dcp.get_model_state_dict(state.student, options=WHOLE),
         "optimizer": dcp.get_optimizer_state_dict(state.student, state.optimizer, options=WHOLE),
-        "average": {name: whole(mean) for name, mean in state.average.items()},
+        "average": {name: whole(mean).cpu() for name, mean in state.average.items()},
         "normalizers": {name: space.state_dict() for name, space in state.spaces.items()},
         "adaloss": state.ada.state_dict(),
     }

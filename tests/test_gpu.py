@@ -602,7 +602,7 @@ def check_sharded(device: torch.device, monkeypatch) -> None:
         def again(state: train.State) -> None:
             train.load_state(state, saved[0])
             for name, mean in state.average.items():
-                assert torch.equal(train.whole(mean), saved[0]["average"][name]), name
+                assert torch.equal(train.whole(mean).cpu(), saved[0]["average"][name]), name
 
         run = train_on(device, cfg, 4, ready, after=after)
         *first, fourth = losses_of(run)

@@ -195,7 +195,7 @@ def test_the_product_has_so_many_lines():
     """It may only shrink. The aim is 7,800; what came since 8,800: runs that can't be lost (some
     330 lines), doors and families (320), an index and an order for 2e8 pictures (500), Muon (60).
     """
-    assert sum(len(text_of(module).splitlines()) for module in MODULES) <= 9777
+    assert sum(len(text_of(module).splitlines()) for module in MODULES) <= 9776
 
 
 def test_the_papers_part_has_so_many_lines():
